@@ -1,0 +1,1 @@
+"""atomeq: equivariant graph networks for atoms, from structure to forces."""

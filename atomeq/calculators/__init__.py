@@ -1,0 +1,1 @@
+"""Potentials as ASE calculators, and the laws any calculator must keep."""

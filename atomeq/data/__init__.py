@@ -1,0 +1,1 @@
+"""Datasets and their readers: files in, AtomGraph batches out."""

@@ -1,0 +1,1 @@
+"""Structure to graph: AtomGraph, its builders and the neighbour lists under them."""

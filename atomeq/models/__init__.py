@@ -1,0 +1,1 @@
+"""One file per paper; every model is an AtomisticModel."""

@@ -1,0 +1,1 @@
+"""Blocks that own weights and take tensors; they never see a graph."""

@@ -1,0 +1,1 @@
+"""Implementations of the operations of atomeq.ops; reference.py is the truth."""

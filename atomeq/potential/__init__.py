@@ -1,0 +1,1 @@
+"""A model and its references become energies, forces and stresses."""
