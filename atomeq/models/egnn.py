@@ -109,6 +109,7 @@ class EGNNLayer(nn.Module):
         envelope: Tensor,
         edge_index: EdgeIndex,
     ) -> tuple[Tensor, Tensor]:
+        """Return atoms ``h`` (n_atoms, C) and displacements ``moved`` (n_atoms, 3), updated."""
         source, target = edge_index
         m = self.message(torch.cat([h[target], h[source], invariants], dim=1))  # eq. 3
         if self.attention is not None:

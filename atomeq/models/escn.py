@@ -145,12 +145,13 @@ class ESCNLayer(nn.Module):
     def forward(
         self, x: NodeFeatures, frame: EdgeFrame, edge_scalars: Tensor, envelope: Tensor
     ) -> NodeFeatures:
+        """Update ``x`` (n_atoms, n_sph, C)."""
         x = x + self.message(self.message_norm(x), frame, edge_scalars, envelope)
         return x + self.update(self.update_norm(x))
 
 
 class ESCNMessage(nn.Module):
-    """The eSCN convolution: rotate both atoms to the edge, SO(2) - gate - SO(2), rotate back, sum."""
+    """The eSCN convolution: rotate to the edge, SO(2) map, gate, SO(2) map, rotate back, sum."""
 
     def __init__(
         self,
@@ -180,6 +181,7 @@ class ESCNMessage(nn.Module):
     def forward(
         self, x: NodeFeatures, frame: EdgeFrame, edge_scalars: Tensor, envelope: Tensor
     ) -> NodeFeatures:
+        """Return the sum of messages on each atom, (n_atoms, n_sph, C)."""
         message: EdgeFeatures = torch.cat(
             [rotate_to_edge(x, frame, side="source"), rotate_to_edge(x, frame, side="target")],
             dim=2,
@@ -200,5 +202,6 @@ class GatedUpdate(nn.Module):
         self.second = SO3Linear(lmax, hidden_channels, sphere_channels)
 
     def forward(self, x: NodeFeatures) -> NodeFeatures:
+        """Return the update of ``x`` (n_atoms, n_sph, C)."""
         gates = self.gates(x[:, 0]) if self.gates is not None else None
         return self.second(self.gate(self.first(x), gates))

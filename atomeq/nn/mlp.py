@@ -1,6 +1,7 @@
 """The multilayer perceptron of radial networks and readouts."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from torch import nn
 
@@ -24,7 +25,7 @@ class MLP(nn.Sequential):
         layer_norm: bool = False,
     ) -> None:
         layers: list[nn.Module] = []
-        for index, (n_in, n_out) in enumerate(zip(channels[:-1], channels[1:], strict=True)):
+        for index, (n_in, n_out) in enumerate(pairwise(channels)):
             layers.append(nn.Linear(n_in, n_out, bias=bias))
             hidden = index < len(channels) - 2
             if hidden and layer_norm:

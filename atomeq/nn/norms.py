@@ -8,8 +8,8 @@ class EquivariantRMSNorm(nn.Module):
     """Divide all coefficients of an atom by one rotation-invariant root mean square.
 
     The degrees share the scale, each weighted so that it counts alike however many m it has; the
-    channel mean of l = 0 is removed first (``rms_norm_sh`` in the code of EquiformerV2, Liao et al.,
-    arXiv:2306.12059).
+    channel mean of l = 0 is removed first (``rms_norm_sh`` in the code of EquiformerV2,
+    Liao et al., arXiv:2306.12059).
 
     Args:
         lmax: Highest degree of the features.

@@ -1,4 +1,4 @@
-"""A potential on disk: a folder with model.yaml, weights.safetensors and the SHA-256 of the weights.
+"""A potential on disk: a folder with model.yaml, which holds the SHA-256 of weights.safetensors.
 
 Nothing that is loaded executes code: the YAML is read with the safe loader, the class must be one
 of the models of this package, and the weights are plain tensors.
