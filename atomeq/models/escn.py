@@ -28,7 +28,7 @@ from atomeq.nn.radial import BesselBasis, PolynomialEnvelope
 from atomeq.nn.so3 import Gate, SO2Convolution, SO3Linear
 from atomeq.ops.so2 import rotate_from_edge, rotate_to_edge
 from atomeq.ops.wigner import EdgeFrame, m_primary_order
-from atomeq.typing import EdgeFeatures, NodeFeatures, PropertyKey
+from atomeq.typing import NodeFeatures, PropertyKey
 
 
 class ESCN(AtomisticModel):
@@ -182,10 +182,7 @@ class ESCNMessage(nn.Module):
         self, x: NodeFeatures, frame: EdgeFrame, edge_scalars: Tensor, envelope: Tensor
     ) -> NodeFeatures:
         """Return the sum of messages on each atom, (n_atoms, n_sph, C)."""
-        message: EdgeFeatures = torch.cat(
-            [rotate_to_edge(x, frame, side="source"), rotate_to_edge(x, frame, side="target")],
-            dim=2,
-        )  # (n_edges, n_rows, 2C)
+        message = rotate_to_edge(x, frame, side="both")  # (n_edges, n_rows, 2C)
         message, gates = self.first(message, self.radial(edge_scalars))  # (n_edges, n_rows, H)
         message, _ = self.second(self.gate(message, gates))  # (n_edges, n_rows, C)
         return rotate_from_edge(message, frame, envelope=envelope)  # (n_atoms, n_sph, C)

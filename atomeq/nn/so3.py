@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from atomeq.ops.so2 import so2_linear
+from atomeq.ops.so2 import so2_linear_with_scalars
 
 
 class SO3Linear(nn.Module):
@@ -65,14 +65,14 @@ class SO2Convolution(nn.Module):
         self.lmax = lmax
         self.mmax = mmax
         self.in_channels = in_channels
+        self.extra_scalars = extra_scalars
         weights = []
         for m in range(mmax + 1):
             n_in, n_out = (lmax + 1 - m) * in_channels, (lmax + 1 - m) * out_channels
-            shape = (n_out, n_in) if m == 0 else (2, n_out, n_in)
+            shape = (extra_scalars + n_out, n_in) if m == 0 else (2, n_out, n_in)
             fan_in = n_in if m == 0 else 2 * n_in  # the real and imaginary parts both feed a row
             weights.append(nn.Parameter(torch.randn(shape) / math.sqrt(fan_in)))
         self.weights = nn.ParameterList(weights)
-        self.scalars = nn.Linear((lmax + 1) * in_channels, extra_scalars) if extra_scalars else None
 
     @property
     def n_radial_weights(self) -> int:
@@ -80,7 +80,7 @@ class SO2Convolution(nn.Module):
         pairs = sum(self.lmax + 1 - m for m in range(self.mmax + 1))
         return pairs * self.in_channels
 
-    def forward(self, x: Tensor, radial: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor, radial: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Map features in the edge frame.
 
         Args:
@@ -89,15 +89,16 @@ class SO2Convolution(nn.Module):
 
         Returns:
             Features (n_edges, n_rows, out_channels), and the extra scalars
-            (n_edges, extra_scalars) or None where there are none.
+            (n_edges, extra_scalars).
         """
-        y = so2_linear(x, list(self.weights), lmax=self.lmax, mmax=self.mmax, scale=radial)
-        if self.scalars is None:
-            return y, None
-        invariants = x[:, : self.lmax + 1].flatten(1)
-        if radial is not None:
-            invariants = invariants * radial[:, : invariants.shape[1]]
-        return y, self.scalars(invariants)
+        return so2_linear_with_scalars(
+            x,
+            list(self.weights),
+            lmax=self.lmax,
+            mmax=self.mmax,
+            scale=radial,
+            n_scalars=self.extra_scalars,
+        )
 
 
 class Gate(nn.Module):
