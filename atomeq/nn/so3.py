@@ -29,9 +29,11 @@ class SO3Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x`` (n_atoms, n_sph, in_channels) to (n_atoms, n_sph, out_channels)."""
+        # split, not slices: the backward of a slice fills a tensor of zeros, that of split is a cat
+        degrees = x.split([2 * l + 1 for l in range(self.lmax + 1)], dim=1)
         blocks = [
-            x[:, l * l : (l + 1) ** 2] @ self.weight[l].transpose(0, 1)
-            for l in range(self.lmax + 1)
+            block @ weight.transpose(0, 1)
+            for block, weight in zip(degrees, self.weight.unbind(0), strict=True)
         ]
         blocks[0] = blocks[0] + self.bias
         return torch.cat(blocks, dim=1)
@@ -126,8 +128,9 @@ class Gate(nn.Module):
         Returns:
             (n, n_rows, channels).
         """
-        scalars = nn.functional.silu(x[:, : self.n_scalar_rows])
+        scalars, higher = x.split([self.n_scalar_rows, x.shape[1] - self.n_scalar_rows], dim=1)
+        scalars = nn.functional.silu(scalars)
         if gates is None:
             return scalars
         gates = torch.sigmoid(gates).view(len(x), self.lmax, x.shape[2])
-        return torch.cat([scalars, x[:, self.n_scalar_rows :] * gates[:, self.gate_of_row]], dim=1)
+        return torch.cat([scalars, higher * gates[:, self.gate_of_row]], dim=1)
