@@ -161,25 +161,22 @@ def so2_linear_with_scalars(
     """
     n_edges, _, c_in = x.shape
     c_out = _output_channels(x, weights, lmax, mmax, n_scalars)
-    blocks: list[Tensor] = []
-    scalars = x.new_empty(n_edges, 0)
-    row = column = 0
-    for m in range(mmax + 1):
-        n = lmax - m + 1
-        parts = 1 if m == 0 else 2
-        block = x[:, row : row + parts * n].reshape(n_edges, parts, n * c_in)
-        if scale is not None:
-            block = block * scale[:, None, column : column + n * c_in]
-        flat = block.flatten(1)
-        if m == 0:
-            mixed = torch.nn.functional.linear(flat, weights[0], bias)
-            scalars = mixed[:, : mixed.shape[1] - n * c_out]
-            mixed = mixed[:, mixed.shape[1] - n * c_out :]
-        else:
-            mixed = flat @ _complex_matrix(weights[m]).T
-        blocks.append(mixed.reshape(n_edges, parts * n, c_out))
-        row, column = row + parts * n, column + n * c_in
-    return torch.cat(blocks, dim=1), scalars
+    # One split: its gradient is one concatenation, where slices would each fill a zero tensor.
+    sizes = [(lmax - m + 1) * min(m + 1, 2) for m in range(mmax + 1)]
+    rows = [part.reshape(n_edges, -1) for part in x.split(sizes, dim=1)]
+    if scale is not None:
+        factors = scale.split([(lmax - m + 1) * c_in for m in range(mmax + 1)], dim=1)
+        rows = [_scaled(part, factor) for part, factor in zip(rows, factors, strict=True)]
+    mixed = [torch.nn.functional.linear(rows[0], weights[0], bias)]
+    mixed += [flat @ _complex_matrix(w).T for flat, w in zip(rows[1:], weights[1:], strict=True)]
+    n_extra = mixed[0].shape[1] - sizes[0] * c_out
+    scalars, mixed[0] = mixed[0].split([n_extra, sizes[0] * c_out], dim=1)
+    return torch.cat(mixed, dim=1).unflatten(1, (sum(sizes), c_out)), scalars
+
+
+def _scaled(rows: Tensor, factor: Tensor) -> Tensor:
+    """Multiply +m and -m, side by side in a row, by the same factors."""
+    return (rows.unflatten(1, (-1, factor.shape[1])) * factor.unsqueeze(1)).flatten(1)
 
 
 def _complex_matrix(weight: Tensor) -> Tensor:
