@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from atomeq.ops.wigner import block_diagonal, m_primary_order, wigner_matrices
 
 from atomeq.nn.norms import EquivariantRMSNorm
 from atomeq.nn.so3 import Gate, SO2Convolution, SO3Linear
+from atomeq.ops.wigner import block_diagonal, m_primary_order, wigner_matrices
 
 LMAX, CHANNELS = 3, 8
 EXACT = 1e-12
