@@ -167,7 +167,7 @@ def so2_linear_with_scalars(
     c_out = _output_channels(x, weights, lmax, mmax, n_scalars)
     # One split: its gradient is one concatenation, where slices would each fill a zero tensor.
     sizes = [(lmax - m + 1) * min(m + 1, 2) for m in range(mmax + 1)]
-    rows = [part.reshape(n_edges, -1) for part in x.split(sizes, dim=1)]
+    rows = [part.flatten(1) for part in x.split(sizes, dim=1)]
     if scale is not None:
         factors = scale.split([(lmax - m + 1) * c_in for m in range(mmax + 1)], dim=1)
         rows = [_scaled(part, factor) for part, factor in zip(rows, factors, strict=True)]
