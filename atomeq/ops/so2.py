@@ -163,8 +163,7 @@ def so2_linear_with_scalars(
     Raises:
         ValueError: If the shapes do not fit together.
     """
-    n_edges, _, c_in = x.shape
-    c_out = _output_channels(x, weights, lmax, mmax, n_scalars)
+    c_out, c_in = _output_channels(x, weights, lmax, mmax, n_scalars), x.shape[2]
     # One split: its gradient is one concatenation, where slices would each fill a zero tensor.
     sizes = [(lmax - m + 1) * min(m + 1, 2) for m in range(mmax + 1)]
     rows = [part.flatten(1) for part in x.split(sizes, dim=1)]
