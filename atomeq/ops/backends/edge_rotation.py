@@ -1,0 +1,175 @@
+"""Rotation into and out of the edge frames in plain torch, with the torque identity as gradient.
+
+The stack between the two rotations is equivariant to rotations about the edge, so the energy
+depends on the direction of an edge only through the torque its features feel. With X_k the
+generators of so(3), h the cotangent of a feature x in the lab frame and v the edge vector,
+
+    tau_k = -<h, X_k x>  (into the frame),   tau_k = +<h, X_k x>  (out of it),
+    dE/dv = (tau x v) / |v|^2.
+
+The Wigner matrices thus need no gradient: the roll of the frame is free, no 1/sin(beta) appears
+and three numbers per edge replace the gradient of a matrix. Each backward pass below is made of
+the same functions and plain torch, so it can be differentiated any number of times.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from atomeq.ops.tables import constant_table, table_like
+from atomeq.ops.wigner import generators
+
+
+def gather_rotate(
+    x: Tensor, vectors: Tensor, wigner: Tensor, lmax: int, indices: tuple[Tensor, ...]
+) -> Tensor:
+    """Gather atoms by each index, join them along channels and rotate them into the edge frames."""
+    return _GatherRotate.apply(x, vectors, wigner, lmax, *indices)  # type: ignore[no-any-return]
+
+
+def rotate_scatter(
+    y: Tensor,
+    vectors: Tensor,
+    envelope: Tensor | None,
+    wigner: Tensor,
+    lmax: int,
+    target: Tensor,
+    n_atoms: int,
+) -> Tensor:
+    """Rotate edge features back to the lab frame, scale them and sum them on the target atoms."""
+    return _RotateScatter.apply(y, vectors, envelope, wigner, lmax, target, n_atoms)  # type: ignore[no-any-return]
+
+
+def rotate_back(y: Tensor, vectors: Tensor, wigner: Tensor, lmax: int) -> Tensor:
+    """Rotate edge features back to the lab frame, one result per edge."""
+    return _RotateEdges.apply(y, vectors, wigner, lmax, True)  # type: ignore[no-any-return]
+
+
+class _RotateEdges(Function):
+    """``W x`` into the frame, or ``W^T x`` back to the lab, for features that live on edges."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, vectors: Tensor, wigner: Tensor, lmax: int, back: bool
+    ) -> Tensor:
+        rotated = torch.bmm(wigner.mT if back else wigner, x)
+        ctx.lmax, ctx.back = lmax, back
+        ctx.save_for_backward(rotated if back else x, vectors, wigner)  # the one in the lab frame
+        return rotated
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        lab, vectors, wigner = ctx.saved_tensors
+        grad_x = grad_vectors = None
+        if ctx.back:
+            if ctx.needs_input_grad[0]:
+                grad_x = _RotateEdges.apply(grad, vectors, wigner, ctx.lmax, False)
+            if ctx.needs_input_grad[1]:
+                grad_vectors = _turn(_torque(grad, lab, ctx.lmax), vectors)
+        elif any(ctx.needs_input_grad[:2]):
+            grad_x = rotate_back(grad, vectors, wigner, ctx.lmax)
+            if ctx.needs_input_grad[1]:
+                grad_vectors = _turn(_torque(lab, grad_x, ctx.lmax), vectors)
+        return grad_x, grad_vectors, None, None, None
+
+
+class _GatherRotate(Function):
+    """The same with the gather inside: only the atoms' features are kept for the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, vectors: Tensor, wigner: Tensor, lmax: int, *indices: Tensor
+    ) -> Tensor:
+        ctx.lmax = lmax
+        ctx.save_for_backward(x, vectors, wigner, *indices)
+        return torch.bmm(wigner, _gather(x, indices))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        x, vectors, wigner, *indices = ctx.saved_tensors
+        lab_grad = rotate_back(grad, vectors, wigner, ctx.lmax)  # (n_edges, n_sph, channels)
+        grad_x = grad_vectors = None
+        if ctx.needs_input_grad[0]:
+            grad_x = _scatter(lab_grad, indices, x.shape[0])
+        if ctx.needs_input_grad[1]:
+            # <x, X h> = -<h, X x>: the generators are antisymmetric.
+            grad_vectors = _turn(_torque(_gather(x, indices), lab_grad, ctx.lmax), vectors)
+        return grad_x, grad_vectors, None, None, *(None for _ in indices)
+
+
+class _RotateScatter(Function):
+    """The way back with envelope and sum inside: no lab-frame feature of an edge is kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y: Tensor,
+        vectors: Tensor,
+        envelope: Tensor | None,
+        wigner: Tensor,
+        lmax: int,
+        target: Tensor,
+        n_atoms: int,
+    ) -> Tensor:
+        ctx.lmax = lmax
+        ctx.save_for_backward(y, vectors, envelope, wigner, target)
+        lab = torch.bmm(wigner.mT, y)
+        if envelope is not None:
+            lab.mul_(envelope[:, None, None])
+        return _scatter(lab, (target,), n_atoms)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        y, vectors, envelope, wigner, target = ctx.saved_tensors
+        grad_y = grad_vectors = grad_envelope = None
+        if ctx.needs_input_grad[0] or ctx.needs_input_grad[2]:
+            grad_y = gather_rotate(grad, vectors, wigner, ctx.lmax, (target,))
+        if ctx.needs_input_grad[1]:
+            lab = rotate_back(y, vectors, wigner, ctx.lmax)
+            torque = _torque(grad.index_select(0, target), lab, ctx.lmax)
+            if envelope is not None:
+                torque = torque * envelope[:, None]
+            grad_vectors = _turn(torque, vectors)
+        if envelope is not None and grad_y is not None:
+            if ctx.needs_input_grad[2]:
+                grad_envelope = torch.linalg.vecdot(grad_y.flatten(1), y.flatten(1))
+            grad_y = grad_y * envelope[:, None, None]
+        return grad_y, grad_vectors, grad_envelope, None, None, None, None
+
+
+def _gather(x: Tensor, indices: tuple[Tensor, ...] | list[Tensor]) -> Tensor:
+    parts = [x.index_select(0, index) for index in indices]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+
+def _scatter(x: Tensor, indices: tuple[Tensor, ...] | list[Tensor], n_atoms: int) -> Tensor:
+    channels = x.shape[-1] // len(indices)
+    total = x.new_zeros(n_atoms, x.shape[1], channels)
+    for index, part in zip(indices, x.split(channels, dim=-1), strict=True):
+        total = total.index_add(0, index, part)
+    return total
+
+
+def _torque(h: Tensor, x: Tensor, lmax: int) -> Tensor:
+    """Return <h, X_k x> for the three generators, (n_edges, 3).
+
+    The outer products over channels come first: their size does not grow with the channels, and
+    two matrix products are all there is to differentiate again.
+    """
+    outer = torch.bmm(h, x.mT)  # (n_edges, n_sph, n_sph)
+    return outer.flatten(1) @ table_like(_flat_generators, lmax, like=x)
+
+
+def _turn(torque: Tensor, vectors: Tensor) -> Tensor:
+    """Return the derivative with respect to the edge vector: only its direction feels a torque."""
+    return torch.linalg.cross(torque, vectors) / vectors.square().sum(-1, keepdim=True)
+
+
+@constant_table
+def _flat_generators(lmax: int) -> Tensor:
+    return generators(lmax).flatten(1).T.contiguous()

@@ -1,0 +1,227 @@
+"""The SO(2) form of an equivariant convolution (eSCN): rotate to the edge, mix, rotate back.
+
+In the frame where an edge points to +y the only symmetry left is the rotation about y, under which
+coefficients (l, +m) and (l, -m) turn into each other like the real and imaginary part of a complex
+number, whatever l is. A linear map that respects it mixes degrees and channels freely within one
+order m: O(lmax^3) work instead of the O(lmax^6) of the full tensor product (Passaro and Zitnick,
+2023, arXiv:2302.03655).
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from atomeq.ops.backends.edge_rotation import gather_rotate, rotate_back, rotate_scatter
+from atomeq.ops.wigner import EdgeFrame
+from atomeq.typing import NodeFeatures
+
+Side = Literal["source", "target", "both"]
+RowFeatures = Float[Tensor, "n_edges n_rows channels"]
+
+
+def rotate_to_edge(
+    x: NodeFeatures, frame: EdgeFrame, *, side: Side = "source"
+) -> Float[Tensor, "n_edges n_rows channels"]:
+    """Gather the features of an atom of each edge and rotate them into the edge's frame.
+
+    Differentiable any number of times in ``x`` and ``frame.vectors``; the latter through the
+    torque identity, exact for anything equivariant about the edge that follows.
+
+    Args:
+        x: Features of the atoms, (n_atoms, n_sph, channels).
+        frame: Frames of the edges.
+        side: Which atom: ``source`` (neighbour), ``target`` (centre), or ``both``, source first,
+            joined along the channels.
+
+    Returns:
+        Rows in m-primary order, (n_edges, n_rows, channels), or 2 * channels for ``both``.
+
+    Raises:
+        ValueError: If the features do not belong to the frame's degree or atoms, or side is
+            unknown.
+        TypeError: If the dtypes differ.
+    """
+    _check_features(x, frame, (frame.n_atoms, (frame.lmax + 1) ** 2), "atoms")
+    sides = {
+        "source": (frame.source,),
+        "target": (frame.target,),
+        "both": (frame.source, frame.target),
+    }
+    if side not in sides:
+        raise ValueError(f"side {side!r} is unknown; choose source, target or both")
+    return gather_rotate(x, frame.vectors, frame.wigner, frame.lmax, sides[side])
+
+
+def rotate_from_edge(
+    y: RowFeatures,
+    frame: EdgeFrame,
+    *,
+    envelope: Float[Tensor, " n_edges"] | None = None,
+    reduce: Literal["sum", "none"] = "sum",
+) -> Float[Tensor, "n_out n_sph channels"]:
+    """Rotate edge features back to the lab frame and sum them on the target atoms.
+
+    Args:
+        y: Rows in m-primary order, (n_edges, n_rows, channels).
+        frame: Frames of the edges.
+        envelope: Factor of each edge, (n_edges,).
+        reduce: ``sum`` over the edges of each target, or ``none``.
+
+    Returns:
+        (n_atoms, n_sph, channels), or (n_edges, n_sph, channels) without the sum. Atoms without
+        edges get zeros.
+
+    Raises:
+        ValueError: If the shapes do not belong to the frame or reduce is unknown.
+        TypeError: If the dtypes differ.
+    """
+    _check_features(y, frame, frame.wigner.shape[:2], "edges")
+    if envelope is not None and envelope.shape != (frame.n_edges,):
+        raise ValueError(f"envelope is {tuple(envelope.shape)}; expected ({frame.n_edges},)")
+    if reduce == "sum":
+        return rotate_scatter(
+            y, frame.vectors, envelope, frame.wigner, frame.lmax, frame.target, frame.n_atoms
+        )
+    if reduce != "none":
+        raise ValueError(f"reduce {reduce!r} is unknown; choose sum or none")
+    lab = rotate_back(y, frame.vectors, frame.wigner, frame.lmax)
+    return lab if envelope is None else lab * envelope[:, None, None]
+
+
+def so2_linear(
+    x: RowFeatures,
+    weights: Sequence[Tensor],
+    *,
+    lmax: int,
+    mmax: int,
+    bias: Float[Tensor, " features"] | None = None,
+    scale: Float[Tensor, "n_edges scales"] | None = None,
+) -> Float[Tensor, "n_edges n_rows channels"]:
+    """Apply the linear map that commutes with rotations about the edge.
+
+    With n = lmax - m + 1 degrees of order m, flattened with the channel running fastest,
+
+        m = 0:  y_0 = W_0 x_0 + bias,
+        m > 0:  y_+ = W_1 x_+ - W_2 x_-,   y_- = W_2 x_+ + W_1 x_-.
+
+    Args:
+        x: Rows in m-primary order, (n_edges, n_rows, c_in).
+        weights: One per order: (n * c_out, n * c_in) for m = 0 and (2, n * c_out, n * c_in),
+            W_1 and W_2, for m > 0. See :func:`so2_linear_with_scalars` for a taller W_0.
+        lmax: Highest degree.
+        mmax: Highest order.
+        bias: Added to the m = 0 outputs, which are invariant about the edge,
+            ((lmax + 1) * c_out,).
+        scale: Factors of the inputs, usually from the edge length, (n_edges, sum over m of
+            n * c_in), m ascending; +m and -m share theirs.
+
+    Returns:
+        (n_edges, n_rows, c_out).
+
+    Raises:
+        ValueError: If the shapes do not fit together.
+    """
+    y, scalars = so2_linear_with_scalars(x, weights, lmax=lmax, mmax=mmax, bias=bias, scale=scale)
+    if scalars.shape[1]:
+        raise ValueError(
+            f"weights[0] has {scalars.shape[1]} rows too many; so2_linear_with_scalars returns them"
+        )
+    return y
+
+
+def so2_linear_with_scalars(
+    x: RowFeatures,
+    weights: Sequence[Tensor],
+    *,
+    lmax: int,
+    mmax: int,
+    bias: Float[Tensor, " features"] | None = None,
+    scale: Float[Tensor, "n_edges scales"] | None = None,
+    n_scalars: int | None = None,
+) -> tuple[Float[Tensor, "n_edges n_rows channels"], Float[Tensor, "n_edges n_scalars"]]:
+    """Apply :func:`so2_linear` with extra invariant outputs, for gates and attention logits.
+
+    Args:
+        x: As in :func:`so2_linear`.
+        weights: As in :func:`so2_linear`, but W_0 has n_scalars rows more, at its top.
+        lmax: Highest degree.
+        mmax: Highest order.
+        bias: Added to the m = 0 outputs, (n_scalars + (lmax + 1) * c_out,).
+        scale: As in :func:`so2_linear`.
+        n_scalars: Number of extra outputs; found from the weights of m = 1 where mmax > 0.
+
+    Returns:
+        The rows (n_edges, n_rows, c_out) and the scalars (n_edges, n_scalars).
+
+    Raises:
+        ValueError: If the shapes do not fit together.
+    """
+    n_edges, _, c_in = x.shape
+    c_out = _output_channels(x, weights, lmax, mmax, n_scalars)
+    blocks: list[Tensor] = []
+    scalars = x.new_empty(n_edges, 0)
+    row = column = 0
+    for m in range(mmax + 1):
+        n = lmax - m + 1
+        parts = 1 if m == 0 else 2
+        block = x[:, row : row + parts * n].reshape(n_edges, parts, n * c_in)
+        if scale is not None:
+            block = block * scale[:, None, column : column + n * c_in]
+        flat = block.flatten(1)
+        if m == 0:
+            mixed = torch.nn.functional.linear(flat, weights[0], bias)
+            scalars = mixed[:, : mixed.shape[1] - n * c_out]
+            mixed = mixed[:, mixed.shape[1] - n * c_out :]
+        else:
+            mixed = flat @ _complex_matrix(weights[m]).T
+        blocks.append(mixed.reshape(n_edges, parts * n, c_out))
+        row, column = row + parts * n, column + n * c_in
+    return torch.cat(blocks, dim=1), scalars
+
+
+def _complex_matrix(weight: Tensor) -> Tensor:
+    """Return [[W_1, -W_2], [W_2, W_1]]: one matrix product instead of four and two sums."""
+    real, imaginary = weight.unbind(0)
+    return torch.cat(
+        (torch.cat((real, -imaginary), dim=1), torch.cat((imaginary, real), dim=1)), dim=0
+    )
+
+
+def _output_channels(
+    x: Tensor, weights: Sequence[Tensor], lmax: int, mmax: int, n_scalars: int | None
+) -> int:
+    """Return c_out after checking every weight's shape against the input."""
+    n_rows = sum((lmax - m + 1) * (1 if m == 0 else 2) for m in range(mmax + 1))
+    if not 0 <= mmax <= lmax or x.ndim != 3 or x.shape[1] != n_rows:
+        raise ValueError(f"x is {tuple(x.shape)}; lmax={lmax}, mmax={mmax} need {n_rows} rows")
+    if len(weights) != mmax + 1:
+        raise ValueError(f"{len(weights)} weights given; mmax={mmax} needs one per order m")
+    c_in = x.shape[2]
+    if mmax > 0 and weights[1].ndim == 3:
+        c_out = weights[1].shape[1] // lmax
+    else:
+        c_out = (weights[0].shape[0] - (n_scalars or 0)) // (lmax + 1)
+    if n_scalars is None:
+        n_scalars = max(weights[0].shape[0] - (lmax + 1) * c_out, 0)
+    shapes = [tuple(weight.shape) for weight in weights]
+    expected = [(n_scalars + (lmax + 1) * c_out, (lmax + 1) * c_in)] + [
+        (2, (lmax - m + 1) * c_out, (lmax - m + 1) * c_in) for m in range(1, mmax + 1)
+    ]
+    if shapes != expected:
+        raise ValueError(f"weights are {shapes}; expected {expected} ({n_scalars} scalars)")
+    return c_out
+
+
+def _check_features(x: Tensor, frame: EdgeFrame, shape: Sequence[int], where: str) -> None:
+    if x.ndim != 3 or x.shape[:2] != tuple(shape):
+        raise ValueError(
+            f"features of {where} are {tuple(x.shape)}; this frame (lmax={frame.lmax}, "
+            f"mmax={frame.mmax}) needs ({shape[0]}, {shape[1]}, channels)"
+        )
+    if x.dtype != frame.wigner.dtype:
+        raise TypeError(
+            f"features are {x.dtype} but the edge vectors {frame.wigner.dtype}; cast one of them"
+        )
