@@ -89,6 +89,10 @@ class TrainingCLI(LightningCLI):
             }
         )
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse what was given, whatever the process itself was called with."""
+        self.config = parser.parse_args(args)
+
     def instantiate_classes(self) -> None:
         """Make data, task and trainer."""
         self.config_init = self.parser.instantiate(self.config)
@@ -129,9 +133,10 @@ def main(argv: Sequence[str]) -> None:
         ValueError: Data, labels or checkpoints that cannot be used.
     """
     logging.getLogger("atomeq").setLevel(logging.INFO)
-    _quiet_lightning()
     try:
-        TrainingCLI(list(argv))
+        with warnings.catch_warnings():
+            _quiet_lightning()
+            TrainingCLI(list(argv))
     except MisconfigurationException as error:
         raise ValueError(str(error)) from error
 
@@ -143,6 +148,7 @@ def _quiet_lightning() -> None:
         ".*GPU available but not used.*",
         ".*The number of training batches.*is smaller than the logging interval.*",
         ".*Checkpoint directory .* exists and is not empty.*",  # a continued run
+        ".*isinstance.treespec, LeafSpec.*",  # Lightning's own use of PyTorch
     ):
         warnings.filterwarnings("ignore", message=message)
 
