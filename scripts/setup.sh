@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes .venv and installs atomeq into it: bash scripts/setup.sh [run|test|dev]
 # The other scripts call it first. A stamp in .venv remembers what was installed, so that a second
-# run installs nothing; it is void as soon as pyproject.toml, this file or the folder's place changes.
+# run installs nothing; it is void as soon as pyproject.toml or this file changes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -51,7 +51,11 @@ case "$wanted" in
 esac
 
 venv_python=.venv/bin/python
-key=$({ pwd -P && cat pyproject.toml scripts/setup.sh; } | cksum)
+key=$(cat pyproject.toml scripts/setup.sh | cksum)
+if [ -f .venv/made-in ] && [ "$(cat .venv/made-in)" != "$(pwd -P)" ]; then
+  echo "setup: this folder was moved or copied, and .venv holds its old path: making it anew"
+  rm -rf .venv
+fi
 for level in $enough; do
   if [ "$(cat ".venv/installed-$level" 2>/dev/null)" = "$key" ]; then
     exit 0
@@ -59,7 +63,11 @@ for level in $enough; do
 done
 
 echo "setup: installing atomeq into .venv (once; a few minutes, most of them torch's download)"
-"$venv_python" -c "" 2>/dev/null || "$(find_python)" -m venv --clear .venv
+if ! "$venv_python" -c "" 2>/dev/null; then
+  python=$(find_python)
+  "$python" -m venv --clear .venv
+  pwd -P >.venv/made-in
+fi
 pip_install --quiet --upgrade "pip>=25.1" # the first one that knows --group
 install_torch
 pip_install --quiet --editable . ${groups[@]+"${groups[@]}"}

@@ -10,6 +10,7 @@ import torch
 from ase import Atoms
 from ase.build import add_adsorbate, bulk, fcc111, molecule
 from ase.constraints import FixAtoms
+from structures import rattled_molecule
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -32,7 +33,7 @@ def one_thread() -> None:
 @pytest.fixture(autouse=True)
 def seeded() -> Iterator[None]:
     """Weights are the same whichever tests ran before; the global state is put back."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         yield
 
@@ -67,17 +68,10 @@ def slab() -> Atoms:
 
 
 @pytest.fixture
-def ethanol() -> Atoms:
-    """A molecule without cell or symmetry."""
-    atoms = molecule("CH3CH2OH")
-    atoms.rattle(stdev=0.03, seed=0)
-    return atoms
-
-
-@pytest.fixture
-def molecules(ethanol: Atoms) -> list[Atoms]:
+def molecules() -> list[Atoms]:
     """Molecules of different sizes, shapes and elements; H2 is linear, NH3 and CH4 symmetric."""
-    return [ethanol, *(molecule(name) for name in ("H2O", "NH3", "CH4", "C6H6", "H2", "CH3OH"))]
+    names = ("H2O", "NH3", "CH4", "C6H6", "H2", "CH3OH")
+    return [rattled_molecule(), *(molecule(name) for name in names)]
 
 
 @pytest.fixture

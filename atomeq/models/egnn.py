@@ -94,11 +94,12 @@ class EGNNLayer(nn.Module):
         super().__init__()
         self.message = MLP((2 * channels + n_invariants, channels, channels), final_activation=True)
         self.attention = nn.Linear(channels, 1) if attention else None
-        self.shift = MLP((channels, channels, 1))
+        final = nn.Linear(channels, 1)
+        self.shift = nn.Sequential(nn.Linear(channels, channels), nn.SiLU(), final)
         self.update = MLP((2 * channels, channels, channels))
         # As published: positions start to move by little, or deep stacks are unstable.
-        nn.init.xavier_uniform_(self.shift[-1].weight, gain=1e-3)
-        nn.init.zeros_(self.shift[-1].bias)
+        nn.init.xavier_uniform_(final.weight, gain=1e-3)
+        nn.init.zeros_(final.bias)
 
     def forward(
         self,

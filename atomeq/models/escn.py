@@ -9,10 +9,12 @@ This is our default form. It differs from the paper on purpose:
 * messages end in a polynomial envelope, so the energy is smooth at the cutoff;
 * the activation is a gate instead of a pointwise function on a sphere grid, so equivariance is
   exact and the random roll of the edge frame cannot be seen;
+* SO(2) maps have real weights, so mirror images have one energy (:class:`SO2Convolution`);
 * forces are the derivative of the energy; the derivative with respect to an edge's direction is a
   torque and no Wigner matrix is differentiated (see :mod:`atomeq.ops.so2`);
 * atoms are updated by residuals after a normalisation, as in EquiformerV2 (arXiv:2306.12059), and
-  the energy is a plain sum over atoms.
+  the energy is a plain sum over atoms;
+* atoms start from their neighbourhood (:class:`NeighborhoodEmbedding`), not from scalars alone.
 """
 
 import math
@@ -38,7 +40,7 @@ class ESCN(AtomisticModel):
         cutoff: Radius of the graph, Å.
         lmax: Highest degree of the atom features.
         mmax: Highest order kept in the edge frame, at most ``lmax``.
-        num_layers: Message-passing layers; atoms feel each other up to ``num_layers * cutoff``.
+        num_layers: Layers; atoms feel each other up to ``(num_layers + 1) * cutoff``.
         sphere_channels: Channels of the atom features.
         hidden_channels: Channels inside messages and atom updates.
         edge_channels: Width of the radial network and of the element embeddings in it.
@@ -80,15 +82,12 @@ class ESCN(AtomisticModel):
         self.target_embedding = nn.Embedding(num_elements, edge_channels)
         self.basis = BesselBasis(num_radial, cutoff)
         self.envelope = PolynomialEnvelope(cutoff)
+        n_edge_scalars = num_radial + 2 * edge_channels
+        self.neighborhood = NeighborhoodEmbedding(
+            lmax, sphere_channels, edge_channels, n_edge_scalars
+        )
         self.layers = nn.ModuleList(
-            ESCNLayer(
-                lmax,
-                mmax,
-                sphere_channels,
-                hidden_channels,
-                edge_channels,
-                num_radial + 2 * edge_channels,
-            )
+            ESCNLayer(lmax, mmax, sphere_channels, hidden_channels, edge_channels, n_edge_scalars)
             for _ in range(num_layers)
         )
         self.norm = EquivariantRMSNorm(lmax, sphere_channels)
@@ -115,11 +114,35 @@ class ESCN(AtomisticModel):
             dim=1,
         )  # (n_edges, num_radial + 2 edge_channels)
 
-        scalars = self.embedding(numbers)[:, None]  # (n_atoms, 1, C)
-        x = nn.functional.pad(scalars, (0, 0, 0, (self.lmax + 1) ** 2 - 1))  # (n_atoms, n_sph, C)
+        x = self.neighborhood(frame, edge_scalars, envelope)  # (n_atoms, n_sph, C)
+        x = torch.cat([x[:, :1] + self.embedding(numbers)[:, None], x[:, 1:]], dim=1)
         for layer in self.layers:
             x = layer(x, frame, edge_scalars, envelope)
         return {"energies": self.energy(self.norm(x)[:, 0])[:, 0]}
+
+
+class NeighborhoodEmbedding(nn.Module):
+    """The density of neighbours around each atom, expanded in spherical harmonics.
+
+    Where the only features are scalars a message is a radial function on the polar axis of its
+    edge, m = 0, so the first convolution costs far less than a layer. It is the edge-degree
+    embedding of EquiformerV2.
+    """
+
+    def __init__(
+        self, lmax: int, sphere_channels: int, edge_channels: int, n_edge_scalars: int
+    ) -> None:
+        super().__init__()
+        self.shape = (lmax + 1, sphere_channels)
+        self.radial = MLP(
+            (n_edge_scalars, edge_channels, edge_channels, (lmax + 1) * sphere_channels),
+            layer_norm=True,
+        )
+
+    def forward(self, frame: EdgeFrame, edge_scalars: Tensor, envelope: Tensor) -> NodeFeatures:
+        """Return (n_atoms, n_sph, C)."""
+        polar = self.radial(edge_scalars).view(frame.n_edges, *self.shape)
+        return rotate_from_edge(polar, frame.truncated(0), envelope=envelope)
 
 
 class ESCNLayer(nn.Module):

@@ -29,10 +29,11 @@ class EquivariantRMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise ``x`` (n_atoms, n_sph, channels); returns the same shape."""
-        scalars = x[:, :1]
-        x = torch.cat([scalars - scalars.mean(dim=2, keepdim=True), x[:, 1:]], dim=1)
+        scalars, higher = x.split([1, x.shape[1] - 1], dim=1)
+        scalars = scalars - scalars.mean(dim=2, keepdim=True)
+        x = torch.cat([scalars, higher], dim=1)
         rows_of_degree = (2 * self.degree_of_row + 1).to(x.dtype)
         mean_square = ((x * x).mean(dim=2) / rows_of_degree).sum(dim=1) / len(self.weight)
-        x = x * torch.rsqrt(mean_square + self.epsilon)[:, None, None]
-        x = x * self.weight[self.degree_of_row]
-        return torch.cat([x[:, :1] + self.bias, x[:, 1:]], dim=1)
+        scale = torch.rsqrt(mean_square + self.epsilon)[:, None, None]
+        bias = nn.functional.pad(self.bias[None], (0, 0, 0, x.shape[1] - 1))
+        return x * scale * self.weight[self.degree_of_row] + bias

@@ -29,20 +29,23 @@ class SO3Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x`` (n_atoms, n_sph, in_channels) to (n_atoms, n_sph, out_channels)."""
+        # split, not slices: the backward of a slice fills a tensor of zeros, that of split is a cat
+        degrees = x.split([2 * l + 1 for l in range(self.lmax + 1)], dim=1)
         blocks = [
-            x[:, l * l : (l + 1) ** 2] @ self.weight[l].transpose(0, 1)
-            for l in range(self.lmax + 1)
+            block @ weight.transpose(0, 1)
+            for block, weight in zip(degrees, self.weight.unbind(0), strict=True)
         ]
         blocks[0] = blocks[0] + self.bias
         return torch.cat(blocks, dim=1)
 
 
 class SO2Convolution(nn.Module):
-    """The linear map of eSCN in the edge frame: coefficients of ±m mix as complex numbers do.
+    """The linear map of eSCN in the edge frame: one matrix for each order m.
 
-    Rotations about the edge leave m = 0 alone and turn (+m, -m) as a pair, so the general
-    equivariant map is a matrix for m = 0 and a complex matrix for each m > 0 (Passaro & Zitnick
-    2023, arXiv:2302.03655, eq. 4). Rows are in m-primary order.
+    Rotations about the edge leave m = 0 alone and turn (+m, -m) as a pair, so the general map that
+    commutes with them is a real matrix for m = 0 and a complex one for each m > 0 (Passaro &
+    Zitnick 2023, arXiv:2302.03655). Reflections through the edge turn the sign of -m alone; what
+    commutes with them too is a real matrix for every m, our default. Rows are in m-primary order.
 
     Args:
         lmax: Highest degree of the features.
@@ -50,6 +53,8 @@ class SO2Convolution(nn.Module):
         in_channels: Channels in.
         out_channels: Channels out.
         extra_scalars: Further invariant outputs, read from m = 0 (gates, attention logits).
+        chiral: Let +m and -m mix, as published. The map then commutes with rotations alone, and a
+            molecule and its mirror image get different energies.
     """
 
     def __init__(
@@ -60,6 +65,7 @@ class SO2Convolution(nn.Module):
         out_channels: int,
         *,
         extra_scalars: int = 0,
+        chiral: bool = False,
     ) -> None:
         super().__init__()
         self.lmax = lmax
@@ -69,8 +75,12 @@ class SO2Convolution(nn.Module):
         weights = []
         for m in range(mmax + 1):
             n_in, n_out = (lmax + 1 - m) * in_channels, (lmax + 1 - m) * out_channels
-            shape = (extra_scalars + n_out, n_in) if m == 0 else (2, n_out, n_in)
-            fan_in = n_in if m == 0 else 2 * n_in  # the real and imaginary parts both feed a row
+            if m == 0:
+                shape, fan_in = (extra_scalars + n_out, n_in), n_in
+            elif chiral:
+                shape, fan_in = (2, n_out, n_in), 2 * n_in  # both parts feed each row
+            else:
+                shape, fan_in = (n_out, n_in), n_in
             weights.append(nn.Parameter(torch.randn(shape) / math.sqrt(fan_in)))
         self.weights = nn.ParameterList(weights)
 
@@ -126,8 +136,9 @@ class Gate(nn.Module):
         Returns:
             (n, n_rows, channels).
         """
-        scalars = nn.functional.silu(x[:, : self.n_scalar_rows])
+        scalars, higher = x.split([self.n_scalar_rows, x.shape[1] - self.n_scalar_rows], dim=1)
+        scalars = nn.functional.silu(scalars)
         if gates is None:
             return scalars
         gates = torch.sigmoid(gates).view(len(x), self.lmax, x.shape[2])
-        return torch.cat([scalars, x[:, self.n_scalar_rows :] * gates[:, self.gate_of_row]], dim=1)
+        return torch.cat([scalars, higher * gates[:, self.gate_of_row]], dim=1)

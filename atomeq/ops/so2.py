@@ -107,10 +107,14 @@ def so2_linear(
         m = 0:  y_0 = W_0 x_0 + bias,
         m > 0:  y_+ = W_1 x_+ - W_2 x_-,   y_- = W_2 x_+ + W_1 x_-.
 
+    W_2 commutes with rotations alone: a reflection through the edge turns the sign of x_-. Weights
+    without W_2 make the map commute with reflections too.
+
     Args:
         x: Rows in m-primary order, (n_edges, n_rows, c_in).
-        weights: One per order: (n * c_out, n * c_in) for m = 0 and (2, n * c_out, n * c_in),
-            W_1 and W_2, for m > 0. See :func:`so2_linear_with_scalars` for a taller W_0.
+        weights: One per order: (n * c_out, n * c_in) for m = 0; for m > 0 likewise, W_1 alone, or
+            (2, n * c_out, n * c_in), W_1 and W_2. See :func:`so2_linear_with_scalars` for a
+            taller W_0.
         lmax: Highest degree.
         mmax: Highest order.
         bias: Added to the m = 0 outputs, which are invariant about the edge,
@@ -159,35 +163,35 @@ def so2_linear_with_scalars(
     Raises:
         ValueError: If the shapes do not fit together.
     """
-    n_edges, _, c_in = x.shape
-    c_out = _output_channels(x, weights, lmax, mmax, n_scalars)
-    blocks: list[Tensor] = []
-    scalars = x.new_empty(n_edges, 0)
-    row = column = 0
-    for m in range(mmax + 1):
-        n = lmax - m + 1
-        parts = 1 if m == 0 else 2
-        block = x[:, row : row + parts * n].reshape(n_edges, parts, n * c_in)
-        if scale is not None:
-            block = block * scale[:, None, column : column + n * c_in]
-        flat = block.flatten(1)
-        if m == 0:
-            mixed = torch.nn.functional.linear(flat, weights[0], bias)
-            scalars = mixed[:, : mixed.shape[1] - n * c_out]
-            mixed = mixed[:, mixed.shape[1] - n * c_out :]
-        else:
-            mixed = flat @ _complex_matrix(weights[m]).T
-        blocks.append(mixed.reshape(n_edges, parts * n, c_out))
-        row, column = row + parts * n, column + n * c_in
-    return torch.cat(blocks, dim=1), scalars
+    c_out, c_in = _output_channels(x, weights, lmax, mmax, n_scalars), x.shape[2]
+    # One split: its gradient is one concatenation, where slices would each fill a zero tensor.
+    sizes = [(lmax - m + 1) * min(m + 1, 2) for m in range(mmax + 1)]
+    rows = [part.flatten(1) for part in x.split(sizes, dim=1)]
+    if scale is not None:
+        factors = scale.split([(lmax - m + 1) * c_in for m in range(mmax + 1)], dim=1)
+        rows = [_scaled(part, factor) for part, factor in zip(rows, factors, strict=True)]
+    mixed = [torch.nn.functional.linear(rows[0], weights[0], bias)]
+    mixed += [_mix_pair(pair, w) for pair, w in zip(rows[1:], weights[1:], strict=True)]
+    n_extra = mixed[0].shape[1] - sizes[0] * c_out
+    scalars, mixed[0] = mixed[0].split([n_extra, sizes[0] * c_out], dim=1)
+    return torch.cat(mixed, dim=1).unflatten(1, (sum(sizes), c_out)), scalars
 
 
-def _complex_matrix(weight: Tensor) -> Tensor:
-    """Return [[W_1, -W_2], [W_2, W_1]]: one matrix product instead of four and two sums."""
+def _scaled(rows: Tensor, factor: Tensor) -> Tensor:
+    """Multiply +m and -m, side by side in a row, by the same factors."""
+    return (rows.unflatten(1, (-1, factor.shape[1])) * factor.unsqueeze(1)).flatten(1)
+
+
+def _mix_pair(pair: Tensor, weight: Tensor) -> Tensor:
+    """Multiply +m and -m, side by side in a row, by a real or by a complex matrix."""
+    if weight.ndim == 2:
+        return (pair.unflatten(1, (2, -1)) @ weight.T).flatten(1)
     real, imaginary = weight.unbind(0)
-    return torch.cat(
+    # [[W_1, -W_2], [W_2, W_1]]: one matrix product instead of four and two sums
+    matrix = torch.cat(
         (torch.cat((real, -imaginary), dim=1), torch.cat((imaginary, real), dim=1)), dim=0
     )
+    return pair @ matrix.T
 
 
 def _output_channels(
@@ -200,8 +204,8 @@ def _output_channels(
     if len(weights) != mmax + 1:
         raise ValueError(f"{len(weights)} weights given; mmax={mmax} needs one per order m")
     c_in = x.shape[2]
-    if mmax > 0 and weights[1].ndim == 3:
-        c_out = weights[1].shape[1] // lmax
+    if mmax > 0 and weights[1].ndim >= 2:
+        c_out = weights[1].shape[-2] // lmax
     else:
         c_out = (weights[0].shape[0] - (n_scalars or 0)) // (lmax + 1)
     if n_scalars is None:
@@ -210,7 +214,8 @@ def _output_channels(
     expected = [(n_scalars + (lmax + 1) * c_out, (lmax + 1) * c_in)] + [
         (2, (lmax - m + 1) * c_out, (lmax - m + 1) * c_in) for m in range(1, mmax + 1)
     ]
-    if shapes != expected:
+    real = [expected[0]] + [shape[1:] for shape in expected[1:]]
+    if any(shape not in fitting for shape, *fitting in zip(shapes, expected, real, strict=True)):
         raise ValueError(f"weights are {shapes}; expected {expected} ({n_scalars} scalars)")
     return c_out
 
