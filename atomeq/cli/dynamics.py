@@ -19,7 +19,7 @@ from ase.md.bussi import Bussi
 from ase.md.langevin import Langevin
 from ase.md.langevinbaoab import LangevinBAOAB
 from ase.md.md import MolecularDynamics
-from ase.md.velocitydistribution import MaxwellBoltzmannDistribution
+from ase.md.velocitydistribution import thermalize_momenta
 from ase.md.verlet import VelocityVerlet
 
 from atomeq.calculators.ase import has_volume
@@ -89,9 +89,7 @@ class MolecularDynamicsRun:
             atoms.set_constraint(FixCom())
         self.drawn = new_velocities or not np.any(atoms.get_momenta())
         if self.drawn:
-            MaxwellBoltzmannDistribution(
-                atoms, temperature_K=temperature, rng=random, force_temp=True
-            )
+            thermalize_momenta(atoms, temperature, exact_temperature=True, rng=random)
         self.dynamics = self._integrator(
             thermostat, thermostat_time, pressure, isotropic, barostat_time, random
         )
