@@ -10,7 +10,9 @@ from pathlib import Path
 
 
 @contextmanager
-def write_atomically(path: str | Path, *, keep_on: tuple[type[BaseException], ...] = ()) -> Iterator[Path]:
+def write_atomically(
+    path: str | Path, *, keep_on: tuple[type[BaseException], ...] = ()
+) -> Iterator[Path]:
     """Yield a temporary path beside ``path`` that takes its place when the block ends well.
 
     The temporary file keeps the suffix (``cu.part-4242.extxyz``), so that readers recognise the

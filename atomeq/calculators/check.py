@@ -16,7 +16,24 @@ from atomeq.calculators.software_laws import SOFTWARE_LAWS
 LAWS: tuple[Law, ...] = PHYSICAL_LAWS + SOFTWARE_LAWS
 
 #: Tried in this order on calculators that do not say what they know.
-_COMMON = ("Cu", "Al", "Si", "Ni", "Au", "Fe", "Na", "Cl", "C", "H", "O", "N", "Ar", "Li", "Mg", "Ti")
+_COMMON = (
+    "Cu",
+    "Al",
+    "Si",
+    "Ni",
+    "Au",
+    "Fe",
+    "Na",
+    "Cl",
+    "C",
+    "H",
+    "O",
+    "N",
+    "Ar",
+    "Li",
+    "Mg",
+    "Ti",
+)
 
 
 def check_calculator(
@@ -85,7 +102,9 @@ def known_elements(factory: CalculatorFactory) -> list[str]:
         return [chemical_symbols[int(number)] for number in stated]
     accepted, refusal = [], None
     for symbol in _COMMON:
-        atoms = Atoms([symbol, symbol], positions=[[0, 0, 0], [0.8, 1.6, 1.6]], calculator=factory())
+        atoms = Atoms(
+            [symbol, symbol], positions=[[0, 0, 0], [0.8, 1.6, 1.6]], calculator=factory()
+        )
         try:
             atoms.get_potential_energy()
         except Exception as error:  # any refusal means the element is not known

@@ -50,8 +50,12 @@ def changes_in_place(subject: Subject) -> Measured:
     for change in _changes(atoms):
         found = Subject.energy_of(atoms), atoms.get_forces()
         fresh = subject.evaluate(atoms, calculator=subject.factory())
-        worst = max(worst, fresh._replace(stress=None).distance(fresh._replace(
-            energy=found[0], forces=found[1], stress=None)))
+        worst = max(
+            worst,
+            fresh._replace(stress=None).distance(
+                fresh._replace(energy=found[0], forces=found[1], stress=None)
+            ),
+        )
         change()
     return Measured(worst, "positions, cell, elements, periodicity")
 
@@ -99,12 +103,16 @@ def inf_refused(subject: Subject) -> Measured:
 
 def empty_refused(subject: Subject) -> Measured:
     """Give structures without atoms."""
-    return _refusals(subject, [("no atoms", Atoms()), ("empty cell", Atoms(cell=[5, 5, 5], pbc=True))])
+    return _refusals(
+        subject, [("no atoms", Atoms()), ("empty cell", Atoms(cell=[5, 5, 5], pbc=True))]
+    )
 
 
 def unknown_element_refused(subject: Subject) -> Measured:
     """Give an element the calculator does not know."""
-    unknown = [symbol for symbol in reversed(chemical_symbols[1:]) if symbol not in subject.elements]
+    unknown = [
+        symbol for symbol in reversed(chemical_symbols[1:]) if symbol not in subject.elements
+    ]
     if not unknown:
         raise NotApplicable("the calculator knows every element")
     atoms = subject.crystal()
@@ -127,7 +135,9 @@ def overlapping_atoms(subject: Subject) -> Measured:
     """Put two atoms on one place: refuse it, or give a finite energy above that of the bond."""
     symbol = subject.elements[0]
     bond = 2.0 * float(covalent_radii[atomic_numbers[symbol]])
-    atoms = Atoms([symbol, symbol], positions=[[0.0, 0.0, 0.0], [bond / 3, 2 * bond / 3, 2 * bond / 3]])
+    atoms = Atoms(
+        [symbol, symbol], positions=[[0.0, 0.0, 0.0], [bond / 3, 2 * bond / 3, 2 * bond / 3]]
+    )
     bonded = subject.energy(atoms)
     atoms.positions[1] = atoms.positions[0]
     try:
@@ -232,7 +242,9 @@ def _non_finite(subject: Subject, value: float) -> Measured:
     free.positions[2, 0] = value
     cell = subject.crystal()
     cell.cell[1, 1] = value
-    figure, note, _ = _refusals(subject, [("position", position), ("free cluster", free), ("cell", cell)])
+    figure, note, _ = _refusals(
+        subject, [("position", position), ("free cluster", free), ("cell", cell)]
+    )
     # Neighbour lists with a skin may not notice: NaN has not moved further than the skin.
     later = subject.crystal()
     later.calc = subject.factory()

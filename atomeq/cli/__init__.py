@@ -20,11 +20,19 @@ class Verb(NamedTuple):
 
 
 VERBS = {
-    "single-point": Verb("atomeq.cli.simulate", "energy, forces and stress of every structure in a file"),
-    "relax": Verb("atomeq.cli.simulate", "move atoms, and the cell with --cell, until forces vanish"),
+    "single-point": Verb(
+        "atomeq.cli.simulate", "energy, forces and stress of every structure in a file"
+    ),
+    "relax": Verb(
+        "atomeq.cli.simulate", "move atoms, and the cell with --cell, until forces vanish"
+    ),
     "md": Verb("atomeq.cli.simulate", "molecular dynamics: NVE, NVT or NPT"),
-    "check": Verb("atomeq.cli.inspect", "hold a potential or any ASE calculator to the laws of physics"),
-    "doctor": Verb("atomeq.cli.inspect", "versions, devices, data folders, potentials and backends found"),
+    "check": Verb(
+        "atomeq.cli.inspect", "hold a potential or any ASE calculator to the laws of physics"
+    ),
+    "doctor": Verb(
+        "atomeq.cli.inspect", "versions, devices, data folders, potentials and backends found"
+    ),
     "fit": Verb("atomeq.cli.training", "train a potential from a configuration file"),
     "validate": Verb("atomeq.cli.training", "evaluate a checkpoint on the validation set"),
     "test": Verb("atomeq.cli.training", "evaluate a checkpoint on the test set"),
@@ -58,7 +66,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.stdout.write(f"atomeq {version('atomeq')}\n")
         return
     if words[0] not in VERBS:
-        _fail(f"there is no {words[0]!r}; verbs are {', '.join(VERBS)}; see atomeq --help", EXIT_BAD_INPUT)
+        _fail(
+            f"there is no {words[0]!r}; verbs are {', '.join(VERBS)}; see atomeq --help",
+            EXIT_BAD_INPUT,
+        )
     _set_up_terminal()
     try:
         code = importlib.import_module(VERBS[words[0]].module).main(words)

@@ -192,7 +192,11 @@ class MolecularDynamicsRun:
             )
         if thermostat == "bussi":
             return Bussi(
-                atoms, step, temperature_K=self.temperature, taut=thermostat_time * units.fs, rng=random
+                atoms,
+                step,
+                temperature_K=self.temperature,
+                taut=thermostat_time * units.fs,
+                rng=random,
             )
         return Langevin(
             atoms,

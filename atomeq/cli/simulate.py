@@ -74,7 +74,9 @@ def build_parser(verb: str) -> Parser:
     """Return the parser of a simulation verb."""
     parser = Parser(f"atomeq {verb}", _DESCRIPTIONS[verb])
     parser.add_argument("input", metavar="INPUT", type=str, help="any structure file ASE reads")
-    parser.add_argument("--potential", required=True, type=str, help="name or folder of a potential")
+    parser.add_argument(
+        "--potential", required=True, type=str, help="name or folder of a potential"
+    )
     parser.add_argument("--out", required=True, type=str, help="OUT.extxyz or OUT.traj")
     if verb == "relax":
         _add_relax_options(parser)

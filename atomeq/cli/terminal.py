@@ -55,7 +55,9 @@ class Meter:
         console: Where to report; standard error by default, so that output can be piped.
     """
 
-    def __init__(self, label: str, total: int, *, unit: str, console: Console | None = None) -> None:
+    def __init__(
+        self, label: str, total: int, *, unit: str, console: Console | None = None
+    ) -> None:
         self.label, self.total, self.unit = label, total, unit
         self.console = console if console is not None else Console(stderr=True)
         self.done = 0
