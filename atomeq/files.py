@@ -3,10 +3,13 @@
 Everything that writes a result (calculators' logs, trajectories, summaries) goes through here.
 """
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -43,6 +46,7 @@ def write_atomically(
             os.fsync(stream.fileno())  # machine could leave an empty file under the final name
         os.replace(partial, path)
     except keep_on:
+        logger.warning("what was written so far is in %s", partial)
         raise
     except BaseException:
         partial.unlink(missing_ok=True)

@@ -71,7 +71,7 @@ def structure_untouched(subject: Subject) -> Measured:
     touched = [
         name
         for name in before.arrays
-        if not np.array_equal(before.arrays[name], atoms.arrays.get(name))
+        if name not in atoms.arrays or not np.array_equal(before.arrays[name], atoms.arrays[name])
     ]
     touched += sorted(set(atoms.arrays) - set(before.arrays))
     touched += ["info"] * (atoms.info != before.info)
@@ -219,7 +219,7 @@ def _changes(atoms: Atoms) -> Iterator[Callable[[], object]]:
         atoms.set_cell(1.02 * atoms.cell.array, scale_atoms=True)
 
     def stretch_cell_alone() -> None:
-        atoms.cell[2, 2] *= 1.1
+        atoms.cell.array[2, 2] *= 1.1
 
     def swap() -> None:
         different = np.flatnonzero(atoms.numbers != atoms.numbers[0])
@@ -241,7 +241,7 @@ def _non_finite(subject: Subject, value: float) -> Measured:
     free = subject.cluster()
     free.positions[2, 0] = value
     cell = subject.crystal()
-    cell.cell[1, 1] = value
+    cell.cell.array[1, 1] = value
     figure, note, _ = _refusals(
         subject, [("position", position), ("free cluster", free), ("cell", cell)]
     )
@@ -251,9 +251,10 @@ def _non_finite(subject: Subject, value: float) -> Measured:
     later.get_forces()
     later.positions[3, 1] = value
     accepted = _acceptance(lambda: (Subject.energy_of(later), later.get_forces()))
-    if accepted is not None:
-        return Measured(figure + 1, f"accepted after a good calculation: {accepted}; {note}")
-    return Measured(figure, note)
+    if accepted is None:
+        return Measured(figure, note)
+    late = f"accepted after a good calculation: {accepted}"
+    return Measured(figure + 1, f"{note}; {late}" if figure else late)
 
 
 def _refusals(subject: Subject, structures: list[tuple[str, Atoms]]) -> Measured:
