@@ -7,6 +7,7 @@ Langevin dynamics shakes it, so it is.
 
 import csv
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, TextIO
@@ -180,16 +181,19 @@ class MolecularDynamicsRun:
         if self.ensemble == "nve":
             return VelocityVerlet(atoms, timestep=step)
         if self.ensemble == "npt":
-            return LangevinBAOAB(
-                atoms,
-                step,
-                temperature_K=self.temperature,
-                externalstress=-pressure * GPA,
-                hydrostatic=isotropic,
-                T_tau=thermostat_time * units.fs,
-                P_tau=barostat_time * units.fs,
-                rng=random,
-            )
+            with warnings.catch_warnings():
+                # It announces the cell's mass, which follows from its relaxation time.
+                warnings.filterwarnings("ignore", message="Using heuristic P_mass")
+                return LangevinBAOAB(
+                    atoms,
+                    step,
+                    temperature_K=self.temperature,
+                    externalstress=-pressure * GPA,
+                    hydrostatic=isotropic,
+                    T_tau=thermostat_time * units.fs,
+                    P_tau=barostat_time * units.fs,
+                    rng=random,
+                )
         relaxation = thermostat_time * units.fs
         if thermostat == "bussi":
             return Bussi(atoms, step, temperature_K=self.temperature, taut=relaxation, rng=random)
