@@ -1,1 +1,45 @@
-"""atomeq: equivariant graph networks for atoms, from structure to forces."""
+"""atomeq: equivariant graph networks for atoms, from structure to forces.
+
+This is the face, for users; nothing inside the package imports it. Names are loaded when they are
+first asked for, so that ``import atomeq`` and ``atomeq --help`` do not wait for torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from atomeq.calculators.ase import AtomeqCalculator
+    from atomeq.graph.atom_graph import AtomGraph
+    from atomeq.potential.checkpoint import load_potential, save_potential
+    from atomeq.potential.potential import Potential
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AtomGraph",
+    "AtomeqCalculator",
+    "Potential",
+    "__version__",
+    "load_potential",
+    "save_potential",
+]
+
+_HOMES = {
+    "AtomGraph": "atomeq.graph.atom_graph",
+    "AtomeqCalculator": "atomeq.calculators.ase",
+    "Potential": "atomeq.potential.potential",
+    "load_potential": "atomeq.potential.checkpoint",
+    "save_potential": "atomeq.potential.checkpoint",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'atomeq' has no attribute {name!r}; it offers {__all__}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value  # the next access does not come here again
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

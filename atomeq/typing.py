@@ -17,6 +17,10 @@ Cells: TypeAlias = Float[Tensor, "n_graphs 3 3"]  # Å; rows are lattice vectors
 Periodicity: TypeAlias = Bool[Tensor, "n_graphs 3"]
 BatchIndex: TypeAlias = Int[Tensor, " n_atoms"]  # the graph each atom belongs to
 
+GraphCounts: TypeAlias = Int[Tensor, " n_graphs"]  # atoms, or anything, of each structure
+Strain: TypeAlias = Float[Tensor, "n_graphs 3 3"]  # only its symmetric part acts
+Volumes: TypeAlias = Float[Tensor, " n_graphs"]  # Å³
+
 # Graph
 EdgeIndex: TypeAlias = Int[Tensor, "2 n_edges"]  # row 0 = j, source; row 1 = i, target
 CellOffsets: TypeAlias = Int[Tensor, "n_edges 3"]  # image of j, in lattice vectors

@@ -102,10 +102,14 @@ def so2_linear(
         m = 0:  y_0 = W_0 x_0 + bias,
         m > 0:  y_+ = W_1 x_+ - W_2 x_-,   y_- = W_2 x_+ + W_1 x_-.
 
+    W_2 commutes with rotations alone: a reflection through the edge turns the sign of x_-. Weights
+    without W_2 make the map commute with reflections too.
+
     Args:
         x: Rows in m-primary order, (n_edges, n_rows, c_in).
-        weights: One per order: (n * c_out, n * c_in) for m = 0 and (2, n * c_out, n * c_in),
-            W_1 and W_2, for m > 0. See :func:`so2_linear_with_scalars` for a taller W_0.
+        weights: One per order: (n * c_out, n * c_in) for m = 0; for m > 0 likewise, W_1 alone, or
+            (2, n * c_out, n * c_in), W_1 and W_2. See :func:`so2_linear_with_scalars` for a
+            taller W_0.
         lmax: Highest degree.
         mmax: Highest order.
         bias: Added to the m = 0 outputs, which are invariant about the edge,
@@ -180,8 +184,8 @@ def _output_channels(
     if len(weights) != mmax + 1:
         raise ValueError(f"{len(weights)} weights given; mmax={mmax} needs one per order m")
     c_in = x.shape[2]
-    if mmax > 0 and weights[1].ndim == 3:
-        c_out = weights[1].shape[1] // lmax
+    if mmax > 0 and weights[1].ndim >= 2:
+        c_out = weights[1].shape[-2] // lmax
     else:
         c_out = (weights[0].shape[0] - (n_scalars or 0)) // (lmax + 1)
     if n_scalars is None:
@@ -190,7 +194,8 @@ def _output_channels(
     expected = [(n_scalars + (lmax + 1) * c_out, (lmax + 1) * c_in)] + [
         (2, (lmax - m + 1) * c_out, (lmax - m + 1) * c_in) for m in range(1, mmax + 1)
     ]
-    if shapes != expected:
+    real = [expected[0]] + [shape[1:] for shape in expected[1:]]
+    if any(shape not in fitting for shape, *fitting in zip(shapes, expected, real, strict=True)):
         raise ValueError(f"weights are {shapes}; expected {expected} ({n_scalars} scalars)")
     return c_out
 

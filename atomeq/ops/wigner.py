@@ -6,7 +6,7 @@ one matrix product. That is a polynomial in R: no Euler angle, so no singular gr
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -108,6 +108,12 @@ class EdgeFrame:
             lmax=lmax,
             mmax=mmax,
         )
+
+    def truncated(self, mmax: int) -> "EdgeFrame":
+        """Return the same frame with the orders up to ``mmax`` alone, the first of its rows."""
+        _check_orders(self.mmax, mmax)
+        n_rows = len(m_primary_order(self.lmax, mmax))
+        return replace(self, wigner=self.wigner[:, :n_rows], mmax=mmax)
 
     @property
     def n_edges(self) -> int:

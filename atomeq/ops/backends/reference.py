@@ -60,17 +60,16 @@ class ReferenceBackend:
         scale: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """Mix degrees and channels within each order by one matrix product per order."""
-        n_edges, _, c_in = x.shape
+        c_in = x.shape[2]
         degrees = [weight.shape[-1] // c_in for weight in weights]  # lmax - m + 1
         sizes = [n * min(m + 1, 2) for m, n in enumerate(degrees)]
         # One split: its gradient is one concatenation, where slices would each fill a tensor.
-        rows = [part.reshape(n_edges, -1) for part in x.split(sizes, dim=1)]
+        rows = [part.flatten(1) for part in x.split(sizes, dim=1)]
         if scale is not None:
             factors = scale.split([n * c_in for n in degrees], dim=1)
             rows = [_scaled(part, factor) for part, factor in zip(rows, factors, strict=True)]
         mixed = [torch.nn.functional.linear(rows[0], weights[0], bias)]
-        for flat, weight in zip(rows[1:], weights[1:], strict=True):
-            mixed.append(flat @ _complex_matrix(weight).T)
+        mixed += [_mix_pair(pair, w) for pair, w in zip(rows[1:], weights[1:], strict=True)]
         n_scalars = mixed[0].shape[1] - sizes[0] * c_out
         scalars, mixed[0] = mixed[0].split([n_scalars, sizes[0] * c_out], dim=1)
         return torch.cat(mixed, dim=1).unflatten(1, (sum(sizes), c_out)), scalars
@@ -139,12 +138,16 @@ def _scaled(rows: Tensor, factor: Tensor) -> Tensor:
     return (rows.unflatten(1, (-1, factor.shape[1])) * factor.unsqueeze(1)).flatten(1)
 
 
-def _complex_matrix(weight: Tensor) -> Tensor:
-    """Return [[W_1, -W_2], [W_2, W_1]]: one matrix product instead of four and two sums."""
+def _mix_pair(pair: Tensor, weight: Tensor) -> Tensor:
+    """Multiply +m and -m, side by side in a row, by a real or by a complex matrix."""
+    if weight.ndim == 2:
+        return (pair.unflatten(1, (2, -1)) @ weight.T).flatten(1)
     real, imaginary = weight.unbind(0)
-    return torch.cat(
+    # [[W_1, -W_2], [W_2, W_1]]: one matrix product instead of four and two sums
+    matrix = torch.cat(
         (torch.cat((real, -imaginary), dim=1), torch.cat((imaginary, real), dim=1)), dim=0
     )
+    return pair @ matrix.T
 
 
 def _coupled(x: Tensor, y: Tensor, table: Tensor, coupling: Coupling, mode: Mode) -> Tensor:

@@ -1,0 +1,416 @@
+"""AtomGraph: one or many structures with their edges, the only thing that models are fed.
+
+It is always a batch; a single structure is a batch of one. Builders make it, models unpack it once.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+import torch
+from torch import Tensor
+from torch_geometric.data import Data
+from torch_geometric.data.storage import GlobalStorage
+
+from atomeq.typing import (
+    AtomicNumbers,
+    BatchIndex,
+    CellOffsets,
+    Cells,
+    EdgeIndex,
+    EdgeVectors,
+    Energies,
+    Forces,
+    GraphCounts,
+    Periodicity,
+    Positions,
+    Strain,
+    Stress,
+    Volumes,
+)
+
+Level = Literal["atom", "edge", "graph", "incidence"]
+
+# What a graph without the field holds for it once it stands in a batch with graphs that have it.
+# A label that nobody computed is NaN, so that it cannot pass for a number.
+_UNKNOWN: dict[str, float | bool] = {
+    "tags": 0,
+    "fixed": False,
+    "velocities": 0.0,
+    "energy": float("nan"),
+    "forces": float("nan"),
+    "stress": float("nan"),
+    "weight": 1.0,
+    "num_hyperedges": 0,
+}
+_LEVELS: dict[str, Level] = {
+    "pos": "atom",
+    "atomic_numbers": "atom",
+    "batch": "atom",
+    "tags": "atom",
+    "fixed": "atom",
+    "velocities": "atom",
+    "forces": "atom",
+    "cell": "graph",
+    "pbc": "graph",
+    "natoms": "graph",
+    "energy": "graph",
+    "stress": "graph",
+    "weight": "graph",
+    "num_hyperedges": "graph",
+    "edge_index": "edge",
+    "cell_offsets": "edge",
+    "hyperedge_index": "incidence",
+}
+
+
+class _AtomStorage(GlobalStorage):
+    @property
+    def can_infer_num_nodes(self) -> bool:
+        # PyG's collate would write over `batch` and count a graph of many structures as one;
+        # with False it collates our own `batch` through __inc__.
+        return False
+
+
+class AtomGraph(Data):
+    """Structures and their edges, concatenated.
+
+    ``edge_index[0]`` is the source or neighbour j, ``edge_index[1]`` the target or centre i, and
+    the edge vector ``pos[j] - pos[i] + cell_offsets @ cell`` points from i to the image of j. Edges
+    are sorted by i, then j, then offset. Reading an absent field is an AttributeError, or gives
+    None for ``pos``, ``edge_index`` and ``batch``, as in PyG; ``"energy" in graph`` tells.
+
+    Args:
+        pos: (n_atoms, 3), Å. Only PyG itself makes a graph without it.
+        atomic_numbers: (n_atoms,).
+        cell: (n_graphs, 3, 3), Å, rows are lattice vectors; zeros where there is no cell.
+        pbc: (n_graphs, 3); not periodic by default.
+        edge_index: (2, n_edges).
+        cell_offsets: (n_edges, 3), the image of j in lattice vectors.
+        natoms: (n_graphs,) atoms of each structure; all atoms are one structure by default.
+        batch: (n_atoms,) structure of each atom, ascending; follows from ``natoms``.
+        fields: ``tags`` (n_atoms,), ``fixed`` (n_atoms,) bool, ``velocities`` (n_atoms, 3) Å/fs,
+            labels ``energy`` (n_graphs,) eV, ``forces`` (n_atoms, 3) eV/Å, ``stress``
+            (n_graphs, 3, 3) eV/Å³, ``weight`` (n_graphs,), ``hyperedge_index`` (2, n_incidences)
+            with ``num_hyperedges`` (n_graphs,), and any other tensor: it belongs to the edges if
+            its name starts with ``edge_``, else to the atoms or structures by its length.
+
+    Raises:
+        ValueError: The shapes contradict each other.
+
+    Example:
+        >>> water = AtomGraph(torch.rand(3, 3), torch.tensor([8, 1, 1]))
+        >>> AtomGraph.concatenate([water, water]).natoms
+        tensor([3, 3])
+    """
+
+    if TYPE_CHECKING:
+        pos: Positions  # pyright: ignore[reportIncompatibleMethodOverride, reportIncompatibleVariableOverride]
+        batch: BatchIndex  # pyright: ignore[reportIncompatibleMethodOverride, reportIncompatibleVariableOverride]
+        edge_index: EdgeIndex  # pyright: ignore[reportIncompatibleMethodOverride, reportIncompatibleVariableOverride]
+        atomic_numbers: AtomicNumbers
+        cell: Cells
+        pbc: Periodicity
+        natoms: GraphCounts
+        cell_offsets: CellOffsets
+        energy: Energies
+        forces: Forces
+        stress: Stress
+
+    def __init__(
+        self,
+        pos: Positions | None = None,
+        atomic_numbers: AtomicNumbers | None = None,
+        *,
+        cell: Cells | None = None,
+        pbc: Periodicity | None = None,
+        edge_index: EdgeIndex | None = None,
+        cell_offsets: CellOffsets | None = None,
+        natoms: GraphCounts | None = None,
+        batch: BatchIndex | None = None,
+        **fields: Tensor,
+    ) -> None:
+        super().__init__()
+        vars(self)["_store"] = _AtomStorage(_parent=self)
+        if pos is None:
+            return
+        if natoms is None and batch is not None:
+            natoms = torch.bincount(batch)
+        if natoms is None:
+            natoms = torch.tensor([pos.shape[0]], device=pos.device)
+        n_graphs = natoms.shape[0]
+        if batch is None:
+            batch = torch.arange(n_graphs, device=pos.device).repeat_interleave(natoms)
+        if cell is None:
+            cell = pos.new_zeros(n_graphs, 3, 3)
+        if pbc is None:
+            pbc = torch.zeros(n_graphs, 3, dtype=torch.bool, device=pos.device)
+        _check_shapes(pos, atomic_numbers, cell, pbc, natoms, batch)
+        given = {
+            "pos": pos,
+            "atomic_numbers": atomic_numbers,
+            "cell": cell,
+            "pbc": pbc,
+            "natoms": natoms,
+            "batch": batch,
+            "edge_index": edge_index,
+            "cell_offsets": cell_offsets,
+            **fields,
+        }
+        for name, value in given.items():
+            if value is not None:
+                self._store[name] = value
+
+    @property
+    def n_atoms(self) -> int:
+        """Number of atoms in all structures."""
+        return self._store["pos"].shape[0]
+
+    @property
+    def n_graphs(self) -> int:
+        """Number of structures."""
+        return self._store["natoms"].shape[0]
+
+    @property
+    def n_edges(self) -> int:
+        """Number of directed edges; 0 before a builder made them."""
+        return self._store["edge_index"].shape[1] if "edge_index" in self._store else 0
+
+    def edge_vectors(self) -> EdgeVectors:
+        """Return the vectors from each target to its source's image.
+
+        Returns:
+            (n_edges, 3), Å; differentiable in ``pos`` and ``cell``.
+
+        Raises:
+            ValueError: The graph has no edges yet.
+        """
+        if "edge_index" not in self._store:
+            raise ValueError(
+                "this AtomGraph has no edges yet; make them with a builder, "
+                "for example RadiusGraph(cutoff=5.0)(graph)"
+            )
+        pos = self.pos
+        source, target = self.edge_index
+        offsets = self.cell_offsets.to(pos.dtype)[:, None, :]  # (n_edges, 1, 3)
+        shifts = torch.bmm(offsets, self.cell[self.batch[target]])[:, 0]  # (n_edges, 3)
+        return pos[source] - pos[target] + shifts
+
+    def strained(self, strain: Strain) -> "AtomGraph":
+        """Return a shallow copy deformed homogeneously by I + (strain + strainᵀ) / 2.
+
+        Only the symmetric part acts: a rotation changes no energy, and keeping it would make the
+        derivative, the stress, depend on how the strain is parametrised.
+
+        Args:
+            strain: (n_graphs, 3, 3), without unit.
+        """
+        symmetric = (strain + strain.transpose(-1, -2)) / 2
+        displacement = torch.bmm(self.pos[:, None, :], symmetric[self.batch])[:, 0]
+        return self.replace(
+            pos=self.pos + displacement, cell=self.cell + torch.bmm(self.cell, symmetric)
+        )
+
+    def replace(self, **fields: Tensor | None) -> "AtomGraph":
+        """Return a shallow copy with some fields exchanged; None leaves a field out."""
+        copy = AtomGraph()
+        copy._store._mapping.update(self._store._mapping)
+        for name, value in fields.items():
+            if value is not None:
+                copy._store[name] = value
+            elif name in copy._store:
+                del copy._store[name]
+        return copy
+
+    def volume(self) -> Volumes:
+        """Return the volume of each cell: (n_graphs,), Å³; 0 where there is no full cell."""
+        return torch.linalg.det(self.cell).abs()
+
+    @classmethod
+    def concatenate(cls, graphs: "Sequence[AtomGraph]") -> "AtomGraph":
+        """Join graphs, each of one or many structures, in their order.
+
+        A field that only some of them have is filled in for the others: tags and velocities with
+        zeros, ``weight`` with one, labels with NaN, which means unknown.
+
+        Raises:
+            ValueError: No graphs, or a field that some lack and that has no neutral value.
+        """
+        if not graphs:
+            raise ValueError("cannot concatenate an empty list of graphs")
+        if len(graphs) == 1:
+            return graphs[0].replace()
+        names = dict.fromkeys(name for graph in graphs for name in graph._store._mapping)
+        joined = cls()
+        for name in names:
+            values = [_field(graph, name, graphs) for graph in graphs]
+            dim = -1 if name in ("edge_index", "hyperedge_index") else 0
+            value = torch.cat(values, dim=dim)
+            if name in ("edge_index", "hyperedge_index", "batch"):
+                value += _increments(graphs, name, [part.shape[dim] for part in values])
+            joined._store[name] = value
+        return joined
+
+    def graph(self, k: int) -> "AtomGraph":
+        """Return structure k alone, as a graph of one; negative k counts from the end.
+
+        Raises:
+            IndexError: There is no such structure.
+        """
+        if not -self.n_graphs <= k < self.n_graphs:
+            raise IndexError(f"structure {k} of a graph with {self.n_graphs} structures")
+        return self._select([k % self.n_graphs])[0]
+
+    def to_list(self) -> "list[AtomGraph]":
+        """Return the structures one by one; :meth:`concatenate` undoes it."""
+        return self._select(range(self.n_graphs))
+
+    def _select(self, numbers: Sequence[int]) -> "list[AtomGraph]":
+        first_atom = _starts(self.natoms)
+        pieces: dict[str, tuple[Tensor, list[int]]] = {}
+        for name, value in self._store.items():
+            level = self._level(name, value)
+            if level == "graph":
+                pieces[name] = value, list(range(self.n_graphs + 1))
+            elif level == "atom":
+                pieces[name] = value, first_atom
+            else:
+                pieces[name] = self._split_by_graph(name, value, level)
+        first_hyperedge = _starts(self.num_hyperedges) if "num_hyperedges" in self else [0]
+        singles = []
+        for k in numbers:
+            single = AtomGraph()
+            for name, (value, starts) in pieces.items():
+                part = value.narrow(self.__cat_dim__(name, value), starts[k], _size(starts, k))
+                if name in ("edge_index", "batch"):
+                    part = part - (first_atom[k] if name == "edge_index" else k)
+                elif name == "hyperedge_index":
+                    part = part - part.new_tensor([[first_atom[k]], [first_hyperedge[k]]])
+                single._store[name] = part
+            singles.append(single)
+        return singles
+
+    def _split_by_graph(self, name: str, value: Tensor, level: Level) -> tuple[Tensor, list[int]]:
+        atoms = self.edge_index[1] if level == "edge" else self.hyperedge_index[0]
+        owner = self.batch[atoms]
+        if owner.shape[0] > 1 and bool((owner[1:] < owner[:-1]).any()):
+            value = value.index_select(self.__cat_dim__(name, value), owner.argsort(stable=True))
+        return value, _starts(torch.bincount(owner, minlength=self.n_graphs))
+
+    def _level(self, name: str, value: Any) -> Level:
+        if name in _LEVELS:
+            return _LEVELS[name]
+        if isinstance(value, Tensor) and value.dim() > 0:
+            if name.startswith("edge_") and value.shape[0] == self.n_edges:
+                return "edge"
+            # Where both lengths agree every structure is one atom, and both say the same.
+            if value.shape[0] == self.n_atoms:
+                return "atom"
+            if value.shape[0] == self.n_graphs:
+                return "graph"
+        raise ValueError(
+            f"cannot tell to which structure the parts of field {name!r} belong: it is neither a "
+            f"tensor with {self.n_atoms} (atoms) or {self.n_graphs} (structures) rows, nor an "
+            f"'edge_' field with {self.n_edges}"
+        )
+
+    def to(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        device: torch.device | torch.dtype | str | int | None = None,
+        *args: str,
+        dtype: torch.dtype | None = None,
+        non_blocking: bool = False,
+    ) -> Self:
+        """Return a copy on another device or with another floating-point type.
+
+        A dtype casts the floating-point fields, except that ``energy`` stays float64: in float32
+        the total of a large structure loses its meV. The graph itself is left as it is.
+
+        Args:
+            device: Device or dtype.
+            args: Names of fields; all by default.
+            dtype: Of floating-point fields, if a device is given too.
+            non_blocking: As in :meth:`torch.Tensor.to`.
+        """
+        if isinstance(device, torch.dtype):
+            device, dtype = None, device
+        copy = self.__copy__()
+        for name, value in self._store.items():
+            if isinstance(value, Tensor) and (not args or name in args):
+                cast = dtype if value.is_floating_point() and name != "energy" else None
+                copy._store[name] = value.to(device=device, dtype=cast, non_blocking=non_blocking)
+        return copy
+
+    def __cat_dim__(self, key: str, value: Any, *args: Any, **kwargs: Any) -> int:
+        """Return the dimension along which PyG joins a field."""
+        return -1 if key in ("edge_index", "hyperedge_index") else 0
+
+    def __inc__(self, key: str, value: Any, *args: Any, **kwargs: Any) -> Any:
+        """Return what PyG adds to a field of the next graph in a batch."""
+        if key == "batch":
+            return self.n_graphs
+        if key == "edge_index":
+            return self.n_atoms
+        if key == "hyperedge_index":
+            return torch.tensor([[self.n_atoms], [int(self.num_hyperedges.sum())]])
+        return 0
+
+
+def _check_shapes(
+    pos: Tensor,
+    atomic_numbers: Tensor | None,
+    cell: Tensor,
+    pbc: Tensor,
+    natoms: Tensor,
+    batch: Tensor,
+) -> None:
+    n_atoms, n_graphs = pos.shape[0], natoms.shape[0]
+    wanted = {
+        "pos": (pos, (n_atoms, 3)),
+        "cell": (cell, (n_graphs, 3, 3)),
+        "pbc": (pbc, (n_graphs, 3)),
+        "natoms (its sum is the number of atoms)": (batch, (n_atoms,)),
+    }
+    if atomic_numbers is None:
+        raise ValueError("an AtomGraph with positions needs atomic_numbers too")
+    wanted["atomic_numbers"] = (atomic_numbers, (n_atoms,))
+    for name, (value, shape) in wanted.items():
+        if tuple(value.shape) != shape:
+            raise ValueError(
+                f"{name} has shape {tuple(value.shape)}, but {n_atoms} atoms in {n_graphs} "
+                f"structures need {shape}"
+            )
+
+
+def _field(graph: AtomGraph, name: str, graphs: Sequence[AtomGraph]) -> Tensor:
+    if name in graph._store:
+        return graph._store[name]
+    like: Tensor = next(other._store[name] for other in graphs if name in other._store)
+    if name == "hyperedge_index":
+        return like.new_zeros(2, 0)
+    if name not in _UNKNOWN:
+        raise ValueError(
+            f"graph {graphs.index(graph)} has no {name!r} but others have; give it to all graphs, "
+            f"or drop it with graph.replace({name}=None)"
+        )
+    n_rows = graph.n_atoms if _LEVELS[name] == "atom" else graph.n_graphs
+    return like.new_full((n_rows, *like.shape[1:]), _UNKNOWN[name])
+
+
+def _increments(graphs: Sequence[AtomGraph], name: str, sizes: list[int]) -> Tensor:
+    steps = torch.tensor([0 if name == "batch" else graph.n_atoms for graph in graphs[:-1]])
+    if name == "batch":
+        steps = torch.tensor([graph.n_graphs for graph in graphs[:-1]])
+    if name == "hyperedge_index":
+        counts = [int(g.num_hyperedges.sum()) if "num_hyperedges" in g else 0 for g in graphs[:-1]]
+        steps = torch.stack([steps, torch.tensor(counts)])
+    starts = torch.nn.functional.pad(steps.cumsum(-1), (1, 0))
+    spread = starts.repeat_interleave(torch.tensor(sizes), dim=-1)
+    return spread.to(graphs[0].pos.device)
+
+
+def _starts(counts: Tensor) -> list[int]:
+    return [0, *counts.cumsum(0).tolist()]
+
+
+def _size(starts: list[int], k: int) -> int:
+    return starts[k + 1] - starts[k]

@@ -1,0 +1,199 @@
+"""Graph builders: structures of any kind in, an AtomGraph with edges out.
+
+A model names its builder, so that training, calculators and screening all see the same edges.
+"""
+
+import itertools
+from collections.abc import Callable
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from atomeq.graph.atom_graph import AtomGraph
+from atomeq.graph.convert import (
+    MIN_DISTANCE,
+    StructureError,
+    Structures,
+    from_structures,
+    refuse_overlap,
+    structure_name,
+)
+from atomeq.graph.neighbors import (
+    Edges,
+    SkinNeighborList,
+    check_cutoff,
+    neighbor_list_with_lengths,
+)
+
+# OC20's tolerance, in Å² of SQUARED distance, for neighbours that count as equally far.
+_DEGENERACY = 0.01
+# Å²; squared distances nearer than this tie, whatever rounding made of them.
+_TIE = 1e-8
+
+_Found = tuple[Edges, NDArray[np.float64]]
+_Search = Callable[[int, NDArray, NDArray, NDArray], _Found]
+
+
+class GraphBuilder(Protocol):
+    """What makes graphs for a model; its ``cutoff`` (Å) bounds the length of every edge."""
+
+    @property
+    def cutoff(self) -> float:
+        """Longest edge, Å."""
+        ...
+
+    def __call__(self, structures: Structures, dtype: torch.dtype | None = None) -> AtomGraph:
+        """Return the graph of one or many structures, edges sorted by target."""
+        ...
+
+
+class RadiusGraph:
+    """Connects all atoms, and images of atoms, closer than the cutoff.
+
+    With a skin it remembers a neighbour list for each place in the list of structures and searches
+    anew only after atoms have moved by half the skin: the edges are the same, MD is faster. Several
+    threads may share a builder.
+
+    Args:
+        cutoff: Å.
+        skin: Å; 0 remembers nothing.
+
+    Raises:
+        ValueError: A length is not allowed.
+
+    Example:
+        >>> from ase.build import bulk
+        >>> RadiusGraph(cutoff=3.0)(bulk("Cu")).n_edges
+        12
+    """
+
+    def __init__(self, cutoff: float, *, skin: float = 0.0) -> None:
+        SkinNeighborList(cutoff, skin)  # refuses what is not a length
+        self.cutoff = float(cutoff)
+        self.skin = float(skin)
+        self._lists: dict[int, SkinNeighborList] = {}
+
+    def __call__(self, structures: Structures, dtype: torch.dtype | None = None) -> AtomGraph:
+        """Return the graph of one or many structures.
+
+        Args:
+            structures: One or many of ASE's Atoms, pymatgen's Structure or Molecule, AtomGraph.
+            dtype: Of floating-point fields; by default float64, and for an AtomGraph its own.
+
+        Raises:
+            StructureError: A structure is not usable, or atoms overlap.
+        """
+        graph = from_structures(structures, dtype=dtype)
+        return _connect(graph, self._search)
+
+    def _search(self, k: int, pos: NDArray, cell: NDArray, pbc: NDArray) -> _Found:
+        if self.skin == 0:
+            return neighbor_list_with_lengths(pos, cell, pbc, self.cutoff)
+        remembered = self._lists.setdefault(k, SkinNeighborList(self.cutoff, self.skin))
+        return remembered.with_lengths(pos, cell, pbc)
+
+    def __repr__(self) -> str:
+        skin = f", skin={self.skin}" if self.skin else ""
+        return f"RadiusGraph(cutoff={self.cutoff}{skin})"
+
+
+class NearestNeighborGraph:
+    """Connects each atom to its nearest neighbours within the cutoff, as OC20's models do.
+
+    The neighbour cap makes energies jump when two neighbours swap places; a smooth potential wants
+    :class:`RadiusGraph`.
+
+    Args:
+        cutoff: Å.
+        max_neighbors: Incoming edges each atom keeps, nearest first.
+        strict: True keeps exactly ``max_neighbors`` where there are as many; of equally far ones
+            the lowest source and offset. False keeps every neighbour whose squared distance is at
+            most 0.01 Å² above that of the ``max_neighbors + 1``-th, so that no shell is cut in two.
+
+    Raises:
+        ValueError: An argument is not allowed.
+    """
+
+    def __init__(self, cutoff: float, max_neighbors: int, *, strict: bool = True) -> None:
+        check_cutoff(cutoff)
+        if max_neighbors < 1:
+            raise ValueError(f"max_neighbors must be at least 1, not {max_neighbors!r}")
+        self.cutoff = float(cutoff)
+        self.max_neighbors = int(max_neighbors)
+        self.strict = bool(strict)
+
+    def __call__(self, structures: Structures, dtype: torch.dtype | None = None) -> AtomGraph:
+        """Return the graph of one or many structures; arguments as in :class:`RadiusGraph`."""
+        graph = from_structures(structures, dtype=dtype)
+        return _connect(graph, self._search)
+
+    def _search(self, k: int, pos: NDArray, cell: NDArray, pbc: NDArray) -> _Found:
+        edges, lengths = neighbor_list_with_lengths(pos, cell, pbc, self.cutoff)
+        keep = nearest(edges.edge_index[1], lengths, self.max_neighbors, strict=self.strict)
+        return Edges(edges.edge_index[:, keep], edges.cell_offsets[keep]), lengths[keep]
+
+    def __repr__(self) -> str:
+        return (
+            f"NearestNeighborGraph(cutoff={self.cutoff}, max_neighbors={self.max_neighbors}, "
+            f"strict={self.strict})"
+        )
+
+
+def nearest(
+    target: NDArray[np.int64],
+    lengths: NDArray[np.float64],
+    max_neighbors: int,
+    *,
+    strict: bool,
+) -> NDArray[np.bool_]:
+    """Mark the edges that a cap on neighbours keeps.
+
+    Args:
+        target: (n_edges,), ascending.
+        lengths: (n_edges,), Å.
+        max_neighbors: Cap per target.
+        strict: See :class:`NearestNeighborGraph`.
+
+    Returns:
+        (n_edges,) mask.
+    """
+    squared = lengths**2
+    counts = np.bincount(target) if len(target) else np.zeros(0, np.int64)
+    starts = np.cumsum(counts) - counts
+    order = np.lexsort((np.rint(squared / _TIE), target))
+    if strict:
+        keep = np.empty(len(target), dtype=bool)
+        keep[order] = np.arange(len(target)) - starts[target] < max_neighbors
+        return keep
+    limit = np.full(len(counts), np.inf)
+    crowded = np.flatnonzero(counts > max_neighbors)
+    limit[crowded] = squared[order[starts[crowded] + max_neighbors]] + _DEGENERACY
+    return squared <= limit[target]
+
+
+def _connect(graph: AtomGraph, search: _Search) -> AtomGraph:
+    device = graph.pos.device
+    positions = graph.pos.detach().cpu().numpy().astype(np.float64)
+    cells = graph.cell.detach().cpu().numpy().astype(np.float64)
+    pbc = graph.pbc.cpu().numpy()
+    starts = np.concatenate(([0], graph.natoms.cpu().numpy().cumsum()))
+    edge_indices, offsets = [], []
+    for k, (start, stop) in enumerate(itertools.pairwise(starts)):
+        try:
+            edges, lengths = search(k, positions[start:stop], cells[k], pbc[k])
+        except ValueError as error:
+            raise StructureError(f"{_title(graph, k)}: {error}", index=k) from error
+        if len(lengths) and lengths.min() < MIN_DISTANCE:
+            refuse_overlap(_title(graph, k), edges, lengths, index=k)
+        edge_indices.append(edges.edge_index + start)
+        offsets.append(edges.cell_offsets)
+    return graph.replace(
+        edge_index=torch.from_numpy(np.concatenate(edge_indices, axis=1)).to(device),
+        cell_offsets=torch.from_numpy(np.concatenate(offsets)).to(device),
+    )
+
+
+def _title(graph: AtomGraph, k: int) -> str:
+    return structure_name(k, graph.graph(k).atomic_numbers.cpu().numpy())

@@ -1,0 +1,283 @@
+"""Neighbour lists of one structure: a fresh one, and one that is reused while atoms move little.
+
+Both are exact and give the same edges in the same order; builders.py puts them into graphs.
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.spatial import KDTree
+from vesin import NeighborList
+
+# vesin decides on its own sum of squares which pairs are inside; those this near to the cutoff (Å)
+# are decided again by edge_lengths, so that fresh and reused lists agree to the last bit.
+_BORDER = 1e-6
+# vesin divides by zero, which ends the process, where it would need more than 1e5 cells and one
+# direction is thin: one evaporated atom does it. Half of that leaves room for its own padding.
+_MAX_CELLS = 5e4
+# Beyond this many lattice vectors from the origin a float64 coordinate has lost the digits that
+# distances need, and vesin's integer offsets soon overflow.
+_MAX_IMAGES = 1e6
+
+
+class Edges(NamedTuple):
+    """The edges of one structure.
+
+    Attributes:
+        edge_index: (2, n_edges) int64, row 0 the neighbour j, row 1 the centre i.
+        cell_offsets: (n_edges, 3) int64, image of j.
+    """
+
+    edge_index: NDArray[np.int64]
+    cell_offsets: NDArray[np.int64]
+
+
+def neighbor_list(
+    pos: NDArray[np.float64], cell: NDArray[np.float64], pbc: NDArray[np.bool_], cutoff: float
+) -> Edges:
+    """Find all pairs closer than the cutoff, self-images included.
+
+    Atoms may lie outside the cell. Cell vectors of directions that are not periodic play no role
+    and may be zero.
+
+    Args:
+        pos: (n_atoms, 3), Å.
+        cell: (3, 3), Å, rows are lattice vectors.
+        pbc: (3,).
+        cutoff: Å; pairs at exactly this distance are outside.
+
+    Returns:
+        The edges sorted by i, then j, then offset.
+
+    Raises:
+        ValueError: The cutoff is not a positive number, a periodic cell vector is zero or depends
+            on the others, or an atom is too far away to be resolved.
+
+    Example:
+        >>> pos, cell = np.zeros((1, 3)), 2.5 * np.eye(3)
+        >>> neighbor_list(pos, cell, np.array([True] * 3), 3.0).edge_index.shape
+        (2, 6)
+    """
+    return neighbor_list_with_lengths(pos, cell, pbc, cutoff)[0]
+
+
+def neighbor_list_with_lengths(
+    pos: NDArray[np.float64], cell: NDArray[np.float64], pbc: NDArray[np.bool_], cutoff: float
+) -> tuple[Edges, NDArray[np.float64]]:
+    """Return what :func:`neighbor_list` returns, and the length (n_edges,) of each edge, Å."""
+    check_cutoff(cutoff)
+    pos = np.ascontiguousarray(pos, dtype=np.float64)
+    pbc = np.asarray(pbc, dtype=bool)
+    if len(pos) == 0:
+        return Edges(np.zeros((2, 0), np.int64), np.zeros((0, 3), np.int64)), np.zeros(0)
+    cell = np.asarray(cell, dtype=np.float64)
+    box = complete_cell(cell, pbc)
+    scaled = pos @ np.linalg.inv(box)
+    _check_reach(scaled, pbc)
+    search = _search_tree if _too_thin_for_vesin(scaled, box, pbc, cutoff) else _search_vesin
+    target, source, offsets, lengths = search(pos, box, pbc, cutoff + _BORDER)
+    inside = lengths < cutoff - _BORDER
+    border = np.flatnonzero(~inside)
+    if len(border):
+        index = np.stack((source[border], target[border])).astype(np.int64)
+        inside[border] = edge_lengths(pos, cell, index, offsets[border]) < cutoff
+        target, source, offsets = target[inside], source[inside], offsets[inside]
+        lengths = lengths[inside]
+    order = np.lexsort((offsets[:, 2], offsets[:, 1], offsets[:, 0], source, target))
+    edge_index = np.empty((2, len(order)), np.int64)
+    edge_index[0], edge_index[1] = source[order], target[order]
+    return Edges(edge_index, offsets[order].astype(np.int64)), lengths[order]
+
+
+class SkinNeighborList:
+    """A neighbour list that is searched anew only after atoms have moved.
+
+    It keeps the pairs within ``cutoff + skin`` of a reference structure. While no atom has moved
+    more than half the skin since, they contain every pair within the cutoff, and measuring them is
+    all there is to do. A new cell, periodicity or number of atoms is searched anew. The result is
+    always that of :func:`neighbor_list`.
+
+    One instance may be used from several threads: the reference is exchanged as a whole.
+
+    Args:
+        cutoff: Å.
+        skin: Å; 0 searches every time.
+
+    Attributes:
+        n_searches: How often it had to search.
+    """
+
+    def __init__(self, cutoff: float, skin: float) -> None:
+        check_cutoff(cutoff)
+        if not (math.isfinite(skin) and skin >= 0):
+            raise ValueError(f"skin must be a finite length >= 0 Å, not {skin!r}")
+        self.cutoff = float(cutoff)
+        self.skin = float(skin)
+        self.n_searches = 0
+        self._reference: tuple[NDArray, NDArray, NDArray, Edges] | None = None
+
+    def __call__(
+        self, pos: NDArray[np.float64], cell: NDArray[np.float64], pbc: NDArray[np.bool_]
+    ) -> Edges:
+        """Return what :func:`neighbor_list` returns; same arguments, same errors."""
+        return self.with_lengths(pos, cell, pbc)[0]
+
+    def with_lengths(
+        self, pos: NDArray[np.float64], cell: NDArray[np.float64], pbc: NDArray[np.bool_]
+    ) -> tuple[Edges, NDArray[np.float64]]:
+        """Return what :func:`neighbor_list_with_lengths` returns."""
+        pos = np.asarray(pos, dtype=np.float64)
+        cell = np.asarray(cell, dtype=np.float64)
+        pbc = np.asarray(pbc, dtype=bool)
+        reference = self._reference
+        if reference is None or not self._holds(reference, pos, cell, pbc):
+            edges = neighbor_list(pos, cell, pbc, self.cutoff + self.skin)
+            reference = pos.copy(), cell.copy(), pbc.copy(), edges
+            self._reference = reference
+            self.n_searches += 1
+        edge_index, cell_offsets = reference[3]
+        lengths = edge_lengths(pos, cell, edge_index, cell_offsets)
+        inside = lengths < self.cutoff
+        return Edges(edge_index[:, inside], cell_offsets[inside]), lengths[inside]
+
+    def _holds(
+        self,
+        reference: tuple[NDArray, NDArray, NDArray, Edges],
+        pos: NDArray[np.float64],
+        cell: NDArray[np.float64],
+        pbc: NDArray[np.bool_],
+    ) -> bool:
+        old_pos, old_cell, old_pbc, _ = reference
+        if not (
+            old_pos.shape == pos.shape
+            and np.array_equal(old_cell, cell)
+            and np.array_equal(old_pbc, pbc)
+        ):
+            return False
+        # A hair less than half the skin, so that rounding cannot lose a pair; NaN never holds.
+        allowed = (0.5 * self.skin * (1 - 1e-9)) ** 2
+        moved = np.square(pos - old_pos).sum(axis=1)
+        return bool((moved <= allowed).all())
+
+
+def edge_lengths(
+    pos: NDArray[np.float64],
+    cell: NDArray[np.float64],
+    edge_index: NDArray[np.int64],
+    cell_offsets: NDArray[np.int64],
+) -> NDArray[np.float64]:
+    """Measure edges of one structure: (n_edges,), Å.
+
+    Written per component, without a matrix product, whose rounding depends on how many rows it has:
+    an edge has the same length to the last bit in whatever list it stands.
+    """
+    source, target = edge_index
+    shifts = cell_offsets.T.astype(np.float64)  # (3, n_edges)
+    squared = np.zeros(len(source))
+    for k in range(3):
+        along = pos[:, k]
+        component = along[source] - along[target]
+        for a in np.flatnonzero(cell[:, k]):
+            component += shifts[a] * cell[a, k]
+        component *= component
+        squared += component
+    return np.sqrt(squared, out=squared)
+
+
+def complete_cell(cell: NDArray[np.float64], pbc: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """Replace the vectors of non-periodic directions by unit vectors normal to the periodic ones.
+
+    Raises:
+        ValueError: The periodic vectors are zero or depend on each other.
+    """
+    periodic = np.flatnonzero(pbc)
+    box = np.array(cell, dtype=np.float64)
+    if not spans_periodic_directions(box[None], pbc[None])[0]:
+        raise ValueError(
+            f"periodic in directions {periodic.tolist()}, but these cell vectors are zero or "
+            f"depend on each other: {box.tolist()} Å"
+        )
+    if len(periodic) < 3:
+        # The last right-singular vectors span what is orthogonal to the periodic vectors.
+        normals = np.linalg.svd(box[periodic])[2][len(periodic) :]
+        box[~pbc] = normals
+    return box
+
+
+def spans_periodic_directions(
+    cells: NDArray[np.float64], pbc: NDArray[np.bool_]
+) -> NDArray[np.bool_]:
+    """Tell for each cell whether its periodic vectors are nonzero and independent: (n_graphs,)."""
+    lengths = np.linalg.norm(cells, axis=-1, keepdims=True)
+    usable = (lengths[..., 0] > 0) | ~pbc
+    unit = np.where(pbc[..., None], cells, 0.0) / np.where(lengths > 0, lengths, 1.0)
+    gram = unit @ np.swapaxes(unit, -1, -2) + np.eye(3) * ~pbc[..., None]
+    # The determinant is the squared volume of the unit vectors: 1e-10 is an angle of 6e-4 degrees.
+    return usable.all(axis=-1) & (np.linalg.det(gram) > 1e-10)
+
+
+def check_cutoff(cutoff: float) -> None:
+    """Refuse a cutoff that is not a positive finite number.
+
+    Raises:
+        ValueError: It is not.
+    """
+    if not (math.isfinite(cutoff) and cutoff > 0):
+        raise ValueError(f"cutoff must be a positive finite length in Å, not {cutoff!r}")
+
+
+def _check_reach(scaled: NDArray[np.float64], pbc: NDArray[np.bool_]) -> None:
+    far = np.abs(scaled[:, pbc]).max(axis=1, initial=0.0)
+    if far.size and far.max() > _MAX_IMAGES:
+        atom = int(far.argmax())
+        raise ValueError(
+            f"atom {atom} lies {far[atom]:.3g} lattice vectors outside the cell, too far to "
+            "resolve distances; wrap the atoms into the cell, or see whether the structure blew up"
+        )
+
+
+def _too_thin_for_vesin(
+    scaled: NDArray[np.float64],
+    box: NDArray[np.float64],
+    pbc: NDArray[np.bool_],
+    cutoff: float,
+) -> bool:
+    heights = 1 / np.linalg.norm(np.linalg.inv(box), axis=0)
+    widths = np.where(pbc, heights, np.ptp(scaled, axis=0))
+    n_cells = np.maximum(1.0, np.floor(widths / cutoff))
+    total = n_cells.prod()
+    return bool(total > _MAX_CELLS and n_cells.min() * np.cbrt(_MAX_CELLS / total) < 2)
+
+
+_Pairs = tuple[NDArray, NDArray, NDArray, NDArray]  # target i, source j, offsets, lengths
+
+
+def _search_vesin(
+    pos: NDArray[np.float64], box: NDArray[np.float64], pbc: NDArray[np.bool_], cutoff: float
+) -> _Pairs:
+    # As many threads as torch may use, so that a data-loader worker takes one core. vesin's own
+    # order depends on them; the caller sorts.
+    search = NeighborList(cutoff=cutoff, full_list=True, n_threads=torch.get_num_threads())
+    target, source, offsets, lengths = search.compute(pos, box, pbc, "ijSd")
+    return target, source, offsets, lengths
+
+
+def _search_tree(
+    pos: NDArray[np.float64], box: NDArray[np.float64], pbc: NDArray[np.bool_], cutoff: float
+) -> _Pairs:
+    inverse = np.linalg.inv(box)
+    wrap = np.where(pbc, np.floor(pos @ inverse), 0.0)  # (n_atoms, 3)
+    home = pos - wrap @ box
+    reach = np.where(pbc, np.ceil(cutoff * np.linalg.norm(inverse, axis=0)), 0).astype(int)
+    images = np.stack(
+        np.meshgrid(*(np.arange(-n, n + 1) for n in reach), indexing="ij"), axis=-1
+    ).reshape(-1, 3)
+    ghosts = (home + (images @ box)[:, None, :]).reshape(-1, 3)  # (n_images * n_atoms, 3)
+    found = KDTree(home).sparse_distance_matrix(KDTree(ghosts), cutoff, output_type="ndarray")
+    target, image, source = found["i"], found["j"] // len(pos), found["j"] % len(pos)
+    offsets = images[image] - wrap[source] + wrap[target]
+    distinct = (target != source) | offsets.any(axis=1)
+    return target[distinct], source[distinct], offsets[distinct], found["v"][distinct]

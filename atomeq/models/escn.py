@@ -1,0 +1,227 @@
+"""eSCN: Reducing SO(3) Convolutions to SO(2) for Efficient Equivariant GNNs.
+
+Passaro and Zitnick, ICML 2023, arXiv:2302.03655. Each message is computed in a frame whose polar
+axis is its edge: there a tensor product with spherical harmonics becomes a linear map that mixes
+only ±m, and costs O(L³) instead of O(L⁶).
+
+This is our default form. It differs from the paper on purpose:
+
+* messages end in a polynomial envelope, so the energy is smooth at the cutoff;
+* the activation is a gate instead of a pointwise function on a sphere grid, so equivariance is
+  exact and the random roll of the edge frame cannot be seen;
+* SO(2) maps have real weights, so mirror images have one energy (:class:`SO2Convolution`);
+* forces are the derivative of the energy; the derivative with respect to an edge's direction is a
+  torque and no Wigner matrix is differentiated (see :mod:`atomeq.ops.so2`);
+* atoms are updated by residuals after a normalisation, as in EquiformerV2 (arXiv:2306.12059), and
+  the energy is a plain sum over atoms;
+* atoms start from their neighbourhood (:class:`NeighborhoodEmbedding`), not from scalars alone.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from atomeq.graph.atom_graph import AtomGraph
+from atomeq.models.base import AtomisticModel
+from atomeq.nn.mlp import MLP
+from atomeq.nn.norms import EquivariantRMSNorm
+from atomeq.nn.radial import BesselBasis, PolynomialEnvelope
+from atomeq.nn.so3 import Gate, SO2Convolution, SO3Linear
+from atomeq.ops.so2 import rotate_from_edge, rotate_to_edge
+from atomeq.ops.wigner import EdgeFrame, m_primary_order
+from atomeq.typing import NodeFeatures, PropertyKey
+
+
+class ESCN(AtomisticModel):
+    """Equivariant spherical channel network with conservative forces.
+
+    Args:
+        cutoff: Radius of the graph, Å.
+        lmax: Highest degree of the atom features.
+        mmax: Highest order kept in the edge frame, at most ``lmax``.
+        num_layers: Layers; atoms feel each other up to ``(num_layers + 1) * cutoff``.
+        sphere_channels: Channels of the atom features.
+        hidden_channels: Channels inside messages and atom updates.
+        edge_channels: Width of the radial network and of the element embeddings in it.
+        num_radial: Bessel functions of the edge length.
+        avg_num_neighbors: Messages are divided by its square root; a typical count of the data.
+        num_elements: Atomic numbers below this are embedded.
+    """
+
+    def __init__(
+        self,
+        cutoff: float = 6.0,
+        *,
+        lmax: int = 2,
+        mmax: int = 2,
+        num_layers: int = 2,
+        sphere_channels: int = 64,
+        hidden_channels: int = 64,
+        edge_channels: int = 64,
+        num_radial: int = 8,
+        avg_num_neighbors: float = 40.0,
+        num_elements: int = 119,
+    ) -> None:
+        super().__init__()
+        if not 0 <= mmax <= lmax:
+            raise ValueError(f"mmax must lie between 0 and lmax; got mmax={mmax}, lmax={lmax}")
+        self.cutoff = cutoff
+        self.lmax = lmax
+        self.mmax = mmax
+        self.num_layers = num_layers
+        self.sphere_channels = sphere_channels
+        self.hidden_channels = hidden_channels
+        self.edge_channels = edge_channels
+        self.num_radial = num_radial
+        self.avg_num_neighbors = avg_num_neighbors
+        self.num_elements = num_elements
+
+        self.embedding = nn.Embedding(num_elements, sphere_channels)
+        self.source_embedding = nn.Embedding(num_elements, edge_channels)
+        self.target_embedding = nn.Embedding(num_elements, edge_channels)
+        self.basis = BesselBasis(num_radial, cutoff)
+        self.envelope = PolynomialEnvelope(cutoff)
+        n_edge_scalars = num_radial + 2 * edge_channels
+        self.neighborhood = NeighborhoodEmbedding(
+            lmax, sphere_channels, edge_channels, n_edge_scalars
+        )
+        self.layers = nn.ModuleList(
+            ESCNLayer(lmax, mmax, sphere_channels, hidden_channels, edge_channels, n_edge_scalars)
+            for _ in range(num_layers)
+        )
+        self.norm = EquivariantRMSNorm(lmax, sphere_channels)
+        self.energy = MLP((sphere_channels, hidden_channels, 1))
+
+    def forward(self, graph: AtomGraph) -> dict[PropertyKey, Tensor]:
+        """Return per-atom ``energies`` (n_atoms,), in the model's own scale."""
+        source, target = graph.edge_index
+        numbers = graph.atomic_numbers
+        frame = EdgeFrame.build(
+            graph.edge_vectors().to(self.dtype),
+            graph.edge_index,
+            n_atoms=graph.n_atoms,
+            lmax=self.lmax,
+            mmax=self.mmax,
+        )
+        envelope = self.envelope(frame.lengths) / math.sqrt(self.avg_num_neighbors)  # (n_edges,)
+        edge_scalars = torch.cat(
+            [
+                self.basis(frame.lengths),
+                self.source_embedding(numbers[source]),
+                self.target_embedding(numbers[target]),
+            ],
+            dim=1,
+        )  # (n_edges, num_radial + 2 edge_channels)
+
+        x = self.neighborhood(frame, edge_scalars, envelope)  # (n_atoms, n_sph, C)
+        x = torch.cat([x[:, :1] + self.embedding(numbers)[:, None], x[:, 1:]], dim=1)
+        for layer in self.layers:
+            x = layer(x, frame, edge_scalars, envelope)
+        return {"energies": self.energy(self.norm(x)[:, 0])[:, 0]}
+
+
+class NeighborhoodEmbedding(nn.Module):
+    """The density of neighbours around each atom, expanded in spherical harmonics.
+
+    Where the only features are scalars a message is a radial function on the polar axis of its
+    edge, m = 0, so the first convolution costs far less than a layer. It is the edge-degree
+    embedding of EquiformerV2.
+    """
+
+    def __init__(
+        self, lmax: int, sphere_channels: int, edge_channels: int, n_edge_scalars: int
+    ) -> None:
+        super().__init__()
+        self.shape = (lmax + 1, sphere_channels)
+        self.radial = MLP(
+            (n_edge_scalars, edge_channels, edge_channels, (lmax + 1) * sphere_channels),
+            layer_norm=True,
+        )
+
+    def forward(self, frame: EdgeFrame, edge_scalars: Tensor, envelope: Tensor) -> NodeFeatures:
+        """Return (n_atoms, n_sph, C)."""
+        polar = self.radial(edge_scalars).view(frame.n_edges, *self.shape)
+        return rotate_from_edge(polar, frame.truncated(0), envelope=envelope)
+
+
+class ESCNLayer(nn.Module):
+    """Messages along edges, then an update of each atom; both residual, after a normalisation."""
+
+    def __init__(
+        self,
+        lmax: int,
+        mmax: int,
+        sphere_channels: int,
+        hidden_channels: int,
+        edge_channels: int,
+        n_edge_scalars: int,
+    ) -> None:
+        super().__init__()
+        self.message_norm = EquivariantRMSNorm(lmax, sphere_channels)
+        self.message = ESCNMessage(
+            lmax, mmax, sphere_channels, hidden_channels, edge_channels, n_edge_scalars
+        )
+        self.update_norm = EquivariantRMSNorm(lmax, sphere_channels)
+        self.update = GatedUpdate(lmax, sphere_channels, hidden_channels)
+
+    def forward(
+        self, x: NodeFeatures, frame: EdgeFrame, edge_scalars: Tensor, envelope: Tensor
+    ) -> NodeFeatures:
+        """Update ``x`` (n_atoms, n_sph, C)."""
+        x = x + self.message(self.message_norm(x), frame, edge_scalars, envelope)
+        return x + self.update(self.update_norm(x))
+
+
+class ESCNMessage(nn.Module):
+    """The eSCN convolution: rotate to the edge, SO(2) map, gate, SO(2) map, rotate back, sum."""
+
+    def __init__(
+        self,
+        lmax: int,
+        mmax: int,
+        sphere_channels: int,
+        hidden_channels: int,
+        edge_channels: int,
+        n_edge_scalars: int,
+    ) -> None:
+        super().__init__()
+        self.first = SO2Convolution(
+            lmax,
+            mmax,
+            2 * sphere_channels,
+            hidden_channels,
+            extra_scalars=lmax * hidden_channels,
+        )
+        self.radial = MLP(
+            (n_edge_scalars, edge_channels, edge_channels, self.first.n_radial_weights),
+            layer_norm=True,
+        )
+        degrees = torch.tensor([math.isqrt(i) for i in m_primary_order(lmax, mmax)])
+        self.gate = Gate(degrees)
+        self.second = SO2Convolution(lmax, mmax, hidden_channels, sphere_channels)
+
+    def forward(
+        self, x: NodeFeatures, frame: EdgeFrame, edge_scalars: Tensor, envelope: Tensor
+    ) -> NodeFeatures:
+        """Return the sum of messages on each atom, (n_atoms, n_sph, C)."""
+        message = rotate_to_edge(x, frame, side="both")  # (n_edges, n_rows, 2C)
+        message, gates = self.first(message, self.radial(edge_scalars))  # (n_edges, n_rows, H)
+        message, _ = self.second(self.gate(message, gates))  # (n_edges, n_rows, C)
+        return rotate_from_edge(message, frame, envelope=envelope)  # (n_atoms, n_sph, C)
+
+
+class GatedUpdate(nn.Module):
+    """A two-layer perceptron on each atom: a linear map per degree, a gate, a linear map."""
+
+    def __init__(self, lmax: int, sphere_channels: int, hidden_channels: int) -> None:
+        super().__init__()
+        self.first = SO3Linear(lmax, sphere_channels, hidden_channels)
+        self.gates = nn.Linear(sphere_channels, lmax * hidden_channels) if lmax else None
+        self.gate = Gate(torch.tensor([math.isqrt(i) for i in range((lmax + 1) ** 2)]))
+        self.second = SO3Linear(lmax, hidden_channels, sphere_channels)
+
+    def forward(self, x: NodeFeatures) -> NodeFeatures:
+        """Return the update of ``x`` (n_atoms, n_sph, C)."""
+        gates = self.gates(x[:, 0]) if self.gates is not None else None
+        return self.second(self.gate(self.first(x), gates))

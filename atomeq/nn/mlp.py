@@ -1,0 +1,35 @@
+"""The multilayer perceptron of radial networks and readouts."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+from torch import nn
+
+
+class MLP(nn.Sequential):
+    """Linear layers with SiLU between them.
+
+    Args:
+        channels: Width of input, hidden layers and output, e.g. ``(8, 64, 64, 1)``.
+        bias: Whether the linear layers have biases.
+        final_activation: Apply SiLU to the output too.
+        layer_norm: Normalise every hidden layer before its activation.
+    """
+
+    def __init__(
+        self,
+        channels: Sequence[int],
+        *,
+        bias: bool = True,
+        final_activation: bool = False,
+        layer_norm: bool = False,
+    ) -> None:
+        layers: list[nn.Module] = []
+        for index, (n_in, n_out) in enumerate(pairwise(channels)):
+            layers.append(nn.Linear(n_in, n_out, bias=bias))
+            hidden = index < len(channels) - 2
+            if hidden and layer_norm:
+                layers.append(nn.LayerNorm(n_out))
+            if hidden or final_activation:
+                layers.append(nn.SiLU())
+        super().__init__(*layers)

@@ -1,0 +1,89 @@
+"""Functions of the edge length: radial bases and the envelope that ends them at the cutoff."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from atomeq.typing import EdgeLengths
+
+
+class BesselBasis(nn.Module):
+    """Spherical Bessel functions of order zero that vanish at the cutoff.
+
+    b_n(r) = √(2/r_c) · sin(nπr/r_c)/r, n = 1 … num_radial (DimeNet, Gasteiger et al. 2020,
+    arXiv:2003.03123, eq. 7), in the scale
+    sin(nx)/x, x = πr/r_c, that makes values of order one.
+
+    Args:
+        num_radial: Number of functions.
+        cutoff: r_c, Å.
+    """
+
+    orders: Tensor  # integers: the same basis in float32 and in float64
+
+    def __init__(self, num_radial: int, cutoff: float) -> None:
+        super().__init__()
+        self.num_radial = num_radial
+        self.cutoff = cutoff
+        self.register_buffer("orders", torch.arange(1, num_radial + 1), persistent=False)
+
+    def forward(self, lengths: EdgeLengths) -> Tensor:
+        """Evaluate the basis at ``lengths`` (n_edges,), Å; returns (n_edges, num_radial)."""
+        x = lengths[:, None] * (math.pi / self.cutoff)
+        return torch.sin(x * self.orders) / x
+
+
+class GaussianBasis(nn.Module):
+    """Gaussians on an even grid: exp(-½ ((r - μ_k)/(w Δ))²), μ_k from 0 to the cutoff.
+
+    Args:
+        num_radial: Number of Gaussians, at least 2.
+        cutoff: Centre of the last one, Å.
+        width: w, in units of the grid spacing Δ.
+    """
+
+    orders: Tensor
+
+    def __init__(self, num_radial: int, cutoff: float, *, width: float = 1.0) -> None:
+        super().__init__()
+        if num_radial < 2:
+            raise ValueError(f"a Gaussian basis needs at least 2 functions, got {num_radial}")
+        self.num_radial = num_radial
+        self.spacing = cutoff / (num_radial - 1)
+        self.width = width
+        self.register_buffer("orders", torch.arange(num_radial), persistent=False)
+
+    def forward(self, lengths: EdgeLengths) -> Tensor:
+        """Evaluate the basis at ``lengths`` (n_edges,), Å; returns (n_edges, num_radial)."""
+        steps = lengths[:, None] / self.spacing - self.orders
+        return torch.exp(-0.5 * (steps / self.width) ** 2)
+
+
+class PolynomialEnvelope(nn.Module):
+    """A polynomial that goes from 1 at r = 0 to 0 at the cutoff with two continuous derivatives.
+
+    u(x) = 1 - (p+1)(p+2)/2 x^p + p(p+2) x^(p+1) - p(p+1)/2 x^(p+2), x = r/r_c (DimeNet, eq. 8):
+    u, u' and u'' vanish at x = 1, so energies, forces and Hessians are continuous there.
+
+    Args:
+        cutoff: r_c, Å.
+        exponent: p; the larger, the later the decay sets in.
+    """
+
+    def __init__(self, cutoff: float, *, exponent: int = 5) -> None:
+        super().__init__()
+        self.cutoff = cutoff
+        self.exponent = exponent
+
+    def forward(self, lengths: EdgeLengths) -> Tensor:
+        """Evaluate u at ``lengths`` (n_edges,), Å; returns (n_edges,), zero beyond the cutoff."""
+        p = self.exponent
+        x = lengths / self.cutoff
+        polynomial = (
+            1.0
+            - (p + 1) * (p + 2) / 2 * x**p
+            + p * (p + 2) * x ** (p + 1)
+            - p * (p + 1) / 2 * x ** (p + 2)
+        )
+        return torch.where(x < 1.0, polynomial, torch.zeros_like(x))

@@ -1,0 +1,144 @@
+"""Equivariant layers: linear maps per degree, SO(2) convolutions in the edge frame, gates."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from atomeq.ops.so2 import so2_linear_with_scalars
+
+
+class SO3Linear(nn.Module):
+    """A linear map of channels, one matrix per degree l, with a bias on l = 0.
+
+    Args:
+        lmax: Highest degree of the features.
+        in_channels: Channels in.
+        out_channels: Channels out.
+    """
+
+    degree_of_row: Tensor
+
+    def __init__(self, lmax: int, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.lmax = lmax
+        self.weight = nn.Parameter(
+            torch.randn(lmax + 1, out_channels, in_channels) / math.sqrt(in_channels)
+        )
+        self.bias = nn.Parameter(torch.zeros(out_channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``x`` (n_atoms, n_sph, in_channels) to (n_atoms, n_sph, out_channels)."""
+        # split, not slices: the backward of a slice fills a tensor of zeros, that of split is a cat
+        degrees = x.split([2 * l + 1 for l in range(self.lmax + 1)], dim=1)
+        blocks = [
+            block @ weight.transpose(0, 1)
+            for block, weight in zip(degrees, self.weight.unbind(0), strict=True)
+        ]
+        blocks[0] = blocks[0] + self.bias
+        return torch.cat(blocks, dim=1)
+
+
+class SO2Convolution(nn.Module):
+    """The linear map of eSCN in the edge frame: one matrix for each order m.
+
+    Rotations about the edge leave m = 0 alone and turn (+m, -m) as a pair, so the general map that
+    commutes with them is a real matrix for m = 0 and a complex one for each m > 0 (Passaro &
+    Zitnick 2023, arXiv:2302.03655). Reflections through the edge turn the sign of -m alone; what
+    commutes with them too is a real matrix for every m, our default. Rows are in m-primary order.
+
+    Args:
+        lmax: Highest degree of the features.
+        mmax: Highest order kept in the edge frame.
+        in_channels: Channels in.
+        out_channels: Channels out.
+        extra_scalars: Further invariant outputs, read from m = 0 (gates, attention logits).
+        chiral: Let +m and -m mix, as published. The map then commutes with rotations alone, and a
+            molecule and its mirror image get different energies.
+    """
+
+    def __init__(
+        self,
+        lmax: int,
+        mmax: int,
+        in_channels: int,
+        out_channels: int,
+        *,
+        extra_scalars: int = 0,
+        chiral: bool = False,
+    ) -> None:
+        super().__init__()
+        self.lmax = lmax
+        self.mmax = mmax
+        self.in_channels = in_channels
+        self.extra_scalars = extra_scalars
+        weights = []
+        for m in range(mmax + 1):
+            n_in, n_out = (lmax + 1 - m) * in_channels, (lmax + 1 - m) * out_channels
+            if m == 0:
+                shape, fan_in = (extra_scalars + n_out, n_in), n_in
+            elif chiral:
+                shape, fan_in = (2, n_out, n_in), 2 * n_in  # both parts feed each row
+            else:
+                shape, fan_in = (n_out, n_in), n_in
+            weights.append(nn.Parameter(torch.randn(shape) / math.sqrt(fan_in)))
+        self.weights = nn.ParameterList(weights)
+
+    @property
+    def n_radial_weights(self) -> int:
+        """Numbers that scale one edge's input: one for each (l, |m|, channel)."""
+        pairs = sum(self.lmax + 1 - m for m in range(self.mmax + 1))
+        return pairs * self.in_channels
+
+    def forward(self, x: Tensor, radial: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Map features in the edge frame.
+
+        Args:
+            x: (n_edges, n_rows, in_channels), m-primary rows.
+            radial: Multiplies the input, (n_edges, n_radial_weights): m-primary, +m and -m share.
+
+        Returns:
+            Features (n_edges, n_rows, out_channels), and the extra scalars
+            (n_edges, extra_scalars).
+        """
+        return so2_linear_with_scalars(
+            x,
+            list(self.weights),
+            lmax=self.lmax,
+            mmax=self.mmax,
+            scale=radial,
+            n_scalars=self.extra_scalars,
+        )
+
+
+class Gate(nn.Module):
+    """SiLU on scalars, and sigmoid gates of invariants on everything of degree l > 0.
+
+    Args:
+        degrees: The degree l of each row of the features; rows of l = 0 come first.
+    """
+
+    gate_of_row: Tensor
+
+    def __init__(self, degrees: Tensor) -> None:
+        super().__init__()
+        self.n_scalar_rows = int((degrees == 0).sum())
+        self.register_buffer("gate_of_row", degrees[self.n_scalar_rows :] - 1, persistent=False)
+        self.lmax = int(degrees.max())
+
+    def forward(self, x: Tensor, gates: Tensor | None) -> Tensor:
+        """Apply the gates.
+
+        Args:
+            x: (n, n_rows, channels).
+            gates: (n, lmax · channels), before the sigmoid; None where there is no l > 0.
+
+        Returns:
+            (n, n_rows, channels).
+        """
+        scalars, higher = x.split([self.n_scalar_rows, x.shape[1] - self.n_scalar_rows], dim=1)
+        scalars = nn.functional.silu(scalars)
+        if gates is None:
+            return scalars
+        gates = torch.sigmoid(gates).view(len(x), self.lmax, x.shape[2])
+        return torch.cat([scalars, higher * gates[:, self.gate_of_row]], dim=1)

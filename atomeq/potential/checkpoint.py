@@ -1,0 +1,202 @@
+"""A potential on disk: a folder with model.yaml, which holds the SHA-256 of weights.safetensors.
+
+Nothing that is loaded executes code: the YAML is read with the safe loader, the class must be one
+of the models of this package, and the weights are plain tensors.
+"""
+
+import hashlib
+import importlib
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from atomeq.models.base import AtomisticModel
+from atomeq.potential.potential import Potential
+
+CHECKPOINT_VERSION = 1
+CONFIG_FILE = "model.yaml"
+WEIGHTS_FILE = "weights.safetensors"
+
+#: Every model a checkpoint may name, by its class path. A new model adds its line here.
+MODELS = (
+    "atomeq.models.egnn.EGNN",
+    "atomeq.models.escn.ESCN",
+)
+
+
+class CheckpointError(ValueError):
+    """A potential folder is missing, damaged, or of a version this package cannot read."""
+
+
+def save_potential(
+    potential: Potential, folder: str | Path, *, metadata: dict[str, Any] | None = None
+) -> Path:
+    """Write a potential to a folder, replacing what an earlier save left there.
+
+    Each file is written under a temporary name and renamed, the YAML with the hash last: an
+    interrupted save never leaves a folder that loads as something else.
+
+    Args:
+        potential: What to save.
+        folder: Created if missing.
+        metadata: Plain values (training data, errors) to keep in ``model.yaml``.
+
+    Returns:
+        The folder.
+    """
+    config = potential.model.config()
+    if config["class_path"] not in MODELS:
+        raise CheckpointError(
+            f"{config['class_path']} is not a model of this package; checkpoints hold "
+            f"{', '.join(MODELS)}"
+        )
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {
+        name: tensor.detach().cpu().contiguous() for name, tensor in potential.state_dict().items()
+    }
+    partial = folder / f".{WEIGHTS_FILE}.{os.getpid()}"
+    save_file(weights, partial)
+    document = {
+        "checkpoint_version": CHECKPOINT_VERSION,
+        "model": config,
+        "dtype": str(potential.dtype).removeprefix("torch."),
+        "sha256": sha256(partial),
+        "metadata": metadata or {},
+    }
+    os.replace(partial, folder / WEIGHTS_FILE)
+    partial = folder / f".{CONFIG_FILE}.{os.getpid()}"
+    partial.write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
+    os.replace(partial, folder / CONFIG_FILE)
+    return folder
+
+
+def load_potential(
+    name_or_path: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> Potential:
+    """Load a potential by the name of a shipped one or from a folder.
+
+    Args:
+        name_or_path: ``"cu-pbe"``, or a folder that :func:`save_potential` wrote.
+        device: Where to put it; by default the CPU.
+        dtype: The dtype the network computes in; by default the one it was saved with.
+
+    Returns:
+        The potential in evaluation mode, its parameters frozen: a training task unfreezes them.
+
+    Raises:
+        CheckpointError: Nothing there, a damaged file, a wrong hash, an unknown model or version.
+    """
+    folder = find_potential(name_or_path)
+    document = _read_document(folder)
+    potential = Potential(_build_model(document["model"], folder))
+    try:
+        weights = load_file(folder / WEIGHTS_FILE)
+        potential.load_state_dict(weights, strict=True)
+    except (SafetensorError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{folder / WEIGHTS_FILE} does not fit {CONFIG_FILE}: {error}"
+        ) from error
+    potential = potential.to(dtype if dtype is not None else getattr(torch, document["dtype"]))
+    return potential.to(resolve_device(device)).requires_grad_(False).eval()
+
+
+def find_potential(name_or_path: str | Path) -> Path:
+    """Return the folder of a potential given by path or by shipped name.
+
+    Raises:
+        CheckpointError: There is no such folder; the message lists the shipped names.
+    """
+    path = Path(name_or_path)
+    candidates = [path, *(root / path for root in _shipped_roots() if len(path.parts) == 1)]
+    for candidate in candidates:
+        if (candidate / CONFIG_FILE).is_file():
+            return candidate
+    shipped = ", ".join(shipped_potentials()) or "none"
+    raise CheckpointError(
+        f"no potential at {str(name_or_path)!r}: neither a folder with {CONFIG_FILE} nor the name "
+        f"of a shipped potential (shipped: {shipped})"
+    )
+
+
+def shipped_potentials() -> list[str]:
+    """Return the names of the potentials that come with the package."""
+    found = {p.parent.name for root in _shipped_roots() for p in root.glob(f"*/{CONFIG_FILE}")}
+    return sorted(found)
+
+
+def resolve_device(device: str | torch.device | None) -> torch.device:
+    """Return a usable device, refusing CUDA where there is none instead of falling back.
+
+    Raises:
+        ValueError: The name is not a device, or the device is not available.
+    """
+    try:
+        resolved = torch.device("cpu" if device is None else device)
+    except RuntimeError as error:
+        raise ValueError(f"{device!r} is not a device; give 'cpu', 'cuda' or 'cuda:1'") from error
+    if resolved.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"device {str(resolved)!r} was asked for, but torch {torch.__version__} finds no CUDA "
+            "GPU here; use device='cpu', or install a CUDA build of torch on a machine with a GPU"
+        )
+    return resolved
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file as hexadecimal digits."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _shipped_roots() -> tuple[Path, Path]:
+    package = Path(__file__).resolve().parent.parent
+    return package / "_potentials", package.parent / "potentials"  # installed wheel, source tree
+
+
+def _read_document(folder: Path) -> dict[str, Any]:
+    try:
+        document = yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{folder / CONFIG_FILE} is not readable YAML: {error}") from error
+    missing = {"checkpoint_version", "model", "dtype", "sha256"} - set(document or {})
+    if missing:
+        raise CheckpointError(f"{folder / CONFIG_FILE} lacks {', '.join(sorted(missing))}")
+    if document["checkpoint_version"] != CHECKPOINT_VERSION:
+        raise CheckpointError(
+            f"{folder} has checkpoint_version {document['checkpoint_version']!r}, this package "
+            f"reads version {CHECKPOINT_VERSION}; update atomeq or convert the checkpoint"
+        )
+    if document["dtype"] not in ("float32", "float64"):
+        raise CheckpointError(f"{folder} has dtype {document['dtype']!r}; float32 and float64 are")
+    if not (folder / WEIGHTS_FILE).is_file():
+        raise CheckpointError(f"{folder} has no {WEIGHTS_FILE}")
+    found = sha256(folder / WEIGHTS_FILE)
+    if found != document["sha256"]:
+        raise CheckpointError(
+            f"{folder / WEIGHTS_FILE} has SHA-256 {found[:12]}…, but {CONFIG_FILE} says "
+            f"{str(document['sha256'])[:12]}…: the file is damaged or was exchanged; copy it again"
+        )
+    return document
+
+
+def _build_model(node: dict[str, Any], folder: Path) -> AtomisticModel:
+    class_path = node.get("class_path") if isinstance(node, dict) else node
+    if class_path not in MODELS:
+        raise CheckpointError(
+            f"{folder / CONFIG_FILE} names the model {class_path!r}; known are {', '.join(MODELS)}"
+        )
+    module, name = class_path.rsplit(".", 1)
+    model_class = getattr(importlib.import_module(module), name)
+    try:
+        return model_class(**node.get("init_args", {}))
+    except TypeError as error:
+        raise CheckpointError(f"{folder / CONFIG_FILE}, init_args: {error}") from error

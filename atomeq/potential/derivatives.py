@@ -1,0 +1,77 @@
+"""Forces and stress as derivatives of the energy: the only use of autograd.grad above ``ops/``.
+
+Both come from one backward pass through a symmetric strain ε of the structure
+(r -> r (1 + ε), cell -> cell (1 + ε)):  F = -dE/dr,  σ = (1/V) dE/dε.
+Forces are taken with respect to the unstrained positions, which are the same at ε = 0.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from atomeq.graph.atom_graph import AtomGraph
+from atomeq.typing import PropertyKey
+
+
+def energy_and_derivatives(
+    evaluate: Callable[[AtomGraph], dict[PropertyKey, Tensor]],
+    graph: AtomGraph,
+    *,
+    forces: bool = True,
+    stress: bool = False,
+    create_graph: bool = False,
+) -> dict[PropertyKey, Tensor]:
+    """Evaluate an energy model and derive forces and stress from its energy.
+
+    Args:
+        evaluate: Maps a graph to properties among which is ``energy`` (n_graphs,), eV.
+        graph: The structures; not modified. Where ``graph.pos`` already requires grad it is
+            differentiated itself (for Hessians), else a detached copy is.
+        forces: Derive ``forces`` (n_atoms, 3), eV/Å.
+        stress: Derive ``stress`` (n_graphs, 3, 3), eV/Å³, ASE's sign.
+        create_graph: Keep the derivatives differentiable, as training on forces needs.
+
+    Returns:
+        The properties of ``evaluate`` with forces and stress beside them.
+
+    Raises:
+        ValueError: Stress is asked of a structure whose cell has no volume.
+    """
+    if stress:
+        _refuse_flat_cells(graph)
+    with torch.enable_grad():
+        positions = graph.pos if graph.pos.requires_grad else graph.pos.detach().requires_grad_()
+        strain = graph.cell.new_zeros(graph.n_graphs, 3, 3).requires_grad_(stress)
+        deformed = graph.replace(pos=positions)
+        if stress:
+            deformed = deformed.strained(strain)
+        properties = evaluate(deformed)
+        inputs = [positions] * forces + [strain] * stress
+        gradients = list(_gradients(properties["energy"], inputs, create_graph=create_graph))
+    if not create_graph:
+        for key, value in properties.items():
+            properties[key] = value.detach()
+    if forces:
+        properties["forces"] = -gradients.pop(0)
+    if stress:
+        properties["stress"] = gradients.pop(0) / graph.volume()[:, None, None]
+    return properties
+
+
+def _gradients(energy: Tensor, inputs: list[Tensor], *, create_graph: bool) -> tuple[Tensor, ...]:
+    """Return dE/dx for each input; structures without edges do not depend on any and give zeros."""
+    if not energy.requires_grad:
+        return tuple(torch.zeros_like(x) for x in inputs)
+    return torch.autograd.grad(
+        energy.sum(), inputs, create_graph=create_graph, materialize_grads=True
+    )
+
+
+def _refuse_flat_cells(graph: AtomGraph) -> None:
+    flat = torch.nonzero(graph.volume() < 1e-6).flatten().tolist()
+    if flat:
+        raise ValueError(
+            f"stress needs a cell with a volume, and structure {flat[0]} of this batch has none; "
+            "give it three cell vectors or ask for energy and forces only"
+        )

@@ -1,0 +1,150 @@
+"""Potential: a model and its references become energy, forces and stress.
+
+The same object serves training, the ASE calculator, dynamics and screening.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from atomeq.graph.atom_graph import AtomGraph
+from atomeq.models.base import AtomisticModel
+from atomeq.ops.segment import segment_sum
+from atomeq.potential.derivatives import energy_and_derivatives
+from atomeq.potential.references import AtomicReferences
+from atomeq.typing import PROPERTY_KEYS, PropertyKey
+
+
+class Potential(nn.Module):
+    """Energy, forces and stress of a batch of structures.
+
+    What the model returns is taken, what is missing is derived: a conservative model's forces are
+    -dE/dx, a model with a force head keeps its own.
+
+    Args:
+        model: The network.
+        references: Shift per element and scale; none leaves the network's output as eV.
+
+    Example:
+        >>> potential = load_potential("cu-pbe")  # doctest: +SKIP
+        >>> graph = potential.build_graph(ase.build.bulk("Cu"))  # doctest: +SKIP
+        >>> potential(graph, ("energy", "forces", "stress"))["energy"]  # doctest: +SKIP
+    """
+
+    def __init__(self, model: AtomisticModel, references: AtomicReferences | None = None) -> None:
+        super().__init__()
+        self.model = model
+        self.references = references if references is not None else AtomicReferences()
+        self._builder = model.graph_builder()
+
+    def build_graph(self, structures: Any) -> AtomGraph:
+        """Build the graph of one structure or a sequence of them, on this potential's device.
+
+        Args:
+            structures: ``ase.Atoms``, pymatgen ``Structure``/``Molecule``, :class:`AtomGraph`, or a
+                sequence of those.
+
+        Returns:
+            A batch with float64 positions and cell.
+
+        Raises:
+            StructureError: A structure is empty, has non-finite numbers or an unknown element.
+        """
+        graph = self._builder(structures)
+        self.check_elements(graph)
+        return graph.to(self.device)
+
+    def check_elements(self, graph: AtomGraph) -> None:
+        """Raise ``ValueError`` naming the first atom whose element this potential does not know."""
+        numbers = graph.atomic_numbers
+        unknown = ~self.references.known.to(numbers.device)[numbers]
+        if bool(unknown.any()):
+            atom = int(torch.nonzero(unknown)[0])
+            known = ", ".join(str(z) for z in self.elements)
+            raise ValueError(
+                f"atom {atom} (structure {int(graph.batch[atom])} of the batch) has atomic number "
+                f"{int(numbers[atom])}, which this potential does not know; it knows {known}"
+            )
+
+    def forward(
+        self,
+        graph: AtomGraph,
+        properties: Sequence[PropertyKey] = ("energy", "forces"),
+        *,
+        create_graph: bool | None = None,
+    ) -> dict[PropertyKey, Tensor]:
+        """Compute properties of a batch of structures.
+
+        Args:
+            graph: As :meth:`build_graph` returns it.
+            properties: What to compute.
+            create_graph: Keep forces and stress differentiable; by default in training mode only.
+
+        Returns:
+            ``energy`` (n_graphs,) eV and ``energies`` (n_atoms,) eV in float64; ``forces``
+            (n_atoms, 3) eV/Å; ``stress`` (n_graphs, 3, 3) eV/Å³, positive when stretched.
+
+        Raises:
+            ValueError: An unknown property, or the stress of a structure without volume.
+        """
+        _refuse_unknown_properties(properties)
+        derived = [key for key in ("forces", "stress") if key in properties]
+        if "stress" in derived and not self.conservative:
+            raise ValueError("a model with a force head has no energy whose strain gives a stress")
+        if not derived or not self.conservative:
+            computed = self._evaluate(graph)
+        else:
+            if create_graph is None:
+                create_graph = self.training and torch.is_grad_enabled()
+            computed = energy_and_derivatives(
+                self._evaluate,
+                graph,
+                forces="forces" in derived,
+                stress="stress" in derived,
+                create_graph=create_graph,
+            )
+        return {key: computed[key] for key in properties}
+
+    def _evaluate(self, graph: AtomGraph) -> dict[PropertyKey, Tensor]:
+        outputs = self.model(graph)
+        energies = self.references(outputs["energies"], graph.atomic_numbers)
+        computed: dict[PropertyKey, Tensor] = {
+            "energies": energies,
+            "energy": segment_sum(energies, graph.batch, graph.n_graphs),
+        }
+        if "forces" in outputs:
+            computed["forces"] = outputs["forces"] * self.references.scale.to(self.dtype)
+        return computed
+
+    @property
+    def conservative(self) -> bool:
+        """Whether forces are the derivative of the energy."""
+        return "forces" not in self.model.outputs
+
+    @property
+    def cutoff(self) -> float:
+        """The model's cutoff, Å."""
+        return self.model.cutoff
+
+    @property
+    def elements(self) -> tuple[int, ...]:
+        """Atomic numbers this potential was made for."""
+        return self.references.elements
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype the network computes in; energies are summed in float64 regardless."""
+        return self.model.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the potential computes."""
+        return self.model.device
+
+
+def _refuse_unknown_properties(properties: Sequence[PropertyKey]) -> None:
+    unknown = [key for key in properties if key not in PROPERTY_KEYS]
+    if unknown:
+        raise ValueError(f"unknown property {unknown[0]!r}; ask for any of {PROPERTY_KEYS}")

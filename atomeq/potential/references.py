@@ -1,0 +1,84 @@
+"""Atomic references: the shift per element and the scale between a network's output and eV."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from atomeq.typing import AtomicEnergies, AtomicNumbers
+
+MAX_ATOMIC_NUMBER = 118
+
+
+class AtomicReferences(nn.Module):
+    """E_i = scale · e_i + shift[Z_i], in float64 whatever the network's dtype.
+
+    Total energies of DFT reach 10⁵ eV while forces come from 10⁻³ eV of them: a float32 sum would
+    lose what matters, so these numbers stay float64 under ``.to(dtype)``.
+
+    Args:
+        shift: Energy of each known element, eV, by atomic number. Elements not named are unknown to
+            the potential, which refuses structures that hold them. None: all known, no shift.
+        scale: eV per unit of the network's output; forces and stress scale with it.
+    """
+
+    shift: Tensor
+    scale: Tensor
+    known: Tensor
+
+    def __init__(self, shift: Mapping[int, float] | None = None, *, scale: float = 1.0) -> None:
+        super().__init__()
+        table = torch.zeros(MAX_ATOMIC_NUMBER + 1, dtype=torch.float64)
+        known = torch.zeros(MAX_ATOMIC_NUMBER + 1, dtype=torch.bool)
+        if shift is None:
+            known[1:] = True
+        for number, energy in (shift or {}).items():
+            table[number] = energy
+            known[number] = True
+        self.register_buffer("shift", table)
+        self.register_buffer("scale", torch.tensor(float(scale), dtype=torch.float64))
+        self.register_buffer("known", known)
+
+    @property
+    def elements(self) -> tuple[int, ...]:
+        """Atomic numbers the references know."""
+        return tuple(torch.nonzero(self.known).flatten().tolist())
+
+    def forward(self, energies: AtomicEnergies, atomic_numbers: AtomicNumbers) -> AtomicEnergies:
+        """Turn network outputs (n_atoms,) into atomic energies (n_atoms,), eV, float64."""
+        return self.scale * energies.to(torch.float64) + self.shift[atomic_numbers]
+
+    def _apply(self, fn, recurse: bool = True):
+        # Follow the module to its device, never to its dtype.
+        device = fn(self.shift).device
+        for name in ("shift", "scale", "known"):
+            setattr(self, name, getattr(self, name).to(device))
+        return self
+
+
+def least_squares_shift(
+    compositions: Sequence[AtomicNumbers], energies: Sequence[float]
+) -> dict[int, float]:
+    """Fit one energy per element to total energies, by least squares of minimum norm.
+
+    Args:
+        compositions: Atomic numbers of each structure, each (n_atoms,).
+        energies: Total energy of each structure, eV.
+
+    Returns:
+        Shift by atomic number, eV. Where compositions leave a direction undetermined (one
+        stoichiometry only), the solution of minimum norm shares the energy among its elements.
+    """
+    if len(compositions) != len(energies) or not len(energies):
+        raise ValueError(
+            f"need one energy per structure and at least one structure; "
+            f"got {len(compositions)} structures and {len(energies)} energies"
+        )
+    elements = sorted({int(z) for numbers in compositions for z in torch.unique(numbers)})
+    counts = torch.stack(
+        [torch.bincount(numbers.cpu(), minlength=MAX_ATOMIC_NUMBER + 1) for numbers in compositions]
+    )[:, elements].to(torch.float64)
+    targets = torch.tensor([float(e) for e in energies], dtype=torch.float64)
+    # gelsd finds the minimum-norm solution of rank-deficient systems; the default driver does not.
+    solution = torch.linalg.lstsq(counts, targets[:, None], driver="gelsd").solution[:, 0]
+    return dict(zip(elements, solution.tolist(), strict=True))

@@ -1,0 +1,39 @@
+"""Potentials of every model config with generic weights, and structures to hold the laws on."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from ase import Atoms
+from structures import RATTLED
+
+from atomeq.potential.potential import Potential
+
+MODEL_CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "model").glob("*.yaml"))
+
+
+def build_potential(config: Path) -> Potential:
+    """Build a config's model in float64, away from the zeros and ones of its initialisation."""
+    node = yaml.safe_load(config.read_text())
+    module, name = node["class_path"].rsplit(".", 1)
+    generator = torch.Generator().manual_seed(7)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = getattr(importlib.import_module(module), name)(**node["init_args"])
+    potential = Potential(model).double().eval()
+    for parameter in potential.parameters():
+        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        parameter.data += 0.05 * noise
+    return potential
+
+
+@pytest.fixture(scope="session", params=MODEL_CONFIGS, ids=lambda path: path.stem)
+def potential(request) -> Potential:
+    return build_potential(request.param)
+
+
+@pytest.fixture(params=RATTLED, ids=str)
+def structure(request) -> Atoms:
+    return RATTLED[request.param]()

@@ -1,0 +1,40 @@
+import pytest
+import torch
+
+from atomeq.potential.references import AtomicReferences, least_squares_shift
+
+
+def test_shift_and_scale_are_applied_per_atom():
+    references = AtomicReferences({1: -13.5, 8: -2000.0}, scale=2.0)
+    energies = references(torch.tensor([0.5, 0.25]), torch.tensor([1, 8]))
+    assert energies.dtype == torch.float64
+    torch.testing.assert_close(energies, torch.tensor([-12.5, -1999.5], dtype=torch.float64))
+
+
+def test_elements_are_those_with_a_shift():
+    assert AtomicReferences({8: 0.0, 1: 0.0}).elements == (1, 8)
+    assert AtomicReferences().elements == tuple(range(1, 119))
+
+
+def test_references_stay_float64_in_a_float32_network():
+    references = AtomicReferences({29: -4.1234567890123456}).to(torch.float32)
+    assert references.shift.dtype == torch.float64
+    assert references.shift[29].item() == -4.1234567890123456
+    assert references.known.dtype == torch.bool
+
+
+def test_least_squares_finds_additive_energies():
+    waters = [torch.tensor([1, 1, 8]), torch.tensor([8, 8]), torch.tensor([1, 8])]
+    energies = [2 * -13.0 - 2000.0, -4000.0, -2013.0]
+    shift = least_squares_shift(waters, energies)
+    assert shift == pytest.approx({1: -13.0, 8: -2000.0}, rel=1e-12)
+
+
+def test_one_stoichiometry_shares_its_energy():
+    shift = least_squares_shift([torch.tensor([1, 1, 8])] * 3, [-9.0, -9.0, -9.0])
+    assert 2 * shift[1] + shift[8] == pytest.approx(-9.0)
+
+
+def test_least_squares_refuses_a_mismatch():
+    with pytest.raises(ValueError, match="one energy per structure"):
+        least_squares_shift([torch.tensor([1])], [])
