@@ -3,14 +3,19 @@
 Everything that writes a result (calculators' logs, trajectories, summaries) goes through here.
 """
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+logger = logging.getLogger(__name__)
+
 
 @contextmanager
-def write_atomically(path: str | Path, *, keep_on: tuple[type[BaseException], ...] = ()) -> Iterator[Path]:
+def write_atomically(
+    path: str | Path, *, keep_on: tuple[type[BaseException], ...] = ()
+) -> Iterator[Path]:
     """Yield a temporary path beside ``path`` that takes its place when the block ends well.
 
     The temporary file keeps the suffix (``cu.part-4242.extxyz``), so that readers recognise the
@@ -41,6 +46,7 @@ def write_atomically(path: str | Path, *, keep_on: tuple[type[BaseException], ..
             os.fsync(stream.fileno())  # machine could leave an empty file under the final name
         os.replace(partial, path)
     except keep_on:
+        logger.warning("what was written so far is in %s", partial)
         raise
     except BaseException:
         partial.unlink(missing_ok=True)

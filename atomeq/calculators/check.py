@@ -16,7 +16,7 @@ from atomeq.calculators.software_laws import SOFTWARE_LAWS
 LAWS: tuple[Law, ...] = PHYSICAL_LAWS + SOFTWARE_LAWS
 
 #: Tried in this order on calculators that do not say what they know.
-_COMMON = ("Cu", "Al", "Si", "Ni", "Au", "Fe", "Na", "Cl", "C", "H", "O", "N", "Ar", "Li", "Mg", "Ti")
+_COMMON = ("Cu", "Al", "Si", "Ni", "Au", "Fe", "Na", "Cl", "C", "H", "O", "N", "Ar", "Li", "Mg")
 
 
 def check_calculator(
@@ -30,7 +30,8 @@ def check_calculator(
     timestep: float = 2.0,
     temperature: float = 300.0,
     seed: int = 0,
-    on_start: Callable[[Law], object] | None = None,
+    on_start: Callable[[Law], object] = lambda law: None,
+    on_step: Callable[[int, int], object] = lambda step, steps: None,
 ) -> Iterator[LawResult]:
     """Measure every law on a calculator, yielding each verdict as it is reached.
 
@@ -46,6 +47,7 @@ def check_calculator(
         temperature: Of the NVE law, K.
         seed: Of every random displacement, rotation and velocity.
         on_start: Called with each law before it is measured.
+        on_step: Called with the number of the step and of all steps while the NVE law runs.
 
     Yields:
         One :class:`LawResult` per law.
@@ -66,6 +68,7 @@ def check_calculator(
         timestep=timestep,
         temperature=temperature,
         seed=seed,
+        on_step=on_step,
     )
     unknown = [symbol for symbol in subject.elements if symbol not in atomic_numbers]
     if unknown:
@@ -85,7 +88,8 @@ def known_elements(factory: CalculatorFactory) -> list[str]:
         return [chemical_symbols[int(number)] for number in stated]
     accepted, refusal = [], None
     for symbol in _COMMON:
-        atoms = Atoms([symbol, symbol], positions=[[0, 0, 0], [0.8, 1.6, 1.6]], calculator=factory())
+        atoms = Atoms([symbol, symbol], positions=[[0, 0, 0], [0.8, 1.6, 1.6]])
+        atoms.calc = factory()
         try:
             atoms.get_potential_energy()
         except Exception as error:  # any refusal means the element is not known
@@ -101,9 +105,8 @@ def known_elements(factory: CalculatorFactory) -> list[str]:
 
 
 def _judge(
-    subject: Subject, laws: list[Law], on_start: Callable[[Law], object] | None
+    subject: Subject, laws: list[Law], on_start: Callable[[Law], object]
 ) -> Iterator[LawResult]:
     for law in laws:
-        if on_start is not None:
-            on_start(law)
+        on_start(law)
         yield law.judge(subject)

@@ -6,7 +6,7 @@ The laws themselves are in ``physical_laws`` and ``software_laws``; ``check`` ru
 import math
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
@@ -101,6 +101,7 @@ class Subject:
         timestep: Of the NVE law, fs.
         temperature: Of the NVE law, K.
         seed: Of every random displacement and velocity.
+        on_step: Called with the number of the step and of all steps while the NVE law runs.
     """
 
     factory: CalculatorFactory
@@ -111,6 +112,7 @@ class Subject:
     timestep: float = 2.0
     temperature: float = 300.0
     seed: int = 0
+    on_step: Callable[[int, int], object] = field(default=lambda step, steps: None)
 
     @cached_property
     def calculator(self) -> Calculator:
@@ -173,7 +175,7 @@ class Subject:
     @staticmethod
     def energy_of(atoms: Atoms) -> float:
         """Return the energy consistent with the forces, where the calculator publishes one."""
-        consistent = "free_energy" in atoms.calc.implemented_properties
+        consistent = "free_energy" in getattr(atoms.calc, "implemented_properties", ())
         return float(atoms.get_potential_energy(force_consistent=consistent))
 
     def _alloy(self, atoms: Atoms) -> None:
@@ -212,7 +214,7 @@ def describe(error: BaseException) -> str:
 
 
 def cubic_cell(symbol: str) -> Atoms:
-    """Return the cubic cell of the element's own lattice, or a simple cubic one of touching atoms."""
+    """Return the cubic cell of the element's own lattice, or an fcc one of touching atoms."""
     state = reference_states[atomic_numbers[symbol]]
     if state is not None and state["symmetry"] in ("fcc", "bcc", "diamond", "sc"):
         return bulk(symbol, cubic=True)

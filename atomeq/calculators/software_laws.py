@@ -50,8 +50,12 @@ def changes_in_place(subject: Subject) -> Measured:
     for change in _changes(atoms):
         found = Subject.energy_of(atoms), atoms.get_forces()
         fresh = subject.evaluate(atoms, calculator=subject.factory())
-        worst = max(worst, fresh._replace(stress=None).distance(fresh._replace(
-            energy=found[0], forces=found[1], stress=None)))
+        worst = max(
+            worst,
+            fresh._replace(stress=None).distance(
+                fresh._replace(energy=found[0], forces=found[1], stress=None)
+            ),
+        )
         change()
     return Measured(worst, "positions, cell, elements, periodicity")
 
@@ -67,7 +71,7 @@ def structure_untouched(subject: Subject) -> Measured:
     touched = [
         name
         for name in before.arrays
-        if not np.array_equal(before.arrays[name], atoms.arrays.get(name))
+        if name not in atoms.arrays or not np.array_equal(before.arrays[name], atoms.arrays[name])
     ]
     touched += sorted(set(atoms.arrays) - set(before.arrays))
     touched += ["info"] * (atoms.info != before.info)
@@ -99,12 +103,16 @@ def inf_refused(subject: Subject) -> Measured:
 
 def empty_refused(subject: Subject) -> Measured:
     """Give structures without atoms."""
-    return _refusals(subject, [("no atoms", Atoms()), ("empty cell", Atoms(cell=[5, 5, 5], pbc=True))])
+    return _refusals(
+        subject, [("no atoms", Atoms()), ("empty cell", Atoms(cell=[5, 5, 5], pbc=True))]
+    )
 
 
 def unknown_element_refused(subject: Subject) -> Measured:
     """Give an element the calculator does not know."""
-    unknown = [symbol for symbol in reversed(chemical_symbols[1:]) if symbol not in subject.elements]
+    unknown = [
+        symbol for symbol in reversed(chemical_symbols[1:]) if symbol not in subject.elements
+    ]
     if not unknown:
         raise NotApplicable("the calculator knows every element")
     atoms = subject.crystal()
@@ -127,7 +135,9 @@ def overlapping_atoms(subject: Subject) -> Measured:
     """Put two atoms on one place: refuse it, or give a finite energy above that of the bond."""
     symbol = subject.elements[0]
     bond = 2.0 * float(covalent_radii[atomic_numbers[symbol]])
-    atoms = Atoms([symbol, symbol], positions=[[0.0, 0.0, 0.0], [bond / 3, 2 * bond / 3, 2 * bond / 3]])
+    atoms = Atoms(
+        [symbol, symbol], positions=[[0.0, 0.0, 0.0], [bond / 3, 2 * bond / 3, 2 * bond / 3]]
+    )
     bonded = subject.energy(atoms)
     atoms.positions[1] = atoms.positions[0]
     try:
@@ -209,7 +219,7 @@ def _changes(atoms: Atoms) -> Iterator[Callable[[], object]]:
         atoms.set_cell(1.02 * atoms.cell.array, scale_atoms=True)
 
     def stretch_cell_alone() -> None:
-        atoms.cell[2, 2] *= 1.1
+        atoms.cell.array[2, 2] *= 1.1
 
     def swap() -> None:
         different = np.flatnonzero(atoms.numbers != atoms.numbers[0])
@@ -231,17 +241,20 @@ def _non_finite(subject: Subject, value: float) -> Measured:
     free = subject.cluster()
     free.positions[2, 0] = value
     cell = subject.crystal()
-    cell.cell[1, 1] = value
-    figure, note, _ = _refusals(subject, [("position", position), ("free cluster", free), ("cell", cell)])
+    cell.cell.array[1, 1] = value
+    figure, note, _ = _refusals(
+        subject, [("position", position), ("free cluster", free), ("cell", cell)]
+    )
     # Neighbour lists with a skin may not notice: NaN has not moved further than the skin.
     later = subject.crystal()
     later.calc = subject.factory()
     later.get_forces()
     later.positions[3, 1] = value
     accepted = _acceptance(lambda: (Subject.energy_of(later), later.get_forces()))
-    if accepted is not None:
-        return Measured(figure + 1, f"accepted after a good calculation: {accepted}; {note}")
-    return Measured(figure, note)
+    if accepted is None:
+        return Measured(figure, note)
+    late = f"accepted after a good calculation: {accepted}"
+    return Measured(figure + 1, f"{note}; {late}" if figure else late)
 
 
 def _refusals(subject: Subject, structures: list[tuple[str, Atoms]]) -> Measured:

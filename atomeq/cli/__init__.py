@@ -9,7 +9,8 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import NamedTuple
+from importlib.metadata import PackageNotFoundError, version
+from typing import NamedTuple, NoReturn
 
 
 class Verb(NamedTuple):
@@ -19,16 +20,20 @@ class Verb(NamedTuple):
     summary: str
 
 
+_SIMULATE = "atomeq.cli.simulate"
+_INSPECT = "atomeq.cli.inspect"
+_TRAINING = "atomeq.cli.training"
+
 VERBS = {
-    "single-point": Verb("atomeq.cli.simulate", "energy, forces and stress of every structure in a file"),
-    "relax": Verb("atomeq.cli.simulate", "move atoms, and the cell with --cell, until forces vanish"),
-    "md": Verb("atomeq.cli.simulate", "molecular dynamics: NVE, NVT or NPT"),
-    "check": Verb("atomeq.cli.inspect", "hold a potential or any ASE calculator to the laws of physics"),
-    "doctor": Verb("atomeq.cli.inspect", "versions, devices, data folders, potentials and backends found"),
-    "fit": Verb("atomeq.cli.training", "train a potential from a configuration file"),
-    "validate": Verb("atomeq.cli.training", "evaluate a checkpoint on the validation set"),
-    "test": Verb("atomeq.cli.training", "evaluate a checkpoint on the test set"),
-    "predict": Verb("atomeq.cli.training", "write a checkpoint's predictions"),
+    "single-point": Verb(_SIMULATE, "energy, forces and stress of every structure in a file"),
+    "relax": Verb(_SIMULATE, "move atoms, and the cell with --cell, until forces vanish"),
+    "md": Verb(_SIMULATE, "molecular dynamics: NVE, NVT or NPT"),
+    "check": Verb(_INSPECT, "hold a potential or any ASE calculator to the laws of physics"),
+    "doctor": Verb(_INSPECT, "versions, devices, data, potentials and backends on this machine"),
+    "fit": Verb(_TRAINING, "train a potential from a configuration file"),
+    "validate": Verb(_TRAINING, "evaluate a checkpoint on the validation set"),
+    "test": Verb(_TRAINING, "evaluate a checkpoint on the test set"),
+    "predict": Verb(_TRAINING, "write a checkpoint's predictions"),
 }
 
 #: What a user's input can cause; anything else is a fault of the program and shows its traceback.
@@ -53,23 +58,33 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.stdout.write(_help())
         return
     if words[0] == "--version":
-        from importlib.metadata import version
-
-        sys.stdout.write(f"atomeq {version('atomeq')}\n")
+        sys.stdout.write(f"atomeq {_version()}\n")
         return
     if words[0] not in VERBS:
-        _fail(f"there is no {words[0]!r}; verbs are {', '.join(VERBS)}; see atomeq --help", EXIT_BAD_INPUT)
+        known = ", ".join(VERBS)
+        _fail(f"there is no {words[0]!r}; verbs are {known}; see atomeq --help", EXIT_BAD_INPUT)
     _set_up_terminal()
+    if code := _run(words):
+        sys.exit(code)
+
+
+def _run(words: list[str]) -> int | None:
+    """Run a verb; turn what a user's input can cause into one line and an exit code."""
     try:
-        code = importlib.import_module(VERBS[words[0]].module).main(words)
+        return importlib.import_module(VERBS[words[0]].module).main(words)
     except KeyboardInterrupt as interruption:
         _fail(f"interrupted {interruption}".strip(), EXIT_INTERRUPTED)
     except BAD_INPUT as error:
         if os.environ.get("ATOMEQ_TRACEBACK"):
             raise
         _fail(_one_line(error), EXIT_BAD_INPUT)
-    if code:
-        sys.exit(code)
+
+
+def _version() -> str:
+    try:
+        return version("atomeq")
+    except PackageNotFoundError:
+        return "(source tree, not installed)"
 
 
 def _set_up_terminal() -> None:
@@ -83,7 +98,7 @@ def _one_line(error: BaseException) -> str:
     return text if text else type(error).__name__
 
 
-def _fail(message: str, code: int) -> None:
+def _fail(message: str, code: int) -> NoReturn:
     sys.stderr.write(f"atomeq: error: {message}\n")
     sys.exit(code)
 

@@ -7,11 +7,13 @@ Langevin dynamics shakes it, so it is.
 
 import csv
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
 import numpy as np
 from ase import Atoms, units
+from ase.calculators.singlepoint import SinglePointCalculator
 from ase.constraints import FixCom
 from ase.md.bussi import Bussi
 from ase.md.langevin import Langevin
@@ -30,7 +32,7 @@ from atomeq.units import GPA
 Ensemble = Literal["nve", "nvt", "npt"]
 Thermostat = Literal["bussi", "langevin"]
 
-_COLUMNS = (
+_COLUMNS: tuple[str, ...] = (
     "step",
     "time_fs",
     "potential_energy_eV",
@@ -190,20 +192,19 @@ class MolecularDynamicsRun:
                 P_tau=barostat_time * units.fs,
                 rng=random,
             )
+        relaxation = thermostat_time * units.fs
         if thermostat == "bussi":
-            return Bussi(
-                atoms, step, temperature_K=self.temperature, taut=thermostat_time * units.fs, rng=random
-            )
+            return Bussi(atoms, step, temperature_K=self.temperature, taut=relaxation, rng=random)
         return Langevin(
             atoms,
             step,
             temperature_K=self.temperature,
-            friction=1 / (thermostat_time * units.fs),
-            fixcm=False,
+            friction=1 / relaxation,
+            fixcm=False,  # ASE's own option for it does not sample the ensemble
             rng=random,
         )
 
-    def _stepping(self, steps: int):
+    def _stepping(self, steps: int) -> Iterator[bool]:
         """Yield after every step, saying where a structure that flies apart did so."""
         try:
             yield from self.dynamics.irun(steps)
@@ -223,10 +224,11 @@ class MolecularDynamicsRun:
         atoms, step = self.atoms, self.dynamics.nsteps
         potential, kinetic = atoms.get_potential_energy(), atoms.get_kinetic_energy()
         values = [step, step * self.timestep, potential, kinetic, potential + kinetic]
-        line = dict(zip(_COLUMNS, [*values, atoms.get_temperature()], strict=True))
+        values.append(atoms.get_temperature())
+        line = {key: float(value) for key, value in zip(_COLUMNS, values, strict=True)}
         if self.ensemble == "npt":
             stress = atoms.get_stress(voigt=False, include_ideal_gas=True)
-            line["volume_A3"] = atoms.get_volume()
+            line["volume_A3"] = float(atoms.get_volume())
             line["pressure_GPa"] = -float(np.trace(stress)) / 3 / GPA
         return line
 
@@ -236,8 +238,6 @@ class MolecularDynamicsRun:
         frame.set_constraint(self.user_constraints)
         frame.info["step"] = self.dynamics.nsteps
         frame.info["time_fs"] = self.dynamics.nsteps * self.timestep
-        from ase.calculators.singlepoint import SinglePointCalculator
-
         frame.calc = SinglePointCalculator(
             frame,
             energy=self.atoms.get_potential_energy(),

@@ -74,7 +74,9 @@ def build_parser(verb: str) -> Parser:
     """Return the parser of a simulation verb."""
     parser = Parser(f"atomeq {verb}", _DESCRIPTIONS[verb])
     parser.add_argument("input", metavar="INPUT", type=str, help="any structure file ASE reads")
-    parser.add_argument("--potential", required=True, type=str, help="name or folder of a potential")
+    parser.add_argument(
+        "--potential", required=True, type=str, help="name or folder of a potential"
+    )
     parser.add_argument("--out", required=True, type=str, help="OUT.extxyz or OUT.traj")
     if verb == "relax":
         _add_relax_options(parser)
@@ -133,7 +135,7 @@ def single_point(options: Namespace) -> int:
     meter = Meter("single-point", len(structures), unit="structures")
     with structure_output(options.out) as output, meter.running():
         for atoms in structures:
-            frozen = with_results(atoms, calculator, stress=has_volume(atoms))
+            frozen = with_results(atoms, calculator)
             output.write(frozen)
             rows.append(_row(frozen))
             meter.advance()
@@ -152,7 +154,7 @@ def relax(options: Namespace) -> int:
     with structure_output(options.out) as output, meter.running():
         for atoms in structures:
             steps, converged = _relax_one(atoms, calculator, options, meter)
-            frozen = with_results(atoms, calculator, stress=has_volume(atoms))
+            frozen = with_results(atoms, calculator)
             output.write(frozen)
             rows.append({**_row(frozen), "steps": steps, "converged": converged})
             meter.advance()
@@ -226,9 +228,10 @@ def _relax_one(
         target = FrechetCellFilter(atoms, scalar_pressure=options.pressure * GPA)
     optimizer = _OPTIMIZERS[options.optimizer](target, logfile=None)
     converged = False
-    for converged in optimizer.irun(fmax=options.fmax, steps=options.max_steps):
+    for state in optimizer.irun(fmax=options.fmax, steps=options.max_steps):
+        converged = bool(state)
         meter.advance(0, note=f"step {optimizer.nsteps}")
-    return optimizer.nsteps, bool(converged)
+    return optimizer.nsteps, converged
 
 
 def _row(atoms: Atoms) -> dict[str, Any]:
@@ -240,7 +243,7 @@ def _row(atoms: Atoms) -> dict[str, Any]:
         "energy_per_atom_eV": float(atoms.get_potential_energy()) / len(atoms),
         "max_force_eV_per_A": float(np.linalg.norm(atoms.get_forces(), axis=1).max()),
     }
-    if has_volume(atoms):
+    if atoms.calc is not None and "stress" in atoms.calc.results:
         row["volume_A3"] = float(atoms.get_volume())
         row["pressure_GPa"] = -float(np.trace(atoms.get_stress(voigt=False))) / 3 / GPA
     return row

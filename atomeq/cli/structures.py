@@ -14,9 +14,9 @@ import ase.io
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io.extxyz import write_extxyz
-from ase.io.trajectory import Trajectory
+from ase.io.trajectory import TrajectoryWriter
 
-from atomeq.calculators.ase import AtomeqCalculator
+from atomeq.calculators.ase import AtomeqCalculator, has_volume
 from atomeq.files import refuse_unwritable, write_atomically
 
 #: Output formats by suffix.
@@ -82,7 +82,7 @@ class StructureWriter:
 
     def __init__(self, path: Path, file_format: str) -> None:
         self._stream = path.open("w", encoding="utf-8") if file_format == "extxyz" else None
-        self._trajectory = Trajectory(path, "w") if file_format == "traj" else None
+        self._trajectory = TrajectoryWriter(path, "w") if file_format == "traj" else None
 
     def write(self, atoms: Atoms) -> None:
         """Append a structure with the results its calculator has for it."""
@@ -113,9 +113,11 @@ def structure_output(
             writer.close()
 
 
-def with_results(atoms: Atoms, calculator: AtomeqCalculator, *, stress: bool) -> Atoms:
-    """Return a copy of a structure that holds energy, forces and stress as plain numbers."""
-    names = ["energy", "free_energy", "forces"] + ["stress"] * stress
+def with_results(atoms: Atoms, calculator: AtomeqCalculator) -> Atoms:
+    """Return a copy of a structure with energy, forces and, where there is one, stress."""
+    names = ["energy", "free_energy", "forces"]
+    if has_volume(atoms) and "stress" in calculator.implemented_properties:
+        names.insert(0, "stress")  # the rest comes along
     results = {name: calculator.get_property(name, atoms) for name in names}
     frozen = atoms.copy()
     frozen.calc = SinglePointCalculator(frozen, **results)
@@ -173,7 +175,7 @@ def versions() -> dict[str, str]:
     for name in PACKAGES:
         try:
             found[name] = version(name)
-        except PackageNotFoundError:
+        except PackageNotFoundError:  # run from the source tree
             found[name] = "not installed"
     if threads := os.environ.get("OMP_NUM_THREADS"):
         found["OMP_NUM_THREADS"] = threads

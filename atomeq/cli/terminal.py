@@ -19,7 +19,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-_QUIET_SECONDS = 2.0  # between two lines of plain progress
+_QUIET_SECONDS = 5.0  # between two lines of plain progress
 
 
 class HelpFormatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -27,7 +27,8 @@ class HelpFormatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text = action.help or ""
-        if action.default in (None, False, argparse.SUPPRESS) or not action.option_strings:
+        silent = action.default is None or action.default is False
+        if silent or action.default == argparse.SUPPRESS or not action.option_strings:
             return text
         return f"{text} (default: %(default)s)"
 
@@ -55,7 +56,9 @@ class Meter:
         console: Where to report; standard error by default, so that output can be piped.
     """
 
-    def __init__(self, label: str, total: int, *, unit: str, console: Console | None = None) -> None:
+    def __init__(
+        self, label: str, total: int, *, unit: str, console: Console | None = None
+    ) -> None:
         self.label, self.total, self.unit = label, total, unit
         self.console = console if console is not None else Console(stderr=True)
         self.done = 0
@@ -68,7 +71,7 @@ class Meter:
         if not self.console.is_terminal:
             yield self
             return
-        self._bar = Progress(
+        bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
@@ -77,25 +80,30 @@ class Meter:
             TimeRemainingColumn(),
             console=self.console,
         )
-        with self._bar:
-            self._task = self._bar.add_task(self.label, total=self.total, rate="")
+        with bar:
+            self._task = bar.add_task(self.label, total=self.total, rate="")
+            self._bar = bar
             yield self
 
     def advance(self, steps: int = 1, *, note: str = "") -> None:
         """Count steps done and tell something about them."""
         self.done += steps
-        rate = f"{self.rate:.1f} {self.unit}/s"
         if self._bar is not None:
-            self._bar.update(self._task, completed=self.done, rate=f"{rate} {note}")
+            rate = f"{self.rate:.1f} {self.unit}/s {note}"
+            self._bar.update(self._task, completed=self.done, rate=rate)
             return
         now = time.monotonic()
         if self.done < self.total and now - self._last_line < _QUIET_SECONDS:
             return
         self._last_line = now
-        left = (self.total - self.done) / self.rate if self.rate else 0.0
-        line = f"{self.label}: {self.done}/{self.total} {self.unit}, {rate}, {left:.0f} s left"
-        self.console.file.write(f"{line}{', ' + note if note else ''}\n")
+        self.console.file.write(f"{self.line()}{', ' + note if note else ''}\n")
         self.console.file.flush()
+
+    def line(self) -> str:
+        """Return the progress in words."""
+        left = (self.total - self.done) / self.rate if self.rate else 0.0
+        counted = f"{self.done}/{self.total} {self.unit}, {self.rate:.1f} {self.unit}/s"
+        return f"{self.label}: {counted}, {left:.0f} s left"
 
     @property
     def rate(self) -> float:
