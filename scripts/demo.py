@@ -33,8 +33,8 @@ EXPERIMENT = {"a0": 3.615, "bulk_modulus": 140.0, "vacancy": 1.27}
 PBE = {"a0": 3.635, "bulk_modulus": 138.0, "vacancy": 1.07}
 
 TEMPERATURE = 300.0  # K
-TIMESTEP = 4.0  # fs; copper's fastest phonon takes 140 fs
-STEPS = 500  # 2 ps
+TIMESTEP = 5.0  # fs; copper's fastest phonon takes 140 fs
+STEPS = 400  # 2 ps
 SAMPLE_EVERY = 5  # steps
 
 console = Console()

@@ -67,7 +67,7 @@ class EGNN(AtomisticModel):
             EGNNLayer(hidden_channels, num_radial + 1, attention=attention)
             for _ in range(num_layers)
         )
-        self.energy = MLP((hidden_channels, hidden_channels, 1))
+        self.energy = MLP((hidden_channels, hidden_channels, 1), zero_output=True)
 
     def forward(self, graph: AtomGraph) -> dict[PropertyKey, Tensor]:
         """Return per-atom ``energies`` (n_atoms,), in the model's own scale."""
@@ -94,11 +94,12 @@ class EGNNLayer(nn.Module):
         super().__init__()
         self.message = MLP((2 * channels + n_invariants, channels, channels), final_activation=True)
         self.attention = nn.Linear(channels, 1) if attention else None
-        self.shift = MLP((channels, channels, 1))
+        final = nn.Linear(channels, 1)
+        self.shift = nn.Sequential(nn.Linear(channels, channels), nn.SiLU(), final)
         self.update = MLP((2 * channels, channels, channels))
         # As published: positions start to move by little, or deep stacks are unstable.
-        nn.init.xavier_uniform_(self.shift[-1].weight, gain=1e-3)
-        nn.init.zeros_(self.shift[-1].bias)
+        nn.init.xavier_uniform_(final.weight, gain=1e-3)
+        nn.init.zeros_(final.bias)
 
     def forward(
         self,

@@ -9,6 +9,7 @@ This is our default form. It differs from the paper on purpose:
 * messages end in a polynomial envelope, so the energy is smooth at the cutoff;
 * the activation is a gate instead of a pointwise function on a sphere grid, so equivariance is
   exact and the random roll of the edge frame cannot be seen;
+* SO(2) maps have real weights, so mirror images have one energy (:class:`SO2Convolution`);
 * forces are the derivative of the energy; the derivative with respect to an edge's direction is a
   torque and no Wigner matrix is differentiated (see :mod:`atomeq.ops.so2`);
 * atoms are updated by residuals after a normalisation, as in EquiformerV2 (arXiv:2306.12059), and
@@ -90,7 +91,7 @@ class ESCN(AtomisticModel):
             for _ in range(num_layers)
         )
         self.norm = EquivariantRMSNorm(lmax, sphere_channels)
-        self.energy = MLP((sphere_channels, hidden_channels, 1))
+        self.energy = MLP((sphere_channels, hidden_channels, 1), zero_output=True)
 
     def forward(self, graph: AtomGraph) -> dict[PropertyKey, Tensor]:
         """Return per-atom ``energies`` (n_atoms,), in the model's own scale."""
@@ -132,7 +133,7 @@ class NeighborhoodEmbedding(nn.Module):
         self, lmax: int, sphere_channels: int, edge_channels: int, n_edge_scalars: int
     ) -> None:
         super().__init__()
-        self.lmax = lmax
+        self.shape = (lmax + 1, sphere_channels)
         self.radial = MLP(
             (n_edge_scalars, edge_channels, edge_channels, (lmax + 1) * sphere_channels),
             layer_norm=True,
@@ -140,7 +141,7 @@ class NeighborhoodEmbedding(nn.Module):
 
     def forward(self, frame: EdgeFrame, edge_scalars: Tensor, envelope: Tensor) -> NodeFeatures:
         """Return (n_atoms, n_sph, C)."""
-        polar = self.radial(edge_scalars).view(frame.n_edges, self.lmax + 1, -1)
+        polar = self.radial(edge_scalars).view(frame.n_edges, *self.shape)
         return rotate_from_edge(polar, frame.truncated(0), envelope=envelope)
 
 

@@ -40,11 +40,12 @@ class SO3Linear(nn.Module):
 
 
 class SO2Convolution(nn.Module):
-    """The linear map of eSCN in the edge frame: coefficients of ±m mix as complex numbers do.
+    """The linear map of eSCN in the edge frame: one matrix for each order m.
 
-    Rotations about the edge leave m = 0 alone and turn (+m, -m) as a pair, so the general
-    equivariant map is a matrix for m = 0 and a complex matrix for each m > 0 (Passaro & Zitnick
-    2023, arXiv:2302.03655, eq. 4). Rows are in m-primary order.
+    Rotations about the edge leave m = 0 alone and turn (+m, -m) as a pair, so the general map that
+    commutes with them is a real matrix for m = 0 and a complex one for each m > 0 (Passaro &
+    Zitnick 2023, arXiv:2302.03655). Reflections through the edge turn the sign of -m alone; what
+    commutes with them too is a real matrix for every m, our default. Rows are in m-primary order.
 
     Args:
         lmax: Highest degree of the features.
@@ -52,6 +53,8 @@ class SO2Convolution(nn.Module):
         in_channels: Channels in.
         out_channels: Channels out.
         extra_scalars: Further invariant outputs, read from m = 0 (gates, attention logits).
+        chiral: Let +m and -m mix, as published. The map then commutes with rotations alone, and a
+            molecule and its mirror image get different energies.
     """
 
     def __init__(
@@ -62,6 +65,7 @@ class SO2Convolution(nn.Module):
         out_channels: int,
         *,
         extra_scalars: int = 0,
+        chiral: bool = False,
     ) -> None:
         super().__init__()
         self.lmax = lmax
@@ -71,8 +75,12 @@ class SO2Convolution(nn.Module):
         weights = []
         for m in range(mmax + 1):
             n_in, n_out = (lmax + 1 - m) * in_channels, (lmax + 1 - m) * out_channels
-            shape = (extra_scalars + n_out, n_in) if m == 0 else (2, n_out, n_in)
-            fan_in = n_in if m == 0 else 2 * n_in  # the real and imaginary parts both feed a row
+            if m == 0:
+                shape, fan_in = (extra_scalars + n_out, n_in), n_in
+            elif chiral:
+                shape, fan_in = (2, n_out, n_in), 2 * n_in  # both parts feed each row
+            else:
+                shape, fan_in = (n_out, n_in), n_in
             weights.append(nn.Parameter(torch.randn(shape) / math.sqrt(fan_in)))
         self.weights = nn.ParameterList(weights)
 

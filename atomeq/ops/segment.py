@@ -4,9 +4,12 @@ Segments need not be sorted, and may be empty. All are differentiable any number
 CPU, repeatable to the bit.
 """
 
-import torch
+import math
+
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from atomeq.ops.dispatch import Backend, select
 
 Members = Float[Tensor, "n_members *features"]
 SegmentIndex = Int[Tensor, " n_members"]
@@ -24,8 +27,11 @@ def segment_sum(
 
     Returns:
         (n_segments, ...).
+
+    Raises:
+        ValueError: If index and x disagree about the number of members.
     """
-    return x.new_zeros(n_segments, *x.shape[1:]).index_add(0, index, x)
+    return _backend("segment_sum", x, index).segment_sum(x, index, n_segments)
 
 
 def segment_mean(
@@ -40,8 +46,11 @@ def segment_mean(
 
     Returns:
         (n_segments, ...).
+
+    Raises:
+        ValueError: If index and x disagree about the number of members.
     """
-    counts = torch.bincount(index, minlength=n_segments).clamp_(min=1).to(x.dtype)
+    counts = x.new_zeros(n_segments).index_add(0, index, x.new_ones(index.shape)).clamp_(min=1)
     return segment_sum(x, index, n_segments) / counts.view(-1, *(1 for _ in x.shape[1:]))
 
 
@@ -57,10 +66,16 @@ def segment_softmax(
 
     Returns:
         Weights, (n_members, ...).
+
+    Raises:
+        ValueError: If index and logits disagree about the number of members.
     """
-    # The shift cancels in the ratio, so it needs no gradient; it keeps exp from overflowing.
-    rows = index.view(-1, *(1 for _ in logits.shape[1:])).expand_as(logits)
-    lowest = logits.new_full((n_segments, *logits.shape[1:]), -torch.inf)
-    peaks = lowest.scatter_reduce(0, rows, logits.detach(), reduce="amax")
-    weights = (logits - peaks.index_select(0, index)).exp()
-    return weights / segment_sum(weights, index, n_segments).index_select(0, index)
+    backend = _backend("segment_softmax", logits, index)
+    return backend.segment_softmax(logits, index, n_segments)
+
+
+def _backend(op: str, x: Tensor, index: Tensor) -> Backend:
+    if index.shape != x.shape[:1]:
+        raise ValueError(f"index is {tuple(index.shape)} for {x.shape[0]} members")
+    channels = math.prod(x.shape[1:])
+    return select(op, lmax=0, mmax=0, channels=channels, n_edges=x.shape[0], like=x)

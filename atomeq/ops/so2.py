@@ -10,21 +10,20 @@ order m: O(lmax^3) work instead of the O(lmax^6) of the full tensor product (Pas
 from collections.abc import Sequence
 from typing import Literal
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from atomeq.ops.backends.edge_rotation import gather_rotate, rotate_back, rotate_scatter
+from atomeq.ops.dispatch import Backend, select
 from atomeq.ops.wigner import EdgeFrame
 from atomeq.typing import NodeFeatures
 
 Side = Literal["source", "target", "both"]
-RowFeatures = Float[Tensor, "n_edges n_rows channels"]
+RowFeatures = Float[Tensor, "n_edges n_rows channels"]  # m-primary rows
 
 
 def rotate_to_edge(
     x: NodeFeatures, frame: EdgeFrame, *, side: Side = "source"
-) -> Float[Tensor, "n_edges n_rows channels"]:
+) -> Float[Tensor, "n_edges n_rows c_out"]:
     """Gather the features of an atom of each edge and rotate them into the edge's frame.
 
     Differentiable any number of times in ``x`` and ``frame.vectors``; the latter through the
@@ -52,7 +51,7 @@ def rotate_to_edge(
     }
     if side not in sides:
         raise ValueError(f"side {side!r} is unknown; choose source, target or both")
-    return gather_rotate(x, frame.vectors, frame.wigner, frame.lmax, sides[side])
+    return _backend("rotate_to_edge", x, frame).rotate_to_edge(x, frame, sides[side])
 
 
 def rotate_from_edge(
@@ -81,14 +80,10 @@ def rotate_from_edge(
     _check_features(y, frame, frame.wigner.shape[:2], "edges")
     if envelope is not None and envelope.shape != (frame.n_edges,):
         raise ValueError(f"envelope is {tuple(envelope.shape)}; expected ({frame.n_edges},)")
-    if reduce == "sum":
-        return rotate_scatter(
-            y, frame.vectors, envelope, frame.wigner, frame.lmax, frame.target, frame.n_atoms
-        )
-    if reduce != "none":
+    if reduce not in ("sum", "none"):
         raise ValueError(f"reduce {reduce!r} is unknown; choose sum or none")
-    lab = rotate_back(y, frame.vectors, frame.wigner, frame.lmax)
-    return lab if envelope is None else lab * envelope[:, None, None]
+    backend = _backend("rotate_from_edge", y, frame)
+    return backend.rotate_from_edge(y, frame, envelope, reduce == "sum")
 
 
 def so2_linear(
@@ -99,7 +94,7 @@ def so2_linear(
     mmax: int,
     bias: Float[Tensor, " features"] | None = None,
     scale: Float[Tensor, "n_edges scales"] | None = None,
-) -> Float[Tensor, "n_edges n_rows channels"]:
+) -> Float[Tensor, "n_edges n_rows c_out"]:
     """Apply the linear map that commutes with rotations about the edge.
 
     With n = lmax - m + 1 degrees of order m, flattened with the channel running fastest,
@@ -107,10 +102,14 @@ def so2_linear(
         m = 0:  y_0 = W_0 x_0 + bias,
         m > 0:  y_+ = W_1 x_+ - W_2 x_-,   y_- = W_2 x_+ + W_1 x_-.
 
+    W_2 commutes with rotations alone: a reflection through the edge turns the sign of x_-. Weights
+    without W_2 make the map commute with reflections too.
+
     Args:
         x: Rows in m-primary order, (n_edges, n_rows, c_in).
-        weights: One per order: (n * c_out, n * c_in) for m = 0 and (2, n * c_out, n * c_in),
-            W_1 and W_2, for m > 0. See :func:`so2_linear_with_scalars` for a taller W_0.
+        weights: One per order: (n * c_out, n * c_in) for m = 0; for m > 0 likewise, W_1 alone, or
+            (2, n * c_out, n * c_in), W_1 and W_2. See :func:`so2_linear_with_scalars` for a
+            taller W_0.
         lmax: Highest degree.
         mmax: Highest order.
         bias: Added to the m = 0 outputs, which are invariant about the edge,
@@ -141,7 +140,7 @@ def so2_linear_with_scalars(
     bias: Float[Tensor, " features"] | None = None,
     scale: Float[Tensor, "n_edges scales"] | None = None,
     n_scalars: int | None = None,
-) -> tuple[Float[Tensor, "n_edges n_rows channels"], Float[Tensor, "n_edges n_scalars"]]:
+) -> tuple[Float[Tensor, "n_edges n_rows c_out"], Float[Tensor, "n_edges n_scalars"]]:
     """Apply :func:`so2_linear` with extra invariant outputs, for gates and attention logits.
 
     Args:
@@ -159,31 +158,19 @@ def so2_linear_with_scalars(
     Raises:
         ValueError: If the shapes do not fit together.
     """
-    n_edges, _, c_in = x.shape
     c_out = _output_channels(x, weights, lmax, mmax, n_scalars)
-    # One split: its gradient is one concatenation, where slices would each fill a zero tensor.
-    sizes = [(lmax - m + 1) * min(m + 1, 2) for m in range(mmax + 1)]
-    rows = [part.reshape(n_edges, -1) for part in x.split(sizes, dim=1)]
-    if scale is not None:
-        factors = scale.split([(lmax - m + 1) * c_in for m in range(mmax + 1)], dim=1)
-        rows = [_scaled(part, factor) for part, factor in zip(rows, factors, strict=True)]
-    mixed = [torch.nn.functional.linear(rows[0], weights[0], bias)]
-    mixed += [flat @ _complex_matrix(w).T for flat, w in zip(rows[1:], weights[1:], strict=True)]
-    n_extra = mixed[0].shape[1] - sizes[0] * c_out
-    scalars, mixed[0] = mixed[0].split([n_extra, sizes[0] * c_out], dim=1)
-    return torch.cat(mixed, dim=1).unflatten(1, (sum(sizes), c_out)), scalars
+    n_scales = sum(lmax - m + 1 for m in range(mmax + 1)) * x.shape[2]
+    if scale is not None and scale.shape != (x.shape[0], n_scales):
+        raise ValueError(f"scale is {tuple(scale.shape)}; expected ({x.shape[0]}, {n_scales})")
+    backend = select(
+        "so2_linear", lmax=lmax, mmax=mmax, channels=x.shape[2], n_edges=x.shape[0], like=x
+    )
+    return backend.so2_linear(x, weights, c_out, bias, scale)
 
 
-def _scaled(rows: Tensor, factor: Tensor) -> Tensor:
-    """Multiply +m and -m, side by side in a row, by the same factors."""
-    return (rows.unflatten(1, (-1, factor.shape[1])) * factor.unsqueeze(1)).flatten(1)
-
-
-def _complex_matrix(weight: Tensor) -> Tensor:
-    """Return [[W_1, -W_2], [W_2, W_1]]: one matrix product instead of four and two sums."""
-    real, imaginary = weight.unbind(0)
-    return torch.cat(
-        (torch.cat((real, -imaginary), dim=1), torch.cat((imaginary, real), dim=1)), dim=0
+def _backend(op: str, x: Tensor, frame: EdgeFrame) -> Backend:
+    return select(
+        op, lmax=frame.lmax, mmax=frame.mmax, channels=x.shape[2], n_edges=frame.n_edges, like=x
     )
 
 
@@ -197,8 +184,8 @@ def _output_channels(
     if len(weights) != mmax + 1:
         raise ValueError(f"{len(weights)} weights given; mmax={mmax} needs one per order m")
     c_in = x.shape[2]
-    if mmax > 0 and weights[1].ndim == 3:
-        c_out = weights[1].shape[1] // lmax
+    if mmax > 0 and weights[1].ndim >= 2:
+        c_out = weights[1].shape[-2] // lmax
     else:
         c_out = (weights[0].shape[0] - (n_scalars or 0)) // (lmax + 1)
     if n_scalars is None:
@@ -207,7 +194,8 @@ def _output_channels(
     expected = [(n_scalars + (lmax + 1) * c_out, (lmax + 1) * c_in)] + [
         (2, (lmax - m + 1) * c_out, (lmax - m + 1) * c_in) for m in range(1, mmax + 1)
     ]
-    if shapes != expected:
+    real = [expected[0]] + [shape[1:] for shape in expected[1:]]
+    if any(shape not in fitting for shape, *fitting in zip(shapes, expected, real, strict=True)):
         raise ValueError(f"weights are {shapes}; expected {expected} ({n_scalars} scalars)")
     return c_out
 

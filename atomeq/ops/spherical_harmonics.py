@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from atomeq.ops.dispatch import select
+
 Normalization = Literal["component", "integral", "norm"]
 
 
@@ -49,10 +51,30 @@ def spherical_harmonics(
     if normalize:
         squared = vectors.square().sum(-1, keepdim=True)
         vectors = vectors / torch.where(squared > 0, squared, 1.0).sqrt()
-    return _harmonic_polynomials(vectors, lmax, normalization)
+    backend = select(
+        "spherical_harmonics",
+        lmax=lmax,
+        mmax=lmax,
+        channels=1,
+        n_edges=vectors[..., 0].numel(),
+        like=vectors,
+    )
+    return backend.spherical_harmonics(vectors, lmax, normalization)
 
 
-def _harmonic_polynomials(vectors: Tensor, lmax: int, normalization: Normalization) -> Tensor:
+def harmonic_polynomials(
+    vectors: Float[Tensor, "*batch 3"], lmax: int, normalization: Normalization = "component"
+) -> Float[Tensor, "*batch n_sph"]:
+    """Evaluate the homogeneous polynomials by recursion: the definition every backend meets.
+
+    Args:
+        vectors: (*, 3).
+        lmax: Highest degree.
+        normalization: As in :func:`spherical_harmonics`.
+
+    Returns:
+        (*, n_sph).
+    """
     x, y, z = vectors.unbind(-1)
     squared = vectors.square().sum(-1)
     scale = [_degree_scale(l, normalization) for l in range(lmax + 1)]

@@ -7,7 +7,7 @@ made by a function under :func:`constant_table`, and reaches a computation throu
 
 import functools
 from collections.abc import Callable
-from typing import ParamSpec
+from typing import ParamSpec, cast
 
 import torch
 from torch import Tensor
@@ -22,13 +22,12 @@ def constant_table(build: Callable[P, Tensor]) -> Callable[P, Tensor]:
     no later training step could save for its backward pass: so tables are built outside that mode.
     """
 
-    @functools.cache
-    def cached(*args: P.args, **kwargs: P.kwargs) -> Tensor:
+    def outside_inference(*args: P.args, **kwargs: P.kwargs) -> Tensor:
         with torch.inference_mode(False), torch.no_grad():
             return build(*args, **kwargs)
 
-    functools.update_wrapper(cached, build)
-    return cached
+    functools.update_wrapper(outside_inference, build)
+    return cast(Callable[P, Tensor], functools.cache(outside_inference))
 
 
 def table_like(table: Callable[..., Tensor], *args: object, like: Tensor) -> Tensor:

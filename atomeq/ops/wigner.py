@@ -13,7 +13,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from atomeq.ops.spherical_harmonics import spherical_harmonics
+from atomeq.ops.dispatch import select
+from atomeq.ops.spherical_harmonics import harmonic_polynomials
 from atomeq.ops.tables import constant_table, table_like
 from atomeq.typing import EdgeIndex, EdgeLengths, EdgeVectors
 
@@ -85,7 +86,15 @@ class EdgeFrame:
             raise ValueError(f"rotation is {tuple(rotation.shape)}; expected ({n_edges}, 3, 3)")
         with torch.no_grad():
             if rotation is None:
-                wigner = _edge_wigner(edge_vectors.detach(), lmax, mmax)
+                backend = select(
+                    "edge_wigner",
+                    lmax=lmax,
+                    mmax=mmax,
+                    channels=1,
+                    n_edges=n_edges,
+                    like=edge_vectors,
+                )
+                wigner = backend.edge_wigner(edge_vectors.detach(), lmax, mmax)
             else:
                 full = block_diagonal(wigner_from_matrix(rotation.to(edge_vectors), lmax))
                 wigner = full.index_select(1, table_like(_m_primary_rows, lmax, mmax, like=full))
@@ -112,9 +121,7 @@ class EdgeFrame:
         return self.vectors.shape[0]
 
 
-def wigner_matrices(
-    quaternion: Quaternion, lmax: int
-) -> list[Float[Tensor, "*batch rows columns"]]:
+def wigner_matrices(quaternion: Quaternion, lmax: int) -> list[Float[Tensor, "*batch _ _"]]:
     """Return the Wigner matrices D_l of a rotation for l = 0..lmax, with Y(R v) = D(R) Y(v).
 
     Args:
@@ -127,7 +134,7 @@ def wigner_matrices(
     return wigner_from_matrix(rotation_matrix(quaternion), lmax)
 
 
-def wigner_from_matrix(rotation: Rotation, lmax: int) -> list[Float[Tensor, "*batch rows columns"]]:
+def wigner_from_matrix(rotation: Rotation, lmax: int) -> list[Float[Tensor, "*batch _ _"]]:
     """Return D_l for l = 0..lmax from orthogonal matrices, improper ones included.
 
     Args:
@@ -140,7 +147,7 @@ def wigner_from_matrix(rotation: Rotation, lmax: int) -> list[Float[Tensor, "*ba
     points = table_like(_quadrature_points, lmax, like=rotation)  # (n_points, 3)
     weighted = table_like(_weighted_harmonics, lmax, like=rotation)  # (n_points, n_sph)
     rotated = points @ rotation.mT  # (*, n_points, 3)
-    harmonics = spherical_harmonics(rotated, lmax, normalize=False)  # (*, n_points, n_sph)
+    harmonics = harmonic_polynomials(rotated, lmax)  # (*, n_points, n_sph)
     degrees = [slice(l * l, (l + 1) ** 2) for l in range(lmax + 1)]
     return [harmonics[..., degree].mT @ weighted[:, degree] for degree in degrees]
 
@@ -150,7 +157,7 @@ def wigner_from_euler(
     beta: Float[Tensor, "*batch"],
     gamma: Float[Tensor, "*batch"],
     lmax: int,
-) -> list[Float[Tensor, "*batch rows columns"]]:
+) -> list[Float[Tensor, "*batch _ _"]]:
     """Return D_l = X(alpha) J X(beta) J X(gamma) of R = R_y(alpha) R_x(beta) R_y(gamma).
 
     Args:
@@ -230,7 +237,7 @@ def edge_quaternion(unit_vectors: Float[Tensor, "*batch 3"]) -> Quaternion:
 
 
 def block_diagonal(
-    matrices: list[Float[Tensor, "*batch rows columns"]],
+    matrices: list[Float[Tensor, "*batch _ _"]],
 ) -> Float[Tensor, "*batch n_sph n_sph"]:
     """Join the D_l of l = 0..lmax into one matrix acting on all coefficients."""
     lmax = len(matrices) - 1
@@ -291,12 +298,22 @@ def _y_rotation(angle: Tensor, l: int) -> Tensor:
     return torch.diag_embed(phases.cos()) + torch.diag_embed(-phases.sin()).flip(-1)
 
 
-def _edge_wigner(vectors: Tensor, lmax: int, mmax: int) -> Tensor:
+def edge_wigner(
+    vectors: EdgeVectors, lmax: int, mmax: int
+) -> Float[Tensor, "n_edges n_rows n_sph"]:
     """Return D of R_x(-beta) R_y(-alpha), which takes the direction (alpha, beta) to +y.
 
     No angle is ever formed: cosines and sines are ratios of components, exact beside the poles,
     where alpha is any angle. As D = J X(-beta) J X(-alpha), the beta part is linear in cos(k beta)
     and sin(k beta) and the alpha part only mixes the columns m and -m.
+
+    Args:
+        vectors: Not zero, (n_edges, 3).
+        lmax: Highest degree.
+        mmax: Highest order kept.
+
+    Returns:
+        Rows |m| <= mmax in m-primary order, (n_edges, n_rows, n_sph).
     """
     unit = vectors / torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
     x, y, z = unit.unbind(-1)
@@ -372,7 +389,7 @@ def _quadrature_points(lmax: int) -> Tensor:
 @constant_table
 def _weighted_harmonics(lmax: int) -> Tensor:
     points, weights = _quadrature(lmax)
-    return spherical_harmonics(points, lmax, normalize=False) * weights[:, None]
+    return harmonic_polynomials(points, lmax) * weights[:, None]
 
 
 def _quadrature(lmax: int) -> tuple[Tensor, Tensor]:

@@ -50,7 +50,8 @@ def energy_and_derivatives(
         inputs = [positions] * forces + [strain] * stress
         gradients = list(_gradients(properties["energy"], inputs, create_graph=create_graph))
     if not create_graph:
-        properties = {key: value.detach() for key, value in properties.items()}
+        for key, value in properties.items():
+            properties[key] = value.detach()
     if forces:
         properties["forces"] = -gradients.pop(0)
     if stress:

@@ -49,10 +49,11 @@ def test_gate_commutes_with_rotation(features, rotation):
     )
 
 
+@pytest.mark.parametrize("chiral", [False, True])
 @pytest.mark.parametrize("mmax", [0, 1, LMAX])
-def test_so2_convolution_commutes_with_rotation_about_the_edge(mmax, features):
+def test_so2_convolution_commutes_with_rotation_about_the_edge(mmax, chiral, features):
     torch.manual_seed(0)
-    convolution = SO2Convolution(LMAX, mmax, CHANNELS, 6, extra_scalars=4).double()
+    convolution = SO2Convolution(LMAX, mmax, CHANNELS, 6, extra_scalars=4, chiral=chiral).double()
     radial = torch.randn(5, convolution.n_radial_weights, dtype=torch.float64)
     about_y = torch.tensor([0.6, 0.0, 0.8, 0.0], dtype=torch.float64)
     order = torch.as_tensor(m_primary_order(LMAX, mmax))
@@ -63,6 +64,18 @@ def test_so2_convolution_commutes_with_rotation_about_the_edge(mmax, features):
     torch.testing.assert_close(result, turn @ expected, atol=EXACT, rtol=0)
     torch.testing.assert_close(turned_scalars, scalars, atol=EXACT, rtol=0)
     assert scalars.shape == (5, 4)
+
+
+@pytest.mark.parametrize("chiral", [False, True])
+def test_only_a_chiral_so2_convolution_sees_a_mirror(chiral, features):
+    torch.manual_seed(0)
+    convolution = SO2Convolution(LMAX, LMAX, CHANNELS, 6, chiral=chiral).double()
+    order = torch.as_tensor(m_primary_order(LMAX, LMAX))
+    l = order.double().sqrt().floor()
+    mirror = torch.where(order < l * l + l, -1.0, 1.0).double()[:, None]  # x -> -x turns m < 0
+    x = features[:, order]
+    difference = convolution(mirror * x)[0] - mirror * convolution(x)[0]
+    assert (difference.abs().max() > 0.1) if chiral else (difference.abs().max() < EXACT)
 
 
 def test_norm_of_an_atom_does_not_see_its_batch(features):

@@ -156,13 +156,33 @@ def _scatter(x: Tensor, indices: tuple[Tensor, ...] | list[Tensor], n_atoms: int
 
 
 def _torque(h: Tensor, x: Tensor, lmax: int) -> Tensor:
-    """Return <h, X_k x> for the three generators, (n_edges, 3).
+    """Return <h, X_k x> for the three generators, (n_edges, 3)."""
+    return _Torque.apply(h, x, lmax)  # type: ignore[no-any-return]
 
-    The outer products over channels come first: their size does not grow with the channels, and
-    two matrix products are all there is to differentiate again.
+
+class _Torque(Function):
+    """The outer products over channels come first: their size does not grow with the channels.
+
+    Only the gradient is written by hand: autograd would multiply from the other side, three times
+    slower for these small matrices, and hand on transposed features.
     """
-    outer = torch.bmm(h, x.mT)  # (n_edges, n_sph, n_sph)
-    return outer.flatten(1) @ table_like(_flat_generators, lmax, like=x)
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, x: Tensor, lmax: int) -> Tensor:
+        ctx.lmax = lmax
+        ctx.save_for_backward(h, x)
+        outer = torch.bmm(h, x.mT)  # (n_edges, n_sph, n_sph)
+        return outer.flatten(1) @ table_like(_flat_generators, lmax, like=x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        h, x = ctx.saved_tensors
+        turning = grad @ table_like(_flat_generators, ctx.lmax, like=x).T
+        turning = turning.unflatten(1, (x.shape[1], x.shape[1]))  # sum_k g_k X_k, antisymmetric
+        grad_h = torch.bmm(turning, x) if ctx.needs_input_grad[0] else None
+        grad_x = -torch.bmm(turning, h) if ctx.needs_input_grad[1] else None
+        return grad_h, grad_x, None
 
 
 def _turn(torque: Tensor, vectors: Tensor) -> Tensor:

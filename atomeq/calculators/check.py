@@ -1,0 +1,112 @@
+"""Check any ASE calculator against the laws of physics and of good behaviour.
+
+Each law is measured on small structures of the elements the calculator knows; the figures are what
+``atomeq check`` prints.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+
+from ase import Atoms
+from ase.data import atomic_numbers, chemical_symbols
+
+from atomeq.calculators.laws import CalculatorFactory, Law, LawResult, Subject, describe
+from atomeq.calculators.physical_laws import PHYSICAL_LAWS
+from atomeq.calculators.software_laws import SOFTWARE_LAWS
+
+LAWS: tuple[Law, ...] = PHYSICAL_LAWS + SOFTWARE_LAWS
+
+#: Tried in this order on calculators that do not say what they know.
+_COMMON = ("Cu", "Al", "Si", "Ni", "Au", "Fe", "Na", "Cl", "C", "H", "O", "N", "Ar", "Li", "Mg")
+
+
+def check_calculator(
+    factory: CalculatorFactory,
+    *,
+    elements: Sequence[str] | None = None,
+    full: bool = False,
+    single_precision: bool = False,
+    dynamics_structure: Atoms | None = None,
+    dynamics_picoseconds: float = 5.0,
+    timestep: float = 2.0,
+    temperature: float = 300.0,
+    seed: int = 0,
+    on_start: Callable[[Law], object] = lambda law: None,
+    on_step: Callable[[int, int], object] = lambda step, steps: None,
+) -> Iterator[LawResult]:
+    """Measure every law on a calculator, yielding each verdict as it is reached.
+
+    Args:
+        factory: Called without arguments, makes a new calculator.
+        elements: Chemical symbols the calculator knows; the first makes up most of the test
+            structures. By default what its ``elements`` attribute says, else what it accepts.
+        full: Include laws that take minutes with a network (NVE drift).
+        single_precision: Allow what float32 needs.
+        dynamics_structure: Start of the NVE law; by default about 100 atoms of bulk.
+        dynamics_picoseconds: Length of the NVE law, ps.
+        timestep: Of the NVE law, fs.
+        temperature: Of the NVE law, K.
+        seed: Of every random displacement, rotation and velocity.
+        on_start: Called with each law before it is measured.
+        on_step: Called with the number of the step and of all steps while the NVE law runs.
+
+    Yields:
+        One :class:`LawResult` per law.
+
+    Raises:
+        ValueError: The calculator accepts none of the elements.
+
+    Example:
+        >>> from ase.calculators.emt import EMT  # doctest: +SKIP
+        >>> [r.name for r in check_calculator(EMT, elements=["Cu"]) if r.passed is False]
+    """
+    subject = Subject(
+        factory,
+        list(elements) if elements else known_elements(factory),
+        single_precision=single_precision,
+        dynamics_structure=dynamics_structure,
+        dynamics_steps=round(1000 * dynamics_picoseconds / timestep),
+        timestep=timestep,
+        temperature=temperature,
+        seed=seed,
+        on_step=on_step,
+    )
+    unknown = [symbol for symbol in subject.elements if symbol not in atomic_numbers]
+    if unknown:
+        raise ValueError(f"{unknown[0]!r} is not a chemical symbol")
+    return _judge(subject, [law for law in LAWS if full or not law.long], on_start)
+
+
+def known_elements(factory: CalculatorFactory) -> list[str]:
+    """Return the symbols a calculator says it knows, or the common ones it accepts.
+
+    Raises:
+        ValueError: It accepts none of them.
+    """
+    calculator = factory()
+    stated = getattr(calculator, "elements", None)
+    if stated is not None and 0 < len(stated) < len(chemical_symbols) - 1:
+        return [chemical_symbols[int(number)] for number in stated]
+    accepted, refusal = [], None
+    for symbol in _COMMON:
+        atoms = Atoms([symbol, symbol], positions=[[0, 0, 0], [0.8, 1.6, 1.6]])
+        atoms.calc = factory()
+        try:
+            atoms.get_potential_energy()
+        except Exception as error:  # any refusal means the element is not known
+            refusal = error
+        else:
+            accepted.append(symbol)
+    if not accepted:
+        raise ValueError(
+            f"the calculator computes no dimer of {', '.join(_COMMON)} "
+            f"({describe(refusal) if refusal else 'no reason given'}); name its elements"
+        )
+    return accepted
+
+
+def _judge(
+    subject: Subject, laws: list[Law], on_start: Callable[[Law], object]
+) -> Iterator[LawResult]:
+    for law in laws:
+        on_start(law)
+        yield law.judge(subject)

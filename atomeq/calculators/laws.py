@@ -1,0 +1,235 @@
+"""What a law about a calculator is: how it is measured, on which structures, and its verdict.
+
+The laws themselves are in ``physical_laws`` and ``software_laws``; ``check`` runs them.
+"""
+
+import math
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+from ase import Atoms
+from ase.build import bulk
+from ase.calculators.calculator import Calculator, PropertyNotImplementedError
+from ase.data import atomic_numbers, covalent_radii, reference_states
+
+CalculatorFactory = Callable[[], Calculator]
+
+#: Supercell of the cubic cell that has about a hundred atoms, by atoms in the cubic cell.
+_REPEATS = {1: 5, 2: 4, 4: 3, 8: 2}
+
+
+@dataclass(frozen=True)
+class LawResult:
+    """Verdict on one law.
+
+    Attributes:
+        name: The law.
+        figure: What was measured; smaller is better. Infinite where the calculator raised.
+        unit: Unit of figure and tolerance.
+        tolerance: The largest figure that passes.
+        passed: None where the law does not apply (no stress, one element only).
+        note: What else there is to know, in a few words.
+    """
+
+    name: str
+    figure: float
+    unit: str
+    tolerance: float
+    passed: bool | None
+    note: str = ""
+
+
+class Measured(NamedTuple):
+    """A figure, a note, and whether something happened that no figure can excuse."""
+
+    figure: float
+    note: str = ""
+    broken: bool = False
+
+
+class NotApplicable(Exception):
+    """The law says nothing about this calculator."""
+
+
+@dataclass(frozen=True)
+class Law:
+    """A law: how to measure the distance from it, and how much is allowed.
+
+    Attributes:
+        name: The law in a few words.
+        measure: Takes the subject, returns the figure.
+        unit: Unit of the figure.
+        tolerance: Allowed of a float64 calculator.
+        single: Allowed of a float32 calculator.
+        long: Takes minutes with a network.
+    """
+
+    name: str
+    measure: "Callable[[Subject], Measured]"
+    unit: str
+    tolerance: float
+    single: float
+    long: bool = False
+
+    def judge(self, subject: "Subject") -> LawResult:
+        """Measure and compare with the tolerance; whatever the calculator raises is a failure."""
+        tolerance = self.single if subject.single_precision else self.tolerance
+        try:
+            measured = self.measure(subject)
+        except (NotApplicable, PropertyNotImplementedError) as reason:
+            return LawResult(self.name, math.nan, self.unit, tolerance, None, f"skipped: {reason}")
+        except Exception as error:  # a check must survive any fault of what it checks
+            measured = Measured(math.inf, f"raised {describe(error)}")
+        passed = not measured.broken and measured.figure <= tolerance  # NaN fails
+        return LawResult(self.name, measured.figure, self.unit, tolerance, passed, measured.note)
+
+
+@dataclass
+class Subject:
+    """A calculator under test with structures it can be tested on.
+
+    Attributes:
+        factory: Makes a new calculator on each call.
+        elements: Chemical symbols the calculator knows, at least one.
+        single_precision: The calculator computes in float32.
+        dynamics_structure: The structure of the NVE law; by default about a hundred atoms of bulk.
+        dynamics_steps: Number of steps of the NVE law.
+        timestep: Of the NVE law, fs.
+        temperature: Of the NVE law, K.
+        seed: Of every random displacement and velocity.
+        on_step: Called with the number of the step and of all steps while the NVE law runs.
+    """
+
+    factory: CalculatorFactory
+    elements: Sequence[str]
+    single_precision: bool = False
+    dynamics_structure: Atoms | None = None
+    dynamics_steps: int = 2500
+    timestep: float = 2.0
+    temperature: float = 300.0
+    seed: int = 0
+    on_step: Callable[[int, int], object] = field(default=lambda step, steps: None)
+
+    @cached_property
+    def calculator(self) -> Calculator:
+        """One calculator for all laws that do not ask for a fresh one."""
+        return self.factory()
+
+    @cached_property
+    def has_stress(self) -> bool:
+        """Whether the calculator says it computes stress."""
+        return "stress" in self.calculator.implemented_properties
+
+    def random(self, purpose: str) -> np.random.Generator:
+        """Return a generator of its own for each purpose, so that laws do not depend on order."""
+        return np.random.default_rng([self.seed, zlib.crc32(purpose.encode())])
+
+    def crystal(self, purpose: str = "crystal") -> Atoms:
+        """Return a periodic, triclinic, rattled cell: 16 to 32 atoms for the common lattices."""
+        random = self.random(purpose)
+        atoms = cubic_cell(self.elements[0])
+        atoms = atoms.repeat((2, 2, 2) if len(atoms) <= 4 else (2, 1, 1))
+        self._alloy(atoms)
+        strain = np.eye(3) + random.uniform(-0.03, 0.03, (3, 3))
+        atoms.set_cell(atoms.cell @ strain, scale_atoms=True)
+        return rattled(atoms, random)
+
+    def cluster(self, purpose: str = "cluster") -> Atoms:
+        """Return about a dozen atoms of the lattice without periodicity, rattled."""
+        random = self.random(purpose)
+        atoms = cubic_cell(self.elements[0]).repeat(3)
+        centre = atoms.positions.mean(axis=0) + 0.1
+        nearest = np.argsort(np.linalg.norm(atoms.positions - centre, axis=1))[:13]
+        atoms = atoms[np.sort(nearest)]
+        self._alloy(atoms)
+        atoms.set_cell(None)
+        atoms.pbc = False
+        return rattled(atoms, random)
+
+    def hundred_atoms(self) -> Atoms:
+        """Return the structure of the NVE law."""
+        if self.dynamics_structure is not None:
+            return self.dynamics_structure.copy()
+        atoms = cubic_cell(self.elements[0])
+        return atoms.repeat(_REPEATS.get(len(atoms), 2))
+
+    def evaluate(self, atoms: Atoms, *, calculator: Calculator | None = None) -> "Evaluation":
+        """Compute energy, forces and, where there is one, the stress of a copy of a structure."""
+        atoms = atoms.copy()
+        atoms.calc = self.calculator if calculator is None else calculator
+        stress = None
+        if self.has_stress and atoms.pbc.all():
+            stress = atoms.get_stress(voigt=False)
+        return Evaluation(self.energy_of(atoms), atoms.get_forces(apply_constraint=False), stress)
+
+    def energy(self, atoms: Atoms, *, calculator: Calculator | None = None) -> float:
+        """Compute the energy of a copy of a structure."""
+        atoms = atoms.copy()
+        atoms.calc = self.calculator if calculator is None else calculator
+        return self.energy_of(atoms)
+
+    @staticmethod
+    def energy_of(atoms: Atoms) -> float:
+        """Return the energy consistent with the forces, where the calculator publishes one."""
+        consistent = "free_energy" in getattr(atoms.calc, "implemented_properties", ())
+        return float(atoms.get_potential_energy(force_consistent=consistent))
+
+    def _alloy(self, atoms: Atoms) -> None:
+        """Put every known element in, cycling over the atoms but leaving the first in majority."""
+        for index, symbol in enumerate(self.elements[1:4]):
+            atoms.symbols[2 * index + 1 :: 8] = symbol
+
+
+class Evaluation(NamedTuple):
+    """Energy (eV), forces (n_atoms, 3) eV/Å and stress (3, 3) eV/Å³ or None."""
+
+    energy: float
+    forces: np.ndarray
+    stress: np.ndarray | None
+
+    def distance(self, other: "Evaluation") -> float:
+        """Return the largest difference of energy per atom, force component or stress component."""
+        differences = [
+            abs(self.energy - other.energy) / max(len(self.forces), 1),
+            largest(self.forces - other.forces),
+        ]
+        if self.stress is not None and other.stress is not None:
+            differences.append(largest(self.stress - other.stress))
+        return float(np.max(differences))  # np.max hands NaN on, max() may hide it
+
+
+def largest(array: np.ndarray) -> float:
+    """Return the largest magnitude, NaN if there is one, 0 for an empty array."""
+    return float(np.max(np.abs(array))) if array.size else 0.0
+
+
+def describe(error: BaseException) -> str:
+    """Return an exception on one line of moderate length."""
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return text if len(text) <= 160 else text[:159] + "…"
+
+
+def cubic_cell(symbol: str) -> Atoms:
+    """Return the cubic cell of the element's own lattice, or an fcc one of touching atoms."""
+    state = reference_states[atomic_numbers[symbol]]
+    if state is not None and state["symmetry"] in ("fcc", "bcc", "diamond", "sc"):
+        return bulk(symbol, cubic=True)
+    contact = 2.2 * float(covalent_radii[atomic_numbers[symbol]])
+    return bulk(symbol, "fcc", a=contact * math.sqrt(2), cubic=True)
+
+
+def rattled(atoms: Atoms, random: np.random.Generator, *, width: float = 0.05) -> Atoms:
+    """Displace every atom by normal noise of ``width`` Å, in place, and return the structure."""
+    atoms.positions += random.normal(scale=width, size=atoms.positions.shape)
+    return atoms
+
+
+def random_rotation(random: np.random.Generator) -> np.ndarray:
+    """Return a rotation matrix (3, 3) drawn uniformly."""
+    q, r = np.linalg.qr(random.normal(size=(3, 3)))
+    q = q * np.sign(np.diag(r))
+    return q * np.sign(np.linalg.det(q))

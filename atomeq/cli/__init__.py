@@ -1,0 +1,125 @@
+"""The command ``atomeq``: looks up the verb and hands over to the module that does it.
+
+Modules of verbs are imported when their verb is called, so that ``atomeq --help`` answers at once.
+"""
+
+import importlib
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import NamedTuple, NoReturn
+
+
+class Verb(NamedTuple):
+    """A subcommand: the module whose ``main(argv)`` serves it, and its line in the help."""
+
+    module: str
+    summary: str
+
+
+_SIMULATE = "atomeq.cli.simulate"
+_INSPECT = "atomeq.cli.inspect"
+_TRAINING = "atomeq.cli.training"
+
+VERBS = {
+    "single-point": Verb(_SIMULATE, "energy, forces and stress of every structure in a file"),
+    "relax": Verb(_SIMULATE, "move atoms, and the cell with --cell, until forces vanish"),
+    "md": Verb(_SIMULATE, "molecular dynamics: NVE, NVT or NPT"),
+    "check": Verb(_INSPECT, "hold a potential or any ASE calculator to the laws of physics"),
+    "doctor": Verb(_INSPECT, "versions, devices, data, potentials and backends on this machine"),
+    "fit": Verb(_TRAINING, "train a potential from a configuration file"),
+    "validate": Verb(_TRAINING, "evaluate a checkpoint on the validation set"),
+    "test": Verb(_TRAINING, "evaluate a checkpoint on the test set"),
+    "predict": Verb(_TRAINING, "write a checkpoint's predictions"),
+}
+
+#: What a user's input can cause; anything else is a fault of the program and shows its traceback.
+BAD_INPUT = (ValueError, OSError, ImportError, NotImplementedError)
+
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run ``atomeq VERB ...``.
+
+    Args:
+        argv: Words after ``atomeq``; by default those of the process.
+
+    Raises:
+        SystemExit: Code 1 where the work was done but its result is bad (a law broken, a
+            relaxation not converged), 2 for bad input, 130 when interrupted.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help"):
+        sys.stdout.write(_help())
+        return
+    if words[0] == "--version":
+        sys.stdout.write(f"atomeq {_version()}\n")
+        return
+    if words[0] not in VERBS:
+        known = ", ".join(VERBS)
+        _fail(f"there is no {words[0]!r}; verbs are {known}; see atomeq --help", EXIT_BAD_INPUT)
+    _set_up_terminal()
+    if code := _run(words):
+        sys.exit(code)
+
+
+def _run(words: list[str]) -> int | None:
+    """Run a verb; turn what a user's input can cause into one line and an exit code."""
+    try:
+        return importlib.import_module(VERBS[words[0]].module).main(words)
+    except KeyboardInterrupt as interruption:
+        _fail(f"interrupted {interruption}".strip(), EXIT_INTERRUPTED)
+    except BAD_INPUT as error:
+        if os.environ.get("ATOMEQ_TRACEBACK"):
+            raise
+        _fail(_one_line(error), EXIT_BAD_INPUT)
+
+
+def _version() -> str:
+    try:
+        return version("atomeq")
+    except PackageNotFoundError:
+        return "(source tree, not installed)"
+
+
+def _set_up_terminal() -> None:
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    if not sys.warnoptions:  # readers of structure files warn about details of their own
+        warnings.simplefilter("ignore")
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return text if text else type(error).__name__
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    sys.stderr.write(f"atomeq: error: {message}\n")
+    sys.exit(code)
+
+
+def _help() -> str:
+    width = max(map(len, VERBS))
+    verbs = "\n".join(f"  {name:{width}}  {verb.summary}" for name, verb in VERBS.items())
+    return f"""usage: atomeq VERB ...
+
+From structure files to forces, relaxations, molecular dynamics and trained potentials.
+
+verbs:
+{verbs}
+
+  atomeq VERB --help explains a verb and gives an example.
+
+examples:
+  atomeq single-point cu.cif --potential cu-pbe --out cu.extxyz
+  atomeq relax cu.cif --potential cu-pbe --out relaxed.extxyz --fmax 0.01 --cell
+  atomeq md cu.cif --potential cu-pbe --ensemble nvt --temperature 300 --steps 1000 --out md.extxyz
+  atomeq check cu-pbe
+
+Errors are one line and exit code 2; ATOMEQ_TRACEBACK=1 shows where they come from.
+"""

@@ -1,0 +1,304 @@
+"""``atomeq check`` and ``atomeq doctor``: what a calculator is worth, and what this machine has."""
+
+import importlib
+import json
+import math
+import os
+import platform
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal
+
+import torch
+from ase.calculators.calculator import BaseCalculator
+from jsonargparse import Namespace
+from jsonargparse.typing import PositiveFloat
+from rich.console import Console
+from rich.text import Text
+
+from atomeq.calculators.ase import AtomeqCalculator
+from atomeq.calculators.check import check_calculator
+from atomeq.calculators.laws import CalculatorFactory, Law, LawResult
+from atomeq.cli.structures import read_structures, versions
+from atomeq.cli.terminal import Meter, Parser, say
+from atomeq.files import refuse_unwritable, write_atomically
+from atomeq.potential.checkpoint import find_potential, load_potential, shipped_potentials
+
+_CHECK = """\
+Measure the laws of physics and of good behaviour on a potential or on any ASE calculator:
+derivatives, symmetries, extensivity, smoothness, NVE drift, threads, copies, bad structures.
+One line per law with the measured figure; exit code 1 says that a law is broken.
+
+examples:
+  atomeq check cu-pbe
+  atomeq check ase.calculators.emt:EMT --elements Cu,Al --quick
+"""
+_DOCTOR = """\
+Tell what atomeq finds on this machine: versions, devices, data, potentials, backends.
+
+example:
+  atomeq doctor
+"""
+
+#: Optional packages and what they are for.
+_OPTIONAL = {
+    "triton": "fused kernels on CUDA",
+    "nvalchemiops": "neighbour lists on CUDA",
+    "cuequivariance_torch": "backend",
+    "openequivariance": "backend",
+    "torch_sim": "batched simulation",
+    "ray": "many nodes",
+    "tblite": "xTB labels",
+    "rdkit": "molecules",
+    "torch_dftd": "dispersion",
+}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run ``check`` or ``doctor``.
+
+    Args:
+        argv: The verb and its options.
+
+    Returns:
+        0, or 1 where a law is broken.
+    """
+    verb, *words = argv
+    if verb == "doctor":
+        Parser("atomeq doctor", _DOCTOR).parse_args(words)
+        return doctor()
+    return check(_check_parser().parse_args(words))
+
+
+def _check_parser() -> Parser:
+    parser = Parser("atomeq check", _CHECK)
+    parser.add_argument(
+        "target",
+        metavar="TARGET",
+        type=str,
+        help="name or folder of a potential, or module:factory that makes an ASE calculator",
+    )
+    parser.add_argument(
+        "--elements",
+        type=str,
+        default=None,
+        help="symbols it knows, as Cu,Al; found out by default",
+    )
+    parser.add_argument("--quick", action="store_true", help="leave out the laws that take minutes")
+    parser.add_argument(
+        "--structure", type=str, default=None, help="file with the start of the NVE law"
+    )
+    parser.add_argument("--picoseconds", type=PositiveFloat, default=5.0, help="of the NVE law")
+    parser.add_argument("--timestep", type=PositiveFloat, default=2.0, help="of the NVE law, fs")
+    parser.add_argument(
+        "--temperature", type=PositiveFloat, default=300.0, help="of the NVE law, K"
+    )
+    parser.add_argument("--device", type=str, default="cpu", help="cpu or cuda; of a potential")
+    parser.add_argument(
+        "--dtype",
+        type=Literal["float32", "float64"],
+        default="float64",
+        help="of a potential; float32 gets wider tolerances",
+    )
+    parser.add_argument("--json", type=str, default=None, help="write the results there as well")
+    return parser
+
+
+def check(options: Namespace) -> int:
+    """Measure all laws, a line each."""
+    if options.json is not None:
+        refuse_unwritable(options.json)
+    factory = calculator_factory(options.target, device=options.device, dtype=options.dtype)
+    structure = None
+    if options.structure is not None:
+        structure = read_structures(options.structure, index="-1:")[-1]
+    console = Console()
+    console.width = max(console.width, 200)  # lines are for reading and for grep, never wrapped
+    results: list[LawResult] = []
+    with _Ticker() as ticker, _importable_here():
+        measured = check_calculator(
+            factory,
+            elements=options.elements.split(",") if options.elements else None,
+            full=not options.quick,
+            single_precision=options.dtype == "float32",
+            dynamics_structure=structure,
+            dynamics_picoseconds=options.picoseconds,
+            timestep=options.timestep,
+            temperature=options.temperature,
+            on_start=ticker.start,
+            on_step=ticker.step,
+        )
+        for result in measured:
+            results.append(result)
+            console.print(_line(result), soft_wrap=True)
+    broken = [result for result in results if result.passed is False]
+    if options.json is not None:
+        with write_atomically(options.json) as partial:
+            partial.write_text(_as_json(options, results), encoding="utf-8")
+    say(f"{len(results) - len(broken)} of {len(results)} laws hold" if broken else "all laws hold")
+    return 1 if broken else 0
+
+
+def calculator_factory(target: str, *, device: str, dtype: str) -> CalculatorFactory:
+    """Return what makes the calculators under test.
+
+    Args:
+        target: Name or folder of a potential, or ``module:factory``.
+        device: Of a potential.
+        dtype: Of a potential.
+
+    Raises:
+        ValueError: Neither a potential nor an importable factory of calculators.
+    """
+    module_name, colon, attribute = target.partition(":")
+    if not colon or Path(target).exists():
+        find_potential(target)
+        return lambda: AtomeqCalculator(target, device=device, dtype=dtype)
+    with _importable_here():
+        try:
+            factory = getattr(importlib.import_module(module_name), attribute)
+        except (ImportError, AttributeError) as error:
+            raise ValueError(f"cannot import {target}: {error}") from error
+        if not callable(factory):
+            raise ValueError(f"{target} is a {type(factory).__name__}, not something to call")
+        try:
+            calculator = factory()
+        except Exception as error:  # the user's own code may raise anything
+            raise ValueError(f"{target}() raised {type(error).__name__}: {error}") from error
+    if not isinstance(calculator, BaseCalculator):
+        raise ValueError(f"{target}() is a {type(calculator).__name__}, not an ASE calculator")
+    return factory  # pyright: ignore[reportReturnType] - its result was looked at above
+
+
+def doctor() -> int:
+    """Write what is found on this machine."""
+    say("versions")
+    for name, found in versions().items():
+        say(f"  {name:<22} {found}")
+    say(f"  {'platform':<22} {platform.platform()}")
+    say("devices")
+    say(f"  {'cpu':<22} {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads")
+    for line in _cuda_devices():
+        say(line)
+    say("data")
+    say(f"  {'ATOMEQ_DATA':<22} {_data_folder()}")
+    say("potentials")
+    for line in _potentials():
+        say(line)
+    say("backends and extras")
+    say(f"  {'reference':<22} available, pure torch")
+    for module, purpose in _OPTIONAL.items():
+        say(f"  {module:<22} {_installed(module)}, {purpose}")
+    return 0
+
+
+def _cuda_devices() -> Iterator[str]:
+    if not torch.cuda.is_available():
+        built = torch.version.cuda
+        reason = f"torch is built for CUDA {built}, no GPU found" if built else "torch is CPU only"
+        yield f"  {'cuda':<22} absent: {reason}"
+        return
+    for index in range(torch.cuda.device_count()):
+        found = torch.cuda.get_device_properties(index)
+        yield f"  {f'cuda:{index}':<22} {found.name}, {found.total_memory / 2**30:.0f} GiB"
+
+
+def _data_folder() -> str:
+    folder = os.environ.get("ATOMEQ_DATA")
+    if folder is None:
+        return "not set; data commands need --root or this variable"
+    if not Path(folder).is_dir():
+        return f"{folder} does not exist"
+    return f"{folder}: {', '.join(sorted(p.name for p in Path(folder).iterdir())) or 'empty'}"
+
+
+def _potentials() -> Iterator[str]:
+    names = shipped_potentials()
+    if not names:
+        yield "  none shipped; name them by folder"
+    for name in names:
+        try:
+            potential = load_potential(name)
+        except ValueError as error:
+            yield f"  {name:<22} damaged: {error}"
+        else:
+            yield (
+                f"  {name:<22} {type(potential.model).__name__}, cutoff {potential.cutoff:g} Å, "
+                f"{len(potential.elements)} elements, {potential.dtype}, hash verified"
+            )
+
+
+def _installed(module: str) -> str:
+    if find_spec(module) is None:
+        return "not installed"
+    try:
+        return version(module.replace("_", "-"))
+    except PackageNotFoundError:
+        return "installed"
+
+
+class _Ticker:
+    """Shows which law is measured: a spinner on a terminal, lines for the long ones elsewhere."""
+
+    def __init__(self) -> None:
+        self.console = Console(stderr=True)
+        self.meter = Meter("", 0, unit="steps", console=self.console)
+
+    def __enter__(self) -> "_Ticker":
+        self.spinner = self.console.status("")
+        self.spinner.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.spinner.stop()
+
+    def start(self, law: Law) -> None:
+        self.law = law
+        self.spinner.update(law.name)
+
+    def step(self, step: int, steps: int) -> None:
+        if step == 0:
+            self.meter = Meter(self.law.name, steps, unit="steps", console=self.console)
+        elif self.console.is_terminal:
+            self.meter.done = step
+            self.spinner.update(self.meter.line())
+        else:
+            self.meter.advance()
+
+
+def _line(result: LawResult) -> Text:
+    verdict = {True: ("holds ", "green"), False: ("BROKEN", "bold red"), None: ("-     ", "dim")}
+    word, style = verdict[result.passed]
+    figure = "" if math.isnan(result.figure) else f"{result.figure:.1e} {result.unit}"
+    line = Text.assemble((word, style), f" {result.name:<27} {figure:<20}")
+    return line.append(f" limit {result.tolerance:<8.0e} {result.note}".rstrip())
+
+
+def _as_json(options: Namespace, results: list[LawResult]) -> str:
+    def plain(result: LawResult) -> dict:
+        figure = result.figure if math.isfinite(result.figure) else str(result.figure)
+        return {**asdict(result), "figure": figure}
+
+    document = {
+        "target": options.target,
+        "dtype": options.dtype,
+        "device": options.device,
+        "versions": versions(),
+        "laws": [plain(result) for result in results],
+    }
+    return json.dumps(document, indent=2) + "\n"
+
+
+@contextmanager
+def _importable_here() -> Iterator[None]:
+    """Find modules in the working directory, as ``python -m`` does."""
+    sys.path.insert(0, os.getcwd())
+    try:
+        yield
+    finally:
+        sys.path.remove(os.getcwd())

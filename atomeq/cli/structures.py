@@ -1,0 +1,182 @@
+"""Structures in, structures and a summary out: the files around every simulation verb."""
+
+import json
+import os
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import ase.io
+from ase import Atoms
+from ase.calculators.singlepoint import SinglePointCalculator
+from ase.io.extxyz import write_extxyz
+from ase.io.trajectory import TrajectoryWriter
+
+from atomeq.calculators.ase import AtomeqCalculator, has_volume
+from atomeq.files import refuse_unwritable, write_atomically
+
+#: Output formats by suffix.
+FORMATS = {".extxyz": "extxyz", ".xyz": "extxyz", ".traj": "traj"}
+
+#: Packages whose version a result depends on.
+PACKAGES = ("atomeq", "torch", "torch_geometric", "numpy", "ase", "vesin")
+
+
+def read_structures(path: str | Path, *, index: str = ":") -> list[Atoms]:
+    """Read structures from any file ASE knows.
+
+    Args:
+        path: The file.
+        index: ASE's index of frames, ``":"`` for all, ``"-1:"`` for the last.
+
+    Returns:
+        At least one structure, without calculators.
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: The file is not readable, truncated, or holds no structure.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    try:
+        frames = ase.io.read(path, index=index)
+    except Exception as error:  # readers of ASE raise anything from IndexError to XMLSyntaxError
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(
+            f"cannot read structures from {path} ({reason}); is it complete, and its suffix right?"
+        ) from error
+    structures = frames if isinstance(frames, list) else [frames]
+    if not structures:
+        raise ValueError(f"{path} holds no structure")
+    for atoms in structures:
+        atoms.calc = None  # labels of the file, not of the potential
+    return structures
+
+
+def output_format(path: str | Path) -> str:
+    """Return ASE's name of the format of an output file, before any work is done.
+
+    Raises:
+        ValueError: The suffix is not one that can be written.
+        OSError: The file cannot be written.
+    """
+    path = Path(path)
+    if path.suffix not in FORMATS:
+        raise ValueError(f"cannot write {path}: give it the suffix {', '.join(FORMATS)}")
+    refuse_unwritable(path)
+    return FORMATS[path.suffix]
+
+
+class StructureWriter:
+    """Writes frames one by one, so that what a killed run leaves can be read.
+
+    Args:
+        path: The file to write.
+        file_format: ``extxyz`` or ``traj``.
+    """
+
+    def __init__(self, path: Path, file_format: str) -> None:
+        self._stream = path.open("w", encoding="utf-8") if file_format == "extxyz" else None
+        self._trajectory = TrajectoryWriter(path, "w") if file_format == "traj" else None
+
+    def write(self, atoms: Atoms) -> None:
+        """Append a structure with the results its calculator has for it."""
+        if self._stream is not None:
+            write_extxyz(self._stream, [atoms])
+            self._stream.flush()
+        if self._trajectory is not None:
+            self._trajectory.write(atoms)
+
+    def close(self) -> None:
+        """Close the file."""
+        for file in (self._stream, self._trajectory):
+            if file is not None:
+                file.close()
+
+
+@contextmanager
+def structure_output(
+    path: str | Path, *, keep_on: tuple[type[BaseException], ...] = ()
+) -> Iterator[StructureWriter]:
+    """Open a file for structures that appears under its name when the block ends well."""
+    file_format = output_format(path)
+    with write_atomically(path, keep_on=keep_on) as partial:
+        writer = StructureWriter(partial, file_format)
+        try:
+            yield writer
+        finally:
+            writer.close()
+
+
+def with_results(atoms: Atoms, calculator: AtomeqCalculator) -> Atoms:
+    """Return a copy of a structure with energy, forces and, where there is one, stress."""
+    names = ["energy", "free_energy", "forces"]
+    if has_volume(atoms) and "stress" in calculator.implemented_properties:
+        names.insert(0, "stress")  # the rest comes along
+    results = {name: calculator.get_property(name, atoms) for name in names}
+    frozen = atoms.copy()
+    frozen.calc = SinglePointCalculator(frozen, **results)
+    return frozen
+
+
+def summary_path(out: str | Path) -> Path:
+    """Return the summary's path: ``cu.extxyz`` has ``cu.summary.json`` beside it."""
+    return Path(out).with_suffix(".summary.json")
+
+
+def write_summary(
+    verb: str,
+    out: str | Path,
+    *,
+    source: str,
+    calculator: AtomeqCalculator,
+    settings: dict[str, Any],
+    results: dict[str, Any],
+) -> Path:
+    """Write what was done, with what, and what came out, as JSON beside the output.
+
+    Args:
+        verb: The subcommand.
+        out: The output file.
+        source: The input file as it was given.
+        calculator: Names the potential, dtype and device.
+        settings: Every option of the run.
+        results: What the verb found.
+
+    Returns:
+        The path of the summary.
+    """
+    path = summary_path(out)
+    document = {
+        "command": verb,
+        "input": source,
+        "output": str(out),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "potential": calculator.provenance,
+        "dtype": str(calculator.dtype).removeprefix("torch."),
+        "device": str(calculator.device),
+        "versions": versions(),
+        "settings": settings,
+        **results,
+    }
+    with write_atomically(path) as partial:
+        partial.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    return path
+
+
+def versions() -> dict[str, str]:
+    """Return versions of Python and of the packages results depend on."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # run from the source tree
+            found[name] = "not installed"
+    if threads := os.environ.get("OMP_NUM_THREADS"):
+        found["OMP_NUM_THREADS"] = threads
+    return found

@@ -1,0 +1,133 @@
+"""What all verbs share in talking to a terminal: the parser, the progress bar, tables."""
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NoReturn
+
+from jsonargparse import ArgumentParser, DefaultHelpFormatter
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+_QUIET_SECONDS = 5.0  # between two lines of plain progress
+
+
+class HelpFormatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keep line breaks of descriptions, and name defaults but not Python types."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        silent = action.default is None or action.default is False
+        if silent or action.default == argparse.SUPPRESS or not action.option_strings:
+            return text
+        return f"{text} (default: %(default)s)"
+
+
+class Parser(ArgumentParser):
+    """A jsonargparse parser whose errors are one line, exit code 2."""
+
+    def __init__(self, prog: str, description: str) -> None:
+        super().__init__(prog=prog, description=description, formatter_class=HelpFormatter)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Write the message with the way to the help, and exit."""
+        text = " ".join(message.split())
+        sys.stderr.write(f"{self.prog}: error: {text}; see {self.prog} --help\n")
+        sys.exit(2)
+
+
+class Meter:
+    """Progress of a known number of steps: a bar on a terminal, a line now and then elsewhere.
+
+    Args:
+        label: What is being done.
+        total: Number of steps.
+        unit: Name of a step, in plural.
+        console: Where to report; standard error by default, so that output can be piped.
+    """
+
+    def __init__(
+        self, label: str, total: int, *, unit: str, console: Console | None = None
+    ) -> None:
+        self.label, self.total, self.unit = label, total, unit
+        self.console = console if console is not None else Console(stderr=True)
+        self.done = 0
+        self.started = self._last_line = time.monotonic()
+        self._bar: Progress | None = None
+
+    @contextmanager
+    def running(self) -> Iterator["Meter"]:
+        """Show the progress while the block runs."""
+        if not self.console.is_terminal:
+            yield self
+            return
+        bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=self.console,
+        )
+        with bar:
+            self._task = bar.add_task(self.label, total=self.total, rate="")
+            self._bar = bar
+            yield self
+
+    def advance(self, steps: int = 1, *, note: str = "") -> None:
+        """Count steps done and tell something about them."""
+        self.done += steps
+        if self._bar is not None:
+            rate = f"{self.rate:.1f} {self.unit}/s {note}"
+            self._bar.update(self._task, completed=self.done, rate=rate)
+            return
+        now = time.monotonic()
+        if self.done < self.total and now - self._last_line < _QUIET_SECONDS:
+            return
+        self._last_line = now
+        self.console.file.write(f"{self.line()}{', ' + note if note else ''}\n")
+        self.console.file.flush()
+
+    def line(self) -> str:
+        """Return the progress in words."""
+        left = (self.total - self.done) / self.rate if self.rate else 0.0
+        counted = f"{self.done}/{self.total} {self.unit}, {self.rate:.1f} {self.unit}/s"
+        return f"{self.label}: {counted}, {left:.0f} s left"
+
+    @property
+    def rate(self) -> float:
+        """Steps per second so far."""
+        seconds = time.monotonic() - self.started
+        return self.done / seconds if seconds > 0 else 0.0
+
+
+def show_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, most: int = 20) -> None:
+    """Write a table to standard output, the first rows of a long one."""
+    table = Table(box=None, pad_edge=False)
+    for column in columns:
+        table.add_column(column, justify="left" if column == columns[0] else "right", no_wrap=True)
+    for row in rows[:most]:
+        table.add_row(*row)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=160)  # nobody wraps a file
+    console.print(table)
+    if len(rows) > most:
+        console.print(f"... and {len(rows) - most} more")
+
+
+def say(text: str) -> None:
+    """Write a line to standard output."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()

@@ -1,0 +1,199 @@
+"""Structures with labels from any file ASE reads, one at a time, with errors that name file and frame.
+
+Whatever name a file gives its labels, they leave here under one: energy, forces and stress as the
+results of a ``SinglePointCalculator``, which :func:`atomeq.graph.convert.from_ase` picks up.
+"""
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ase.db
+import ase.io
+import numpy as np
+from ase import Atoms
+from ase.calculators.singlepoint import SinglePointCalculator
+from ase.io.formats import UnknownFileTypeError
+
+from atomeq.graph.convert import StructureError, validate_structure
+
+DATA_VARIABLE = "ATOMEQ_DATA"
+DATABASE_SUFFIXES = (".db", ".aselmdb")
+_VARIABLE = re.compile(r"\$\{(\w+)\}")
+
+
+class DataError(ValueError):
+    """A data file is missing, damaged, or lacks what was asked of it."""
+
+
+@dataclass(frozen=True)
+class LabelKeys:
+    """What a file calls its labels, in ``atoms.info``, ``atoms.arrays`` or its calculator results.
+
+    Attributes:
+        energy: Total energy, eV.
+        forces: Forces, eV/Å.
+        stress: Stress, eV/Å³ in ASE's sign; 6 Voigt components or 3 x 3.
+        weight: Weight of the structure in the loss; 1 where absent.
+    """
+
+    energy: str = "energy"
+    forces: str = "forces"
+    stress: str = "stress"
+    weight: str = "weight"
+
+
+def resolve_data_path(path: str | os.PathLike[str]) -> Path:
+    """Return a path with ``${NAME}`` replaced from the environment.
+
+    Args:
+        path: As in a YAML file, for example ``${ATOMEQ_DATA}/acac/train_300K.extxyz.gz``.
+
+    Raises:
+        DataError: The variable is not set, or there is no such file.
+    """
+    text = os.fspath(path)
+    for name in _VARIABLE.findall(text):
+        if not os.environ.get(name):
+            raise DataError(
+                f"{text} needs the environment variable {name}, which is not set; {_hint()}"
+            )
+        text = text.replace(f"${{{name}}}", os.environ[name])
+    resolved = Path(text).expanduser()
+    if not resolved.is_file():
+        raise DataError(f"there is no data file {resolved}; {_hint()}")
+    return resolved
+
+
+def _hint() -> str:
+    return (
+        f"give the path of an existing file, or fetch a known set with `atomeq data download NAME` "
+        f"and set {DATA_VARIABLE} to the folder it was put in"
+    )
+
+
+def read_structures(
+    path: str | os.PathLike[str], *, labels: LabelKeys | None = None
+) -> Iterator[Atoms]:
+    """Yield the validated structures of a file one by one, without reading it all.
+
+    Args:
+        path: extxyz (also .gz), ASE database (.db, .aselmdb), trajectory, or anything else ASE reads.
+        labels: What the file calls its labels.
+
+    Yields:
+        Structures whose labels, where present, are ``energy`` (eV), ``forces`` (eV/Å) and
+        ``stress`` (eV/Å³, Voigt) of ``atoms.calc``, and ``atoms.info["weight"]``.
+
+    Raises:
+        DataError: The file is missing, damaged or empty, or a frame is not a usable structure; the
+            message names file and frame.
+
+    Example:
+        >>> for atoms in read_structures("train.extxyz"):  # doctest: +SKIP
+        ...     print(atoms.get_potential_energy())
+    """
+    resolved = resolve_data_path(path)
+    labels = labels if labels is not None else LabelKeys()
+    frame = -1
+    for frame, atoms in enumerate(_read_raw(resolved)):
+        name = f"{resolved}, frame {frame}"
+        try:
+            validate_structure(atoms, name=name)
+        except StructureError as error:
+            message = str(error)
+            raise DataError(message if name in message else f"{name}: {message}") from error
+        _normalise_labels(atoms, labels, name)
+        yield atoms
+    if frame < 0:
+        raise DataError(f"{resolved} holds no structures")
+
+
+def _read_raw(path: Path) -> Iterator[Atoms]:
+    """Yield frames as ASE gives them; what its parsers raise becomes a DataError."""
+    stream = _read_database(path) if path.suffix in DATABASE_SUFFIXES else _read_file(path)
+    for frame in _count():
+        try:
+            atoms = next(stream)
+        except StopIteration:
+            return
+        except UnknownFileTypeError as error:
+            raise DataError(f"{path} is of no format that ASE knows: {error}") from error
+        except Exception as error:  # the parsers of ASE raise anything, from KeyError to zlib.error
+            raise DataError(
+                f"{path}, frame {frame}: cannot be read ({type(error).__name__}: {error}); "
+                "the file is damaged or cut short"
+            ) from error
+        yield atoms
+
+
+def _count() -> Iterator[int]:
+    frame = 0
+    while True:
+        yield frame
+        frame += 1
+
+
+def _read_file(path: Path) -> Iterator[Atoms]:
+    yield from ase.io.iread(path, index=":", do_not_split_by_at_sign=True)
+
+
+def _read_database(path: Path) -> Iterator[Atoms]:
+    for row in ase.db.connect(path).select():
+        atoms = row.toatoms()
+        atoms.info.update(row.key_value_pairs)
+        atoms.info.update(row.data)
+        yield atoms
+
+
+def _normalise_labels(atoms: Atoms, labels: LabelKeys, name: str) -> None:
+    shapes = {"energy": ((),), "forces": ((len(atoms), 3),), "stress": ((6,), (3, 3), (9,))}
+    results: dict[str, Any] = {}
+    for label, allowed in shapes.items():
+        key = getattr(labels, label)
+        value = _take(atoms, key)
+        if value is None:
+            continue
+        results[label] = _checked(value, allowed, f"{name}: label {key!r}")
+    if "stress" in results and results["stress"].size == 9:
+        results["stress"] = _voigt(results["stress"].reshape(3, 3))
+    if "energy" in results:
+        results["energy"] = float(results["energy"])
+    weight = _take(atoms, labels.weight)
+    if weight is not None:
+        weight = float(_checked(weight, ((),), f"{name}: label {labels.weight!r}"))
+        if weight < 0:
+            raise DataError(f"{name}: label {labels.weight!r} is {weight}; weights are >= 0")
+        atoms.info["weight"] = weight
+    atoms.calc = SinglePointCalculator(atoms, **results) if results else None
+
+
+def _take(atoms: Atoms, key: str) -> Any:
+    """Remove and return what is stored under a key, wherever ASE put it."""
+    found = atoms.info.pop(key, None)
+    in_arrays = atoms.arrays.pop(key, None) if key not in ("numbers", "positions") else None
+    found = in_arrays if found is None else found
+    if found is None and atoms.calc is not None:
+        found = atoms.calc.results.get(key)
+    return found
+
+
+def _checked(value: Any, shapes: tuple[tuple[int, ...], ...], what: str) -> np.ndarray:
+    try:
+        array = np.asarray(value, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{what} is {value!r}, not numbers") from error
+    if array.shape not in shapes:
+        allowed = " or ".join(str(shape) for shape in shapes)
+        raise DataError(f"{what} has shape {array.shape}; allowed is {allowed}")
+    if not np.isfinite(array).all():
+        raise DataError(f"{what} holds NaN or infinity")
+    return array
+
+
+def _voigt(stress: np.ndarray) -> np.ndarray:
+    symmetric = (stress + stress.T) / 2
+    return symmetric[[0, 1, 2, 1, 0, 0], [0, 1, 2, 2, 2, 1]]

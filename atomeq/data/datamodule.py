@@ -1,0 +1,342 @@
+"""AtomisticDataModule: files become graphs once, and graphs become batches of bounded size.
+
+The graphs are those of the potential that is trained, so the cutoff is written in the model's
+configuration and nowhere else.
+"""
+
+import json
+import logging
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+import torch
+from ase import Atoms
+from jsonargparse.typing import register_type
+from lightning.pytorch import LightningDataModule
+
+from atomeq.data.ase_files import DataError, LabelKeys, read_structures, resolve_data_path
+from atomeq.data.batching import BudgetBatchSampler, GraphDataset, ResumableLoader
+from atomeq.graph.atom_graph import AtomGraph
+
+logger = logging.getLogger(__name__)
+
+LABELS = ("energy", "forces", "stress")
+_LABEL_SHAPES = {
+    "energy": lambda g: (1,),
+    "forces": lambda g: (g.n_atoms, 3),
+    "stress": lambda g: (1, 3, 3),
+}
+
+if TYPE_CHECKING:
+    DataFile: TypeAlias = str | os.PathLike[str]
+else:
+
+    class DataFile(str):
+        """A path in a YAML file: relative to that file, absolute, or ``${ATOMEQ_DATA}/...``."""
+
+    def _from_yaml(value: Any) -> DataFile:
+        # jsonargparse reads every YAML with its folder as the working directory.
+        if isinstance(value, DataFile):
+            return value
+        text = os.fspath(value) if isinstance(value, str | os.PathLike) else ""
+        if not text or text.startswith(("[", "{")):
+            raise ValueError(f"{value!r} is not a path")
+        return DataFile(text if text.startswith("${") else os.path.abspath(text))
+
+    register_type(DataFile, str, _from_yaml)
+
+DataFiles: TypeAlias = DataFile | list[DataFile]
+
+
+@dataclass(frozen=True)
+class Split:
+    """How the structures of ``train`` are divided where no files do it.
+
+    Attributes:
+        val: Fraction held out for validation.
+        test: Fraction held out as the test set ``held_out``.
+        seed: Of the permutation; the test part depends on ``test`` and ``seed`` alone.
+        file: .npz or .json with index lists ``train``, ``val`` and ``test``; replaces the above.
+    """
+
+    val: float = 0.0
+    test: float = 0.0
+    seed: int = 0
+    file: DataFile | None = None
+
+
+class AtomisticDataModule(LightningDataModule):
+    """Reads labelled structures, builds their graphs once and serves them in batches.
+
+    Args:
+        train: File or files to train on.
+        val: File or files to validate on; else ``split`` says which part of ``train`` is.
+        test: Test sets by name; each gets its own line in the results.
+        predict: File or files to predict.
+        split: Division of ``train`` by seed or by an index file.
+        labels: What the files call their labels.
+        max_structures: Structures per batch.
+        max_atoms: Atoms per batch; None is no limit.
+        max_edges: Edges per batch; None is no limit.
+        eval_factor: Batches without gradients of the weights may be this much larger.
+        seed: Of the order of the training batches.
+        num_workers: Processes that put batches together; 0 does it in the training process.
+
+    Raises:
+        DataError: On setup: a file is missing or damaged, or holds no labels.
+
+    Example:
+        >>> data = AtomisticDataModule(train="train.extxyz", split=Split(val=0.1))
+    """
+
+    def __init__(
+        self,
+        train: DataFiles | None = None,
+        *,
+        val: DataFiles | None = None,
+        test: dict[str, DataFiles] | None = None,
+        predict: DataFiles | None = None,
+        split: Split | None = None,
+        labels: LabelKeys | None = None,
+        max_structures: int = 16,
+        max_atoms: int | None = None,
+        max_edges: int | None = None,
+        eval_factor: int = 2,
+        seed: int = 0,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        self.train_files = train
+        self.val_files = val
+        self.test_files = dict(test or {})
+        self.predict_files = predict
+        self.split = split if split is not None else Split()
+        self.labels = labels if labels is not None else LabelKeys()
+        self.max_structures = max_structures
+        self.max_atoms = max_atoms
+        self.max_edges = max_edges
+        self.eval_factor = eval_factor
+        self.seed = seed
+        self.num_workers = num_workers
+        self.train_set: GraphDataset | None = None
+        self.val_set: GraphDataset | None = None
+        self.test_sets: dict[str, GraphDataset] = {}
+        self.predict_set: GraphDataset | None = None
+        self._build: Callable[[Atoms], AtomGraph] | None = None
+        self._divided: dict[str, list[Atoms]] | None = None
+
+    def setup(self, stage: str) -> None:
+        """Read the files a stage needs and build their graphs, once."""
+        if self.trainer is not None:
+            # The number of batches varies from epoch to epoch where a budget bounds them.
+            self.trainer.reload_dataloaders_every_n_epochs = 1
+        if stage == "fit" and self.train_set is None:
+            self.train_set = self._dataset(self._training_part("train"), "train")
+        if stage in ("fit", "validate") and self.val_set is None:
+            structures = self._validation_structures()
+            self.val_set = self._dataset(structures, "val") if structures else None
+        if stage == "test" and not self.test_sets:
+            self.test_sets = {
+                name: self._dataset(structures, f"test/{name}")
+                for name, structures in self._test_structures().items()
+            }
+        if stage == "predict" and self.predict_set is None:
+            if self.predict_files is None:
+                raise DataError("nothing to predict: give data.predict, a file of structures")
+            self.predict_set = self._dataset(self._read(self.predict_files), "predict")
+        self._divided = None
+
+    def use_builder(self, build: Callable[[Atoms], AtomGraph]) -> None:
+        """Set what turns structures into graphs; with a trainer it is the task's potential."""
+        self._build = build
+
+    def train_dataloader(self) -> ResumableLoader:
+        """Return the training batches of the current epoch, shuffled."""
+        assert self.train_set is not None, "setup('fit') comes first"
+        epoch = self.trainer.current_epoch if self.trainer is not None else 0
+        sampler = self._sampler(self.train_set, shuffle=True, epoch=epoch)
+        return ResumableLoader(
+            self.train_set, sampler, num_workers=self.num_workers, seed=self.seed
+        )
+
+    def n_training_batches(self) -> int:
+        """Return the number of batches of the first epoch; later epochs differ by a few at most."""
+        assert self.train_set is not None, "setup('fit') comes first"
+        return len(self._sampler(self.train_set, shuffle=True))
+
+    def val_dataloader(self) -> ResumableLoader | list[Any]:
+        """Return the validation batches in the order of the file."""
+        return self._eval_loader(self.val_set) if self.val_set is not None else []
+
+    def test_dataloader(self) -> list[ResumableLoader]:
+        """Return one loader for each test set, in the order of :attr:`test_names`."""
+        return [self._eval_loader(dataset) for dataset in self.test_sets.values()]
+
+    def predict_dataloader(self) -> ResumableLoader:
+        """Return the batches to predict in the order of the file."""
+        assert self.predict_set is not None, "setup('predict') comes first"
+        return self._eval_loader(self.predict_set)
+
+    @property
+    def test_names(self) -> list[str]:
+        """Names of the test sets."""
+        return list(self.test_sets)
+
+    def _eval_loader(self, dataset: GraphDataset) -> ResumableLoader:
+        return ResumableLoader(dataset, self._sampler(dataset, factor=self.eval_factor))
+
+    def _sampler(
+        self, dataset: GraphDataset, *, shuffle: bool = False, epoch: int = 0, factor: int = 1
+    ) -> BudgetBatchSampler:
+        trainer = self.trainer
+        return BudgetBatchSampler(
+            dataset,
+            max_structures=self.max_structures * factor,
+            max_atoms=self.max_atoms and self.max_atoms * factor,
+            max_edges=self.max_edges and self.max_edges * factor,
+            shuffle=shuffle,
+            seed=self.seed,
+            epoch=epoch,
+            rank=trainer.global_rank if trainer is not None else 0,
+            n_ranks=trainer.world_size if trainer is not None else 1,
+        )
+
+    def _training_part(self, part: str) -> list[Atoms]:
+        """Return the train, val or test part of the training files."""
+        if self._divided is None:
+            if self.train_files is None:
+                raise DataError(
+                    "no training structures: give data.train, a file or a list of files"
+                )
+            structures = self._read(self.train_files)
+            indices = split_indices(len(structures), self.split)
+            self._divided = {
+                key: [structures[i] for i in chosen] for key, chosen in indices.items()
+            }
+        return self._divided[part]
+
+    def _validation_structures(self) -> list[Atoms]:
+        if self.val_files is not None:
+            return self._read(self.val_files)
+        return self._training_part("val")
+
+    def _test_structures(self) -> dict[str, list[Atoms]]:
+        sets = {name: self._read(files) for name, files in self.test_files.items()}
+        if self.split.test > 0 or self.split.file is not None:
+            held_out = self._training_part("test")
+            if held_out:
+                sets["held_out"] = held_out
+        if not sets:
+            raise DataError("nothing to test: give data.test, or data.split.test above 0")
+        return sets
+
+    def _read(self, files: DataFiles) -> list[Atoms]:
+        paths = files if isinstance(files, list) else [files]
+        return [atoms for path in paths for atoms in read_structures(path, labels=self.labels)]
+
+    def _dataset(self, structures: Sequence[Atoms], name: str) -> GraphDataset:
+        build = self._build
+        if build is None:
+            if self.trainer is None:
+                raise DataError(
+                    "no potential to build graphs with: attach a trainer or use_builder()"
+                )
+            build = self.trainer.lightning_module.build_graph
+        graphs = [_labelled(build(atoms), atoms) for atoms in structures]
+        graphs = _with_same_labels(graphs)
+        n_edges = sum(graph.n_edges for graph in graphs)
+        logger.info("%s: %d structures, %d edges", name, len(graphs), n_edges)
+        return GraphDataset(graphs, name=name)
+
+
+def split_indices(n_structures: int, split: Split) -> dict[str, list[int]]:
+    """Return which structures train, validate and test.
+
+    Args:
+        n_structures: How many there are.
+        split: Fractions and seed, or an index file.
+
+    Returns:
+        Index lists ``train``, ``val`` and ``test``, each in the order of the file.
+
+    Raises:
+        DataError: Fractions or indices out of range, an index used twice, nothing left to train on.
+    """
+    if split.file is not None:
+        return _indices_from_file(resolve_data_path(split.file), n_structures)
+    if not (0 <= split.val < 1 and 0 <= split.test < 1 and split.val + split.test < 1):
+        raise DataError(
+            f"split fractions val={split.val} and test={split.test} must be >= 0, with a sum below 1"
+        )
+    # RandomState's stream is frozen by NumPy for good; that of Generator may change.
+    order = np.random.RandomState(split.seed).permutation(n_structures)
+    n_test, n_val = round(split.test * n_structures), round(split.val * n_structures)
+    if n_test + n_val >= n_structures:
+        raise DataError(f"{n_structures} structures leave none to train on after the split {split}")
+    parts = np.split(order, [n_test, n_test + n_val])
+    return {
+        key: sorted(part.tolist())
+        for key, part in zip(("test", "val", "train"), parts, strict=True)
+    }
+
+
+def _indices_from_file(path: Path, n_structures: int) -> dict[str, list[int]]:
+    try:
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as archive:
+                given: Mapping[str, Any] = {key: archive[key].tolist() for key in archive.files}
+        else:
+            given = json.loads(path.read_text(encoding="utf-8"))
+        indices = {key: [int(i) for i in given.get(key, [])] for key in ("train", "val", "test")}
+    except (ValueError, OSError, AttributeError, TypeError) as error:
+        raise DataError(
+            f"split file {path} is not an .npz or .json of index lists: {error}"
+        ) from error
+    if not indices["train"]:
+        raise DataError(f"split file {path} lists no 'train' indices; it has {', '.join(given)}")
+    used = [i for part in indices.values() for i in part]
+    wrong = [i for i in used if not 0 <= i < n_structures]
+    if wrong:
+        raise DataError(
+            f"split file {path} names structure {wrong[0]}, of {n_structures} (0-based)"
+        )
+    if len(set(used)) != len(used):
+        raise DataError(f"split file {path} uses a structure in two parts, or twice in one")
+    return indices
+
+
+def _labelled(graph: AtomGraph, atoms: Atoms) -> AtomGraph:
+    weight = torch.tensor([atoms.info.get("weight", 1.0)], dtype=graph.pos.dtype)
+    return graph.to("cpu").replace(weight=weight)
+
+
+def _with_same_labels(graphs: list[AtomGraph]) -> list[AtomGraph]:
+    """Give every graph the labels any of them has; NaN marks what is unknown to losses and metrics."""
+    present = {key for key in LABELS if any(_label(graph, key) is not None for graph in graphs)}
+    completed: list[AtomGraph] = []
+    for graph in graphs:
+        missing = {
+            key: graph.pos.new_full(_LABEL_SHAPES[key](graph), float("nan"))
+            for key in present
+            if _label(graph, key) is None
+        }
+        completed.append(graph.replace(**missing) if missing else graph)
+    return completed
+
+
+def _label(graph: AtomGraph, key: str) -> torch.Tensor | None:
+    return getattr(graph, key, None)
+
+
+def known_labels(graphs: Iterable[AtomGraph]) -> set[str]:
+    """Return the labels that at least one of the graphs has."""
+    return {
+        key
+        for graph in graphs
+        for key in LABELS
+        if (value := _label(graph, key)) is not None and bool(torch.isfinite(value).any())
+    }

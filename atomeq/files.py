@@ -1,0 +1,70 @@
+"""Whole files or none: outputs are written under a temporary name in their folder, then renamed.
+
+Everything that writes a result (calculators' logs, trajectories, summaries) goes through here.
+"""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def write_atomically(
+    path: str | Path, *, keep_on: tuple[type[BaseException], ...] = ()
+) -> Iterator[Path]:
+    """Yield a temporary path beside ``path`` that takes its place when the block ends well.
+
+    The temporary file keeps the suffix (``cu.part-4242.extxyz``), so that readers recognise the
+    format of what a killed process left. It is removed when the block raises; SIGKILL leaves it.
+
+    Args:
+        path: The file to write or replace; its folder must exist.
+        keep_on: Exceptions after which the temporary file is left for the user, such as
+            ``KeyboardInterrupt`` in a long trajectory.
+
+    Yields:
+        The path to write to.
+
+    Raises:
+        FileNotFoundError: The folder does not exist.
+        IsADirectoryError: ``path`` is a folder.
+
+    Example:
+        >>> with write_atomically("result.json") as partial:  # doctest: +SKIP
+        ...     partial.write_text("{}")
+    """
+    path = Path(path)
+    refuse_unwritable(path)
+    partial = path.with_name(f"{path.stem}.part-{os.getpid()}{path.suffix}")
+    try:
+        yield partial
+        with partial.open("rb+") as stream:  # on disk before it takes the name, or a crash of the
+            os.fsync(stream.fileno())  # machine could leave an empty file under the final name
+        os.replace(partial, path)
+    except keep_on:
+        logger.warning("what was written so far is in %s", partial)
+        raise
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def refuse_unwritable(path: str | Path) -> None:
+    """Raise before the work begins where :func:`write_atomically` would fail after it.
+
+    Raises:
+        FileNotFoundError: The folder does not exist.
+        IsADirectoryError: ``path`` is a folder.
+        PermissionError: The folder cannot be written to.
+    """
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"cannot write {path}: there is no folder {path.parent}")
+    if path.is_dir():
+        raise IsADirectoryError(f"cannot write {path}: it is a folder")
+    if not os.access(path.parent, os.W_OK):
+        raise PermissionError(f"cannot write {path}: no permission in {path.parent}")

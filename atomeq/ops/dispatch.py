@@ -1,0 +1,320 @@
+"""Which backend serves an operation, how to choose one, and what the choice costs.
+
+The choice is made call by call: ``with use_backend(name)``, else the environment variable
+ATOMEQ_BACKEND, else ``auto``, the first backend of :data:`AUTO_ORDER` that serves the operation. A
+backend asked for by name serves or the call raises, saying why; only ``auto`` may pass on.
+"""
+
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from atomeq.ops.sphere import SphereGrid
+    from atomeq.ops.spherical_harmonics import Normalization
+    from atomeq.ops.tensor_product import Mode, Path
+    from atomeq.ops.wigner import EdgeFrame
+
+logger = logging.getLogger(__name__)
+
+# Where each backend lives, "module:class"; it is imported when first asked for.
+BACKENDS: dict[str, str] = {"reference": "atomeq.ops.backends.reference:ReferenceBackend"}
+AUTO_ORDER: tuple[str, ...] = ("reference",)  # the fastest first
+ENVIRONMENT_VARIABLE = "ATOMEQ_BACKEND"
+
+_chosen: ContextVar[str | None] = ContextVar("atomeq_backend", default=None)
+
+
+class OpSpec(NamedTuple):
+    """What a backend must know to say whether it serves a call."""
+
+    op: str
+    lmax: int
+    mmax: int
+    channels: int
+    n_edges: int
+    dtype: torch.dtype
+    device: torch.device
+
+
+class Backend(Protocol):
+    """One implementation of the operations; it holds no weights.
+
+    The functions of ``atomeq.ops`` check the arguments first, so a backend may trust them. Every
+    method is differentiable any number of times in its floating-point arguments, except
+    ``edge_wigner``.
+    """
+
+    name: str
+
+    def refusal(self, spec: OpSpec) -> str | None:
+        """Return None if this backend serves the call, else the reason why not."""
+        ...
+
+    def spherical_harmonics(
+        self, vectors: Tensor, lmax: int, normalization: "Normalization"
+    ) -> Tensor:
+        """Evaluate the homogeneous harmonics, (*, 3) -> (*, n_sph)."""
+        ...
+
+    def edge_wigner(self, vectors: Tensor, lmax: int, mmax: int) -> Tensor:
+        """Return the Wigner rows that take edges to +y, (n_edges, n_rows, n_sph)."""
+        ...
+
+    def rotate_to_edge(self, x: Tensor, frame: "EdgeFrame", indices: tuple[Tensor, ...]) -> Tensor:
+        """Gather by each index, join the channels, rotate into the edge frames."""
+        ...
+
+    def rotate_from_edge(
+        self, y: Tensor, frame: "EdgeFrame", envelope: Tensor | None, total: bool
+    ) -> Tensor:
+        """Rotate back to the lab frame and, if total, sum on the targets."""
+        ...
+
+    def so2_linear(
+        self,
+        x: Tensor,
+        weights: Sequence[Tensor],
+        c_out: int,
+        bias: Tensor | None,
+        scale: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Mix degrees and channels within each order; return rows and extra scalars."""
+        ...
+
+    def tensor_product(
+        self,
+        x: Tensor,
+        y: Tensor,
+        weights: Tensor | None,
+        paths: "tuple[Path, ...]",
+        mode: "Mode",
+        stacked: bool,
+    ) -> Tensor:
+        """Couple two features by Clebsch-Gordan paths."""
+        ...
+
+    def cg_conv(
+        self,
+        x: Tensor,
+        y: Tensor,
+        weights: Tensor | None,
+        edge_index: Tensor,
+        n_atoms: int,
+        paths: "tuple[Path, ...]",
+        mode: "Mode",
+        stacked: bool,
+    ) -> Tensor:
+        """Gather x on the sources, couple it with y, sum on the targets."""
+        ...
+
+    def sphere_pointwise(
+        self, x: Tensor, fn: Callable[[Tensor], Tensor], grid: "SphereGrid"
+    ) -> Tensor:
+        """Apply a function to the values on the points of a grid."""
+        ...
+
+    def segment_sum(self, x: Tensor, index: Tensor, n_segments: int) -> Tensor:
+        """Sum the members of each segment."""
+        ...
+
+    def segment_softmax(self, logits: Tensor, index: Tensor, n_segments: int) -> Tensor:
+        """Normalise the members of each segment."""
+        ...
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Serve every operation inside the ``with`` block by one backend.
+
+    The choice belongs to the current thread or task, and ends with the block.
+
+    Args:
+        name: ``reference`` (plain torch) or ``auto``.
+
+    Raises:
+        ValueError: If no backend has this name.
+
+    Example:
+        >>> with use_backend("reference"):
+        ...     chosen_backend()
+        'reference'
+    """
+    _check_name(name, "use_backend")
+    token = _chosen.set(name)
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
+
+
+def chosen_backend() -> str:
+    """Return the name asked for here: by ``use_backend``, by the environment, else ``auto``.
+
+    Raises:
+        ValueError: If the environment asks for a backend that does not exist.
+    """
+    name = _chosen.get()
+    if name is None:
+        name = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
+        _check_name(name, ENVIRONMENT_VARIABLE)
+    return name
+
+
+def select(op: str, *, lmax: int, mmax: int, channels: int, n_edges: int, like: Tensor) -> Backend:
+    """Return the backend that serves a call.
+
+    Args:
+        op: Name of the operation.
+        lmax: Highest degree.
+        mmax: Highest order.
+        channels: Number of channels.
+        n_edges: Number of rows the operation works on, edges mostly.
+        like: A tensor with the dtype and device of the call.
+
+    Raises:
+        NotImplementedError: If the backend asked for by name does not serve this call.
+        ValueError: If the environment asks for a backend that does not exist.
+    """
+    spec = OpSpec(op, lmax, mmax, channels, n_edges, like.dtype, like.device)
+    name = chosen_backend()
+    if name == "auto":
+        return _first_serving(spec)
+    backend = load_backend(name)
+    reason = backend.refusal(spec)
+    if reason is not None:
+        raise NotImplementedError(
+            f"backend {name!r} was asked for but does not serve {op}: {reason}; "
+            f"choose another one or 'auto'"
+        )
+    return backend
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Who serves a call and at what cost; ``str()`` gives the report.
+
+    Attributes:
+        spec: The call.
+        asked_for: The name asked for, or ``auto``.
+        backend: The name of the backend that serves it; None if the one asked for does not.
+        refusals: Why each of the other backends does not.
+        flops: Arithmetic of one forward call.
+        bytes: Memory traffic of a fused kernel.
+        floor: Least time on ``machine``, s.
+        machine: The machine assumed for the floor.
+    """
+
+    spec: OpSpec
+    asked_for: str
+    backend: str | None
+    refusals: dict[str, str]
+    flops: int
+    bytes: int
+    floor: float
+    machine: str
+
+    def __str__(self) -> str:
+        spec = self.spec
+        lines = [
+            f"{spec.op}: lmax={spec.lmax} mmax={spec.mmax} channels={spec.channels} "
+            f"n_edges={spec.n_edges} {spec.dtype} on {spec.device}",
+            f"  served by   {self.backend or 'none'} (asked for: {self.asked_for})",
+        ]
+        lines += [f"  not by      {name}: {reason}" for name, reason in self.refusals.items()]
+        lines.append(f"  arithmetic  {self.flops / 1e6:.3g} MFLOP")
+        lines.append(f"  traffic     {self.bytes / 1e6:.3g} MB, if fused")
+        lines.append(f"  floor       {self.floor * 1e6:.3g} µs on {self.machine} (assumed)")
+        return "\n".join(lines)
+
+
+def explain(
+    op: str,
+    *,
+    lmax: int,
+    mmax: int,
+    channels: int,
+    n_edges: int,
+    dtype: torch.dtype,
+    device: torch.device | str,
+) -> Explanation:
+    """Report which backend would serve a call here, why the others would not, and the least cost.
+
+    Args:
+        op: Name of a method of :class:`Backend`.
+        lmax: Highest degree.
+        mmax: Highest order.
+        channels: Number of channels.
+        n_edges: Number of edges, or of rows where the operation has no edges.
+        dtype: Dtype of the features.
+        device: Device of the features.
+
+    Raises:
+        ValueError: If the operation is unknown.
+
+    Example:
+        >>> report = explain("so2_linear", lmax=2, mmax=2, channels=16, n_edges=1000,
+        ...                  dtype=torch.float32, device="cpu")
+        >>> report.backend
+        'reference'
+    """
+    # Imported here because the counts need the tables of the operations, which import this module.
+    from atomeq.ops.costs import MACHINES, cost
+
+    spec = OpSpec(op, lmax, mmax, channels, n_edges, dtype, torch.device(device))
+    work = cost(spec)
+    asked_for = chosen_backend()
+    candidates = AUTO_ORDER if asked_for == "auto" else (asked_for,)
+    reasons = {name: load_backend(name).refusal(spec) for name in BACKENDS}
+    backend = next((name for name in candidates if reasons[name] is None), None)
+    machine = MACHINES["cuda" if spec.device.type == "cuda" else "cpu"]
+    return Explanation(
+        spec=spec,
+        asked_for=asked_for,
+        backend=backend,
+        refusals={
+            name: reason or f"it could, but {backend} comes first"
+            for name, reason in reasons.items()
+            if name != backend
+        },
+        flops=work.flops,
+        bytes=work.bytes,
+        floor=work.floor(machine, dtype),
+        machine=machine.name,
+    )
+
+
+@cache
+def load_backend(name: str) -> Backend:
+    """Return a backend by its name, importing it when first asked for."""
+    module, _, attribute = BACKENDS[name].partition(":")
+    return getattr(import_module(module), attribute)()
+
+
+def _first_serving(spec: OpSpec) -> Backend:
+    for name in AUTO_ORDER:
+        backend = load_backend(name)
+        if backend.refusal(spec) is None:
+            _announce(spec.op, name)
+            return backend
+    raise NotImplementedError(f"no backend serves {spec}")  # the reference refuses nothing
+
+
+@cache
+def _announce(op: str, name: str) -> None:
+    logger.debug("%s is served by the %s backend", op, name)  # once for each pair
+
+
+def _check_name(name: str, source: str) -> None:
+    if name != "auto" and name not in BACKENDS:
+        known = ", ".join(("auto", *BACKENDS))
+        raise ValueError(f"{source} asks for backend {name!r}; the backends are: {known}")

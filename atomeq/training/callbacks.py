@@ -1,0 +1,206 @@
+"""Callbacks of a fit: averaged weights, the trained potential as a folder, one line per epoch."""
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor, nn
+
+from atomeq.potential.checkpoint import save_potential
+from atomeq.potential.potential import Potential
+
+logger = logging.getLogger(__name__)
+
+
+class ExponentialMovingAverage(Callback):
+    """Averages the weights over the steps; validation, tests and saved potentials use the average.
+
+    A checkpoint's ``state_dict`` holds the average, so whatever reads it gets the better weights;
+    the raw weights that training goes on with are kept beside it.
+
+    Args:
+        decay: Weight of the past in each step; reached gradually as (1 + n) / (10 + n).
+    """
+
+    def __init__(self, decay: float = 0.999) -> None:
+        if not 0 <= decay < 1:
+            raise ValueError(f"decay is in [0, 1), got {decay}")
+        self.decay = decay
+        self.n_updates = 0
+        # While swapped in, this list holds the raw weights and the module the average.
+        self._average: list[Tensor] = []
+        self._swapped = False
+        self._last_step = 0
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Start the average at the first weights."""
+        if stage == "fit" and not self._average:
+            self._average = [p.detach().clone() for p in _trainable(pl_module)]
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Follow the weights to their device and dtype."""
+        self._average = [a.to(p) for a, p in zip(self._average, _trainable(pl_module), strict=True)]
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin with the raw weights, and count optimizer steps where the run stands."""
+        self._swap(pl_module, to_average=False)
+        self._last_step = trainer.global_step
+
+    @torch.no_grad()
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any
+    ) -> None:
+        """Move the average towards the weights after each optimizer step."""
+        if trainer.global_step == self._last_step:
+            return
+        self._last_step = trainer.global_step
+        self.n_updates += 1
+        decay = min(self.decay, (1 + self.n_updates) / (10 + self.n_updates))
+        parameters = [p.detach() for p in _trainable(pl_module)]
+        torch._foreach_lerp_(self._average, parameters, 1 - decay)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Validate the average."""
+        self._swap(pl_module, to_average=True)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Train on with the raw weights."""
+        self._swap(pl_module, to_average=False)
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Leave the raw weights in place when validation was interrupted."""
+        self._swap(pl_module, to_average=False)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Finish with the average in the module, which is what is used from here on."""
+        self._swap(pl_module, to_average=True)
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Put the average into ``state_dict`` and the raw weights beside it."""
+        if not self._average:
+            return
+        names = _trainable_names(pl_module)
+        weights = {n: p.detach() for n, p in zip(names, _trainable(pl_module), strict=True)}
+        others = dict(zip(names, self._average, strict=True))
+        average, raw = (weights, others) if self._swapped else (others, weights)
+        # Clones, for a checkpoint may be read back after the next step changed these in place.
+        checkpoint["state_dict"] = {
+            **checkpoint["state_dict"],
+            **{name: value.clone() for name, value in average.items()},
+        }
+        checkpoint["raw_weights"] = {name: value.clone() for name, value in raw.items()}
+        checkpoint["ema_updates"] = self.n_updates
+
+    @torch.no_grad()
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Restore both sets of weights; outside a fit the average, already loaded, stays."""
+        if not self._average:
+            return
+        for average, parameter in zip(self._average, _trainable(pl_module), strict=True):
+            average.copy_(parameter)
+        if "raw_weights" not in checkpoint:
+            logger.warning("the checkpoint has no averaged weights: the average starts from it")
+            return
+        raw = checkpoint["raw_weights"]
+        for name, parameter in zip(_trainable_names(pl_module), _trainable(pl_module), strict=True):
+            parameter.copy_(raw[name])
+        self.n_updates = checkpoint["ema_updates"]
+
+    @torch.no_grad()
+    def _swap(self, module: LightningModule, *, to_average: bool) -> None:
+        if not self._average or self._swapped == to_average:
+            return
+        for average, parameter in zip(self._average, _trainable(module), strict=True):
+            kept = parameter.detach().clone()
+            parameter.copy_(average)
+            average.copy_(kept)
+        self._swapped = to_average
+
+
+def _trainable(module: nn.Module) -> list[nn.Parameter]:
+    return [p for p in module.parameters() if p.requires_grad]
+
+
+def _trainable_names(module: nn.Module) -> list[str]:
+    return [name for name, p in module.named_parameters() if p.requires_grad]
+
+
+class SavePotential(Callback):
+    """Writes the best weights as a potential folder when the fit ends.
+
+    Args:
+        folder: Where to; by default ``potential`` in the trainer's ``default_root_dir``.
+    """
+
+    def __init__(self, folder: str | None = None) -> None:
+        self.folder = folder
+
+    @rank_zero_only
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the potential of the best checkpoint, or of the last weights where there is none."""
+        potential = getattr(pl_module, "potential", None)
+        assert isinstance(potential, Potential)
+        folder = Path(self.folder or Path(trainer.default_root_dir) / "potential")
+        best = getattr(trainer.checkpoint_callback, "best_model_path", "")
+        last = {name: tensor.clone() for name, tensor in potential.state_dict().items()}
+        metadata: dict[str, Any] = {"epochs": trainer.current_epoch, "steps": trainer.global_step}
+        if best:
+            checkpoint = torch.load(best, map_location="cpu", weights_only=True)
+            potential.load_state_dict(potential_weights(checkpoint))
+            metadata = {
+                "epochs": checkpoint["epoch"] + 1,
+                "steps": checkpoint["global_step"],
+                "validation": checkpoint.get("validation", {}),
+            }
+        try:
+            save_potential(potential, folder, metadata=metadata)
+        finally:
+            potential.load_state_dict(last)
+        logger.info("potential saved in %s", folder)
+
+
+def potential_weights(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
+    """Return the part of a training checkpoint that is the potential's ``state_dict``."""
+    prefix = "potential."
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in checkpoint["state_dict"].items()
+        if name.startswith(prefix)
+    }
+
+
+class LogEpochs(Callback):
+    """Logs one line per epoch: loss, validation errors, seconds. For runs without a terminal."""
+
+    def __init__(self) -> None:
+        self._started = 0.0
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock."""
+        self._started = time.perf_counter()
+
+    @rank_zero_only
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the line."""
+        shown = ("train/loss", "val/loss", "val/energy_per_atom_mae", "val/forces_mae")
+        values = [
+            f"{name} {float(trainer.callback_metrics[name]):.5g}"
+            for name in shown
+            if name in trainer.callback_metrics
+        ]
+        logger.info(
+            "epoch %d  %s  %.1f s",
+            trainer.current_epoch,
+            "  ".join(values),
+            time.perf_counter() - self._started,
+        )

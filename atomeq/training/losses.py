@@ -1,0 +1,101 @@
+"""The training loss: a weighted sum of errors of energy per atom, forces and stress."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from atomeq.graph.atom_graph import AtomGraph
+from atomeq.typing import PropertyKey
+
+
+@dataclass(frozen=True)
+class PotentialLoss:
+    """L = c_E <w f(ΔE/N)> + c_F <w f(ΔF)> + c_S <w f(Δσ)>.
+
+    The mean goes over structures for energy, over force components and over the nine stress
+    components; w is the weight of the structure and f the square, the absolute value or Huber's
+    function. Labels that a structure lacks (NaN) do not count.
+
+    Attributes:
+        energy: c_E; errors in eV/atom.
+        forces: c_F; errors in eV/Å.
+        stress: c_S; errors in eV/Å³.
+        kind: f.
+        huber_delta: Where Huber's function turns linear, in the units of the error.
+    """
+
+    energy: float = 1.0
+    forces: float = 10.0
+    stress: float = 0.0
+    kind: Literal["mse", "mae", "huber"] = "mse"
+    huber_delta: float = 0.01
+
+    def __post_init__(self) -> None:
+        coefficients = (self.energy, self.forces, self.stress)
+        if min(coefficients) < 0 or max(coefficients) == 0:
+            raise ValueError(
+                f"loss coefficients are >= 0 and not all zero; got energy={self.energy}, "
+                f"forces={self.forces}, stress={self.stress}"
+            )
+        if self.kind == "huber" and self.huber_delta <= 0:
+            raise ValueError(f"huber_delta must be positive, got {self.huber_delta}")
+
+    @property
+    def properties(self) -> tuple[PropertyKey, ...]:
+        """What the loss needs of the potential."""
+        keys: tuple[PropertyKey, ...] = ("energy", "forces", "stress")
+        return tuple(key for key in keys if getattr(self, key) > 0)
+
+    def __call__(
+        self, prediction: Mapping[PropertyKey, Tensor], graph: AtomGraph
+    ) -> dict[str, Tensor]:
+        """Compute the loss of a batch.
+
+        Args:
+            prediction: Properties from the potential, at least :attr:`properties`.
+            graph: The batch with its labels.
+
+        Returns:
+            ``loss`` and the mean error of each property before its coefficient, all scalars.
+        """
+        terms = {key: self._term(key, prediction[key], graph) for key in self.properties}
+        loss = torch.stack([getattr(self, key) * term for key, term in terms.items()]).sum()
+        return {"loss": loss, **terms}
+
+    def _term(self, key: str, predicted: Tensor, graph: AtomGraph) -> Tensor:
+        error, known = label_error(key, predicted, graph)
+        cost = self._cost(error)
+        weight = graph.weight[graph.batch] if key == "forces" else graph.weight
+        weight = weight.to(cost.dtype).reshape(-1, *[1] * (cost.ndim - 1))
+        return (weight * cost * known).sum() / known.sum().clamp(min=1)
+
+    def _cost(self, error: Tensor) -> Tensor:
+        if self.kind == "mse":
+            return error.square()
+        if self.kind == "mae":
+            return error.abs()
+        zero = torch.zeros_like(error)
+        return torch.nn.functional.huber_loss(error, zero, reduction="none", delta=self.huber_delta)
+
+
+def label_error(key: str, predicted: Tensor, graph: AtomGraph) -> tuple[Tensor, Tensor]:
+    """Return prediction minus label and where the label is known.
+
+    Args:
+        key: ``energy`` (per atom), ``forces`` or ``stress``.
+        predicted: (n_graphs,) eV, (n_atoms, 3) eV/Å or (n_graphs, 3, 3) eV/Å³.
+        graph: The batch with its labels.
+
+    Returns:
+        Error, in eV/atom for the energy, zero where the label is NaN; and the mask of the known.
+    """
+    label = getattr(graph, key)
+    known = torch.isfinite(label)
+    # Subtract in the wider dtype: total energies of 10⁴ eV have no meV digits in float32.
+    error = torch.where(known, predicted.to(label.dtype) - label, 0.0)
+    if key == "energy":
+        error = error / graph.natoms
+    return error, known

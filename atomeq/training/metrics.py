@@ -1,0 +1,78 @@
+"""MAE and RMSE of energy, forces and stress over a whole set, exact however it is batched."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from atomeq.graph.atom_graph import AtomGraph
+from atomeq.training.losses import label_error
+from atomeq.typing import PropertyKey
+from atomeq.units import GPA
+
+#: Result name -> unit, as the tables and logs show it.
+UNITS = {
+    "energy": "eV",
+    "energy_per_atom": "meV/atom",
+    "forces": "meV/Å",
+    "stress": "GPa",
+}
+_FACTORS = {"energy": 1.0, "energy_per_atom": 1e3, "forces": 1e3, "stress": 1 / GPA}
+
+
+class PotentialErrors(Metric):
+    """Errors of a potential: sums are kept in float64, and each label counts once.
+
+    ``energy`` [eV per structure], ``energy_per_atom`` [meV/atom], ``forces`` [meV/Å, components]
+    and ``stress`` [GPa, nine components], each as ``<name>_mae`` and ``<name>_rmse``.
+    """
+
+    full_state_update = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in UNITS:
+            for moment in ("absolute", "squared", "count"):
+                self.add_state(
+                    f"{name}_{moment}",
+                    default=torch.zeros((), dtype=torch.float64),
+                    dist_reduce_fx="sum",
+                )
+
+    def update(self, prediction: Mapping[PropertyKey, Tensor], graph: AtomGraph) -> None:
+        """Add a batch.
+
+        Args:
+            prediction: Properties from the potential; those without labels are left out.
+            graph: The batch with its labels.
+        """
+        for key in ("energy", "forces", "stress"):
+            if key not in prediction or getattr(graph, key, None) is None:
+                continue
+            error, known = label_error(key, prediction[key].detach(), graph)
+            if key == "energy":
+                self._add("energy_per_atom", error, known)
+                error = error * graph.natoms
+            self._add(key, error, known)
+
+    def compute(self) -> dict[str, Tensor]:
+        """Return the errors of what was added; labels that never occurred are absent."""
+        errors: dict[str, Tensor] = {}
+        for name, factor in _FACTORS.items():
+            count = getattr(self, f"{name}_count")
+            if count == 0:
+                continue
+            errors[f"{name}_mae"] = factor * getattr(self, f"{name}_absolute") / count
+            errors[f"{name}_rmse"] = factor * (getattr(self, f"{name}_squared") / count).sqrt()
+        return errors
+
+    def _add(self, name: str, error: Tensor, known: Tensor) -> None:
+        error = error.to(torch.float64)
+        for moment, value in (
+            ("absolute", error.abs().sum()),
+            ("squared", error.square().sum()),
+            ("count", known.sum()),
+        ):
+            state = getattr(self, f"{name}_{moment}")
+            setattr(self, f"{name}_{moment}", state + value)

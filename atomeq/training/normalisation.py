@@ -1,0 +1,123 @@
+"""References from training structures: the shift per element and the scale of the network."""
+
+import logging
+import math
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from ase.data import atomic_numbers, chemical_symbols
+from torch import Tensor
+
+from atomeq.data.ase_files import DataError, read_structures
+from atomeq.data.batching import GraphDataset
+from atomeq.data.datamodule import DataFile
+from atomeq.potential.references import AtomicReferences, least_squares_shift
+
+logger = logging.getLogger(__name__)
+
+
+def fit_references(
+    dataset: GraphDataset,
+    *,
+    shift: Literal["least_squares", "none"] | DataFile | Mapping[str, float] = "least_squares",
+    scale: Literal["forces", "energy"] | float = "forces",
+) -> AtomicReferences:
+    """Return references fitted to training structures alone.
+
+    Args:
+        dataset: The training structures with labels.
+        shift: ``least_squares``, ``none``, a file of isolated atoms, or eV by element symbol.
+        scale: ``forces``, ``energy``, or eV per unit of the network's output.
+
+    Raises:
+        DataError: Labels that the fit needs are missing, or an element has no isolated atom.
+    """
+    elements = sorted({int(z) for graph in dataset.graphs for z in graph.atomic_numbers.unique()})
+    table = _shift(dataset, shift, elements)
+    factor = _scale(dataset, scale, table)
+    shown = ", ".join(f"{chemical_symbols[z]} {e:.4f}" for z, e in table.items())
+    logger.info("references: %s eV; scale %.5g", shown, factor)
+    return AtomicReferences(table, scale=factor)
+
+
+def isolated_atom_shift(path: DataFile) -> dict[int, float]:
+    """Return the energy of each element, eV, from a file of structures of one atom each.
+
+    Raises:
+        DataError: A structure has more than one atom or no energy, or an element occurs twice.
+    """
+    table: dict[int, float] = {}
+    for frame, atoms in enumerate(read_structures(path)):
+        if len(atoms) != 1 or atoms.calc is None or "energy" not in atoms.calc.results:
+            raise DataError(
+                f"{path}, frame {frame}: isolated atoms are structures of one atom with an energy"
+            )
+        number = int(atoms.numbers[0])
+        if number in table:
+            raise DataError(f"{path}, frame {frame}: {atoms.symbols[0]} occurs twice")
+        table[number] = float(atoms.calc.results["energy"])
+    return table
+
+
+def _shift(
+    dataset: GraphDataset,
+    source: Literal["least_squares", "none"] | DataFile | Mapping[str, float],
+    elements: list[int],
+) -> dict[int, float]:
+    if isinstance(source, Mapping):
+        given = {_number(symbol): float(energy) for symbol, energy in source.items()}
+        return _covering(given, elements, "the references given by element")
+    if source == "none":
+        return dict.fromkeys(elements, 0.0)
+    if source == "least_squares":
+        labelled = [g for g in dataset.graphs if bool(torch.isfinite(_label(g, "energy")).all())]
+        if not labelled:
+            raise DataError("references by least squares need energies; none of the structures has")
+        return least_squares_shift(
+            [graph.atomic_numbers for graph in labelled], [float(g.energy) for g in labelled]
+        )
+    return _covering(isolated_atom_shift(source), elements, f"the isolated atoms of {source}")
+
+
+def _covering(given: dict[int, float], elements: list[int], what: str) -> dict[int, float]:
+    missing = [chemical_symbols[z] for z in elements if z not in given]
+    if missing:
+        raise DataError(f"{what} lack {', '.join(missing)}, which the training structures hold")
+    return {z: given[z] for z in elements}
+
+
+def _number(symbol: str) -> int:
+    if symbol not in atomic_numbers:
+        raise DataError(f"references name {symbol!r}, which is not an element symbol")
+    return atomic_numbers[symbol]
+
+
+def _scale(
+    dataset: GraphDataset, source: Literal["forces", "energy"] | float, shift: dict[int, float]
+) -> float:
+    if isinstance(source, int | float):
+        if not (math.isfinite(source) and source > 0):
+            raise DataError(f"scale must be positive, got {source}")
+        return float(source)
+    values = [
+        _label(graph, "forces").flatten() if source == "forces" else _residual(graph, shift)
+        for graph in dataset.graphs
+    ]
+    joined = torch.cat(values)
+    joined = joined[torch.isfinite(joined)]
+    if not len(joined):
+        raise DataError(f"scale={source!r} needs {source} labels; none of the structures has them")
+    rms = float(joined.square().mean().sqrt())
+    # A set of one kind of perfect crystals has no spread; its network then works in eV.
+    return rms if rms > 1e-8 else 1.0
+
+
+def _residual(graph: object, shift: dict[int, float]) -> Tensor:
+    numbers = graph.atomic_numbers.tolist()  # pyright: ignore[reportAttributeAccessIssue]
+    return (_label(graph, "energy") - sum(shift[z] for z in numbers)) / len(numbers)
+
+
+def _label(graph: object, key: str) -> Tensor:
+    value = getattr(graph, key, None)
+    return value if value is not None else torch.full((1,), float("nan"), dtype=torch.float64)

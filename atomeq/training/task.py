@@ -1,0 +1,292 @@
+"""AtomisticTask: what Lightning trains, a potential with its loss, optimizer and errors."""
+
+import logging
+import random
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from ase import Atoms
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+
+from atomeq.data.ase_files import DataError
+from atomeq.data.batching import GraphDataset
+from atomeq.data.datamodule import AtomisticDataModule, DataFile, known_labels
+from atomeq.graph.atom_graph import AtomGraph
+from atomeq.models.base import AtomisticModel
+from atomeq.potential.potential import Potential
+from atomeq.training.losses import PotentialLoss
+from atomeq.training.metrics import PotentialErrors
+from atomeq.training.normalisation import fit_references
+from atomeq.training.schedules import WarmupCosine
+from atomeq.typing import PropertyKey
+
+logger = logging.getLogger(__name__)
+
+
+class AtomisticTask(LightningModule):
+    """Train an interatomic potential on energies, forces and stresses.
+
+    Args:
+        model: The network.
+        optimizer: Makes the optimizer from the parameters.
+        scheduler: Makes the learning-rate schedule from the optimizer; stepped each epoch, or each
+            step where it is a :class:`~atomeq.training.schedules.WarmupCosine`.
+        loss: Coefficients and kind of the loss.
+        references: Shift per element: fitted to the training energies by ``least_squares``, read
+            from a file of isolated atoms, given in eV by element symbol, or ``none``.
+        scale: eV per unit of the network's output: ``forces`` is the rms of the training force
+            components, ``energy`` the rms per atom of what the shift leaves of the energies, a
+            number is taken as it is.
+        monitor: What a plateau schedule watches.
+
+    Example:
+        >>> task = AtomisticTask(model, optimizer=torch.optim.AdamW)  # doctest: +SKIP
+        >>> trainer.fit(task, datamodule=data)  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        model: AtomisticModel,
+        *,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        scheduler: LRSchedulerCallable | None = None,
+        loss: PotentialLoss | None = None,
+        references: Literal["least_squares", "none"]
+        | DataFile
+        | dict[str, float] = "least_squares",
+        scale: Literal["forces", "energy"] | float = "forces",
+        monitor: str = "val/loss",
+    ) -> None:
+        super().__init__()
+        self.potential = Potential(model)
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        self.loss = loss if loss is not None else PotentialLoss()
+        self.reference_source = references
+        self.scale_source = scale
+        self.monitor = monitor
+        self.errors = nn.ModuleDict({"val": PotentialErrors()})
+        self.test_results: dict[str, dict[str, float]] = {}
+        self._validation: dict[str, float] = {}
+        self._properties: dict[str, tuple[PropertyKey, ...]] = {}
+        self._rng_state: dict[str, Any] | None = None
+        self._loaded = False
+
+    def build_graph(self, structures: Atoms | list[Atoms]) -> AtomGraph:
+        """Build graphs for this potential; elements are checked once the references are known."""
+        return self.potential.model.graph_builder()(structures)
+
+    def setup(self, stage: str) -> None:
+        """Check the labels and, before a fit, set the references from the training structures."""
+        data = getattr(self.trainer, "datamodule", None)
+        if not isinstance(data, AtomisticDataModule):
+            raise TypeError("AtomisticTask is trained with an AtomisticDataModule as datamodule")
+        if stage == "fit":
+            assert data.train_set is not None
+            self._refuse_missing_labels(data.train_set)
+            # A checkpoint, loaded after this, replaces what is fitted here.
+            self.potential.references = fit_references(
+                data.train_set, shift=self.reference_source, scale=self.scale_source
+            )
+        sets = {"val": data.val_set, **{f"test/{n}": s for n, s in data.test_sets.items()}}
+        for name, dataset in sets.items():
+            if dataset is not None:
+                self._properties[name] = self._evaluated(dataset)
+        self.errors.update({_key(name): PotentialErrors() for name in sets if name != "val"})
+
+    def training_step(self, batch: AtomGraph, batch_idx: int) -> Tensor:
+        """Return the loss of a batch."""
+        prediction = self.potential(batch, self.loss.properties, create_graph=True)
+        terms = self.loss(prediction, batch)
+        self.log_dict(
+            {f"train/{name}": term.detach() for name, term in terms.items()},
+            on_step=False,
+            on_epoch=True,
+            batch_size=batch.n_graphs,
+        )
+        return terms["loss"]
+
+    def validation_step(self, batch: AtomGraph, batch_idx: int) -> None:
+        """Add a batch to the validation errors."""
+        prediction = self._evaluate(batch, "val")
+        if set(self.loss.properties) <= set(prediction):
+            terms = self.loss(prediction, batch)
+            self.log("val/loss", terms["loss"], batch_size=batch.n_graphs, prog_bar=True)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the errors of the validation set."""
+        results = self._results("val")
+        for name, value in results.items():
+            shown = name in ("energy_per_atom_mae", "forces_mae")
+            self.log(f"val/{name}", value, prog_bar=shown)
+        self._validation = {name: float(value) for name, value in results.items()}
+
+    def test_step(self, batch: AtomGraph, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Add a batch to the errors of its test set."""
+        self._evaluate(batch, self._test_set_name(dataloader_idx))
+
+    def on_test_epoch_end(self) -> None:
+        """Keep and log the errors of each test set under its name."""
+        for index in range(len(self.trainer.datamodule.test_names)):  # pyright: ignore
+            name = self._test_set_name(index)
+            results = self._results(name)
+            self.log_dict({f"{name}/{key}": value for key, value in results.items()})
+            self.test_results[name.removeprefix("test/")] = {
+                key: float(value) for key, value in results.items()
+            }
+
+    def predict_step(
+        self, batch: AtomGraph, batch_idx: int, dataloader_idx: int = 0
+    ) -> tuple[AtomGraph, dict[PropertyKey, Tensor]]:
+        """Return a batch and its energies and forces."""
+        with torch.enable_grad():
+            prediction = self.potential(batch, ("energy", "forces"), create_graph=False)
+        return batch, prediction
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Make the optimizer and its schedule."""
+        optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
+        if self.scheduler is None:
+            return optimizer
+        scheduler = self.scheduler(optimizer)
+        per_step = isinstance(scheduler, WarmupCosine)
+        if per_step:
+            scheduler.set_total_steps(self._total_steps())
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {
+                "scheduler": scheduler,
+                "interval": "step" if per_step else "epoch",
+                "monitor": self.monitor,
+            },
+        }
+
+    def _total_steps(self) -> int:
+        """Return the number of optimizer steps of the whole run, the same before and after a resume.
+
+        Lightning's own estimate sets up the loader before a checkpoint could tell it where to go on.
+        """
+        trainer = self.trainer
+        limits = [trainer.max_steps] if trainer.max_steps >= 0 else []
+        if trainer.max_epochs is not None and trainer.max_epochs >= 0:
+            assert isinstance(trainer.datamodule, AtomisticDataModule)  # pyright: ignore
+            n_batches = trainer.datamodule.n_training_batches()  # pyright: ignore
+            limit = trainer.limit_train_batches
+            n_batches = (
+                min(n_batches, limit) if isinstance(limit, int) else int(n_batches * (limit or 1.0))
+            )
+            limits.append(trainer.max_epochs * -(-n_batches // trainer.accumulate_grad_batches))
+        if not limits:
+            raise ValueError(
+                "WarmupCosine needs an end: set trainer.max_epochs or trainer.max_steps"
+            )
+        return min(limits)
+
+    def on_validation_start(self) -> None:
+        """Refuse a trainer under which forces cannot be derived."""
+        self._refuse_inference_mode()
+
+    def on_test_start(self) -> None:
+        """Refuse a trainer under which forces cannot be derived, and untrained weights."""
+        self._refuse_inference_mode()
+        self._refuse_untrained()
+
+    def on_predict_start(self) -> None:
+        """Refuse a trainer under which forces cannot be derived, and untrained weights."""
+        self._refuse_inference_mode()
+        self._refuse_untrained()
+
+    def on_train_start(self) -> None:
+        """Restore the random state of the run that is continued."""
+        if self._rng_state is not None:
+            _set_rng_state(self._rng_state)
+            self._rng_state = None
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the random state and the validation errors of these weights."""
+        checkpoint["rng_state"] = _get_rng_state()
+        checkpoint["validation"] = dict(self._validation)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the random state, which is restored when training starts."""
+        self._loaded = True
+        self._rng_state = checkpoint.get("rng_state")
+
+    def _evaluate(self, batch: AtomGraph, name: str) -> dict[PropertyKey, Tensor]:
+        with torch.enable_grad():
+            prediction = self.potential(batch, self._properties[name], create_graph=False)
+        errors = self.errors[_key(name)]
+        assert isinstance(errors, PotentialErrors)
+        errors.update(prediction, batch)
+        return prediction
+
+    def _results(self, name: str) -> dict[str, Tensor]:
+        errors = self.errors[_key(name)]
+        assert isinstance(errors, PotentialErrors)
+        results = errors.compute()
+        errors.reset()
+        # float32, for Lightning keeps epoch values in the trainer's default dtype on some devices.
+        return {key: value.to(torch.float32) for key, value in results.items()}
+
+    def _test_set_name(self, index: int) -> str:
+        return f"test/{self.trainer.datamodule.test_names[index]}"  # pyright: ignore
+
+    def _evaluated(self, dataset: GraphDataset) -> tuple[PropertyKey, ...]:
+        """Return what is computed for a set: what it has labels for and the potential gives."""
+        labels = known_labels(dataset.graphs)
+        if not self.potential.conservative:
+            labels.discard("stress")
+        keys: tuple[PropertyKey, ...] = ("energy", "forces", "stress")
+        return tuple(key for key in keys if key in labels)
+
+    def _refuse_missing_labels(self, dataset: GraphDataset) -> None:
+        missing = [key for key in self.loss.properties if key not in known_labels(dataset.graphs)]
+        if missing:
+            raise DataError(
+                f"the loss trains on {missing[0]}, but no training structure has that label; name "
+                f"the file's key in data.labels.{missing[0]}, or set model.loss.{missing[0]} to 0"
+            )
+
+    def _refuse_inference_mode(self) -> None:
+        if torch.is_inference_mode_enabled() and self.potential.conservative:
+            raise ValueError(
+                "forces are derivatives and cannot be computed in inference mode; "
+                "set trainer.inference_mode to false"
+            )
+
+    def _refuse_untrained(self) -> None:
+        if not self._loaded and not self.trainer.fit_loop.epoch_progress.total.completed:
+            raise ValueError(
+                "these weights were never trained; give the checkpoint of a fit with --ckpt_path"
+            )
+
+
+def _key(name: str) -> str:
+    # Module names may not hold dots.
+    return name.replace(".", "_")
+
+
+def _get_rng_state() -> dict[str, Any]:
+    """Return every random state as plain values, which weights_only loading accepts."""
+    version, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # noqa: NPY002
+    state: dict[str, Any] = {
+        "torch": torch.get_rng_state(),
+        "python": random.getstate(),
+        "numpy": (str(version), keys.tolist(), int(position), int(has_gauss), float(cached)),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def _set_rng_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"].cpu())
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    np.random.set_state(state["numpy"])  # noqa: NPY002
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
