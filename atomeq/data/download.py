@@ -46,7 +46,100 @@ class DataSet:
 
 
 DATA_SETS: dict[str, DataSet] = {
-@@SETS@@
+    "acac": DataSet(
+        source=f"{_BOTNET}/dataset_acac",
+        licence="MIT",
+        files={
+            "isolated_atoms.extxyz": (
+                "isolated_atoms.xyz",
+                "f84c11cb9bc9f2c3d56fcd90b15068c7e60be5cb192dd285ff8b65fea2a01329",
+            ),
+            "test_H_transfer.extxyz": (
+                "test_H_transfer.xyz",
+                "2c8c95c7a5ff62bec3f69f79087908707f1490b93d4bff62c24660f4b2b142da",
+            ),
+            "test_MD_300K.extxyz.gz": (
+                "test_MD_300K.xyz",
+                "bb6bc792d1df79f03062ca30d10a6deda9e76ae9e783507c16b1cf919f056b13",
+            ),
+            "test_MD_600K.extxyz.gz": (
+                "test_MD_600K.xyz",
+                "f3d43bd0e99804d91bfe66a7d7c9e230e046f2f21befeff2178c039e3453d676",
+            ),
+            "test_dihedral.extxyz": (
+                "test_dihedral.xyz",
+                "a45be2b55080e1715d91b3cada5eb05c5c1b47c1e3da46c604a2be30ef80fe26",
+            ),
+            "train_300K.extxyz.gz": (
+                "train_300K.xyz",
+                "fff466cc875f25816328d37c99e0cde44c8b52091624f1fbe55ac01f42e7a6cd",
+            ),
+            "train_600K.extxyz.gz": (
+                "train_600K.xyz",
+                "692e220093cec5845def9814a106ffc626f9d74cd679b4212780459f5fde067b",
+            ),
+        },
+    ),
+    "3bpa": DataSet(
+        source=f"{_BOTNET}/dataset_3BPA",
+        licence="MIT",
+        files={
+            "iso_atoms.extxyz": (
+                "iso_atoms.xyz",
+                "c3d4ae560a95d7176b772981c66663b67a97f8cec5b711148ce00f56df4fc623",
+            ),
+            "train_300K.extxyz.gz": (
+                "train_300K.xyz",
+                "7b497bc6ba5ee1bed0aa0a59822a544e28f2d43d07f50b072a4a505a64533767",
+            ),
+            "train_mixedT.extxyz.gz": (
+                "train_mixedT.xyz",
+                "614c44ede0031724519c0f7919c147343aab3947a5a2ac7168b289789e6670f3",
+            ),
+        },
+    ),
+    "ethanol_rmd17_pbe": DataSet(
+        source=f"{_BOTNET}/dataset_ethanol",
+        licence="MIT",
+        files={
+            "isolated_atoms.extxyz": (
+                "isolated_atoms.xyz",
+                "908c180344c9d8db6ebf1d514d5ba1c52a561fc38b9d5d0817487a2b51819559",
+            ),
+            "test_H_removal.extxyz": (
+                "test_H_removal.xyz",
+                "b1fbc29783e0552d256928715b60269e4cdfc9d704e0dde99ee9718a8198a015",
+            ),
+            "test_MD.extxyz.gz": (
+                "test_MD.xyz",
+                "735176035938cf2425841454029e3f269188e85eef457e62bf0c59526ab5b572",
+            ),
+            "test_dimers.extxyz.gz": (
+                "test_dimers.xyz",
+                "e4aaac1f1129fbfadc526a775c5328b10815aeee81961af551b3226cc964e8e1",
+            ),
+            "test_eth_meth.extxyz.gz": (
+                "test_eth_meth.xyz",
+                "1fe51d54c3cc34994f8346f1f74ca330f699355f01675f31a937dc4b5c977ef8",
+            ),
+            "test_norm_mode_3005.extxyz": (
+                "test_norm_mode_3005.xyz",
+                "4b2f340ebcee3b94fdd9c312c9ba1c54ea5647c764421ab9d20fd7693ba2ea55",
+            ),
+            "test_norm_mode_874.extxyz": (
+                "test_norm_mode_874.xyz",
+                "cceac7c6e84c0a3dbc0778ccd1f3cde8cd76924b80abcc217644f62b09effcfb",
+            ),
+            "train.extxyz.gz": (
+                "train.xyz",
+                "44317ea5c426386e7c902196293ec224c362aebc336e191e5f342b5df6f43eff",
+            ),
+            "train_eth_meth.extxyz.gz": (
+                "train_eth_meth.xyz",
+                "49af7a0e3fb25f1a14be429f125da6b8d5ccf0b51818127162d49ab2717ddf13",
+            ),
+        },
+    ),
 }
 
 
