@@ -1,6 +1,8 @@
 """AtomisticModel: what every model of the package promises to the potential that wraps it."""
 
 import inspect
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -25,10 +27,13 @@ class AtomisticModel(nn.Module):
     Attributes:
         cutoff: Radius beyond which two atoms do not see each other, Å.
         outputs: What :meth:`forward` returns.
+        exempt_laws: Laws of physics the method cannot keep by construction, and why. The names are
+            those of tests/physics without ``test_``; there an exempted law must really fail.
     """
 
     cutoff: float
     outputs: frozenset[PropertyKey] = frozenset({"energies"})
+    exempt_laws: Mapping[str, str] = MappingProxyType({})
 
     def graph_builder(self) -> GraphBuilder:
         """Return the builder of the graphs this model was made for: all pairs within the cutoff."""
@@ -47,11 +52,18 @@ class AtomisticModel(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} does not define forward()")
 
     def config(self) -> dict[str, Any]:
-        """Return ``{"class_path": ..., "init_args": {...}}``, the node that builds this model."""
-        parameters = inspect.signature(type(self).__init__).parameters
+        """Return ``{"class_path": ..., "init_args": {...}}``, the node that builds this model.
+
+        A model inside a model stands there as a node of its own.
+        """
+        names = [name for name in inspect.signature(type(self).__init__).parameters][1:]
+        values = {name: getattr(self, name) for name in names}
+        for name, value in values.items():
+            if isinstance(value, AtomisticModel):
+                values[name] = value.config()
         return {
             "class_path": f"{type(self).__module__}.{type(self).__qualname__}",
-            "init_args": {name: getattr(self, name) for name in parameters if name != "self"},
+            "init_args": values,
         }
 
     @property

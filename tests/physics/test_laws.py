@@ -225,3 +225,10 @@ def test_gradient_of_a_force_loss_is_its_derivative_along_any_weight(potential):
         for p, d in zip(parameters, direction, strict=True):
             p.data -= sign * step * d
     assert slope == pytest.approx((values[0] - values[1]) / (2 * step), rel=1e-5)
+
+
+def test_exemptions_name_laws_that_are_tested(potential):
+    """A misspelt exemption would exempt from nothing and be forgotten."""
+    laws = {name.removeprefix("test_") for name in globals() if name.startswith("test_")}
+    assert set(potential.model.exempt_laws) <= laws
+    assert all(potential.model.exempt_laws.values())
