@@ -26,6 +26,7 @@ WEIGHTS_FILE = "weights.safetensors"
 MODELS = (
     "atomeq.models.egnn.EGNN",
     "atomeq.models.escn.ESCN",
+    "atomeq.models.segno.SEGNO",
 )
 
 
