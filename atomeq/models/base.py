@@ -1,4 +1,8 @@
-"""AtomisticModel: what every model of the package promises to the potential that wraps it."""
+"""What the models of the package promise to those who use them.
+
+An :class:`AtomisticModel` stands inside a potential, a :class:`Propagator` replaces the integration
+of the equations of motion over a long step.
+"""
 
 import inspect
 from collections.abc import Mapping
@@ -10,7 +14,7 @@ from torch import Tensor, nn
 
 from atomeq.graph.atom_graph import AtomGraph
 from atomeq.graph.builders import GraphBuilder, RadiusGraph
-from atomeq.typing import PropertyKey
+from atomeq.typing import EdgeIndex, Positions, PropertyKey
 
 
 class AtomisticModel(nn.Module):
@@ -75,3 +79,29 @@ class AtomisticModel(nn.Module):
     def device(self) -> torch.device:
         """The device of the parameters."""
         return next(self.parameters()).device
+
+
+class Propagator(nn.Module):
+    """A network that carries particles a fixed time ahead in one step."""
+
+    def forward(
+        self,
+        pos: Positions,
+        velocities: Tensor,
+        node_features: Tensor,
+        edge_features: Tensor,
+        edge_index: EdgeIndex,
+    ) -> tuple[Positions, Tensor | None]:
+        """Predict positions, and velocities where the model has them.
+
+        Args:
+            pos: Positions, (n_atoms, 3).
+            velocities: Velocities, (n_atoms, 3).
+            node_features: Invariants of each particle, (n_atoms, n_inputs).
+            edge_features: Invariants of each pair, (n_edges, n_edge_features).
+            edge_index: Row 0 is j, row 1 is i and receives.
+
+        Returns:
+            Positions (n_atoms, 3), and velocities (n_atoms, 3) or None.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not define forward()")

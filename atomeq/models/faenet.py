@@ -133,7 +133,7 @@ class FAENet(AtomisticModel):
         self.pg_channels = pg_channels
         self.phys_embeds = phys_embeds
         self.phys_channels = phys_channels
-        self.force_head = force_head
+        self.force_head: ForceHead | None = force_head
         self.decoder_channels = decoder_channels
         self.decoder_norm: DecoderNorm = decoder_norm
         self.normalisation: Normalisation = normalisation
@@ -407,7 +407,14 @@ class EnergyBlock(nn.Module):
         return energies if alpha is None else energies * alpha
 
 
-_SKIP_CONNECTIONS: dict[Any, SkipConnection] = {False: "none", None: "none", "": "none"}
+_SKIP_CONNECTIONS: dict[Any, SkipConnection] = {
+    False: "none",
+    None: "none",
+    "": "none",
+    "add": "add",
+    "concat": "concat",
+    "concat_atom": "concat_atom",
+}
 _ENERGY_HEADS: dict[Any, EnergyHead] = {
     None: "sum",
     "": "sum",
@@ -433,7 +440,6 @@ def published(config: dict[str, Any]) -> FAENet:
         raise ValueError(f"act {config['act']!r}: every published configuration has 'swish'")
     kind = config.get("force_decoder_type", "mlp")
     decoder = (config.get("force_decoder_model_config") or {}).get(kind, {})
-    skip = config.get("skip_co", "concat")
     return FAENet(
         config.get("cutoff", 6.0),
         hidden_channels=config.get("hidden_channels", 128),
@@ -443,7 +449,7 @@ def published(config: dict[str, Any]) -> FAENet:
         mp_type=config.get("mp_type", "updownscale_base"),
         complex_mp=config.get("complex_mp", False),
         second_layer_mlp=config.get("second_layer_MLP", True),
-        skip_connection=_SKIP_CONNECTIONS.get(skip, skip),
+        skip_connection=_SKIP_CONNECTIONS[config.get("skip_co", "concat")],
         energy_head=_ENERGY_HEADS[config.get("energy_head")],
         tag_channels=config.get("tag_hidden_channels", 32),
         pg_channels=config.get("pg_hidden_channels", 32),

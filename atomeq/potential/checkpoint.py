@@ -29,6 +29,7 @@ MODELS = (
     "atomeq.models.faenet.FAENet",
     "atomeq.models.frame_averaged.Canonicalized",
     "atomeq.models.frame_averaged.FrameAveraged",
+    "atomeq.models.segno.SEGNO",
 )
 
 
