@@ -44,7 +44,7 @@ def wrapped(wrapper, **options) -> Potential:
 
 
 def energy(potential: Potential, atoms: Atoms) -> float:
-    return float(potential(potential.build_graph(atoms), ("energy",))["energy"][0])
+    return float(potential(potential.build_graph(atoms), ("energy",))["energy"][0].detach())
 
 
 def turned(atoms: Atoms, matrix: np.ndarray) -> Atoms:
@@ -112,7 +112,9 @@ def test_forces_of_a_force_head_turn_along():
     potential, atoms = Potential(model).double().eval(), STRUCTURES["generic"]
     other = atoms.copy()
     other.positions = atoms.positions @ (TURN @ MIRROR).T
-    before, after = (potential(potential.build_graph(a))["forces"].detach() for a in (atoms, other))
+    before, after = (
+        potential(potential.build_graph(a))["forces"].detach().numpy() for a in (atoms, other)
+    )
     np.testing.assert_allclose(after, before @ (TURN @ MIRROR).T, rtol=0, atol=EXACT)
 
 
