@@ -196,7 +196,9 @@ class EquivariantAttention(nn.Module):
                 lmax, mmax, order="m", grid_resolution=grid_resolution
             )
         n_values = num_heads * value_channels
-        self.second = SO2Convolution(lmax, mmax, hidden_channels, n_values, chiral=chiral, bias=True)
+        self.second = SO2Convolution(
+            lmax, mmax, hidden_channels, n_values, chiral=chiral, bias=True
+        )
         self.projection = SO3Linear(lmax, n_values, out_channels)
         self.register_buffer("rescale", degree_rescale(lmax, mmax), persistent=False)
 

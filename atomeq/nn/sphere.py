@@ -7,7 +7,7 @@ The resolution of the grid is no part of the weights: a finer one may be set at 
 import torch
 from torch import Tensor, nn
 
-from atomeq.ops.sphere import SphereGrid, sphere_pointwise, sphere_silu
+from atomeq.ops.sphere import GridNormalization, SphereGrid, sphere_pointwise, sphere_silu
 from atomeq.ops.sphere import Order as RowOrder
 
 
@@ -18,16 +18,25 @@ class SphereBlock(nn.Module):
         lmax: Highest degree of the features.
         mmax: Highest order of the features.
         order: ``l`` for rows sorted by degree, ``m`` for those of an edge frame.
+        normalization: ``component`` as in EquiformerV2, which also amplifies degrees above mmax
+            (:class:`~atomeq.ops.sphere.SphereGrid`), or ``integral`` as in eSCN.
         grid_resolution: Polar angles and azimuths; None is the least that resolves the features.
     """
 
     def __init__(
-        self, lmax: int, mmax: int, *, order: RowOrder = "l", grid_resolution: int | None = None
+        self,
+        lmax: int,
+        mmax: int,
+        *,
+        order: RowOrder = "l",
+        normalization: GridNormalization = "component",
+        grid_resolution: int | None = None,
     ) -> None:
         super().__init__()
         self.lmax = lmax
         self.mmax = mmax
         self.order: RowOrder = order
+        self.normalization: GridNormalization = normalization
         self.set_resolution(grid_resolution)
 
     def set_resolution(self, grid_resolution: int | None) -> None:
@@ -37,8 +46,8 @@ class SphereBlock(nn.Module):
             self.mmax,
             n_beta=grid_resolution,
             n_alpha=grid_resolution,
-            normalization="component",
-            rescale=True,
+            normalization=self.normalization,
+            rescale=self.normalization == "component",
             order=self.order,
         )
 
@@ -54,6 +63,9 @@ class SphereActivation(SphereBlock):
 class GridMLP(SphereBlock):
     """A perceptron on the channels at every point of the sphere, alike, without biases.
 
+    Linear maps of channels commute with the way to the grid and back, so the first and the last
+    act on coefficients, of which there are fewer than points.
+
     Args:
         lmax: Highest degree of the features.
         channels: Of the features and of the hidden layers.
@@ -62,17 +74,21 @@ class GridMLP(SphereBlock):
 
     def __init__(self, lmax: int, channels: int, *, grid_resolution: int | None = None) -> None:
         super().__init__(lmax, lmax, grid_resolution=grid_resolution)
-        self.layers = nn.ModuleList(nn.Linear(channels, channels, bias=False) for _ in range(3))
+        self.first = nn.Linear(channels, channels, bias=False)
+        self.second = nn.Linear(channels, channels, bias=False)
+        self.third = nn.Linear(channels, channels, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x`` (n_atoms, n_sph, channels) to the same shape."""
-        return sphere_pointwise(x, self._at_points, self.grid)
+        return self.third(sphere_pointwise(self.first(x), self._at_points, self.grid))
 
     def _at_points(self, values: Tensor) -> Tensor:
-        for layer in self.layers[:2]:
-            values = layer(values)
-            values = nn.functional.silu(values, inplace=not values.requires_grad)
-        return self.layers[2](values)
+        return point_silu(self.second(point_silu(values)))
+
+
+def point_silu(values: Tensor) -> Tensor:
+    """SiLU, in place where no gradient needs what was there."""
+    return nn.functional.silu(values, inplace=not values.requires_grad)
 
 
 def with_scalars(x: Tensor, scalars: Tensor) -> Tensor:

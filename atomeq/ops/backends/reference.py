@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from atomeq.ops.backends.sphere_silu import blocks
 from atomeq.ops.backends.edge_rotation import gather_rotate, rotate_back, rotate_scatter
+from atomeq.ops.backends.sphere_silu import blocks
 from atomeq.ops.dispatch import OpSpec
 from atomeq.ops.sphere import SphereGrid
 from atomeq.ops.spherical_harmonics import Normalization, harmonic_polynomials
