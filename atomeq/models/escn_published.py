@@ -28,6 +28,7 @@ from atomeq.nn.sphere import SphereActivation, SphereBlock, point_silu
 from atomeq.ops.so2 import rotate_from_edge, rotate_to_edge
 from atomeq.ops.sphere import sphere_pointwise
 from atomeq.ops.spherical_harmonics import spherical_harmonics
+from atomeq.ops.tables import constant_table, table_like
 from atomeq.ops.wigner import EdgeFrame
 from atomeq.typing import NodeFeatures, PropertyKey
 
@@ -60,6 +61,7 @@ class PublishedESCN(AtomisticModel):
     """
 
     cutoff: float
+    num_sphere_samples: int
     lmax: Sequence[int]
     mmax: Sequence[int]
     basis_width: float
@@ -112,11 +114,6 @@ class PublishedESCN(AtomisticModel):
             )
             for _ in range(num_layers)
         )  # fmt: skip
-        points = sphere_points(num_sphere_samples)
-        self.points = nn.Parameter(points.float(), requires_grad=False)
-        self.harmonics = nn.ParameterList(
-            nn.Parameter(harmonics_at(points, l).float(), requires_grad=False) for l in lmax
-        )
         self.energy = PointNetwork(channels)
         self.forces = PointNetwork(channels) if direct_forces else None
 
@@ -168,7 +165,11 @@ class PublishedESCN(AtomisticModel):
 
     def _read_out(self, x: list[NodeFeatures], graph: AtomGraph) -> dict[PropertyKey, Tensor]:
         """Read energies and forces from the features at points on the sphere."""
-        values = [y @ part for y, part in zip(self.harmonics, x, strict=True)]
+        n_samples = self.num_sphere_samples
+        values = [
+            table_like(sphere_point_harmonics, n_samples, l, like=part) @ part
+            for part, l in zip(x, self.lmax, strict=True)
+        ]
         samples = torch.cat(values, dim=2)  # (n_atoms, n_samples, all channels)
         energies = self.energy(samples).mean(dim=1)[:, 0]
         if self.energy_reduce == "mean":
@@ -177,7 +178,8 @@ class PublishedESCN(AtomisticModel):
             energies = energies * ENERGY_SCALE
         outputs: dict[PropertyKey, Tensor] = {"energies": energies}
         if self.forces is not None:
-            outputs["forces"] = (self.forces(samples) * self.points).mean(dim=1)
+            points = table_like(sphere_points, n_samples, like=samples)
+            outputs["forces"] = (self.forces(samples) * points).mean(dim=1)
         return outputs
 
     def _basis(self, name: RadialBasis) -> GaussianBasis | SigmoidBasis | LearnedBasis:
@@ -386,6 +388,7 @@ class PointNetwork(nn.Module):
         return self.third(point_silu(self.second(point_silu(self.first(values)))))
 
 
+@constant_table
 def sphere_points(count: int) -> Tensor:
     """Return Fibonacci points, each scaled by the density around it, (count, 3) float64.
 
@@ -403,6 +406,8 @@ def sphere_points(count: int) -> Tensor:
     return torch.from_numpy(points * (count * room / room.sum())[:, None])
 
 
-def harmonics_at(points: Tensor, lmax: int) -> Tensor:
-    """Return the orthonormal harmonics as polynomials at ``points``, (n_points, n_sph)."""
+@constant_table
+def sphere_point_harmonics(count: int, lmax: int) -> Tensor:
+    """Return the orthonormal harmonics, as polynomials, at the points, (count, n_sph) float64."""
+    points = sphere_points(count)
     return spherical_harmonics(points, lmax, normalize=False, normalization="integral")

@@ -129,7 +129,9 @@ def read_official(checkpoint: str | Path, *, use_ema: bool = False) -> OfficialC
             "sha256": sha256(path),
             "epoch": _plain(document.get("epoch")),
             "step": _plain(document.get("step")),
-            "dataset": _plain(_nested(config, "dataset", "src") or _nested(config, "task", "dataset")),
+            "dataset": _plain(
+                _nested(config, "dataset", "src") or _nested(config, "task", "dataset")
+            ),
         },
     )
 

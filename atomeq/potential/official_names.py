@@ -12,11 +12,13 @@ from torch import Tensor
 
 from atomeq.models.base import AtomisticModel
 from atomeq.models.equiformer_v2 import EquiformerV2
-from atomeq.models.escn_published import PublishedESCN
+from atomeq.models.escn_published import PublishedESCN, sphere_points
 
 AVG_NUM_NODES = 77.81317  # atoms of a structure of OC20, dividing EquiformerV2's energy
 AVG_DEGREE = 23.395238876342773  # neighbours within 12 Å, at most 500
 NUM_GAUSSIANS = 600  # of EquiformerV2, whatever its num_distance_basis says
+
+_SAME_POINT = 1e-4  # float32 made the stored points; they are off by 6e-6
 
 
 class OfficialError(ValueError):
@@ -62,6 +64,7 @@ def official_weights(model: AtomisticModel, weights: Mapping[str, Tensor]) -> di
     Raises:
         OfficialError: Weights are missing, or there are ones that the model does not have.
     """
+    _refuse_other_points(model, weights)
     wanted = model.state_dict()
     names = our_names(model, weights)
     unknown = [
@@ -75,9 +78,7 @@ def official_weights(model: AtomisticModel, weights: Mapping[str, Tensor]) -> di
             f"weights do not fit {type(model).__name__}: not known {_some(unknown)}; "
             f"missing {_some(missing)}"
         )
-    return {
-        ours: weights[official].reshape(wanted[ours].shape) for official, ours in names.items()
-    }
+    return {ours: weights[official].reshape(wanted[ours].shape) for official, ours in names.items()}
 
 
 def our_names(model: AtomisticModel, weights: Mapping[str, Tensor]) -> dict[str, str]:
@@ -234,9 +235,10 @@ _EQUIFORMER_V2_NAMES: _Rules = (
 
 _ESCN_NAMES: _Rules = (
     (r"^sphere_embedding\.", "embedding."),
-    (r"^sphere_points$", "points"),
-    (r"^sphharm_weights\.", "harmonics."),
-    (r"^(layer_blocks\.\d+\.message_block\.edge_block\.)?distance_expansion\.fc1\.", "basis.affine."),
+    (
+        r"^(layer_blocks\.\d+\.message_block\.edge_block\.)?distance_expansion\.fc1\.",
+        "basis.affine.",
+    ),
     (r"^energy_block\.", "energy."),
     (r"^force_block\.", "forces."),
     (r"^layer_blocks\.", "layers."),
@@ -264,7 +266,8 @@ _ESCN_NAMES: _Rules = (
 
 _BUFFER = re.compile(
     r"(^|\.)(SO3_rotation|SO3_grid|mappingReduced|mapping)\.|"
-    r"(^|\.)(expand_index|balance_degree_weight|distance_expansion\.offset)$"
+    r"(^|\.)(expand_index|balance_degree_weight|distance_expansion\.offset)$|"
+    r"^(sphere_points|sphharm_weights\.\d+)$"
 )
 
 
@@ -277,6 +280,16 @@ def _translate(name: str, rules: _Rules) -> str:
 def _is_buffer(name: str, tensor: Tensor) -> bool:
     """Whether a tensor is computed from the configuration: grids, Wigner matrices, indices."""
     return _BUFFER.search(name) is not None or not tensor.is_floating_point()
+
+
+def _refuse_other_points(model: AtomisticModel, weights: Mapping[str, Tensor]) -> None:
+    """The points from which eSCN's output is read are made again; they must be the same ones."""
+    stored = weights.get("sphere_points")
+    if not isinstance(model, PublishedESCN) or stored is None:
+        return
+    points = sphere_points(model.num_sphere_samples)
+    if stored.shape != points.shape or float((stored.double() - points).abs().max()) > _SAME_POINT:
+        raise OfficialError("sphere_points are not the published ones (Fibonacci, density-scaled)")
 
 
 def _some(names: list[str]) -> str:
