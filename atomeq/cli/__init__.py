@@ -35,6 +35,7 @@ VERBS = {
     "validate": Verb(_TRAINING, "evaluate a checkpoint on the validation set"),
     "test": Verb(_TRAINING, "evaluate a checkpoint on the test set"),
     "predict": Verb(_TRAINING, "write a checkpoint's predictions"),
+    "data": Verb("atomeq.cli.data", "list and download public data sets"),
 }
 
 #: What a user's input can cause; anything else is a fault of the program and shows its traceback.
