@@ -62,6 +62,9 @@ def open_frames(path: str | os.PathLike[str]) -> Frames:
     path = Path(path)
     if not path.exists():
         raise DataError(f"there is no file or folder {path}")
+    # The distributed archives unpack into s2ef_train_200K/s2ef_train_200K/.
+    if path.is_dir() and (path / path.name).is_dir():
+        path = path / path.name
     kinds: dict[str, tuple[type, list[Path]]] = {
         "LMDB": (PickledLmdb, _files(path, ".lmdb")),
         "ASE-LMDB": (AseLmdb, _files(path, ".aselmdb")),
@@ -80,8 +83,7 @@ def open_frames(path: str | os.PathLike[str]) -> Frames:
 def _files(path: Path, suffix: str) -> list[Path]:
     if path.is_file():
         return [path] if path.name.endswith(suffix) else []
-    # The distributed archives unpack into s2ef_train_200K/s2ef_train_200K/.
-    return [*path.glob(f"*{suffix}"), *path.glob(f"*/*{suffix}")]
+    return list(path.glob(f"*{suffix}"))
 
 
 def _shard_order(path: Path) -> tuple[Path, list[int], str]:
