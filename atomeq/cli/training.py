@@ -4,29 +4,64 @@ A run lives in one folder, ``trainer.default_root_dir``: its configuration, chec
 in the end the potential.
 """
 
+import difflib
+import importlib
+import inspect
 import json
 import logging
-import os
+import re
 import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, NoReturn
 
+import ase.io
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, RichProgressBar
+from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 from rich.table import Table
 
-from atomeq.data.datamodule import AtomisticDataModule
-from atomeq.training.callbacks import ExponentialMovingAverage, LogEpochs, SavePotential
+from atomeq.data.ase_files import LabelKeys
+from atomeq.data.datamodule import AtomisticDataModule, Split
+from atomeq.files import write_atomically
+from atomeq.graph.convert import to_ase
+from atomeq.models.base import AtomisticModel
+from atomeq.potential.checkpoint import MODELS
+from atomeq.training.callbacks import (
+    ExponentialMovingAverage,
+    LogEpochs,
+    RunCheckpoint,
+    SavePotential,
+)
+from atomeq.training.losses import PotentialLoss
 from atomeq.training.metrics import UNITS
 from atomeq.training.task import AtomisticTask
 
 logger = logging.getLogger(__name__)
+
+HELP = {
+    "fit": "Train a potential: atomeq fit -c configs/experiment/acac_escn.yaml. "
+    "Every key of the file can be overridden, as in --trainer.max_epochs 50; --ckpt_path last goes "
+    "on where the last run in trainer.default_root_dir stopped.",
+    "validate": "Errors on the validation set: "
+    "atomeq validate -c EXPERIMENT.yaml --ckpt_path runs/NAME/checkpoints/best.ckpt",
+    "test": "Errors on each test set: "
+    "atomeq test -c EXPERIMENT.yaml --ckpt_path runs/NAME/checkpoints/best.ckpt",
+    "predict": "Energies and forces of the structures of a file: "
+    "atomeq predict -c EXPERIMENT.yaml --data.predict FILE --ckpt_path CHECKPOINT",
+}
+_TITLES = {
+    "energy": "energy",
+    "energy_per_atom": "energy/atom",
+    "forces": "forces",
+    "stress": "stress",
+}
 
 
 class TrainingParser(LightningArgumentParser):
@@ -35,7 +70,7 @@ class TrainingParser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Write the message with a suggestion and exit with code 2."""
         text = " ".join(message.split())
-        sys.stderr.write(f"{self.prog}: error: {text}{_suggestion(text, self)}\n")
+        sys.stderr.write(f"atomeq: error: {text}{_suggestion(text)}\n")
         sys.exit(2)
 
 
@@ -49,11 +84,10 @@ class SaveConfig(SaveConfigCallback):
         self.already_saved = True
         folder = Path(trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / f".config.{os.getpid()}.yaml"
-        self.parser.save(
-            self.config, str(partial), skip_none=False, overwrite=True, multifile=False
-        )
-        os.replace(partial, folder / "config.yaml")
+        with write_atomically(folder / "config.yaml") as partial:
+            self.parser.save(
+                self.config, str(partial), skip_none=False, overwrite=True, multifile=False
+            )
 
 
 class TrainingCLI(LightningCLI):
@@ -67,14 +101,26 @@ class TrainingCLI(LightningCLI):
             seed_everything_default=0,
             save_config_callback=SaveConfig,
             parser_class=TrainingParser,
+            parser_kwargs={"prog": "atomeq", **{k: {"description": v} for k, v in HELP.items()}},
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
             args=args,
         )
 
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Return the commands, each with those arguments of the trainer that are ours to give."""
+        ours = {"model", "datamodule", "weights_only", "verbose", "return_predictions"}
+        return {
+            "fit": {*ours, "train_dataloaders", "val_dataloaders"},
+            "validate": {*ours, "dataloaders"},
+            "test": {*ours, "dataloaders"},
+            "predict": {*ours, "dataloaders"},
+        }
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the sections ``checkpoint``, ``ema`` and ``save_potential``."""
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         parser.add_lightning_class_args(ExponentialMovingAverage, "ema")
         parser.add_lightning_class_args(SavePotential, "save_potential")
         parser.link_arguments("trainer.default_root_dir", "checkpoint.dirpath", _checkpoint_folder)
@@ -82,6 +128,7 @@ class TrainingCLI(LightningCLI):
             {
                 "trainer.default_root_dir": "runs/latest",
                 "trainer.inference_mode": False,
+                "trainer.enable_model_summary": False,
                 "checkpoint.filename": "best",
                 "checkpoint.monitor": "val/loss",
                 "checkpoint.save_last": True,
@@ -115,11 +162,47 @@ class TrainingCLI(LightningCLI):
             callbacks += [RichProgressBar()] if config["enable_progress_bar"] is not False else []
         return super().instantiate_trainer(callbacks=[*callbacks, LogEpochs()], **kwargs)
 
-    def after_test(self) -> None:
+    def _parse_ckpt_path(self) -> None:
+        """Refuse a damaged checkpoint before anything is read or built."""
+        path = self.config[self.config.subcommand].get("ckpt_path")
+        if path in (None, "last", "best"):
+            return
+        try:
+            torch.load(path, map_location="meta", weights_only=True, mmap=True)
+        except (RuntimeError, UnpicklingError, EOFError) as error:
+            raise ValueError(f"{path} is damaged or is not a checkpoint: {error}") from error
+
+    def fit(self, **arguments: Any) -> None:
+        """Train; nothing that a checkpoint holds is executed."""
+        self.trainer.fit(weights_only=True, **arguments)
+
+    def validate(self, **arguments: Any) -> None:
+        """Print the errors of the validation set."""
+        self.trainer.validate(verbose=False, weights_only=True, **arguments)
+        _show_errors({"val": self.model.val_results})
+
+    def test(self, **arguments: Any) -> None:
         """Print the errors of each test set and keep them as JSON in the run's folder."""
-        results = self.model.test_results
-        Console(width=None if sys.stdout.isatty() else 160).print(_error_table(results))
-        _write_json(Path(self.trainer.default_root_dir) / "test_errors.json", results)
+        self.trainer.test(verbose=False, weights_only=True, **arguments)
+        _show_errors(self.model.test_results)
+        with write_atomically(self._run_folder() / "test_errors.json") as partial:
+            partial.write_text(json.dumps(self.model.test_results, indent=2) + "\n")
+
+    def predict(self, **arguments: Any) -> None:
+        """Write the structures with predicted energies and forces into the run's folder."""
+        batches = self.trainer.predict(weights_only=True, **arguments)
+        path = self._run_folder() / "predictions.extxyz"
+        with write_atomically(path) as partial:
+            for graph, prediction in batches or []:
+                labels = {"energy": prediction["energy"], "forces": prediction["forces"]}
+                structures = to_ase(graph.replace(stress=None, weight=None, **labels))
+                ase.io.write(partial, structures, format="extxyz", append=True)
+        logger.info("predictions written to %s", path)
+
+    def _run_folder(self) -> Path:
+        folder = Path(self.trainer.default_root_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
 
 
 def main(argv: Sequence[str]) -> None:
@@ -132,17 +215,26 @@ def main(argv: Sequence[str]) -> None:
         SystemExit: Code 2 for configurations that do not fit.
         ValueError: Data, labels or checkpoints that cannot be used.
     """
-    logging.getLogger("atomeq").setLevel(logging.INFO)
+    for class_path in MODELS:  # so that YAML files may name a model without its module
+        importlib.import_module(class_path.rpartition(".")[0])
     try:
         with warnings.catch_warnings():
-            _quiet_lightning()
+            _set_up_messages()
             TrainingCLI(list(argv))
     except MisconfigurationException as error:
         raise ValueError(str(error)) from error
+    except RuntimeError as error:
+        if "loading state_dict" not in str(error):
+            raise
+        raise ValueError(
+            f"the checkpoint does not fit the model of this configuration: {error}"
+        ) from error
 
 
-def _quiet_lightning() -> None:
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+def _set_up_messages() -> None:
+    logging.getLogger("atomeq").setLevel(logging.INFO)
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     for message in (
         ".*does not have many workers.*",  # batches are concatenated from memory
         ".*GPU available but not used.*",
@@ -153,17 +245,17 @@ def _quiet_lightning() -> None:
         warnings.filterwarnings("ignore", message=message)
 
 
-def _checkpoint_folder(root: str | os.PathLike[str] | None) -> str:
+def _checkpoint_folder(root: str | Path | None) -> str:
     return str(Path(root or ".") / "checkpoints")
 
 
-def _error_table(results: dict[str, dict[str, float]]) -> Table:
-    table = Table(title="test errors", box=None, pad_edge=False)
+def _show_errors(results: dict[str, dict[str, float]]) -> None:
+    table = Table(box=None, pad_edge=False)
     table.add_column("set")
     shown = [name for name in UNITS if any(f"{name}_mae" in errors for errors in results.values())]
     for name in shown:
         for kind in ("MAE", "RMSE"):
-            table.add_column(f"{name} {kind}\n{UNITS[name]}", justify="right")
+            table.add_column(f"{_TITLES[name]} {kind}\n{UNITS[name]}", justify="right")
     for set_name, errors in results.items():
         cells = [
             f"{errors[key]:.4g}" if key in errors else "-"
@@ -171,16 +263,35 @@ def _error_table(results: dict[str, dict[str, float]]) -> Table:
             for key in (f"{name}_mae", f"{name}_rmse")
         ]
         table.add_row(set_name, *cells)
-    return table
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
-def _write_json(path: Path, content: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)
-
-
-def _suggestion(message: str, parser: LightningArgumentParser) -> str:
+def _suggestion(message: str) -> str:
     """Return the key closest to the one that a message complains about."""
-    return ""
+    found = re.search(r"(?:[Oo]ption '|unrecognized arguments: --)([\w.]+)", message)
+    if found is None:
+        return ""
+    close = difflib.get_close_matches(found[1], _known_keys(), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _known_keys() -> set[str]:
+    sections: dict[str, Any] = {
+        "trainer": Trainer,
+        "model": AtomisticTask,
+        "model.loss": PotentialLoss,
+        "data": AtomisticDataModule,
+        "data.split": Split,
+        "data.labels": LabelKeys,
+        "checkpoint": RunCheckpoint,
+        "ema": ExponentialMovingAverage,
+        "save_potential": SavePotential,
+    }
+    keys = {"seed_everything", "config", "ckpt_path", "class_path", "init_args", *sections}
+    for section, owner in sections.items():
+        names = set(inspect.signature(owner).parameters)
+        keys |= names | {f"{section}.{name}" for name in names}
+    for model in AtomisticModel.__subclasses__():
+        names = set(inspect.signature(model).parameters)
+        keys |= names | {f"model.model.init_args.{name}" for name in names}
+    return keys

@@ -1,12 +1,19 @@
-"""Structures with labels from any file ASE reads, one at a time, with errors that name file and frame.
+"""Structures with labels from any file ASE reads, one by one; errors name file and frame.
 
 Whatever name a file gives its labels, they leave here under one: energy, forces and stress as the
 results of a ``SinglePointCalculator``, which :func:`atomeq.graph.convert.from_ase` picks up.
 """
 
+import bz2
+import gzip
+import itertools
+import lzma
 import os
 import re
+import shutil
+import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +23,14 @@ import ase.io
 import numpy as np
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
+from ase.data import atomic_numbers
 from ase.io.formats import UnknownFileTypeError
 
 from atomeq.graph.convert import StructureError, validate_structure
 
 DATA_VARIABLE = "ATOMEQ_DATA"
 DATABASE_SUFFIXES = (".db", ".aselmdb")
+_OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 _VARIABLE = re.compile(r"\$\{(\w+)\}")
 
 
@@ -81,7 +90,8 @@ def read_structures(
     """Yield the validated structures of a file one by one, without reading it all.
 
     Args:
-        path: extxyz (also .gz), ASE database (.db, .aselmdb), trajectory, or anything else ASE reads.
+        path: extxyz, trajectory, ASE database (.db, .aselmdb) or anything else that ASE reads; text
+            formats may be compressed (.gz, .bz2, .xz).
         labels: What the file calls its labels.
 
     Yields:
@@ -112,10 +122,40 @@ def read_structures(
         raise DataError(f"{resolved} holds no structures")
 
 
+def read_isolated_atoms(path: str | os.PathLike[str]) -> dict[int, float]:
+    """Return the energy of each element, eV by atomic number, from structures of one atom each.
+
+    Raises:
+        DataError: A structure has more than one atom or no energy, or an element occurs twice.
+    """
+    energies: dict[int, float] = {}
+    for frame, atoms in enumerate(read_structures(path)):
+        if len(atoms) != 1 or atoms.calc is None or "energy" not in atoms.calc.results:
+            raise DataError(
+                f"{path}, frame {frame}: isolated atoms are structures of one atom with an energy"
+            )
+        number = int(atoms.numbers[0])
+        if number in energies:
+            raise DataError(f"{path}, frame {frame}: {atoms.symbols[0]} occurs twice")
+        energies[number] = float(atoms.calc.results["energy"])
+    return energies
+
+
+def atomic_number(symbol: str) -> int:
+    """Return the atomic number of an element symbol.
+
+    Raises:
+        DataError: There is no such element.
+    """
+    if symbol not in atomic_numbers or symbol == "X":
+        raise DataError(f"{symbol!r} is not an element symbol; elements are written as in 'Cu'")
+    return atomic_numbers[symbol]
+
+
 def _read_raw(path: Path) -> Iterator[Atoms]:
     """Yield frames as ASE gives them; what its parsers raise becomes a DataError."""
     stream = _read_database(path) if path.suffix in DATABASE_SUFFIXES else _read_file(path)
-    for frame in _count():
+    for frame in itertools.count():
         try:
             atoms = next(stream)
         except StopIteration:
@@ -130,15 +170,24 @@ def _read_raw(path: Path) -> Iterator[Atoms]:
         yield atoms
 
 
-def _count() -> Iterator[int]:
-    frame = 0
-    while True:
-        yield frame
-        frame += 1
-
-
 def _read_file(path: Path) -> Iterator[Atoms]:
-    yield from ase.io.iread(path, index=":", do_not_split_by_at_sign=True)
+    with _decompressed(path) as plain:
+        yield from ase.io.iread(plain, index=":", do_not_split_by_at_sign=True)
+
+
+@contextmanager
+def _decompressed(path: Path) -> Iterator[Path]:
+    """Yield a plain copy of a compressed file: ASE's readers seek, from the start each time."""
+    if path.suffix not in _OPENERS:
+        yield path
+        return
+    with (
+        _OPENERS[path.suffix](path, "rb") as stream,
+        tempfile.NamedTemporaryFile(suffix=Path(path.stem).suffix) as plain,
+    ):
+        shutil.copyfileobj(stream, plain)
+        plain.flush()
+        yield Path(plain.name)
 
 
 def _read_database(path: Path) -> Iterator[Atoms]:

@@ -184,7 +184,7 @@ class ResumableLoader(DataLoader[AtomGraph]):
         return {"epoch": self.batch_sampler.epoch, "n_batches": self._n_yielded}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on after the batches that were given out, if this is still the epoch they belong to."""
+        """Go on after the batches that were given out, if it is still their epoch."""
         assert isinstance(self.batch_sampler, BudgetBatchSampler)
         if state["epoch"] == self.batch_sampler.epoch:
             self.batch_sampler.skip(state["n_batches"])

@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -133,7 +133,7 @@ class AtomisticDataModule(LightningDataModule):
         """Read the files a stage needs and build their graphs, once."""
         if self.trainer is not None:
             # The number of batches varies from epoch to epoch where a budget bounds them.
-            self.trainer.reload_dataloaders_every_n_epochs = 1
+            setattr(self.trainer, "reload_dataloaders_every_n_epochs", 1)  # noqa: B010
         if stage == "fit" and self.train_set is None:
             self.train_set = self._dataset(self._training_part("train"), "train")
         if stage in ("fit", "validate") and self.val_set is None:
@@ -245,7 +245,8 @@ class AtomisticDataModule(LightningDataModule):
                 raise DataError(
                     "no potential to build graphs with: attach a trainer or use_builder()"
                 )
-            build = self.trainer.lightning_module.build_graph
+            # AtomisticTask lives one floor up and cannot be imported here.
+            build = cast(Callable[[Atoms], AtomGraph], self.trainer.lightning_module.build_graph)
         graphs = [_labelled(build(atoms), atoms) for atoms in structures]
         graphs = _with_same_labels(graphs)
         n_edges = sum(graph.n_edges for graph in graphs)
@@ -270,7 +271,7 @@ def split_indices(n_structures: int, split: Split) -> dict[str, list[int]]:
         return _indices_from_file(resolve_data_path(split.file), n_structures)
     if not (0 <= split.val < 1 and 0 <= split.test < 1 and split.val + split.test < 1):
         raise DataError(
-            f"split fractions val={split.val} and test={split.test} must be >= 0, with a sum below 1"
+            f"split.val={split.val} and split.test={split.test} must be >= 0, their sum below 1"
         )
     # RandomState's stream is frozen by NumPy for good; that of Generator may change.
     order = np.random.RandomState(split.seed).permutation(n_structures)
@@ -315,7 +316,7 @@ def _labelled(graph: AtomGraph, atoms: Atoms) -> AtomGraph:
 
 
 def _with_same_labels(graphs: list[AtomGraph]) -> list[AtomGraph]:
-    """Give every graph the labels any of them has; NaN marks what is unknown to losses and metrics."""
+    """Give every graph the labels that any of them has; NaN marks what is unknown."""
     present = {key for key in LABELS if any(_label(graph, key) is not None for graph in graphs)}
     completed: list[AtomGraph] = []
     for graph in graphs:

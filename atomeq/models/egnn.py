@@ -67,7 +67,7 @@ class EGNN(AtomisticModel):
             EGNNLayer(hidden_channels, num_radial + 1, attention=attention)
             for _ in range(num_layers)
         )
-        self.energy = MLP((hidden_channels, hidden_channels, 1))
+        self.energy = MLP((hidden_channels, hidden_channels, 1), zero_output=True)
 
     def forward(self, graph: AtomGraph) -> dict[PropertyKey, Tensor]:
         """Return per-atom ``energies`` (n_atoms,), in the model's own scale."""

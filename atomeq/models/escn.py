@@ -91,7 +91,7 @@ class ESCN(AtomisticModel):
             for _ in range(num_layers)
         )
         self.norm = EquivariantRMSNorm(lmax, sphere_channels)
-        self.energy = MLP((sphere_channels, hidden_channels, 1))
+        self.energy = MLP((sphere_channels, hidden_channels, 1), zero_output=True)
 
     def forward(self, graph: AtomGraph) -> dict[PropertyKey, Tensor]:
         """Return per-atom ``energies`` (n_atoms,), in the model's own scale."""

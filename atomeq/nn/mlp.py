@@ -14,6 +14,8 @@ class MLP(nn.Sequential):
         bias: Whether the linear layers have biases.
         final_activation: Apply SiLU to the output too.
         layer_norm: Normalise every hidden layer before its activation.
+        zero_output: Start the last layer at zero: an untrained readout adds nothing to its
+            reference, which training then has not to unlearn.
     """
 
     def __init__(
@@ -23,11 +25,16 @@ class MLP(nn.Sequential):
         bias: bool = True,
         final_activation: bool = False,
         layer_norm: bool = False,
+        zero_output: bool = False,
     ) -> None:
         layers: list[nn.Module] = []
         for index, (n_in, n_out) in enumerate(pairwise(channels)):
-            layers.append(nn.Linear(n_in, n_out, bias=bias))
+            linear = nn.Linear(n_in, n_out, bias=bias)
+            layers.append(linear)
             hidden = index < len(channels) - 2
+            if zero_output and not hidden:
+                for parameter in linear.parameters():
+                    nn.init.zeros_(parameter)
             if hidden and layer_norm:
                 layers.append(nn.LayerNorm(n_out))
             if hidden or final_activation:

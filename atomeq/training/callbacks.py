@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 
@@ -60,8 +61,8 @@ class ExponentialMovingAverage(Callback):
         self._last_step = trainer.global_step
         self.n_updates += 1
         decay = min(self.decay, (1 + self.n_updates) / (10 + self.n_updates))
-        parameters = [p.detach() for p in _trainable(pl_module)]
-        torch._foreach_lerp_(self._average, parameters, 1 - decay)
+        for average, parameter in zip(self._average, _trainable(pl_module), strict=True):
+            average.lerp_(parameter, 1 - decay)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Validate the average."""
@@ -133,6 +134,40 @@ def _trainable(module: nn.Module) -> list[nn.Parameter]:
 
 def _trainable_names(module: nn.Module) -> list[str]:
     return [name for name, p in module.named_parameters() if p.requires_grad]
+
+
+class RunCheckpoint(ModelCheckpoint):
+    """Checkpoints that a run continues from bit for bit, wherever it was stopped.
+
+    One that falls on the last step of an epoch is written after the validation that follows:
+    a run continued from before it would leave that validation out, and the schedule that waits for
+    its result.
+    """
+
+    _postponed = False
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any
+    ) -> None:
+        """Save every n steps, but not yet at the end of an epoch."""
+        self._postponed = trainer.is_last_batch
+        if not self._postponed:
+            super().on_train_batch_end(trainer, pl_module, *args, **kwargs)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save after validation."""
+        super().on_validation_end(trainer, pl_module)
+        self._save_postponed(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save after an epoch, validated or not."""
+        super().on_train_epoch_end(trainer, pl_module)
+        self._save_postponed(trainer, pl_module)
+
+    def _save_postponed(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._postponed:
+            self._postponed = False
+            super().on_train_batch_end(trainer, pl_module, None, None, 0)
 
 
 class SavePotential(Callback):

@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from typing import Literal
 
 import torch
-from ase.data import atomic_numbers, chemical_symbols
 from torch import Tensor
 
-from atomeq.data.ase_files import DataError, read_structures
+from atomeq.data.ase_files import DataError, atomic_number, read_isolated_atoms
 from atomeq.data.batching import GraphDataset
 from atomeq.data.datamodule import DataFile
 from atomeq.potential.references import AtomicReferences, least_squares_shift
@@ -36,28 +35,9 @@ def fit_references(
     elements = sorted({int(z) for graph in dataset.graphs for z in graph.atomic_numbers.unique()})
     table = _shift(dataset, shift, elements)
     factor = _scale(dataset, scale, table)
-    shown = ", ".join(f"{chemical_symbols[z]} {e:.4f}" for z, e in table.items())
+    shown = ", ".join(f"Z={z}: {e:.4f}" for z, e in table.items())
     logger.info("references: %s eV; scale %.5g", shown, factor)
     return AtomicReferences(table, scale=factor)
-
-
-def isolated_atom_shift(path: DataFile) -> dict[int, float]:
-    """Return the energy of each element, eV, from a file of structures of one atom each.
-
-    Raises:
-        DataError: A structure has more than one atom or no energy, or an element occurs twice.
-    """
-    table: dict[int, float] = {}
-    for frame, atoms in enumerate(read_structures(path)):
-        if len(atoms) != 1 or atoms.calc is None or "energy" not in atoms.calc.results:
-            raise DataError(
-                f"{path}, frame {frame}: isolated atoms are structures of one atom with an energy"
-            )
-        number = int(atoms.numbers[0])
-        if number in table:
-            raise DataError(f"{path}, frame {frame}: {atoms.symbols[0]} occurs twice")
-        table[number] = float(atoms.calc.results["energy"])
-    return table
 
 
 def _shift(
@@ -66,7 +46,7 @@ def _shift(
     elements: list[int],
 ) -> dict[int, float]:
     if isinstance(source, Mapping):
-        given = {_number(symbol): float(energy) for symbol, energy in source.items()}
+        given = {atomic_number(symbol): float(energy) for symbol, energy in source.items()}
         return _covering(given, elements, "the references given by element")
     if source == "none":
         return dict.fromkeys(elements, 0.0)
@@ -77,20 +57,14 @@ def _shift(
         return least_squares_shift(
             [graph.atomic_numbers for graph in labelled], [float(g.energy) for g in labelled]
         )
-    return _covering(isolated_atom_shift(source), elements, f"the isolated atoms of {source}")
+    return _covering(read_isolated_atoms(source), elements, f"the isolated atoms of {source}")
 
 
 def _covering(given: dict[int, float], elements: list[int], what: str) -> dict[int, float]:
-    missing = [chemical_symbols[z] for z in elements if z not in given]
+    missing = [f"Z={z}" for z in elements if z not in given]
     if missing:
         raise DataError(f"{what} lack {', '.join(missing)}, which the training structures hold")
     return {z: given[z] for z in elements}
-
-
-def _number(symbol: str) -> int:
-    if symbol not in atomic_numbers:
-        raise DataError(f"references name {symbol!r}, which is not an element symbol")
-    return atomic_numbers[symbol]
 
 
 def _scale(

@@ -6,16 +6,17 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from ase import Atoms
 from lightning.pytorch import LightningModule
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
+from torchmetrics import MeanMetric
 
 from atomeq.data.ase_files import DataError
 from atomeq.data.batching import GraphDataset
 from atomeq.data.datamodule import AtomisticDataModule, DataFile, known_labels
 from atomeq.graph.atom_graph import AtomGraph
+from atomeq.graph.convert import Structures
 from atomeq.models.base import AtomisticModel
 from atomeq.potential.potential import Potential
 from atomeq.training.losses import PotentialLoss
@@ -34,14 +35,14 @@ class AtomisticTask(LightningModule):
         model: The network.
         optimizer: Makes the optimizer from the parameters.
         scheduler: Makes the learning-rate schedule from the optimizer; stepped each epoch, or each
-            step where it is a :class:`~atomeq.training.schedules.WarmupCosine`.
+            step where it is a :class:`~atomeq.training.schedules.WarmupCosine`, or at the end of
+            each validation where it is Lightning's ``ReduceLROnPlateau``.
         loss: Coefficients and kind of the loss.
         references: Shift per element: fitted to the training energies by ``least_squares``, read
             from a file of isolated atoms, given in eV by element symbol, or ``none``.
         scale: eV per unit of the network's output: ``forces`` is the rms of the training force
             components, ``energy`` the rms per atom of what the shift leaves of the energies, a
             number is taken as it is.
-        monitor: What a plateau schedule watches.
 
     Example:
         >>> task = AtomisticTask(model, optimizer=torch.optim.AdamW)  # doctest: +SKIP
@@ -58,8 +59,7 @@ class AtomisticTask(LightningModule):
         references: Literal["least_squares", "none"]
         | DataFile
         | dict[str, float] = "least_squares",
-        scale: Literal["forces", "energy"] | float = "forces",
-        monitor: str = "val/loss",
+        scale: float | Literal["forces", "energy"] = "forces",
     ) -> None:
         super().__init__()
         self.potential = Potential(model)
@@ -67,17 +67,19 @@ class AtomisticTask(LightningModule):
         self.scheduler = scheduler
         self.loss = loss if loss is not None else PotentialLoss()
         self.reference_source = references
-        self.scale_source = scale
-        self.monitor = monitor
+        self.scale_source: float | Literal["forces", "energy"] = scale
         self.errors = nn.ModuleDict({"val": PotentialErrors()})
         self.test_results: dict[str, dict[str, float]] = {}
-        self._validation: dict[str, float] = {}
+        self.val_results: dict[str, float] = {}
+        self.val_loss = MeanMetric()
+        self._plateau: ReduceLROnPlateau | None = None
+        self._plateau_state: dict[str, Any] | None = None
         self._properties: dict[str, tuple[PropertyKey, ...]] = {}
         self._rng_state: dict[str, Any] | None = None
         self._loaded = False
 
-    def build_graph(self, structures: Atoms | list[Atoms]) -> AtomGraph:
-        """Build graphs for this potential; elements are checked once the references are known."""
+    def build_graph(self, structures: Structures) -> AtomGraph:
+        """Build graphs for this potential, on the CPU; its elements are not known yet."""
         return self.potential.model.graph_builder()(structures)
 
     def setup(self, stage: str) -> None:
@@ -114,16 +116,30 @@ class AtomisticTask(LightningModule):
         """Add a batch to the validation errors."""
         prediction = self._evaluate(batch, "val")
         if set(self.loss.properties) <= set(prediction):
-            terms = self.loss(prediction, batch)
-            self.log("val/loss", terms["loss"], batch_size=batch.n_graphs, prog_bar=True)
+            loss = self.loss(prediction, batch)["loss"].detach()
+            self.val_loss.update(loss, weight=batch.n_graphs)
 
     def on_validation_epoch_end(self) -> None:
-        """Log the errors of the validation set."""
+        """Log the errors of the validation set, and tell them to a plateau schedule."""
         results = self._results("val")
+        if self.val_loss.update_called:
+            results["loss"] = self.val_loss.compute()
+            self.val_loss.reset()
         for name, value in results.items():
-            shown = name in ("energy_per_atom_mae", "forces_mae")
+            shown = name in ("loss", "energy_per_atom_mae", "forces_mae")
             self.log(f"val/{name}", value, prog_bar=shown)
-        self._validation = {name: float(value) for name, value in results.items()}
+        self.val_results = {name: float(value) for name, value in results.items()}
+        if self._plateau is not None and self.trainer.state.fn == "fit":
+            self._step_plateau(self._plateau)
+
+    def _step_plateau(self, schedule: ReduceLROnPlateau) -> None:
+        """Step here, before the checkpoint is written: Lightning leaves it out after a resume."""
+        name = schedule.monitor.removeprefix("val/")
+        if name not in self.val_results:
+            known = ", ".join(f"val/{key}" for key in self.val_results)
+            raise ValueError(f"the schedule watches {schedule.monitor!r}; there is {known}")
+        if not self.trainer.sanity_checking:
+            schedule.step(self.val_results[name])
 
     def test_step(self, batch: AtomGraph, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Add a batch to the errors of its test set."""
@@ -153,6 +169,11 @@ class AtomisticTask(LightningModule):
         if self.scheduler is None:
             return optimizer
         scheduler = self.scheduler(optimizer)
+        if isinstance(scheduler, ReduceLROnPlateau):
+            self._plateau = scheduler
+            if self._plateau_state is not None:
+                scheduler.load_state_dict(self._plateau_state)
+            return optimizer
         per_step = isinstance(scheduler, WarmupCosine)
         if per_step:
             scheduler.set_total_steps(self._total_steps())
@@ -161,14 +182,13 @@ class AtomisticTask(LightningModule):
             "lr_scheduler": {
                 "scheduler": scheduler,
                 "interval": "step" if per_step else "epoch",
-                "monitor": self.monitor,
             },
         }
 
     def _total_steps(self) -> int:
-        """Return the number of optimizer steps of the whole run, the same before and after a resume.
+        """Return the number of optimizer steps of the run, the same before and after a resume.
 
-        Lightning's own estimate sets up the loader before a checkpoint could tell it where to go on.
+        Lightning's own estimate sets up the loader before a checkpoint tells it where to go on.
         """
         trainer = self.trainer
         limits = [trainer.max_steps] if trainer.max_steps >= 0 else []
@@ -209,12 +229,15 @@ class AtomisticTask(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the random state and the validation errors of these weights."""
         checkpoint["rng_state"] = _get_rng_state()
-        checkpoint["validation"] = dict(self._validation)
+        checkpoint["validation"] = dict(self.val_results)
+        if self._plateau is not None:
+            checkpoint["plateau"] = self._plateau.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the random state, which is restored when training starts."""
+        """Take what is restored when there are optimizers and training starts."""
         self._loaded = True
         self._rng_state = checkpoint.get("rng_state")
+        self._plateau_state = checkpoint.get("plateau")
 
     def _evaluate(self, batch: AtomGraph, name: str) -> dict[PropertyKey, Tensor]:
         with torch.enable_grad():
@@ -272,11 +295,11 @@ def _key(name: str) -> str:
 
 def _get_rng_state() -> dict[str, Any]:
     """Return every random state as plain values, which weights_only loading accepts."""
-    version, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # noqa: NPY002
+    name, keys, *position = np.random.get_state(legacy=True)  # noqa: NPY002
     state: dict[str, Any] = {
         "torch": torch.get_rng_state(),
         "python": random.getstate(),
-        "numpy": (str(version), keys.tolist(), int(position), int(has_gauss), float(cached)),
+        "numpy": (name, np.asarray(keys).tolist(), *position),
     }
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state_all()

@@ -16,7 +16,7 @@ N_STRUCTURES = 24
 
 def labelled_copper(n_structures: int = N_STRUCTURES, seed: int = 0) -> list[Atoms]:
     """Rattled cells of 4 and 8 atoms, so that batches by a budget of atoms differ in size."""
-    rng = np.random.RandomState(seed)  # noqa: NPY002
+    rng = np.random.RandomState(seed)
     structures = []
     for k in range(n_structures):
         atoms = bulk("Cu", cubic=True).repeat((1 + k % 2, 1, 1))
@@ -42,7 +42,7 @@ def copper_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def experiment(tmp_path: Path, copper_file: Path) -> Path:
-    """An experiment's YAML: 19 structures to train on, 2 to validate, 3 to test; EGNN of 8 channels."""
+    """An experiment's YAML: a small EGNN on 20 structures, 2 to validate and 2 to test."""
     document = {
         "seed_everything": 0,
         "trainer": {
