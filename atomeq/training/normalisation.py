@@ -32,7 +32,7 @@ def fit_references(
     Raises:
         DataError: Labels that the fit needs are missing, or an element has no isolated atom.
     """
-    elements = sorted({int(z) for graph in dataset.graphs for z in graph.atomic_numbers.unique()})
+    elements = dataset.elements
     table = _shift(dataset, shift, elements)
     factor = _scale(dataset, scale, table)
     shown = ", ".join(f"Z={z}: {e:.4f}" for z, e in table.items())
@@ -51,12 +51,13 @@ def _shift(
     if source == "none":
         return dict.fromkeys(elements, 0.0)
     if source == "least_squares":
-        labelled = [g for g in dataset.graphs if bool(torch.isfinite(_label(g, "energy")).all())]
+        labelled = [g for g in dataset.sample() if bool(torch.isfinite(_label(g, "energy")).all())]
         if not labelled:
             raise DataError("references by least squares need energies; none of the structures has")
-        return least_squares_shift(
+        fitted = least_squares_shift(
             [graph.atomic_numbers for graph in labelled], [float(g.energy) for g in labelled]
         )
+        return _covering(fitted, elements, "the energies that the references are fitted to")
     return _covering(read_isolated_atoms(source), elements, f"the isolated atoms of {source}")
 
 
@@ -76,7 +77,7 @@ def _scale(
         return float(source)
     values = [
         _label(graph, "forces").flatten() if source == "forces" else _residual(graph, shift)
-        for graph in dataset.graphs
+        for graph in dataset.sample()
     ]
     joined = torch.cat(values)
     joined = joined[torch.isfinite(joined)]

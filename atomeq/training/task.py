@@ -14,7 +14,7 @@ from torchmetrics import MeanMetric
 
 from atomeq.data.ase_files import DataError
 from atomeq.data.batching import GraphDataset
-from atomeq.data.datamodule import AtomisticDataModule, DataFile, known_labels
+from atomeq.data.datamodule import AtomisticDataModule, DataFile
 from atomeq.graph.atom_graph import AtomGraph
 from atomeq.graph.convert import Structures
 from atomeq.models.base import AtomisticModel
@@ -260,14 +260,14 @@ class AtomisticTask(LightningModule):
 
     def _evaluated(self, dataset: GraphDataset) -> tuple[PropertyKey, ...]:
         """Return what is computed for a set: what it has labels for and the potential gives."""
-        labels = known_labels(dataset.graphs)
+        labels = set(dataset.labels)
         if not self.potential.conservative:
             labels.discard("stress")
         keys: tuple[PropertyKey, ...] = ("energy", "forces", "stress")
         return tuple(key for key in keys if key in labels)
 
     def _refuse_missing_labels(self, dataset: GraphDataset) -> None:
-        missing = [key for key in self.loss.properties if key not in known_labels(dataset.graphs)]
+        missing = [key for key in self.loss.properties if key not in dataset.labels]
         if missing:
             raise DataError(
                 f"the loss trains on {missing[0]}, but no training structure has that label; name "
