@@ -85,9 +85,7 @@ class SaveConfig(SaveConfigCallback):
         folder = Path(trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
         with write_atomically(folder / "config.yaml") as partial:
-            self.parser.save(
-                self.config, str(partial), skip_none=False, overwrite=True, multifile=False
-            )
+            partial.write_text(self.parser.dump(self.config), encoding="utf-8")
 
 
 class TrainingCLI(LightningCLI):
@@ -169,7 +167,9 @@ class TrainingCLI(LightningCLI):
             return
         try:
             torch.load(path, map_location="meta", weights_only=True, mmap=True)
-        except (RuntimeError, UnpicklingError, EOFError) as error:
+        except FileNotFoundError:
+            raise
+        except (RuntimeError, UnpicklingError, EOFError, OSError, ValueError) as error:
             raise ValueError(f"{path} is damaged or is not a checkpoint: {error}") from error
 
     def fit(self, **arguments: Any) -> None:
@@ -241,6 +241,7 @@ def _set_up_messages() -> None:
         ".*The number of training batches.*is smaller than the logging interval.*",
         ".*Checkpoint directory .* exists and is not empty.*",  # a continued run
         ".*isinstance.treespec, LeafSpec.*",  # Lightning's own use of PyTorch
+        ".*using a custom batch sampler.*",  # ours keeps every structure, in order
     ):
         warnings.filterwarnings("ignore", message=message)
 

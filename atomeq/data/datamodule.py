@@ -301,9 +301,7 @@ def _indices_from_file(path: Path, n_structures: int) -> dict[str, list[int]]:
     used = [i for part in indices.values() for i in part]
     wrong = [i for i in used if not 0 <= i < n_structures]
     if wrong:
-        raise DataError(
-            f"split file {path} names structure {wrong[0]}, of {n_structures} (0-based)"
-        )
+        raise DataError(f"{path} names structure {wrong[0]}; there are 0 to {n_structures - 1}")
     if len(set(used)) != len(used):
         raise DataError(f"split file {path} uses a structure in two parts, or twice in one")
     return indices

@@ -1,0 +1,66 @@
+"""Averaged weights are what is validated, tested and saved; raw weights are what trains on."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from atomeq.cli.training import TrainingCLI, main
+from atomeq.potential.checkpoint import load_potential
+from atomeq.training.callbacks import ExponentialMovingAverage, potential_weights
+from atomeq.training.task import AtomisticTask
+
+
+def checkpoint(folder: Path, name: str = "last") -> dict:
+    return torch.load(folder / "checkpoints" / f"{name}.ckpt", weights_only=True)
+
+
+def test_the_average_follows_its_formula():
+    module = torch.nn.Linear(1, 1, bias=False)
+    average = ExponentialMovingAverage(decay=0.5)
+    average.setup(None, module, "fit")  # pyright: ignore
+    expected = module.weight.detach().clone()
+    for step in range(1, 4):
+        with torch.no_grad():
+            module.weight += 1.0
+        trainer = type("Trainer", (), {"global_step": step})()
+        average.on_train_batch_end(trainer, module)  # pyright: ignore
+        decay = min(0.5, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * module.weight.detach()
+    assert torch.allclose(average._average[0], expected)
+    with pytest.raises(ValueError, match="decay"):
+        ExponentialMovingAverage(decay=1.0)
+
+
+def test_a_run_leaves_its_folder_complete(tmp_path: Path, experiment: Path):
+    main(["fit", "-c", str(experiment)])
+    run = tmp_path / "run"
+    assert (run / "config.yaml").is_file()
+    assert (run / "metrics" / "version_0" / "metrics.csv").is_file()
+
+    best = checkpoint(run, "best")
+    raw, average = best["raw_weights"], best["state_dict"]
+    assert any(not torch.equal(raw[name], average[name]) for name in raw)
+
+    potential = load_potential(run / "potential")
+    saved, expected = potential.state_dict(), potential_weights(best)
+    assert saved.keys() == expected.keys()
+    assert all(torch.equal(saved[name], expected[name]) for name in saved)
+    assert potential.elements == (29,)
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # Lightning's own use of PyTorch
+def test_validation_sees_the_average(tmp_path: Path, experiment: Path, monkeypatch):
+    seen: list[dict[str, torch.Tensor]] = []
+    step = AtomisticTask.validation_step
+
+    def spy(self: AtomisticTask, batch, batch_idx: int) -> None:
+        seen.append({name: p.detach().clone() for name, p in self.named_parameters()})
+        step(self, batch, batch_idx)
+
+    monkeypatch.setattr(AtomisticTask, "validation_step", spy)
+    cli = TrainingCLI(["fit", "-c", str(experiment), "--trainer.max_epochs=2"])
+    last = checkpoint(tmp_path / "run")
+    for name, parameter in cli.model.named_parameters():
+        assert torch.equal(seen[-1][name], last["state_dict"][name])
+        assert torch.equal(parameter, last["state_dict"][name]), "the task ends with the average"
