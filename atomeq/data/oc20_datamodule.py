@@ -298,7 +298,7 @@ def _metadata(path: DataFile, frames: Frames) -> tuple[NDArray[np.int64] | None,
         raise DataError(f"{file} is damaged ({error}); delete it") from error
     if sizes is not None and len(sizes) != len(frames):
         raise DataError(
-            f"{file} speaks of {len(sizes)} frames, but {path} has {len(frames)}; write it anew with "
-            f"`atomeq data metadata {path}`"
+            f"{file} speaks of {len(sizes)} frames, but {path} has {len(frames)}; write it anew "
+            f"with `atomeq data metadata {path}`"
         )
     return sizes, elements

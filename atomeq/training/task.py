@@ -20,7 +20,7 @@ from atomeq.graph.convert import Structures
 from atomeq.models.base import AtomisticModel
 from atomeq.potential.potential import Potential
 from atomeq.training.losses import PotentialLoss
-from atomeq.training.metrics import PotentialErrors
+from atomeq.training.metrics import ErrorMetric, PotentialErrors
 from atomeq.training.normalisation import fit_references
 from atomeq.training.schedules import WarmupCosine
 from atomeq.typing import PropertyKey
@@ -43,6 +43,7 @@ class AtomisticTask(LightningModule):
         scale: eV per unit of the network's output: ``forces`` is the rms of the training force
             components, ``energy`` the rms per atom of what the shift leaves of the energies, a
             number is taken as it is.
+        metrics: What validation and tests report; :class:`PotentialErrors` by default.
 
     Example:
         >>> task = AtomisticTask(model, optimizer=torch.optim.AdamW)  # doctest: +SKIP
@@ -60,6 +61,7 @@ class AtomisticTask(LightningModule):
         | DataFile
         | dict[str, float] = "least_squares",
         scale: float | Literal["forces", "energy"] = "forces",
+        metrics: ErrorMetric | None = None,
     ) -> None:
         super().__init__()
         self.potential = Potential(model)
@@ -68,7 +70,8 @@ class AtomisticTask(LightningModule):
         self.loss = loss if loss is not None else PotentialLoss()
         self.reference_source = references
         self.scale_source: float | Literal["forces", "energy"] = scale
-        self.errors = nn.ModuleDict({"val": PotentialErrors()})
+        self.metrics = metrics if metrics is not None else PotentialErrors()
+        self.errors = nn.ModuleDict({"val": self.metrics.clone()})
         self.test_results: dict[str, dict[str, float]] = {}
         self.val_results: dict[str, float] = {}
         self.val_loss = MeanMetric()
@@ -98,7 +101,7 @@ class AtomisticTask(LightningModule):
         for name, dataset in sets.items():
             if dataset is not None:
                 self._properties[name] = self._evaluated(dataset)
-        self.errors.update({_key(name): PotentialErrors() for name in sets if name != "val"})
+        self.errors.update({_key(name): self.metrics.clone() for name in sets if name != "val"})
 
     def training_step(self, batch: AtomGraph, batch_idx: int) -> Tensor:
         """Return the loss of a batch."""
@@ -243,13 +246,13 @@ class AtomisticTask(LightningModule):
         with torch.enable_grad():
             prediction = self.potential(batch, self._properties[name], create_graph=False)
         errors = self.errors[_key(name)]
-        assert isinstance(errors, PotentialErrors)
+        assert isinstance(errors, ErrorMetric)
         errors.update(prediction, batch)
         return prediction
 
     def _results(self, name: str) -> dict[str, Tensor]:
         errors = self.errors[_key(name)]
-        assert isinstance(errors, PotentialErrors)
+        assert isinstance(errors, ErrorMetric)
         results = errors.compute()
         errors.reset()
         # float32, for Lightning keeps epoch values in the trainer's default dtype on some devices.
