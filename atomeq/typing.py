@@ -16,7 +16,6 @@ AtomicNumbers: TypeAlias = Int[Tensor, " n_atoms"]
 Cells: TypeAlias = Float[Tensor, "n_graphs 3 3"]  # Å; rows are lattice vectors
 Periodicity: TypeAlias = Bool[Tensor, "n_graphs 3"]
 BatchIndex: TypeAlias = Int[Tensor, " n_atoms"]  # the graph each atom belongs to
-
 GraphCounts: TypeAlias = Int[Tensor, " n_graphs"]  # atoms, or anything, of each structure
 Strain: TypeAlias = Float[Tensor, "n_graphs 3 3"]  # only its symmetric part acts
 Volumes: TypeAlias = Float[Tensor, " n_graphs"]  # Å³

@@ -4,7 +4,7 @@ Each law is measured on small structures of the elements the calculator knows; t
 ``atomeq check`` prints.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 from ase import Atoms
 from ase.data import atomic_numbers, chemical_symbols
@@ -24,6 +24,7 @@ def check_calculator(
     *,
     elements: Sequence[str] | None = None,
     full: bool = False,
+    only: Collection[str] | None = None,
     single_precision: bool = False,
     dynamics_structure: Atoms | None = None,
     dynamics_picoseconds: float = 5.0,
@@ -40,6 +41,7 @@ def check_calculator(
         elements: Chemical symbols the calculator knows; the first makes up most of the test
             structures. By default what its ``elements`` attribute says, else what it accepts.
         full: Include laws that take minutes with a network (NVE drift).
+        only: Names of the laws to measure; by default all of :data:`LAWS`.
         single_precision: Allow what float32 needs.
         dynamics_structure: Start of the NVE law; by default about 100 atoms of bulk.
         dynamics_picoseconds: Length of the NVE law, ps.
@@ -53,7 +55,7 @@ def check_calculator(
         One :class:`LawResult` per law.
 
     Raises:
-        ValueError: The calculator accepts none of the elements.
+        ValueError: The calculator accepts none of the elements, or a law has another name.
 
     Example:
         >>> from ase.calculators.emt import EMT  # doctest: +SKIP
@@ -73,7 +75,7 @@ def check_calculator(
     unknown = [symbol for symbol in subject.elements if symbol not in atomic_numbers]
     if unknown:
         raise ValueError(f"{unknown[0]!r} is not a chemical symbol")
-    return _judge(subject, [law for law in LAWS if full or not law.long], on_start)
+    return _judge(subject, _chosen(only, full=full), on_start)
 
 
 def known_elements(factory: CalculatorFactory) -> list[str]:
@@ -102,6 +104,16 @@ def known_elements(factory: CalculatorFactory) -> list[str]:
             f"({describe(refusal) if refusal else 'no reason given'}); name its elements"
         )
     return accepted
+
+
+def _chosen(only: Collection[str] | None, *, full: bool) -> list[Law]:
+    if only is None:
+        return [law for law in LAWS if full or not law.long]
+    names = [law.name for law in LAWS]
+    unknown = [name for name in only if name not in names]
+    if unknown:
+        raise ValueError(f"there is no law {unknown[0]!r}; laws are {', '.join(names)}")
+    return [law for law in LAWS if law.name in only]
 
 
 def _judge(

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 from ase import Atoms, units
 from ase.data import covalent_radii
-from ase.md.velocitydistribution import MaxwellBoltzmannDistribution, Stationary
+from ase.md.velocitydistribution import Stationary, thermalize_momenta
 from ase.md.verlet import VelocityVerlet
 
 from atomeq.calculators.laws import (
@@ -27,6 +27,8 @@ _SINGLE_PRECISION_STEP = 20  # times larger: float32 noise of the energy would d
 _FAR_APART = 60.0  # Å; beyond any cutoff in use
 _SCAN_END = 12.5  # Å
 _SCAN_STEP = 0.02  # Å
+_SOFT = 0.01  # eV/Å; below this force the misfit counts as it is, above relative to the force
+_HARD = 20.0  # eV; a dimer squeezed further says nothing about the cutoff
 
 
 def force_error(subject: Subject) -> Measured:
@@ -170,7 +172,8 @@ def cutoff_force_jump(subject: Subject) -> Measured:
     distances = distances[: 2 * ((len(distances) - 1) // 2) + 1]
     energies, forces = np.array([_pull(subject, r) for r in distances]).T
     work = _SCAN_STEP / 6 * (forces[:-2:2] + 4 * forces[1:-1:2] + forces[2::2])
-    mismatch = np.abs(energies[2::2] - energies[:-2:2] + work)
+    mismatch = np.abs(energies[2::2] - energies[:-2:2] + work) / (_SOFT + np.abs(forces[2::2]))
+    mismatch[np.abs(energies[2::2] - energies[-1]) > _HARD] = 0.0
     worst = int(np.argmax(mismatch))
     low, high = float(distances[2 * worst]), float(distances[2 * worst + 2])
     jump_in_force, jump_in_energy = _zoom(subject, low, high)
@@ -197,7 +200,7 @@ def energy_drift(subject: Subject) -> Measured:
     atoms = subject.hundred_atoms()
     atoms.calc = subject.factory()
     random = subject.random("velocities")
-    MaxwellBoltzmannDistribution(atoms, temperature_K=2 * subject.temperature, rng=random)
+    thermalize_momenta(atoms, 2 * subject.temperature, rng=random)
     Stationary(atoms)
     dynamics = VelocityVerlet(atoms, timestep=subject.timestep * units.fs)
     times, energies, temperatures = [], [], []
@@ -272,7 +275,7 @@ def _pull(subject: Subject, distance: float) -> tuple[float, float]:
 def _zoom(subject: Subject, low: float, high: float) -> tuple[float, float]:
     """Bisect towards the steepest change; return the steps of force (eV/Å) and energy (eV) left."""
     at_low, at_high = np.array(_pull(subject, low)), np.array(_pull(subject, high))
-    while high - low > 1e-6:
+    while high - low > 1e-8:
         middle = 0.5 * (low + high)
         at_middle = np.array(_pull(subject, middle))
         below, above = np.abs(at_middle - at_low).max(), np.abs(at_high - at_middle).max()

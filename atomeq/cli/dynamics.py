@@ -7,6 +7,7 @@ Langevin dynamics shakes it, so it is.
 
 import csv
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, TextIO
@@ -19,7 +20,7 @@ from ase.md.bussi import Bussi
 from ase.md.langevin import Langevin
 from ase.md.langevinbaoab import LangevinBAOAB
 from ase.md.md import MolecularDynamics
-from ase.md.velocitydistribution import MaxwellBoltzmannDistribution
+from ase.md.velocitydistribution import thermalize_momenta
 from ase.md.verlet import VelocityVerlet
 
 from atomeq.calculators.ase import has_volume
@@ -89,9 +90,7 @@ class MolecularDynamicsRun:
             atoms.set_constraint(FixCom())
         self.drawn = new_velocities or not np.any(atoms.get_momenta())
         if self.drawn:
-            MaxwellBoltzmannDistribution(
-                atoms, temperature_K=temperature, rng=random, force_temp=True
-            )
+            thermalize_momenta(atoms, temperature, exact_temperature=True, rng=random)
         self.dynamics = self._integrator(
             thermostat, thermostat_time, pressure, isotropic, barostat_time, random
         )
@@ -182,16 +181,19 @@ class MolecularDynamicsRun:
         if self.ensemble == "nve":
             return VelocityVerlet(atoms, timestep=step)
         if self.ensemble == "npt":
-            return LangevinBAOAB(
-                atoms,
-                step,
-                temperature_K=self.temperature,
-                externalstress=-pressure * GPA,
-                hydrostatic=isotropic,
-                T_tau=thermostat_time * units.fs,
-                P_tau=barostat_time * units.fs,
-                rng=random,
-            )
+            with warnings.catch_warnings():
+                # It announces the cell's mass, which follows from its relaxation time.
+                warnings.filterwarnings("ignore", message="Using heuristic P_mass")
+                return LangevinBAOAB(
+                    atoms,
+                    step,
+                    temperature_K=self.temperature,
+                    externalstress=-pressure * GPA,
+                    hydrostatic=isotropic,
+                    T_tau=thermostat_time * units.fs,
+                    P_tau=barostat_time * units.fs,
+                    rng=random,
+                )
         relaxation = thermostat_time * units.fs
         if thermostat == "bussi":
             return Bussi(atoms, step, temperature_K=self.temperature, taut=relaxation, rng=random)

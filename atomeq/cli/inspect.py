@@ -90,6 +90,7 @@ def _check_parser() -> Parser:
         help="symbols it knows, as Cu,Al; found out by default",
     )
     parser.add_argument("--quick", action="store_true", help="leave out the laws that take minutes")
+    parser.add_argument("--only", type=str, default=None, help="laws by name, as rotation,pickling")
     parser.add_argument(
         "--structure", type=str, default=None, help="file with the start of the NVE law"
     )
@@ -125,6 +126,7 @@ def check(options: Namespace) -> int:
             factory,
             elements=options.elements.split(",") if options.elements else None,
             full=not options.quick,
+            only=options.only.split(",") if options.only else None,
             single_precision=options.dtype == "float32",
             dynamics_structure=structure,
             dynamics_picoseconds=options.picoseconds,

@@ -4,7 +4,7 @@ It is always a batch; a single structure is a batch of one. Builders make it, mo
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -88,11 +88,14 @@ class AtomGraph(Data):
         cell_offsets: (n_edges, 3), the image of j in lattice vectors.
         natoms: (n_graphs,) atoms of each structure; all atoms are one structure by default.
         batch: (n_atoms,) structure of each atom, ascending; follows from ``natoms``.
-        fields: ``tags`` (n_atoms,), ``fixed`` (n_atoms,) bool, ``velocities`` (n_atoms, 3) Å/fs,
+        kwargs: ``tags`` (n_atoms,), ``fixed`` (n_atoms,) bool, ``velocities`` (n_atoms, 3) Å/fs,
             labels ``energy`` (n_graphs,) eV, ``forces`` (n_atoms, 3) eV/Å, ``stress``
             (n_graphs, 3, 3) eV/Å³, ``weight`` (n_graphs,), ``hyperedge_index`` (2, n_incidences)
             with ``num_hyperedges`` (n_graphs,), and any other tensor: it belongs to the edges if
             its name starts with ``edge_``, else to the atoms or structures by its length.
+
+    PyG's Batch and DataLoader take AtomGraphs with equal fields and give the numbers of
+    :meth:`concatenate`, which also joins graphs whose fields differ.
 
     Raises:
         ValueError: The shapes contradict each other.
@@ -127,7 +130,7 @@ class AtomGraph(Data):
         cell_offsets: CellOffsets | None = None,
         natoms: GraphCounts | None = None,
         batch: BatchIndex | None = None,
-        **fields: Tensor,
+        **kwargs: Tensor | None,
     ) -> None:
         super().__init__()
         vars(self)["_store"] = _AtomStorage(_parent=self)
@@ -154,7 +157,7 @@ class AtomGraph(Data):
             "batch": batch,
             "edge_index": edge_index,
             "cell_offsets": cell_offsets,
-            **fields,
+            **kwargs,
         }
         for name, value in given.items():
             if value is not None:
@@ -319,7 +322,7 @@ class AtomGraph(Data):
         *args: str,
         dtype: torch.dtype | None = None,
         non_blocking: bool = False,
-    ) -> Self:
+    ) -> "AtomGraph":
         """Return a copy on another device or with another floating-point type.
 
         A dtype casts the floating-point fields, except that ``energy`` stays float64: in float32

@@ -425,7 +425,7 @@ def _atoms_of_sites(structure: PymatgenSites, index: int) -> Atoms:
     numbers = []
     for k, site in enumerate(structure.sites):
         z = getattr(site.specie, "Z", None) if site.is_ordered else None
-        if not isinstance(z, int) or z < 1:
+        if not isinstance(z, int) or not 1 <= z <= _LAST_ELEMENT:
             raise StructureError(
                 f"structure {index}: site {k} holds {site.species_string}, not one element; make "
                 "it an ordered structure first, for example with "
@@ -462,10 +462,11 @@ def _atoms_of_graph(graph: AtomGraph) -> Atoms:
     )
     if "tags" in graph:
         atoms.set_tags(graph["tags"].numpy())
-    if "fixed" in graph and bool(graph["fixed"].any()):
-        atoms.set_constraint(FixAtoms(mask=graph["fixed"].numpy()))
+    # Before the constraints, which would stop the atoms they fix.
     if "velocities" in graph:
         atoms.set_velocities(array("velocities") / units.fs)
+    if "fixed" in graph and bool(graph["fixed"].any()):
+        atoms.set_constraint(FixAtoms(mask=graph["fixed"].numpy()))
     if "weight" in graph:
         atoms.info["weight"] = float(graph["weight"][0])
     results: dict[str, Any] = {

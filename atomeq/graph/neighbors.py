@@ -21,6 +21,7 @@ _MAX_CELLS = 5e4
 # Beyond this many lattice vectors from the origin a float64 coordinate has lost the digits that
 # distances need, and vesin's integer offsets soon overflow.
 _MAX_IMAGES = 1e6
+_MAX_SPREAD = 1e8  # Å, the same for directions that are not periodic
 
 
 class Edges(NamedTuple):
@@ -74,16 +75,14 @@ def neighbor_list_with_lengths(
     if len(pos) == 0:
         return Edges(np.zeros((2, 0), np.int64), np.zeros((0, 3), np.int64)), np.zeros(0)
     cell = np.asarray(cell, dtype=np.float64)
-    box = complete_cell(cell, pbc)
-    scaled = pos @ np.linalg.inv(box)
-    _check_reach(scaled, pbc)
-    search = _search_tree if _too_thin_for_vesin(scaled, box, pbc, cutoff) else _search_vesin
-    target, source, offsets, lengths = search(pos, box, pbc, cutoff + _BORDER)
+    boxed, box = _enclose(pos, complete_cell(cell, pbc), pbc, cutoff)
+    search = _search_tree if _too_thin_for_vesin(box, cutoff) else _search_vesin
+    target, source, offsets, lengths = search(boxed, box, pbc, cutoff + _BORDER)
     inside = lengths < cutoff - _BORDER
     border = np.flatnonzero(~inside)
     if len(border):
         index = np.stack((source[border], target[border])).astype(np.int64)
-        inside[border] = edge_lengths(pos, cell, index, offsets[border]) < cutoff
+        inside[border] = edge_lengths(pos, cell, index, offsets[border].astype(np.int64)) < cutoff
         target, source, offsets = target[inside], source[inside], offsets[inside]
         lengths = lengths[inside]
     order = np.lexsort((offsets[:, 2], offsets[:, 1], offsets[:, 0], source, target))
@@ -229,25 +228,39 @@ def check_cutoff(cutoff: float) -> None:
         raise ValueError(f"cutoff must be a positive finite length in Å, not {cutoff!r}")
 
 
-def _check_reach(scaled: NDArray[np.float64], pbc: NDArray[np.bool_]) -> None:
+def _enclose(
+    pos: NDArray[np.float64],
+    box: NDArray[np.float64],
+    pbc: NDArray[np.bool_],
+    cutoff: float,
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    scaled = pos @ np.linalg.inv(box)
     far = np.abs(scaled[:, pbc]).max(axis=1, initial=0.0)
-    if far.size and far.max() > _MAX_IMAGES:
+    if far.max() > _MAX_IMAGES:
         atom = int(far.argmax())
         raise ValueError(
             f"atom {atom} lies {far[atom]:.3g} lattice vectors outside the cell, too far to "
             "resolve distances; wrap the atoms into the cell, or see whether the structure blew up"
         )
+    # Open directions become periodic ones with more than a cutoff of vacuum: the same pairs, all at
+    # offset 0. vesin is up to 1000 times slower where open and periodic directions are mixed.
+    box, pos = box.copy(), pos.copy()
+    for k in np.flatnonzero(~pbc):
+        low, high = scaled[:, k].min(), scaled[:, k].max()
+        if high - low > _MAX_SPREAD:
+            atom = int(np.abs(scaled[:, k]).argmax())
+            raise ValueError(
+                f"atom {atom} lies {high - low:.3g} Å away from another, too far to resolve "
+                "distances; see whether the structure blew up"
+            )
+        pos -= (low - cutoff) * box[k]
+        box[k] *= high - low + 2 * cutoff
+    return pos, box
 
 
-def _too_thin_for_vesin(
-    scaled: NDArray[np.float64],
-    box: NDArray[np.float64],
-    pbc: NDArray[np.bool_],
-    cutoff: float,
-) -> bool:
+def _too_thin_for_vesin(box: NDArray[np.float64], cutoff: float) -> bool:
     heights = 1 / np.linalg.norm(np.linalg.inv(box), axis=0)
-    widths = np.where(pbc, heights, np.ptp(scaled, axis=0))
-    n_cells = np.maximum(1.0, np.floor(widths / cutoff))
+    n_cells = np.maximum(1.0, np.floor(heights / cutoff))
     total = n_cells.prod()
     return bool(total > _MAX_CELLS and n_cells.min() * np.cbrt(_MAX_CELLS / total) < 2)
 
@@ -261,7 +274,7 @@ def _search_vesin(
     # As many threads as torch may use, so that a data-loader worker takes one core. vesin's own
     # order depends on them; the caller sorts.
     search = NeighborList(cutoff=cutoff, full_list=True, n_threads=torch.get_num_threads())
-    target, source, offsets, lengths = search.compute(pos, box, pbc, "ijSd")
+    target, source, offsets, lengths = search.compute(pos, box, True, "ijSd")
     return target, source, offsets, lengths
 
 

@@ -13,7 +13,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -46,6 +46,7 @@ class OpSpec(NamedTuple):
     device: torch.device
 
 
+@runtime_checkable
 class Backend(Protocol):
     """One implementation of the operations; it holds no weights.
 

@@ -107,7 +107,7 @@ def cg_conv(
     *,
     mode: Mode = "uvu",
     output: Output = "sum",
-) -> Float[Tensor, "n_atoms n_out c_out"]:
+) -> Float[Tensor, "n_targets n_out c_out"]:
     """Convolve: gather x on the sources, couple it with y by the edge's weights, sum on targets.
 
     Args:

@@ -32,7 +32,7 @@ def crystal(seed: int = 1) -> Atoms:
     atoms = bulk("Cu", cubic=True).repeat((2, 2, 1))
     atoms.symbols[::5] = "Al"
     atoms.set_cell(
-        atoms.cell.array @ (np.eye(3) + [[0, 0.03, 0], [0, 0.01, 0.04], [0.02, 0, 0]]),
+        atoms.cell.array @ np.array([[1, 0.03, 0], [0, 1.01, 0.04], [0.02, 0, 1]]),
         scale_atoms=True,
     )
     atoms.rattle(0.1, seed=seed)

@@ -29,6 +29,8 @@ def single_graphs():
         graph.replace(
             energy=torch.randn(1, generator=generator, dtype=torch.float64),
             forces=torch.randn(graph.n_atoms, 3, generator=generator, dtype=torch.float64),
+            # PyG takes the fields of the first graph for all; only concatenate fills in.
+            tags=None,
         )
         for graph in graphs
     ]

@@ -185,6 +185,13 @@ def test_an_atom_too_many_cells_away_is_refused():
         neighbor_list(pos, np.eye(3), np.ones(3, bool), 2.0)
 
 
+@pytest.mark.parametrize("distance", [1e9, 1e30, 1e300])
+def test_an_atom_too_far_from_the_others_is_refused(distance):
+    pos = np.array([[0.0, 0, 0], [0, distance, 0]])
+    with pytest.raises(ValueError, match=r"atom 1 lies .* Å away from another"):
+        neighbor_list(pos, np.zeros((3, 3)), np.zeros(3, bool), 2.0)
+
+
 def assert_same(edges, fresh):
     np.testing.assert_array_equal(edges.edge_index, fresh.edge_index)
     np.testing.assert_array_equal(edges.cell_offsets, fresh.cell_offsets)

@@ -127,14 +127,17 @@ class _RotateScatter(Function):
         (grad,) = grads
         y, vectors, envelope, wigner, target = ctx.saved_tensors
         grad_y = grad_vectors = grad_envelope = None
-        if ctx.needs_input_grad[0] or ctx.needs_input_grad[2]:
-            grad_y = gather_rotate(grad, vectors, wigner, ctx.lmax, (target,))
+        needs_rows = ctx.needs_input_grad[0] or ctx.needs_input_grad[2]
         if ctx.needs_input_grad[1]:
-            lab = rotate_back(y, vectors, wigner, ctx.lmax)
-            torque = _torque(grad.index_select(0, target), lab, ctx.lmax)
+            lab_grad = grad.index_select(0, target)  # one gather serves both
+            if needs_rows:
+                grad_y = _RotateEdges.apply(lab_grad, vectors, wigner, ctx.lmax, False)
+            torque = _torque(lab_grad, rotate_back(y, vectors, wigner, ctx.lmax), ctx.lmax)
             if envelope is not None:
                 torque = torque * envelope[:, None]
             grad_vectors = _turn(torque, vectors)
+        elif needs_rows:
+            grad_y = gather_rotate(grad, vectors, wigner, ctx.lmax, (target,))
         if envelope is not None and grad_y is not None:
             if ctx.needs_input_grad[2]:
                 grad_envelope = torch.linalg.vecdot(grad_y.flatten(1), y.flatten(1))

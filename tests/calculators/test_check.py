@@ -1,0 +1,235 @@
+import math
+
+import numpy as np
+import pytest
+from ase import Atoms
+from ase.build import bulk
+from ase.calculators.calculator import Calculator, all_changes
+from ase.calculators.emt import EMT
+from ase.calculators.lj import LennardJones
+from small_potential import small_potential
+
+from atomeq.calculators.ase import AtomeqCalculator
+from atomeq.calculators.check import LAWS, _chosen, check_calculator, known_elements
+from atomeq.calculators.laws import Law, LawResult, Measured, NotApplicable, Subject
+from atomeq.calculators.physical_laws import energy_drift
+from atomeq.calculators.software_laws import shared_by_threads
+
+
+def verdicts(factory, **options) -> dict[str, LawResult]:
+    return {result.name: result for result in check_calculator(factory, **options)}
+
+
+@pytest.fixture(scope="module")
+def emt() -> dict[str, LawResult]:
+    return verdicts(EMT, elements=["Cu", "Al"])
+
+
+def argon() -> LennardJones:
+    return LennardJones(sigma=3.4, epsilon=0.01, rc=7.3)
+
+
+def test_our_calculator_keeps_every_law():
+    potential = small_potential()
+    results = verdicts(lambda: AtomeqCalculator(potential))
+    assert {name: r.note for name, r in results.items() if not r.passed} == {}
+    assert results["forces are -dE/dx"].figure <= 1e-8
+    assert results["rotation"].figure <= 1e-12
+
+
+def test_our_calculator_keeps_every_law_in_single_precision():
+    potential = small_potential()
+    results = verdicts(
+        lambda: AtomeqCalculator(potential, dtype="float32"),
+        single_precision=True,
+        only=["forces are -dE/dx", "stress is dE/dε / V", "rotation", "shared by 8 threads"],
+    )
+    assert {name: (r.figure, r.note) for name, r in results.items() if not r.passed} == {}
+    assert results["rotation"].figure > 1e-10  # float32 it was
+
+
+def test_emt_is_wrong_when_threads_share_it(emt):
+    law = emt["shared by 8 threads"]
+    assert law.passed is False
+    assert "energy wrong by up to" in law.note or "raised" in law.note
+
+
+def test_emt_race_shows_every_time():
+    subject = Subject(EMT, ["Cu"])
+    for _ in range(3):
+        measured = shared_by_threads(subject)
+        assert measured.figure > 0.01  # eV per atom or eV/Å, silently
+
+
+def test_emt_accepts_nan_with_a_finite_energy(emt):
+    law = emt["NaN refused"]
+    assert law.passed is False
+    assert law.figure >= 1
+    energy = float(law.note.split("energy ")[-1].split(" eV")[0])
+    assert math.isfinite(energy)
+
+
+@pytest.mark.parametrize(
+    ("name", "passed"),
+    [
+        ("empty structure refused", False),  # energy 0
+        ("pbc without a cell refused", False),  # energy -1e6 eV
+        ("pickling", False),  # holds a lambda
+        ("unknown element refused", True),
+        ("one per thread", True),
+        ("deepcopy", True),
+        ("rotation", True),
+        ("reflection", True),
+        ("supercell extensivity", True),
+        ("skew-equivalent cell", True),
+        ("forces are -dE/dx", True),
+        ("stress is dE/dε / V", True),
+        ("free_energy published", True),
+    ],
+)
+def test_emt_otherwise(emt, name, passed):
+    assert emt[name].passed is passed, emt[name]
+
+
+def test_lennard_jones_breaks_off_at_its_cutoff():
+    results = verdicts(
+        argon,
+        elements=["Ar"],
+        only=["smooth at the cutoff", "unknown element refused", "overlapping atoms"],
+    )
+    cutoff = results["smooth at the cutoff"]
+    assert cutoff.passed is False
+    assert float(cutoff.note.split("largest at ")[1].split()[0]) == pytest.approx(7.3, abs=0.05)
+    assert results["unknown element refused"].passed is False
+    assert results["overlapping atoms"].passed is False  # NaN
+
+
+class Faulty(Calculator):
+    """Lennard-Jones with one fault at a time."""
+
+    implemented_properties = ["energy", "forces"]  # noqa: RUF012
+    fault = ""
+
+    def calculate(self, atoms=None, properties=("energy",), system_changes=all_changes):
+        super().calculate(atoms, properties, system_changes)
+        assert atoms is not None
+        good = LennardJones(sigma=2.3, epsilon=0.4, rc=6.1, smooth=True)
+        results = {key: good.get_property(key, atoms) for key in ("energy", "forces")}
+        if self.fault == "forces":
+            results["forces"] = 1.001 * results["forces"]
+        if self.fault == "direction":
+            results["energy"] += 1e-6 * float((atoms.positions[:, 0] ** 2).sum())
+        if self.fault == "order":
+            results["energy"] += 1e-6 * float(atoms.positions[0, 2])
+        if self.fault == "swirl":
+            turned = np.cross([0, 0, 1], atoms.positions - atoms.positions.mean(axis=0))
+            results["forces"] = results["forces"] + 0.05 * turned
+        if self.fault == "touches":
+            atoms.info["seen"] = True
+        self.results = results
+
+
+def faulty(fault: str):
+    return type("Faulty", (Faulty,), {"fault": fault})
+
+
+@pytest.mark.parametrize(
+    ("fault", "broken"),
+    [
+        ("forces", {"forces are -dE/dx"}),
+        ("direction", {"rotation", "translation", "wrapping"}),
+        ("order", {"permutation", "translation", "reflection"}),
+        ("touches", {"structure left untouched"}),
+    ],
+)
+def test_planted_faults_are_found(fault, broken):
+    sound = verdicts(faulty(""), elements=["Cu"], only=broken)
+    found = verdicts(faulty(fault), elements=["Cu"], only=broken)
+    assert {name for name, r in sound.items() if r.passed} == broken
+    assert {name for name, r in found.items() if r.passed is False} == broken
+
+
+def test_laws_of_stress_are_skipped_without_stress():
+    laws = ["stress is dE/dε / V", "free_energy published"]
+    results = verdicts(faulty(""), elements=["Cu"], only=laws)
+    assert results["stress is dE/dε / V"].passed is None
+    assert "skipped" in results["stress is dE/dε / V"].note
+    assert results["free_energy published"].passed is False
+
+
+def test_energy_drift_of_a_short_run():
+    atoms = bulk("Ar", cubic=True).repeat(2)
+    subject = Subject(argon, ["Ar"], dynamics_structure=atoms, dynamics_steps=50, temperature=20)
+    seen = []
+    subject.on_step = lambda step, steps: seen.append((step, steps))
+    measured = energy_drift(subject)
+    assert measured.figure < 1.0
+    assert "32 atoms, 0.1 ps" in measured.note
+    assert seen[-1] == (50, 50)
+
+
+def test_energy_drift_is_found_where_forces_are_not_gradients():
+    options = {"dynamics_steps": 100, "dynamics_structure": bulk("Cu", cubic=True).repeat(2)}
+    sound = energy_drift(Subject(faulty(""), ["Cu"], **options)).figure
+    assert energy_drift(Subject(faulty("swirl"), ["Cu"], **options)).figure > 10 * sound
+
+
+def test_only_the_full_check_runs_long_laws():
+    assert [law.name for law in LAWS if law.long] == ["NVE drift"]
+    assert "NVE drift" not in {law.name for law in _chosen(None, full=False)}
+    assert len(_chosen(None, full=True)) == len(LAWS)
+    with pytest.raises(ValueError, match="no law 'beauty'"):
+        _chosen(["beauty"], full=True)
+
+
+def test_hundred_atoms_of_copper_are_108():
+    assert len(Subject(EMT, ["Cu"]).hundred_atoms()) == 108
+
+
+def test_elements_are_those_the_calculator_states_or_accepts():
+    potential = small_potential()
+    assert known_elements(lambda: AtomeqCalculator(potential)) == ["Al", "Cu"]
+    assert known_elements(EMT)[:2] == ["Cu", "Al"]
+    assert "Fe" not in known_elements(EMT)
+
+
+def test_what_is_no_calculator_of_anything_is_refused():
+    class Refuses(Calculator):
+        implemented_properties = ["energy"]  # noqa: RUF012
+
+        def calculate(self, *args, **kwargs):
+            raise RuntimeError("not today")
+
+    with pytest.raises(ValueError, match="not today"):
+        check_calculator(Refuses)
+    with pytest.raises(ValueError, match="'Xx' is not a chemical symbol"):
+        check_calculator(EMT, elements=["Xx"])
+
+
+@pytest.mark.parametrize(
+    ("outcome", "passed"),
+    [
+        (Measured(0.5), True),
+        (Measured(1.5), False),
+        (Measured(math.nan), False),
+        (Measured(0.0, broken=True), False),
+        (ZeroDivisionError("oops"), False),
+        (NotApplicable("no"), None),
+    ],
+)
+def test_judgement(outcome, passed):
+    def measure(subject):
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    result = Law("law", measure, "eV", 1.0, 1.0).judge(Subject(EMT, ["Cu"]))
+    assert result.passed is passed
+
+
+def test_structures_hold_every_known_element():
+    subject = Subject(EMT, ["Cu", "Al", "Ni"])
+    for atoms in (subject.crystal(), subject.cluster()):
+        assert set(atoms.symbols) == {"Cu", "Al", "Ni"}
+    assert isinstance(subject.crystal(), Atoms)
+    assert not subject.cluster().pbc.any()

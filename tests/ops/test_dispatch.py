@@ -1,0 +1,140 @@
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from atomeq.ops import dispatch
+from atomeq.ops.backends.reference import ReferenceBackend
+from atomeq.ops.dispatch import Backend, OpSpec, chosen_backend, explain, use_backend
+from atomeq.ops.segment import segment_sum
+
+X, INDEX = torch.ones(4, 2), torch.tensor([0, 1, 1, 0])
+
+
+class PickyBackend(ReferenceBackend):
+    """Serves float32 only, and gives a wrong sum on purpose, to be recognised by."""
+
+    name = "picky"
+
+    def refusal(self, spec: OpSpec) -> str | None:
+        return None if spec.dtype == torch.float32 else f"it has no {spec.dtype}"
+
+    def segment_sum(self, x: torch.Tensor, index: torch.Tensor, n_segments: int) -> torch.Tensor:
+        return x.new_full((n_segments, *x.shape[1:]), 42.0)
+
+
+@pytest.fixture
+def picky(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setitem(dispatch.BACKENDS, "picky", f"{__name__}:PickyBackend")
+    monkeypatch.setitem(__import__("sys").modules, __name__, __import__(__name__))
+    yield
+    dispatch.load_backend.cache_clear()
+
+
+def test_reference_serves_every_operation_of_the_protocol() -> None:
+    operations = {
+        name
+        for name, value in vars(Backend).items()
+        if not name.startswith("_") and callable(value) and name != "refusal"
+    }
+    for op in operations:
+        report = explain(
+            op, lmax=2, mmax=2, channels=16, n_edges=100, dtype=torch.float32, device="cpu"
+        )
+        assert report.backend == "reference"
+        assert report.flops > 0
+        assert report.bytes > 0
+        assert report.floor > 0
+
+
+def test_default_is_auto(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ATOMEQ_BACKEND", raising=False)
+    assert chosen_backend() == "auto"
+
+
+def test_context_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ATOMEQ_BACKEND", "reference")
+    assert chosen_backend() == "reference"
+    with use_backend("auto"):
+        assert chosen_backend() == "auto"
+        with use_backend("reference"):
+            assert chosen_backend() == "reference"
+        assert chosen_backend() == "auto"
+    assert chosen_backend() == "reference"
+
+
+def test_choice_ends_with_its_block_when_it_fails() -> None:
+    with pytest.raises(RuntimeError), use_backend("reference"):
+        raise RuntimeError
+    assert chosen_backend() == "auto"
+
+
+def test_choice_belongs_to_its_thread() -> None:
+    seen = []
+    with use_backend("reference"):
+        thread = threading.Thread(target=lambda: seen.append(chosen_backend()))
+        thread.start()
+        thread.join()
+    assert seen == ["auto"]
+
+
+def test_unknown_backend_is_refused_with_the_known_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    with (
+        pytest.raises(ValueError, match=r"'triton'; the backends are: auto, reference"),
+        use_backend("triton"),
+    ):
+        pass
+    monkeypatch.setenv("ATOMEQ_BACKEND", "tritn")
+    with pytest.raises(ValueError, match="ATOMEQ_BACKEND asks for backend 'tritn'"):
+        segment_sum(X, INDEX, 2)
+
+
+@pytest.mark.usefixtures("picky")
+def test_explicit_choice_serves() -> None:
+    with use_backend("picky"):
+        assert segment_sum(X, INDEX, 2).eq(42).all()
+    assert segment_sum(X, INDEX, 2).eq(2).all()
+
+
+@pytest.mark.usefixtures("picky")
+def test_explicit_choice_that_cannot_be_met_says_why() -> None:
+    with (
+        use_backend("picky"),
+        pytest.raises(NotImplementedError, match=r"'picky'.*segment_sum: it has no torch.float64"),
+    ):
+        segment_sum(X.double(), INDEX, 2)
+
+
+@pytest.mark.usefixtures("picky")
+def test_auto_passes_on_to_the_next_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "AUTO_ORDER", ("picky", "reference"))
+    assert segment_sum(X, INDEX, 2).eq(42).all()
+    assert segment_sum(X.double(), INDEX, 2).eq(2).all()
+
+
+@pytest.mark.usefixtures("picky")
+def test_explain_names_who_serves_and_why_not_others() -> None:
+    options = {"lmax": 2, "mmax": 2, "channels": 16, "n_edges": 4500, "device": "cpu"}
+    report = explain("so2_linear", dtype=torch.float64, **options)
+    assert report.refusals == {"picky": "it has no torch.float64"}
+    assert "served by   reference (asked for: auto)" in str(report)
+    assert "not by      picky: it has no torch.float64" in str(report)
+    with use_backend("picky"):
+        assert explain("so2_linear", dtype=torch.float64, **options).backend is None
+        assert explain("so2_linear", dtype=torch.float32, **options).backend == "picky"
+
+
+def test_explain_counts_the_work_of_an_so2_map() -> None:
+    report = explain(
+        "so2_linear", lmax=2, mmax=2, channels=8, n_edges=10, dtype=torch.float64, device="cpu"
+    )
+    assert report.flops == 10 * 2 * (9 + 4 * 4 + 4 * 1) * 64
+    assert report.bytes == 8 * (10 * 2 * 9 * 8 + (9 + 2 * 4 + 2 * 1) * 64)
+
+
+def test_explain_refuses_unknown_operations() -> None:
+    with pytest.raises(ValueError, match="'so3_linear' is unknown; choose from"):
+        explain(
+            "so3_linear", lmax=2, mmax=2, channels=8, n_edges=1, dtype=torch.float32, device="cpu"
+        )
