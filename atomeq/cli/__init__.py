@@ -22,6 +22,7 @@ class Verb(NamedTuple):
 
 _SIMULATE = "atomeq.cli.simulate"
 _INSPECT = "atomeq.cli.inspect"
+_DATA = "atomeq.cli.data"
 _TRAINING = "atomeq.cli.training"
 
 VERBS = {
@@ -34,6 +35,8 @@ VERBS = {
     "validate": Verb(_TRAINING, "evaluate a checkpoint on the validation set"),
     "test": Verb(_TRAINING, "evaluate a checkpoint on the test set"),
     "predict": Verb(_TRAINING, "write a checkpoint's predictions"),
+    "data": Verb(_DATA, "fetch OC20, convert it between its formats"),
+    "is2re": Verb(_DATA, "relax OC20's initial structures and compare with DFT"),
 }
 
 #: What a user's input can cause; anything else is a fault of the program and shows its traceback.
