@@ -1,5 +1,6 @@
 """Relaxes OC20's initial structures with a calculator: the IS2RE and IS2RS tasks by relaxation."""
 
+import os
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,7 +47,7 @@ def relax_frame(
     atoms = frame.to_atoms()
     atoms.calc = calculator
     optimizer = LBFGS(
-        atoms, logfile=None, maxstep=_MAX_STEP, memory=_MEMORY, damping=1.0, alpha=_ALPHA
+        atoms, logfile=os.devnull, maxstep=_MAX_STEP, memory=_MEMORY, damping=1.0, alpha=_ALPHA
     )
     converged = bool(optimizer.run(fmax=fmax, steps=max_steps))
     return RelaxedSystem(

@@ -247,7 +247,7 @@ def _is2re_metrics(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
         "converged": sum(row["converged"] for row in rows),
     }
     if len(errors):
-        metrics["energy MAE [eV]"] = float(errors.mean())
+        metrics["energy MAE, eV"] = float(errors.mean())
         metrics["EwT"] = float((errors < ENERGY_THRESHOLD).mean())
     if distances:
         metrics["ADwT"] = average_distance_within_threshold(distances)

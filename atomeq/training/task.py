@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from atomeq.data.ase_files import DataError
+from atomeq.data.ase_files import DataError, expand_data_path
 from atomeq.data.batching import GraphDataset
 from atomeq.data.datamodule import AtomisticDataModule, DataFile
 from atomeq.graph.atom_graph import AtomGraph
@@ -21,7 +21,7 @@ from atomeq.models.base import AtomisticModel
 from atomeq.potential.potential import Potential
 from atomeq.training.losses import PotentialLoss
 from atomeq.training.metrics import ErrorMetric, PotentialErrors
-from atomeq.training.normalisation import fit_references
+from atomeq.training.normalisation import fit_references, take_weights
 from atomeq.training.schedules import WarmupCosine
 from atomeq.typing import PropertyKey
 
@@ -43,7 +43,12 @@ class AtomisticTask(LightningModule):
         scale: eV per unit of the network's output: ``forces`` is the rms of the training force
             components, ``energy`` the rms per atom of what the shift leaves of the energies, a
             number is taken as it is.
+        offset: eV of every structure, whatever its size: the mean of OC20's energies, by which its
+            models are normalised. Not extensive, so zero for any other data.
         metrics: What validation and tests report; :class:`PotentialErrors` by default.
+        start_from: Name or folder of a potential with the same model, whose weights and references
+            training starts from (fine-tuning); ``references``, ``scale`` and ``offset`` are not
+            looked at then.
 
     Example:
         >>> task = AtomisticTask(model, optimizer=torch.optim.AdamW)  # doctest: +SKIP
@@ -61,15 +66,21 @@ class AtomisticTask(LightningModule):
         | DataFile
         | dict[str, float] = "least_squares",
         scale: float | Literal["forces", "energy"] = "forces",
+        offset: float = 0.0,
         metrics: ErrorMetric | None = None,
+        start_from: DataFile | None = None,
     ) -> None:
         super().__init__()
         self.potential = Potential(model)
+        self.start_from = start_from
+        if start_from is not None:  # here, before the averaged weights are copied
+            take_weights(self.potential, expand_data_path(start_from))
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.loss = loss if loss is not None else PotentialLoss()
         self.reference_source = references
         self.scale_source: float | Literal["forces", "energy"] = scale
+        self.offset = offset
         self.metrics = metrics if metrics is not None else PotentialErrors()
         self.errors = nn.ModuleDict({"val": self.metrics.clone()})
         self.test_results: dict[str, dict[str, float]] = {}
@@ -94,9 +105,13 @@ class AtomisticTask(LightningModule):
             assert data.train_set is not None
             self._refuse_missing_labels(data.train_set)
             # A checkpoint, loaded after this, replaces what is fitted here.
-            self.potential.references = fit_references(
-                data.train_set, shift=self.reference_source, scale=self.scale_source
-            )
+            if self.start_from is None:
+                self.potential.references = fit_references(
+                    data.train_set,
+                    shift=self.reference_source,
+                    scale=self.scale_source,
+                    offset=self.offset,
+                )
         sets = {"val": data.val_set, **{f"test/{n}": s for n, s in data.test_sets.items()}}
         for name, dataset in sets.items():
             if dataset is not None:
