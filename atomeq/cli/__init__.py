@@ -30,6 +30,7 @@ VERBS = {
     "relax": Verb(_SIMULATE, "move atoms, and the cell with --cell, until forces vanish"),
     "md": Verb(_SIMULATE, "molecular dynamics: NVE, NVT or NPT"),
     "check": Verb(_INSPECT, "hold a potential or any ASE calculator to the laws of physics"),
+    "convert": Verb("atomeq.cli.convert", "turn a published checkpoint (.pt) into a potential"),
     "doctor": Verb(_INSPECT, "versions, devices, data, potentials and backends on this machine"),
     "fit": Verb(_TRAINING, "train a potential from a configuration file"),
     "validate": Verb(_TRAINING, "evaluate a checkpoint on the validation set"),

@@ -76,7 +76,8 @@ class EquiformerV2(AtomisticModel):
         chiral: Let +m and -m mix, which commutes with rotations but not with reflections.
         envelope: End messages smoothly at the cutoff.
         max_neighbors: Keep this many nearest neighbours; None keeps all.
-        strict_neighbors: Keep exactly so many (:class:`~atomeq.graph.builders.NearestNeighborGraph`).
+        strict_neighbors: Keep exactly so many, and not equally far ones beyond
+            (:class:`~atomeq.graph.builders.NearestNeighborGraph`).
         direct_forces: Forces from a head of their own, no derivative of the energy.
         linear_reference: Add a constant for each element to its atoms' energies.
         avg_degree: Typical count of neighbours, dividing their sum in the degree embedding.
@@ -108,6 +109,7 @@ class EquiformerV2(AtomisticModel):
     chiral: bool
     max_neighbors: int | None
     strict_neighbors: bool
+    avg_degree: float
     energy_divisor: float
     alpha_drop: float
     drop_path: float
@@ -163,12 +165,7 @@ class EquiformerV2(AtomisticModel):
         self.cut = PolynomialEnvelope(cutoff) if envelope else None
         shared = element_pairs == "shared"
         self.pairs = ElementPair(num_elements, edge_channels) if shared else None
-        self.degree_embedding = DegreeEmbedding(
-            lmax, mmax, sphere_channels, avg_degree=avg_degree,
-            network=EdgeNetwork(
-                self._num_edge_scalars, edge_channels, (lmax + 1) * sphere_channels, self._per_block
-            ),
-        )  # fmt: skip
+        self.degree_embedding = self._degree_embedding()
         self.blocks = nn.ModuleList(self._block() for _ in range(num_layers))
         self.norm_out = equivariant_norm(norm, lmax, sphere_channels)
         self.energy = self._feed_forward(1)
@@ -251,6 +248,19 @@ class EquiformerV2(AtomisticModel):
     def _per_block(self) -> int | None:
         """Elements that each block embeds for itself."""
         return self.num_elements if self.element_pairs == "per_block" else None
+
+    def _degree_embedding(self) -> DegreeEmbedding:
+        n_weights = (self.lmax + 1) * self.sphere_channels
+        network = EdgeNetwork(
+            self._num_edge_scalars, self.edge_channels, n_weights, self._per_block
+        )
+        return DegreeEmbedding(
+            self.lmax,
+            self.mmax,
+            self.sphere_channels,
+            avg_degree=self.avg_degree,
+            network=network,
+        )
 
     def _block(self) -> "TransformerBlock":
         return TransformerBlock(

@@ -6,9 +6,9 @@ more: messages of source and target have separate maps with a hidden layer each,
 several resolutions side by side, atoms are updated on a grid and the output is read from points
 sampled on the sphere. One class for both would be two classes in a trench coat.
 
-Known about this form, and mended in ours: the energy jumps where the cap on neighbours or the cutoff
-drops an edge; SiLU on the grid and the sampled output break equivariance at the level of 1 % and
-forces are no derivative of the energy. The roll of the edge frame, which the reference code draws
+Known about this form, and mended in ours: the energy jumps where the cap on neighbours or the
+cutoff drops an edge; SiLU on the grid and the sampled output break equivariance at the level of 1 %
+and forces are no derivative of the energy. The roll of the edge frame, which the reference code draws
 at random, is fixed here; ``edge_rotation`` feeds one in.
 """
 
@@ -55,7 +55,8 @@ class PublishedESCN(AtomisticModel):
         grid_resolution: Polar angles and azimuths of grids; None is the least that resolves the
             features. No weight depends on it.
         max_neighbors: Keep this many nearest neighbours; None keeps all.
-        strict_neighbors: Keep exactly so many (:class:`~atomeq.graph.builders.NearestNeighborGraph`).
+        strict_neighbors: Keep exactly so many, and not equally far ones beyond
+            (:class:`~atomeq.graph.builders.NearestNeighborGraph`).
         direct_forces: Whether there is a force head.
         energy_reduce: ``sum`` over atoms times 0.001, or ``mean``.
     """

@@ -12,6 +12,7 @@ from atomeq.nn.so3 import Gate, SO2Convolution, SO3Linear
 from atomeq.nn.sphere import SphereActivation, with_scalars
 from atomeq.ops.segment import segment_softmax, segment_sum
 from atomeq.ops.so2 import rotate_from_edge, rotate_to_edge
+from atomeq.ops.tables import constant_table, table_like
 from atomeq.ops.wigner import EdgeFrame, m_primary_order
 from atomeq.typing import NodeFeatures
 
@@ -78,6 +79,7 @@ class EdgeNetwork(nn.Module):
         return self.layers(edges.basis if self.elements is None else self.elements(edges))
 
 
+@constant_table
 def degree_rescale(lmax: int, mmax: int) -> Tensor:
     """Return the factor of each coefficient after the way back from the edge frame, (n_sph, 1).
 
@@ -99,22 +101,21 @@ class DegreeEmbedding(nn.Module):
         network: Of the edge length, with (lmax + 1) · channels outputs.
     """
 
-    rescale: Tensor
-
     def __init__(
         self, lmax: int, mmax: int, channels: int, *, avg_degree: float, network: EdgeNetwork
     ) -> None:
         super().__init__()
         self.shape = (lmax + 1, channels)
+        self.mmax = mmax
         self.avg_degree = avg_degree
         self.radial = network
-        self.register_buffer("rescale", degree_rescale(lmax, mmax), persistent=False)
 
     def forward(self, frame: EdgeFrame, edges: EdgeScalars) -> NodeFeatures:
         """Return (n_atoms, n_sph, channels)."""
         polar = self.radial(edges).view(frame.n_edges, *self.shape)
         total = rotate_from_edge(polar, frame.truncated(0), envelope=edges.envelope)
-        return total * (self.rescale / self.avg_degree)
+        rescale = table_like(degree_rescale, frame.lmax, self.mmax, like=total)
+        return total * (rescale / self.avg_degree)
 
 
 class EquivariantAttention(nn.Module):
@@ -142,8 +143,6 @@ class EquivariantAttention(nn.Module):
         chiral: Let +m and -m mix, as published (:class:`~atomeq.nn.so3.SO2Convolution`).
         dropout: Probability that an attention weight is dropped.
     """
-
-    rescale: Tensor
 
     def __init__(
         self,
@@ -200,7 +199,6 @@ class EquivariantAttention(nn.Module):
             lmax, mmax, hidden_channels, n_values, chiral=chiral, bias=True
         )
         self.projection = SO3Linear(lmax, n_values, out_channels)
-        self.register_buffer("rescale", degree_rescale(lmax, mmax), persistent=False)
 
     def forward(self, x: NodeFeatures, frame: EdgeFrame, edges: EdgeScalars) -> NodeFeatures:
         """Return the attention over the neighbours of each atom, (n_atoms, n_sph, out_channels)."""
@@ -211,7 +209,8 @@ class EquivariantAttention(nn.Module):
         weights = self._weights(logits, frame, edges.envelope)  # (n_edges, num_heads)
         message = message * weights.repeat_interleave(self.heads[2], dim=1).unsqueeze(1)
         total = rotate_from_edge(message, frame)  # (n_atoms, n_sph, n_values)
-        return self.projection(total * self.rescale)
+        rescale = table_like(degree_rescale, self.lmax, self.mmax, like=total)
+        return self.projection(total * rescale)
 
     def _radial_weights(self, edges: EdgeScalars) -> Tensor:
         """Return the factors of the first convolution's input, (n_edges, n_radial_weights)."""

@@ -2,8 +2,8 @@
 
 Both layouts of fairchem 1.x are read: the legacy one of the Open Catalyst Project (``model`` a name
 beside ``model_attributes``, normalizers ``target`` and ``grad_target``) and the current one. A .pt
-file is a pickle, so it is read with ``weights_only=True``, which builds tensors and plain values and
-calls nothing else.
+file is a pickle, so it is read with ``weights_only=True``, which builds tensors and plain values
+and calls nothing else.
 """
 
 import pickle
@@ -30,6 +30,9 @@ from atomeq.potential.potential import Potential
 from atomeq.potential.references import MAX_ATOMIC_NUMBER, AtomicReferences
 
 CARD_FILE = "README.md"
+
+_ENERGY_HEADS = {"escn_energy_head", "equiformer_v2_energy_head", "equiformerV2_scalar_head"}
+_FORCE_HEADS = {"escn_force_head", "equiformer_v2_force_head", "equiformerV2_vector_head"}
 
 # Scalars of numpy stand among the metrics; these make one from bytes and do nothing else.
 _SCALAR = np.float64(0.0).__reduce__()[0]  # its home differs between numpy 1 and 2
@@ -166,8 +169,8 @@ def model_card(name: str, official: OfficialCheckpoint, potential: Potential) ->
     options = "\n".join(f"| {key} | {value} |" for key, value in sorted(official.options.items()))
     return f"""# {name}
 
-Converted from the published checkpoint `{origin["file"]}` (SHA-256 `{origin["sha256"]}`) by
-`atomeq convert`. Licence and citation are those of the checkpoint's authors.
+Converted from the published checkpoint `{origin["file"]}` by `atomeq convert`
+(SHA-256 {origin["sha256"]}). Licence and citation are those of the checkpoint's authors.
 
 | | |
 |---|---|
@@ -178,10 +181,11 @@ Converted from the published checkpoint `{origin["file"]}` (SHA-256 `{origin["sh
 | forces | {forces}, · {float(references.force_scale):.8g} eV/Å |
 | elements | atomic numbers up to {max(potential.elements)} |
 
-Models of OC20 and OC22 predict what their data set calls the energy: for OC20 the adsorption energy,
-relative to the clean slab and gas-phase references, no total energy. The offset is one for every
-structure, so energies are not extensive. Where the number of neighbours is capped, the energy jumps
-when two neighbours swap ranks: for molecular dynamics that conserves energy take another potential.
+Models of OC20 and OC22 predict what their data set calls the energy: for OC20 the adsorption
+energy, relative to the clean slab and gas-phase references, no total energy. The offset is one for
+every structure, so energies are not extensive. Where the number of neighbours is capped, the energy
+jumps when two neighbours swap ranks: for molecular dynamics that conserves energy take another
+potential.
 
 ```python
 from atomeq import AtomeqCalculator
@@ -236,10 +240,12 @@ def _head_options(heads: Mapping[str, Any], path: Path) -> dict[str, Any]:
     options: dict[str, Any] = {"regress_forces": False}
     for title, head in heads.items():
         module = str(head.get("module", ""))
-        rest = set(head) - {"module", "reduce"}
-        if rest or not re.fullmatch(r"(escn|equiformer_v2)_(energy|force)_head", module):
+        rest = set(head) - {"module", "reduce", "output_name"}
+        if rest or module not in _ENERGY_HEADS | _FORCE_HEADS:
             raise OfficialError(f"{path}: head {title!r} is not known: {dict(head)!r}")
-        if module.endswith("force_head"):
+        if head.get("output_name") not in (None, "energy", "forces"):
+            raise OfficialError(f"{path}: head {title!r} predicts {head['output_name']!r}")
+        if module in _FORCE_HEADS:
             options["regress_forces"] = True
         elif "reduce" in head:
             options["reduce"] = head["reduce"]

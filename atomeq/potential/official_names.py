@@ -29,7 +29,7 @@ class OfficialError(ValueError):
 _NO_EFFECT = {
     "otf_graph", "use_pbc", "use_pbc_single", "num_atoms", "bond_feat_dim", "num_targets",
     "weight_init", "show_timing_info", "scale_file", "num_distance_basis", "attn_activation",
-    "ffn_activation", "direct_forces",
+    "ffn_activation", "activation_checkpoint",
 }  # fmt: skip
 
 
@@ -87,7 +87,7 @@ def our_names(model: AtomisticModel, weights: Mapping[str, Tensor]) -> dict[str,
     return {
         official: _translate(official, rules)
         for official, tensor in weights.items()
-        if not _is_buffer(official, tensor)
+        if not _is_unused(official, tensor, model)
     }
 
 
@@ -133,7 +133,7 @@ def _equiformer_v2(options: dict[str, Any]) -> AtomisticModel:
     gate = taken("use_gate_act", False)
     activation = "gate" if gate else f"{separable}s2"
     per_block = "shared" if taken("share_atom_edge_embedding", False) else "per_block"
-    linear_reference = taken("load_energy_lin_ref", False), taken("use_energy_lin_ref", False)
+    taken("load_energy_lin_ref", False)  # makes room for weights that may go unused
     arguments = {
         "cutoff": float(taken("max_radius", 5.0)),
         "lmax": taken.single("lmax_list", 6),
@@ -161,7 +161,7 @@ def _equiformer_v2(options: dict[str, Any]) -> AtomisticModel:
         "max_neighbors": taken("max_neighbors", 500),
         "strict_neighbors": taken("enforce_max_neighbors_strictly", True),
         "direct_forces": taken("regress_forces", True),
-        "linear_reference": any(linear_reference),
+        "linear_reference": taken("use_energy_lin_ref", False),
         "avg_degree": taken("avg_degree", None) or AVG_DEGREE,
         "energy_divisor": taken("avg_num_nodes", None) or AVG_NUM_NODES,
         "alpha_drop": taken("alpha_drop", 0.1),
@@ -277,8 +277,10 @@ def _translate(name: str, rules: _Rules) -> str:
     return name
 
 
-def _is_buffer(name: str, tensor: Tensor) -> bool:
-    """Whether a tensor is computed from the configuration: grids, Wigner matrices, indices."""
+def _is_unused(name: str, tensor: Tensor, model: AtomisticModel) -> bool:
+    """Whether a tensor is made again (grids, Wigner matrices, indices) or switched off."""
+    if name == "energy_lin_ref":
+        return getattr(model, "linear_energies", None) is None
     return _BUFFER.search(name) is not None or not tensor.is_floating_point()
 
 
