@@ -200,7 +200,7 @@ def energy_drift(subject: Subject) -> Measured:
     atoms = subject.hundred_atoms()
     atoms.calc = subject.factory()
     random = subject.random("velocities")
-    thermalize_momenta(atoms, 2 * subject.temperature, rng=random)
+    thermalize_momenta(atoms, 2 * subject.temperature, exact_temperature=True, rng=random)
     Stationary(atoms)
     dynamics = VelocityVerlet(atoms, timestep=subject.timestep * units.fs)
     times, energies, temperatures = [], [], []

@@ -1,6 +1,7 @@
-"""``atomeq data download | convert | metadata`` and ``atomeq is2re``: OC20's files and tasks."""
+"""``atomeq data list | download | convert | metadata`` and ``atomeq is2re``: OC20's files and tasks."""
 
 import json
+import logging
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,8 +15,9 @@ from atomeq.calculators.ase import AtomeqCalculator
 from atomeq.calculators.relaxation import relax_frame
 from atomeq.cli.terminal import Meter, Parser, say, show_table
 from atomeq.data.ase_files import DATA_VARIABLE, DataError, expand_data_path
-from atomeq.data.download import ARCHIVES, fetch, known_archive, unpack
+from atomeq.data.download import DATA_SETS, download
 from atomeq.data.oc20 import open_frames
+from atomeq.data.oc20_download import ARCHIVES, Archive, fetch, unpack
 from atomeq.data.oc20_frame import EnergyKind
 from atomeq.data.oc20_write import FileFormat, convert, write_metadata
 from atomeq.files import refuse_unwritable, write_atomically
@@ -27,10 +29,11 @@ from atomeq.training.oc20_metrics import (
 
 _MIB = 2**20
 _DATA = """\
-Fetch OC20 and turn its files into those that one trains on.
+Fetch public data sets and turn OC20's files into those that one trains on.
 
 commands:
-  download  fetch a public archive, check its MD5 sum and unpack it
+  list      the data sets, their licences and sources
+  download  fetch a data set and check that it is what was published
   convert   rewrite data as lmdb, aselmdb or raw, from any of these
   metadata  write metadata.npz: atoms of each frame and elements, for batches bounded by atoms
 
@@ -38,14 +41,13 @@ commands:
 """
 _DESCRIPTIONS = {
     "download": """\
-Fetch a public archive, check its MD5 sum and unpack it. A download that broke off is completed when
-the command is given again. Data sets:
-"""
-    + "\n".join(f"  {name:22}{archive.size} unpacked" for name, archive in ARCHIVES.items())
-    + """
+Fetch a public data set and check that it is what was published; `atomeq data list` names them. A
+download that broke off goes on when the command is given again. The archives of OC20 are unpacked
+in FOLDER/oc20, any other set is put in FOLDER/NAME.
 
-example:
-  atomeq data download oc20-s2ef-200k --folder data/oc20
+examples:
+  atomeq data download acac --folder data
+  atomeq data download oc20-s2ef-200k --folder data
 """,
     "convert": """\
 Rewrite OC20 data in another format, with metadata.npz. The source may be raw S2EF (*.extxyz[.xz]
@@ -87,8 +89,10 @@ def main(argv: Sequence[str]) -> int:
     if not words or words[0] in ("-h", "--help"):
         say(f"usage: atomeq data COMMAND ...\n\n{_DATA}")
         return 0
+    if words[0] == "list":
+        return list_sets()
     commands: dict[str, Callable[[Namespace], int]] = {
-        "download": download,
+        "download": download_set,
         "convert": convert_files,
         "metadata": metadata,
     }
@@ -100,11 +104,14 @@ def main(argv: Sequence[str]) -> int:
 def _data_parser(command: str) -> Parser:
     parser = Parser(f"atomeq data {command}", _DESCRIPTIONS[command])
     if command == "download":
-        parser.add_argument("name", metavar="NAME", type=str, help="one of the data sets above")
+        parser.add_argument("name", metavar="NAME", type=str, help="a data set from the list")
         parser.add_argument(
-            "--folder", type=str, default=None, help=f"where to; ${DATA_VARIABLE}/oc20 by default"
+            "--folder", type=str, default=None, help=f"where data sets are kept; ${DATA_VARIABLE}"
         )
-        parser.add_argument("--keep-archive", action="store_true", help="keep the tar file, too")
+        parser.add_argument(
+            "--source", type=str, default=None, help="another address of the same files, a mirror"
+        )
+        parser.add_argument("--keep-archive", action="store_true", help="keep OC20's tar file too")
         return parser
     parser.add_argument("source", metavar="SOURCE", type=str, help="folder or file of OC20 data")
     if command == "convert":
@@ -136,11 +143,43 @@ def _is2re_parser() -> Parser:
     return parser
 
 
-def download(options: Namespace) -> int:
-    """Fetch, check and unpack an archive."""
-    archive = known_archive(options.name)
-    folder = _download_folder(options.folder)
-    target = folder / options.name
+def list_sets() -> int:
+    """Show the data sets that can be downloaded."""
+    rows = [[name, known.licence, known.source] for name, known in DATA_SETS.items()]
+    rows += [
+        [name, "CC-BY-4.0", f"{archive.url} ({archive.size} unpacked)"]
+        for name, archive in ARCHIVES.items()
+    ]
+    show_table(["set", "licence", "source"], rows, most=len(rows))
+    return 0
+
+
+def download_set(options: Namespace) -> int:
+    """Fetch a data set."""
+    if options.name not in (*DATA_SETS, *ARCHIVES):
+        raise DataError(
+            f"there is no data set {options.name!r} to download; "
+            f"known: {', '.join((*DATA_SETS, *ARCHIVES))}"
+        )
+    folder = options.folder or os.environ.get(DATA_VARIABLE)
+    if not folder:
+        raise DataError(f"say where to put it: --folder FOLDER, or set {DATA_VARIABLE}")
+    logging.getLogger("atomeq").setLevel(logging.INFO)
+    if options.name in DATA_SETS:
+        paths = download(options.name, folder, source=options.source)
+        say(f"{options.name}: {len(paths)} files in {paths[0].parent}")
+        return 0
+    archive = ARCHIVES[options.name]
+    if options.source is not None:
+        url = f"{options.source.rstrip('/')}/{archive.file_name}"
+        archive = Archive(url, archive.md5, archive.size)
+    target = Path(folder) / "oc20" / options.name
+    _fetch_archive(archive, target, keep=options.keep_archive)
+    say(f"{options.name} is in {target}; its MD5 sum is {archive.md5}, as published")
+    return 0
+
+
+def _fetch_archive(archive: Archive, target: Path, *, keep: bool) -> None:
     if target.exists():
         raise DataError(f"{target} exists already; nothing was fetched")
     meter: Meter | None = None
@@ -151,20 +190,10 @@ def download(options: Namespace) -> int:
             meter = Meter(archive.file_name, max(1, total // _MIB), unit="MiB")
         meter.advance(present // _MIB - meter.done)
 
-    file = fetch(archive, folder, report=report)
+    file = fetch(archive, target.parent, report=report)
     unpack(file, target)
-    if not options.keep_archive:
+    if not keep:
         file.unlink()
-    say(f"{options.name} is in {target}, its MD5 sum {archive.md5} as published")
-    return 0
-
-
-def _download_folder(given: str | None) -> Path:
-    if given is not None:
-        return Path(given)
-    if not os.environ.get(DATA_VARIABLE):
-        raise DataError(f"where to? give --folder, or set {DATA_VARIABLE}")
-    return Path(os.environ[DATA_VARIABLE]) / "oc20"
 
 
 def convert_files(options: Namespace) -> int:

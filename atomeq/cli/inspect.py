@@ -27,6 +27,7 @@ from atomeq.calculators.laws import CalculatorFactory, Law, LawResult
 from atomeq.cli.structures import read_structures, versions
 from atomeq.cli.terminal import Meter, Parser, say
 from atomeq.files import refuse_unwritable, write_atomically
+from atomeq.ops.dispatch import AUTO_ORDER, BACKENDS, OpSpec, chosen_backend, load_backend
 from atomeq.potential.checkpoint import find_potential, load_potential, shipped_potentials
 
 _CHECK = """\
@@ -49,8 +50,8 @@ example:
 _OPTIONAL = {
     "triton": "fused kernels on CUDA",
     "nvalchemiops": "neighbour lists on CUDA",
-    "cuequivariance_torch": "backend",
-    "openequivariance": "backend",
+    "cuequivariance_torch": "kernels on CUDA",
+    "openequivariance": "kernels on CUDA",
     "torch_sim": "batched simulation",
     "ray": "many nodes",
     "tblite": "xTB labels",
@@ -192,8 +193,10 @@ def doctor() -> int:
     say("potentials")
     for line in _potentials():
         say(line)
-    say("backends and extras")
-    say(f"  {'reference':<22} available, pure torch")
+    say(f"backends, by preference; chosen: {chosen_backend()}")
+    for line in _backends():
+        say(line)
+    say("extras")
     for module, purpose in _OPTIONAL.items():
         say(f"  {module:<22} {_installed(module)}, {purpose}")
     return 0
@@ -233,6 +236,22 @@ def _potentials() -> Iterator[str]:
                 f"  {name:<22} {type(potential.model).__name__}, cutoff {potential.cutoff:g} Å, "
                 f"{len(potential.elements)} elements, {potential.dtype}, hash verified"
             )
+
+
+def _backends() -> Iterator[str]:
+    names = [*AUTO_ORDER, *(name for name in BACKENDS if name not in AUTO_ORDER)]
+    for name in names:
+        try:
+            backend = load_backend(name)
+        except ImportError as error:
+            yield f"  {name:<22} absent: {error}"
+            continue
+        serves = []
+        for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+            spec = OpSpec("so2_linear", 2, 2, 64, 1000, torch.float32, torch.device(device))
+            refusal = backend.refusal(spec)
+            serves.append(f"{device}: {refusal or 'serves'}")
+        yield f"  {name:<22} {'; '.join(serves)}"
 
 
 def _installed(module: str) -> str:

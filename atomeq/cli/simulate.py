@@ -21,7 +21,7 @@ from atomeq.cli.structures import (
     write_summary,
 )
 from atomeq.cli.terminal import Meter, Parser, say, show_table
-from atomeq.graph.convert import validate_structure
+from atomeq.graph.convert import StructureError, validate_structure
 from atomeq.units import GPA
 
 _OPTIMIZERS = {"fire": FIRE, "lbfgs": LBFGS, "bfgs": BFGS}
@@ -152,8 +152,14 @@ def relax(options: Namespace) -> int:
     rows: list[dict[str, Any]] = []
     meter = Meter("relax", len(structures), unit="structures")
     with structure_output(options.out) as output, meter.running():
-        for atoms in structures:
-            steps, converged = _relax_one(atoms, calculator, options, meter)
+        for number, atoms in enumerate(structures):
+            try:
+                steps, converged = _relax_one(atoms, calculator, options, meter)
+            except StructureError as error:
+                raise ValueError(
+                    f"relaxing {options.input}[{number}] went astray: {error}; the potential may "
+                    "not know such structures"
+                ) from error
             frozen = with_results(atoms, calculator)
             output.write(frozen)
             rows.append({**_row(frozen), "steps": steps, "converged": converged})

@@ -7,6 +7,7 @@ in the end the potential.
 import difflib
 import importlib
 import inspect
+import itertools
 import json
 import logging
 import re
@@ -86,6 +87,7 @@ class TrainingCLI(LightningCLI):
     """Adds the run's folder, averaged weights and result tables to Lightning's command line."""
 
     def __init__(self, args: list[str]) -> None:
+        self.run_name = _run_name(args)
         super().__init__(
             AtomisticTask,
             AtomisticDataModule,
@@ -118,7 +120,7 @@ class TrainingCLI(LightningCLI):
         parser.link_arguments("trainer.default_root_dir", "checkpoint.dirpath", _checkpoint_folder)
         parser.set_defaults(
             {
-                "trainer.default_root_dir": "runs/latest",
+                "trainer.default_root_dir": f"runs/{self.run_name}",
                 "trainer.inference_mode": False,
                 "trainer.enable_model_summary": False,
                 "checkpoint.filename": "best",
@@ -238,6 +240,16 @@ def _set_up_messages() -> None:
         ".*using a custom batch sampler.*",  # ours keeps every structure, in order
     ):
         warnings.filterwarnings("ignore", message=message)
+
+
+def _run_name(args: Sequence[str]) -> str:
+    """Return the name of the experiment's file, so that experiments do not share a folder."""
+    name = "latest"
+    for word, following in itertools.pairwise([*args, ""]):
+        option, _, value = word.partition("=")
+        if option in ("-c", "--config"):
+            name = Path(value or following).stem
+    return name
 
 
 def _checkpoint_folder(root: str | Path | None) -> str:

@@ -4,7 +4,7 @@ The sampler knows where it is, so a run that was killed goes on with the very ba
 seen next.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -172,8 +172,11 @@ class BudgetBatchSampler(Sampler[list[int]]):
                 )
 
 
-class ResumableLoader(DataLoader[AtomGraph]):
+class ResumableLoader:
     """A loader that Lightning can save in the middle of an epoch and restore to the next batch.
+
+    It holds a PyTorch loader and is none itself: Lightning would build a DataLoader anew with a
+    sampler of its own, to predict or to train on several devices, which ours does by itself.
 
     Args:
         dataset: The structures.
@@ -189,39 +192,39 @@ class ResumableLoader(DataLoader[AtomGraph]):
         *,
         num_workers: int = 0,
         seed: int = 0,
-        collate_fn: Callable[[Any], Any] | None = None,
     ) -> None:
-        super().__init__(
+        self.batch_sampler = batch_sampler
+        self._loader = DataLoader(
             dataset,
             batch_sampler=batch_sampler,
             num_workers=num_workers,
-            collate_fn=collate_fn if collate_fn is not None else _identity,
+            collate_fn=_identity,
             generator=torch.Generator().manual_seed(seed),
         )
         self._n_yielded = 0
 
-    def __iter__(self) -> Iterator[AtomGraph]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        assert isinstance(self.batch_sampler, BudgetBatchSampler)
+    def __len__(self) -> int:
+        return len(self.batch_sampler)
+
+    def __iter__(self) -> Iterator[AtomGraph]:
         self._n_yielded = self.batch_sampler.n_skipped
-        for batch in super().__iter__():
+        for batch in self._loader:
             self._n_yielded += 1
             yield batch
 
     def state_dict(self) -> dict[str, int]:
         """Return the epoch and how many of its batches were given out."""
-        assert isinstance(self.batch_sampler, BudgetBatchSampler)
         return {"epoch": self.batch_sampler.epoch, "n_batches": self._n_yielded}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on after the batches that were given out, if it is still their epoch."""
-        assert isinstance(self.batch_sampler, BudgetBatchSampler)
         if state["epoch"] == self.batch_sampler.epoch:
             self.batch_sampler.skip(state["n_batches"])
             self._n_yielded = state["n_batches"]
 
 
-def _identity(batch: AtomGraph) -> AtomGraph:
-    return batch
+def _identity(batch: Any) -> Any:
+    return batch  # __getitems__ has joined it
 
 
 def known_labels(graphs: Iterable[AtomGraph]) -> set[str]:

@@ -1,248 +1,272 @@
-"""Fetches the public archives of OC20: goes on where it was cut, and checks what it got.
+"""Public data sets from their original sources, pinned to a commit and checked by content.
 
-Addresses and MD5 sums are those of the dataset's own documentation (DATASET.md of the Open Catalyst
-Project, version of February 2021).
+What is checked is the SHA-256 of the structures and labels themselves, so it holds for the source's
+file, for a compressed copy of it and for one that another tool has written.
 """
 
-import contextlib
+import gzip
 import hashlib
-import http
-import http.client
 import logging
 import os
 import shutil
-import tarfile
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
 
-from atomeq.data.ase_files import DataError
+import numpy as np
+
+from atomeq.data.ase_files import DataError, read_structures
+from atomeq.files import write_atomically
 
 logger = logging.getLogger(__name__)
 
-_BASE = "https://dl.fbaipublicfiles.com/opencatalystproject/data"
-_BLOCK = 2**20
+_BOTNET = (
+    "https://raw.githubusercontent.com/davkovacs/BOTNet-datasets/"
+    "29e6d467317e4b5967b7ea5cbee54de953fa0d45"
+)
 _TIMEOUT = 60.0  # s without a byte
-_ATTEMPTS = 5
-
-#: Called with the number of bytes present and the number there will be.
-Report: TypeAlias = Callable[[int, int], None]
+_CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
-class Archive:
-    """A tar file on a server.
+class DataSet:
+    """A public data set.
 
     Attributes:
-        url: Where it is.
-        md5: Its published MD5 sum.
-        size: Roughly how large it is, and unpacked, for people.
+        source: Address of the folder the files come from, pinned to a commit.
+        licence: Under which the source publishes it.
+        files: Name here -> (name at the source, SHA-256 of the content).
     """
 
-    url: str
-    md5: str
-    size: str
-
-    @property
-    def file_name(self) -> str:
-        """The name at the end of the address."""
-        return self.url.rpartition("/")[2]
+    source: str
+    licence: str
+    files: dict[str, tuple[str, str]]
 
 
-ARCHIVES: dict[str, Archive] = {
-    f"oc20-{name}": Archive(f"{_BASE}/{file}", md5, size)
-    for name, file, md5, size in (
-        ("s2ef-200k", "s2ef_train_200K.tar", "f8d0909c2623a393148435dede7d3a46", "344 MB, 1.7 GB"),
-        ("s2ef-2m", "s2ef_train_2M.tar", "953474cb93f0b08cdc523399f03f7c36", "3.4 GB, 17 GB"),
-        ("s2ef-20m", "s2ef_train_20M.tar", "863bc983245ffc0285305a1850e19cf7", "34 GB, 165 GB"),
-        ("s2ef-all", "s2ef_train_all.tar", "12a7087bfd189a06ccbec9bc7add2bcd", "225 GB, 1.1 TB"),
-        ("s2ef-md", "s2ef_md.tar", "9fed845aaab8fb4bf85e3a8db57796e0", "42 GB, 306 GB"),
-        ("s2ef-rattled", "s2ef_rattled.tar", "40431149b27b64ce1fb40cac4e2e064b", "29 GB, 136 GB"),
-        ("s2ef-val-id", "s2ef_val_id.tar", "f57f7f5c1302637940f2cc858e789410", "1.7 GB, 8.3 GB"),
-        (
-            "s2ef-val-ood-ads",
-            "s2ef_val_ood_ads.tar",
-            "431ab0d7557a4639605ba8b67793f053",
-            "1.7 GB, 8.2 GB",
-        ),
-        (
-            "s2ef-val-ood-cat",
-            "s2ef_val_ood_cat.tar",
-            "532d6cd1fe541a0ddb0aa0f99962b7db",
-            "1.7 GB, 8.3 GB",
-        ),
-        (
-            "s2ef-val-ood-both",
-            "s2ef_val_ood_both.tar",
-            "5731862978d80502bbf7017d68c2c729",
-            "1.9 GB, 9.5 GB",
-        ),
-        (
-            "s2ef-test",
-            "s2ef_test_lmdbs.tar.gz",
-            "bcada432482f6e87b24e14b6b744992a",
-            "30 GB, 415 GB",
-        ),
-        (
-            "is2re",
-            "is2res_train_val_test_lmdbs.tar.gz",
-            "cfc04dd2f87b4102ab2f607240d25fb1",
-            "8.1 GB, 97 GB",
-        ),
-    )
+DATA_SETS: dict[str, DataSet] = {
+    "acac": DataSet(
+        source=f"{_BOTNET}/dataset_acac",
+        licence="MIT",
+        files={
+            "isolated_atoms.extxyz": (
+                "isolated_atoms.xyz",
+                "f84c11cb9bc9f2c3d56fcd90b15068c7e60be5cb192dd285ff8b65fea2a01329",
+            ),
+            "test_H_transfer.extxyz": (
+                "test_H_transfer.xyz",
+                "2c8c95c7a5ff62bec3f69f79087908707f1490b93d4bff62c24660f4b2b142da",
+            ),
+            "test_MD_300K.extxyz.gz": (
+                "test_MD_300K.xyz",
+                "bb6bc792d1df79f03062ca30d10a6deda9e76ae9e783507c16b1cf919f056b13",
+            ),
+            "test_MD_600K.extxyz.gz": (
+                "test_MD_600K.xyz",
+                "f3d43bd0e99804d91bfe66a7d7c9e230e046f2f21befeff2178c039e3453d676",
+            ),
+            "test_dihedral.extxyz": (
+                "test_dihedral.xyz",
+                "a45be2b55080e1715d91b3cada5eb05c5c1b47c1e3da46c604a2be30ef80fe26",
+            ),
+            "train_300K.extxyz.gz": (
+                "train_300K.xyz",
+                "fff466cc875f25816328d37c99e0cde44c8b52091624f1fbe55ac01f42e7a6cd",
+            ),
+            "train_600K.extxyz.gz": (
+                "train_600K.xyz",
+                "692e220093cec5845def9814a106ffc626f9d74cd679b4212780459f5fde067b",
+            ),
+        },
+    ),
+    "3bpa": DataSet(
+        source=f"{_BOTNET}/dataset_3BPA",
+        licence="MIT",
+        files={
+            "iso_atoms.extxyz": (
+                "iso_atoms.xyz",
+                "c3d4ae560a95d7176b772981c66663b67a97f8cec5b711148ce00f56df4fc623",
+            ),
+            "train_300K.extxyz.gz": (
+                "train_300K.xyz",
+                "7b497bc6ba5ee1bed0aa0a59822a544e28f2d43d07f50b072a4a505a64533767",
+            ),
+            "train_mixedT.extxyz.gz": (
+                "train_mixedT.xyz",
+                "614c44ede0031724519c0f7919c147343aab3947a5a2ac7168b289789e6670f3",
+            ),
+        },
+    ),
+    "ethanol_rmd17_pbe": DataSet(
+        source=f"{_BOTNET}/dataset_ethanol",
+        licence="MIT",
+        files={
+            "isolated_atoms.extxyz": (
+                "isolated_atoms.xyz",
+                "908c180344c9d8db6ebf1d514d5ba1c52a561fc38b9d5d0817487a2b51819559",
+            ),
+            "test_H_removal.extxyz": (
+                "test_H_removal.xyz",
+                "b1fbc29783e0552d256928715b60269e4cdfc9d704e0dde99ee9718a8198a015",
+            ),
+            "test_MD.extxyz.gz": (
+                "test_MD.xyz",
+                "735176035938cf2425841454029e3f269188e85eef457e62bf0c59526ab5b572",
+            ),
+            "test_dimers.extxyz.gz": (
+                "test_dimers.xyz",
+                "e4aaac1f1129fbfadc526a775c5328b10815aeee81961af551b3226cc964e8e1",
+            ),
+            "test_eth_meth.extxyz.gz": (
+                "test_eth_meth.xyz",
+                "1fe51d54c3cc34994f8346f1f74ca330f699355f01675f31a937dc4b5c977ef8",
+            ),
+            "test_norm_mode_3005.extxyz": (
+                "test_norm_mode_3005.xyz",
+                "4b2f340ebcee3b94fdd9c312c9ba1c54ea5647c764421ab9d20fd7693ba2ea55",
+            ),
+            "test_norm_mode_874.extxyz": (
+                "test_norm_mode_874.xyz",
+                "cceac7c6e84c0a3dbc0778ccd1f3cde8cd76924b80abcc217644f62b09effcfb",
+            ),
+            "train.extxyz.gz": (
+                "train.xyz",
+                "44317ea5c426386e7c902196293ec224c362aebc336e191e5f342b5df6f43eff",
+            ),
+            "train_eth_meth.extxyz.gz": (
+                "train_eth_meth.xyz",
+                "49af7a0e3fb25f1a14be429f125da6b8d5ccf0b51818127162d49ab2717ddf13",
+            ),
+        },
+    ),
 }
 
 
-def known_archive(name: str) -> Archive:
-    """Return an archive by its name.
+def download(name: str, folder: str | Path, *, source: str | None = None) -> list[Path]:
+    """Fetch a data set into ``folder/name``; files that are there and right are left alone.
 
-    Raises:
-        DataError: There is none of that name.
-    """
-    if name not in ARCHIVES:
-        raise DataError(f"there is no data set {name!r}; there are {', '.join(ARCHIVES)}")
-    return ARCHIVES[name]
-
-
-def fetch(
-    archive: Archive, folder: str | os.PathLike[str], *, report: Report | None = None
-) -> Path:
-    """Download an archive into a folder and check it.
-
-    What an earlier, interrupted call left (``<file>.part``) is completed if the server still has
-    the same file. A file that is there already is checked and kept.
+    A download that broke off goes on where it stopped. A file takes its name only when it is
+    complete and its content is right.
 
     Args:
-        archive: What to fetch.
-        folder: Where to; created.
-        report: Called after each block.
+        name: One of :data:`DATA_SETS`.
+        folder: What ``ATOMEQ_DATA`` names.
+        source: Another address of the same files, for example a mirror.
 
     Returns:
-        The file.
+        The files.
 
     Raises:
-        DataError: The server does not give it, it is not what was published, or the disk is full.
+        DataError: An unknown name, a source that cannot be reached, or content that is not that of
+            the data set.
+
+    Example:
+        >>> download("acac", "data")  # doctest: +SKIP
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / archive.file_name
-    if not file.is_file():
-        partial = file.with_name(f"{file.name}.part")
-        _complete(archive.url, partial, report)
-        _check(partial, archive)
-        os.replace(partial, file)
-        _tag_file(partial).unlink(missing_ok=True)
-    else:
-        _check(file, archive)
-    return file
+    if name not in DATA_SETS:
+        raise DataError(f"there is no data set {name!r} to download; known: {', '.join(DATA_SETS)}")
+    data_set = DATA_SETS[name]
+    target = Path(folder) / name
+    target.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for here, (there, digest) in data_set.files.items():
+        path = target / here
+        if path.is_file() and content_digest(path) == digest:
+            logger.info("%s is there", path)
+        else:
+            _fetch_checked(f"{source or data_set.source}/{there}", path, digest)
+        paths.append(path)
+    return paths
 
 
-def unpack(file: Path, folder: str | os.PathLike[str]) -> Path:
-    """Unpack an archive; members that point outside the folder are refused.
+def content_digest(path: str | Path) -> str:
+    """Return the SHA-256 of what a file says: elements, positions, cells and labels.
 
-    Args:
-        file: The tar file.
-        folder: Where its contents go; must not exist yet.
-
-    Returns:
-        The folder, which appears when all is unpacked.
+    Numbers count to 8 decimals, which is what the sources give. Cells count along periodic
+    directions only, for a box around a molecule means nothing.
 
     Raises:
-        DataError: The folder exists, or the archive is damaged or unsafe.
+        DataError: The file cannot be read.
     """
-    folder = Path(folder)
-    if folder.exists():
-        raise DataError(f"{folder} exists already; move it away, or give another folder")
-    scratch = folder.with_name(f"{folder.name}.part-{os.getpid()}")
-    scratch.mkdir(parents=True)
+    digest = hashlib.sha256()
+    for atoms in read_structures(path):
+        results = atoms.calc.results if atoms.calc is not None else {}
+        digest.update(atoms.numbers.astype("<i4").tobytes())
+        digest.update(_decimals(atoms.positions) + _decimals(atoms.cell.array[atoms.pbc]))
+        for label in ("energy", "forces", "stress"):
+            if label in results:
+                digest.update(label.encode() + _decimals(np.asarray(results[label])))
+    return digest.hexdigest()
+
+
+def _decimals(values: np.ndarray) -> bytes:
+    rounded = np.round(values, 8) + 0.0  # -0.0 + 0.0 is 0.0
+    return ",".join(f"{value:.8f}" for value in rounded.flatten()).encode()
+
+
+def _fetch_checked(url: str, path: Path, digest: str) -> None:
+    partial = path.with_name(f".{path.name.removesuffix('.gz')}.part.xyz")
+    logger.info("fetching %s", url)
+    _fetch(url, partial)
     try:
-        with tarfile.open(file) as archive:
-            archive.extractall(scratch, filter="data")
-        os.replace(scratch, folder)
-    except (tarfile.TarError, EOFError, OSError) as error:
-        raise DataError(f"{file} cannot be unpacked into {folder}: {error}") from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    return folder
-
-
-def _complete(url: str, partial: Path, report: Report | None) -> None:
-    """Fetch what is missing of a file, in several attempts while each gets on."""
-    failures = 0
-    while True:
-        before = _size(partial)
-        try:
-            _append(url, partial, report)
-            return
-        except (TimeoutError, ConnectionError, http.client.HTTPException, _CutShort) as error:
-            failures = 0 if _size(partial) > before else failures + 1
-            if failures >= _ATTEMPTS:
-                raise DataError(
-                    f"{url} breaks off at {_size(partial)} bytes ({error}); call again to go on"
-                ) from error
-            logger.warning("%s: %s; going on", url, error)
-        except urllib.error.HTTPError as error:
-            if error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE and before:
-                partial.unlink()  # longer than the file on the server: begin anew
-                continue
-            raise DataError(f"{url} answers {error.code} {error.reason}") from error
-        except urllib.error.URLError as error:
-            raise DataError(f"{url} cannot be reached: {error.reason}") from error
-
-
-class _CutShort(Exception):
-    pass
-
-
-def _append(url: str, partial: Path, report: Report | None) -> None:
-    present, tag_file = _size(partial), _tag_file(partial)
-    request = urllib.request.Request(url, headers={"User-Agent": "atomeq"})
-    if present:
-        request.add_header("Range", f"bytes={present}-")
-        if tag_file.is_file():  # the server sends all of it if the file has changed since
-            request.add_header("If-Range", tag_file.read_text(encoding="ascii"))
-    with urllib.request.urlopen(request, timeout=_TIMEOUT) as answer:
-        if answer.status != http.HTTPStatus.PARTIAL_CONTENT:
-            present = 0
-        length = answer.headers.get("Content-Length")
-        total = present + int(length or 0)
-        if total - present > shutil.disk_usage(partial.parent).free:
-            raise DataError(f"{partial.parent} has no room for the {total} bytes of {url}")
-        tag = answer.headers.get("ETag")
-        if tag and not tag.startswith("W/"):
-            tag_file.write_text(tag, encoding="ascii")
-        with partial.open("ab" if present else "wb") as file:
-            while block := answer.read(_BLOCK):
-                file.write(block)
-                present += len(block)
-                if report is not None:
-                    report(present, total)
-    if length is not None and present != total:
-        raise _CutShort(f"{present} of {total} bytes")
-
-
-def _check(file: Path, archive: Archive) -> None:
-    digest = hashlib.md5(usedforsecurity=False)
-    with file.open("rb") as stream:
-        while block := stream.read(_BLOCK):
-            digest.update(block)
-    if digest.hexdigest() != archive.md5:
-        kept = file.with_name(f"{file.name}.damaged")
-        os.replace(file, kept)
-        with contextlib.suppress(FileNotFoundError):
-            _tag_file(file).unlink()
+        found = content_digest(partial)
+    except DataError as error:
+        partial.unlink()
+        raise DataError(f"what {url} sent is not a file of structures: {error}") from error
+    if found != digest:
+        partial.unlink()
         raise DataError(
-            f"{archive.url}: the MD5 sum of what came is {digest.hexdigest()}, published is "
-            f"{archive.md5}; it is kept as {kept}, call again to fetch it anew"
+            f"the content of {url} has SHA-256 {found[:12]}…, the data set has {digest[:12]}…; "
+            "it was damaged on the way or is not the published file; try again"
         )
+    _install(partial, path)
+    partial.unlink()
 
 
-def _size(file: Path) -> int:
-    return file.stat().st_size if file.is_file() else 0
+def _install(partial: Path, path: Path) -> None:
+    with write_atomically(path) as temporary, partial.open("rb") as stream:
+        if path.suffix == ".gz":
+            # mtime 0 makes the same content the same file.
+            with temporary.open("wb") as raw, gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as out:
+                shutil.copyfileobj(stream, out)
+        else:
+            with temporary.open("wb") as out:
+                shutil.copyfileobj(stream, out)
 
 
-def _tag_file(partial: Path) -> Path:
-    return partial.with_name(f"{partial.name}.etag")
+def _fetch(url: str, partial: Path) -> None:
+    """Complete a partial file from a source, from the start where it does not serve parts."""
+    start = partial.stat().st_size if partial.is_file() else 0
+    try:
+        for mode, chunk in _chunks(url, start):
+            with partial.open(mode) as stream:
+                stream.write(chunk)
+                stream.flush()
+                os.fsync(stream.fileno())
+    except (urllib.error.URLError, OSError) as error:
+        raise DataError(
+            f"cannot fetch {url}: {error}; run the command again to go on where it stopped"
+        ) from error
+
+
+def _chunks(url: str, start: int) -> Iterator[tuple[str, bytes]]:
+    """Yield (mode to open the file with, bytes to write)."""
+    headers = {"Range": f"bytes={start}-"} if start else {}
+    try:
+        response = urllib.request.urlopen(
+            urllib.request.Request(url, headers=headers), timeout=_TIMEOUT
+        )
+    except urllib.error.HTTPError as error:
+        if start and error.code == 416:  # nothing after `start`: the file was complete
+            return
+        raise
+    with response:
+        mode = "ab" if start and response.status == 206 else "wb"
+        received, expected = 0, response.headers.get("Content-Length")
+        while chunk := response.read(_CHUNK):
+            yield mode, chunk
+            mode = "ab"
+            received += len(chunk)
+        if expected is not None and received != int(expected):
+            raise OSError(f"the connection broke off after {received} of {expected} bytes")

@@ -26,6 +26,9 @@ class PotentialLoss:
         energy: c_E; errors in eV/atom, or in eV as ``energy_per`` says.
         forces: c_F; errors in eV/Å.
         stress: c_S; errors in eV/Å³.
+        pressure: Whether the trace of the stress counts. Labels from plane waves of a fixed cutoff
+            carry the Pulay stress, a pressure that is no derivative of their energies; without the
+            trace the loss does not see it.
         kind: f.
         huber_delta: Where Huber's function turns linear, in the units of the error.
         energy_per: What an energy error is divided by: the number of atoms, or nothing.
@@ -35,6 +38,7 @@ class PotentialLoss:
     energy: float = 1.0
     forces: float = 10.0
     stress: float = 0.0
+    pressure: bool = True
     kind: Literal["mse", "mae", "huber", "l2mae"] = "mse"
     huber_delta: float = 0.01
     energy_per: Literal["atom", "structure"] = "atom"
@@ -82,6 +86,8 @@ class PotentialLoss:
             if self.kind == "l2mae":
                 known = known.all(dim=1, keepdim=True)
                 error = torch.linalg.vector_norm(error, dim=1, keepdim=True)  # (n_atoms, 1)
+        if key == "stress" and not self.pressure:
+            error = without_trace(error)
         cost = self._cost(error)
         weight = graph.weight[graph.batch] if key == "forces" else graph.weight
         weight = weight.to(cost.dtype).reshape(-1, *[1] * (cost.ndim - 1))
@@ -94,6 +100,12 @@ class PotentialLoss:
             return error.abs()
         zero = torch.zeros_like(error)
         return torch.nn.functional.huber_loss(error, zero, reduction="none", delta=self.huber_delta)
+
+
+def without_trace(stress: Tensor) -> Tensor:
+    """Return the deviatoric part of stresses (n_graphs, 3, 3): what is left without pressure."""
+    mean = stress.diagonal(dim1=1, dim2=2).mean(dim=1)
+    return stress - torch.diag_embed(mean[:, None].expand(-1, 3))
 
 
 def label_error(key: str, predicted: Tensor, graph: AtomGraph) -> tuple[Tensor, Tensor]:

@@ -1,192 +1,183 @@
-"""Downloads from a server on this machine: resumed, checked, unpacked; nothing else is kept."""
+"""Downloads go on where they stopped, and nothing gets its name before its content is right."""
 
-import hashlib
-import io
-import tarfile
+import http.server
+import shutil
 import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import ase.io
+import numpy as np
 import pytest
+from ase import Atoms
 
-from atomeq.cli.data import main
-from atomeq.data import download
+from atomeq.cli import main
+from atomeq.data import download as module
 from atomeq.data.ase_files import DataError
-from atomeq.data.download import ARCHIVES, Archive, fetch, known_archive, unpack
+from atomeq.data.download import DATA_SETS, DataSet, content_digest, download
 
 
-def tar_bytes(members: dict[str, bytes]) -> bytes:
-    stream = io.BytesIO()
-    with tarfile.open(fileobj=stream, mode="w") as archive:
-        for name, content in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
-    return stream.getvalue()
+def structures(n: int = 200) -> list[Atoms]:
+    rng = np.random.RandomState(0)
+    made = []
+    for _ in range(n):
+        atoms = Atoms("CuO", positions=rng.normal(size=(2, 3)))
+        atoms.positions[1, 0] += 9.0  # no overlap
+        atoms.info["energy"] = rng.normal()
+        atoms.arrays["forces"] = np.round(rng.normal(size=(2, 3)), 8)
+        made.append(atoms)
+    return made
 
 
-CONTENT = tar_bytes({"set/0.txt": b"x" * 300_000, "set/README": b"hello"})
+class Server:
+    """Serves a folder; counts bytes, and can break off or ignore ranges."""
 
+    def __init__(self, folder: Path) -> None:
+        self.break_after: int | None = None
+        self.ranges = True
+        self.sent = 0
+        outer = self
 
-class Server(ThreadingHTTPServer):
-    """Serves one file; ``cut`` bytes at a time where that is set."""
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                path = folder / self.path.lstrip("/")
+                if not path.is_file():
+                    self.send_error(404)
+                    return
+                content, start = path.read_bytes(), 0
+                asked = self.headers.get("Range")
+                if asked and outer.ranges:
+                    start = int(asked.removeprefix("bytes=").rstrip("-"))
+                    if start >= len(content):
+                        self.send_error(416)
+                        return
+                self.send_response(206 if start else 200)
+                self.send_header("Content-Length", str(len(content) - start))
+                self.end_headers()
+                part = content[start : outer.break_after]
+                outer.sent += len(part)
+                self.wfile.write(part)
 
-    daemon_threads = True
+            def log_message(self, format: str, *args: object) -> None:
+                pass
 
-    def __init__(self) -> None:
-        self.content, self.tag, self.cut = CONTENT, '"v1"', None
-        self.ranges: list[str | None] = []
-        super().__init__(("127.0.0.1", 0), Handler)
-
-    @property
-    def archive(self) -> Archive:
-        md5 = hashlib.md5(CONTENT, usedforsecurity=False).hexdigest()
-        return Archive(f"http://127.0.0.1:{self.server_port}/set.tar", md5, "small")
-
-
-class Handler(BaseHTTPRequestHandler):
-    def do_GET(self) -> None:
-        server = self.server
-        assert isinstance(server, Server)
-        server.ranges.append(self.headers.get("Range"))
-        if self.path != "/set.tar":
-            self.send_error(404)
-            return
-        start = 0
-        if self.headers.get("Range") and self.headers.get("If-Range") in (None, server.tag):
-            start = int(self.headers["Range"].removeprefix("bytes=").rstrip("-"))
-        if start >= len(server.content):
-            self.send_error(416)
-            return
-        self.send_response(206 if start else 200)
-        self.send_header("Content-Length", str(len(server.content) - start))
-        self.send_header("ETag", server.tag)
-        self.end_headers()
-        stop = len(server.content) if server.cut is None else start + server.cut
-        self.wfile.write(server.content[start:stop])
-
-    def log_message(self, *args: object) -> None:
-        pass
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        self.thread = threading.Thread(target=self.server.serve_forever, args=(0.01,))
 
 
 @pytest.fixture
-def server() -> Iterator[Server]:
-    with Server() as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        yield server
-        server.shutdown()
-        thread.join()
+def source(tmp_path: Path) -> Path:
+    folder = tmp_path / "source"
+    folder.mkdir()
+    ase.io.write(folder / "a.xyz", structures(), format="extxyz")
+    ase.io.write(folder / "b.xyz", structures(3), format="extxyz")
+    return folder
 
 
-def test_a_file_is_fetched_and_unpacked(server: Server, tmp_path: Path):
-    seen: list[tuple[int, int]] = []
-    file = fetch(server.archive, tmp_path, report=lambda *counts: seen.append(counts))
-    assert file.read_bytes() == CONTENT
-    assert seen[-1] == (len(CONTENT), len(CONTENT))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["set.tar"]
-    folder = unpack(file, tmp_path / "set")
-    assert (folder / "set" / "README").read_bytes() == b"hello"
-    assert fetch(server.archive, tmp_path) == file
-    assert len(server.ranges) == 1  # a file that is there is checked and kept
+@pytest.fixture
+def server(source: Path) -> Iterator[Server]:
+    server = Server(source)
+    server.thread.start()
+    yield server
+    server.server.shutdown()
+    server.server.server_close()
+    server.thread.join()
 
 
-def test_a_connection_that_breaks_is_taken_up_again(server: Server, tmp_path: Path):
-    server.cut = 100_000
-    assert fetch(server.archive, tmp_path).read_bytes() == CONTENT
-    assert server.ranges[:3] == [None, "bytes=100000-", "bytes=200000-"]
+@pytest.fixture
+def toy(source: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> DataSet:
+    files = {
+        "a.extxyz.gz": ("a.xyz", content_digest(source / "a.xyz")),
+        "b.extxyz": ("b.xyz", content_digest(source / "b.xyz")),
+    }
+    data_set = DataSet(source=server.url, licence="MIT", files=files)
+    monkeypatch.setitem(module.DATA_SETS, "toy", data_set)
+    return data_set
 
 
-def test_a_download_goes_on_where_an_earlier_process_left_it(server: Server, tmp_path: Path):
-    (tmp_path / "set.tar.part").write_bytes(CONTENT[:1234])
-    assert fetch(server.archive, tmp_path).read_bytes() == CONTENT
-    assert server.ranges == ["bytes=1234-"]
+def test_a_set_arrives_whole_and_is_left_alone_after(tmp_path: Path, toy: DataSet, server: Server):
+    paths = download("toy", tmp_path / "data")
+    assert [path.name for path in paths] == list(toy.files)
+    assert [content_digest(path) for path in paths] == [digest for _, digest in toy.files.values()]
+    assert sorted(p.name for p in paths[0].parent.iterdir()) == sorted(toy.files)
+    sent = server.sent
+    download("toy", tmp_path / "data")
+    assert server.sent == sent
 
 
-def test_a_file_that_changed_on_the_server_is_fetched_anew(server: Server, tmp_path: Path):
-    (tmp_path / "set.tar.part").write_bytes(b"old" * 100)
-    (tmp_path / "set.tar.part.etag").write_text('"v0"')
-    assert fetch(server.archive, tmp_path).read_bytes() == CONTENT
-
-
-def test_a_part_longer_than_the_file_is_fetched_anew(server: Server, tmp_path: Path):
-    (tmp_path / "set.tar.part").write_bytes(CONTENT + b"more")
-    assert fetch(server.archive, tmp_path).read_bytes() == CONTENT
-
-
-def test_a_server_that_gives_nothing_is_given_up(server: Server, tmp_path: Path):
-    server.cut = 0
-    with pytest.raises(DataError, match="breaks off at 0 bytes"):
-        fetch(server.archive, tmp_path)
-
-
-def test_a_file_with_another_sum_is_not_taken(server: Server, tmp_path: Path):
-    server.content = CONTENT[:-1] + b"!"
-    with pytest.raises(DataError, match="MD5"):
-        fetch(server.archive, tmp_path)
-    assert not (tmp_path / "set.tar").exists()
-    assert not (tmp_path / "set.tar.part").exists()  # or the next call would begin with it
-    server.content = CONTENT
-    assert fetch(server.archive, tmp_path).read_bytes() == CONTENT
-
-
-def test_errors_of_the_server_are_told(server: Server, tmp_path: Path):
-    missing = Archive(server.archive.url.replace("set", "none"), "", "")
-    with pytest.raises(DataError, match="answers 404"):
-        fetch(missing, tmp_path)
-    server.server_close()
-    nowhere = Archive("http://127.0.0.1:9/set.tar", "", "")
-    with pytest.raises(DataError, match="cannot be reached"):
-        fetch(nowhere, tmp_path)
-
-
-def test_an_archive_cannot_write_outside_its_folder(tmp_path: Path):
-    for name in ("../outside", "/tmp/outside-of-it"):
-        file = tmp_path / "evil.tar"
-        file.write_bytes(tar_bytes({"fine": b"1", name: b"2"}))
-        try:
-            folder = unpack(file, tmp_path / "in" / "set")
-        except DataError as error:
-            assert "cannot be unpacked" in str(error)  # noqa: PT017
-            assert not (tmp_path / "in" / "set").exists()
-        else:  # the filter takes a leading slash away
-            assert (folder / name.lstrip("/")).read_bytes() == b"2"
-        assert not (tmp_path / "in" / "outside").exists()
-        assert not Path("/tmp/outside-of-it").exists()
-
-
-def test_a_damaged_archive_is_refused_and_leaves_nothing(tmp_path: Path):
-    file = tmp_path / "cut.tar"
-    file.write_bytes(CONTENT[:200_000])
-    with pytest.raises(DataError, match="cannot be unpacked"):
-        unpack(file, tmp_path / "set")
-    assert [path.name for path in tmp_path.iterdir()] == ["cut.tar"]
-    (tmp_path / "set").mkdir()
-    with pytest.raises(DataError, match="exists already"):
-        unpack(file, tmp_path / "set")
-
-
-def test_the_command_fetches_by_name(
-    server: Server, tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("ranges", [True, False])
+def test_a_broken_download_goes_on(
+    tmp_path: Path, toy: DataSet, source: Path, server: Server, ranges: bool
 ):
-    monkeypatch.setitem(download.ARCHIVES, "oc20-s2ef-200k", server.archive)
-    main(["data", "download", "oc20-s2ef-200k", "--folder", str(tmp_path)])
-    assert (tmp_path / "oc20-s2ef-200k" / "set" / "README").exists()
-    assert not (tmp_path / "set.tar").exists()
-    assert "as published" in capsys.readouterr().out
-    with pytest.raises(DataError, match="exists already"):
-        main(["data", "download", "oc20-s2ef-200k", "--folder", str(tmp_path)])
+    size = (source / "a.xyz").stat().st_size
+    server.ranges = ranges
+    server.break_after = size // 2
+    with pytest.raises(DataError, match="run the command again"):
+        download("toy", tmp_path / "data")
+    assert not (tmp_path / "data" / "toy" / "a.extxyz.gz").exists()
+    server.break_after, server.sent = None, 0
+    download("toy", tmp_path / "data")
+    rest = size - size // 2 if ranges else size
+    assert server.sent == rest + (source / "b.xyz").stat().st_size
 
 
-def test_unknown_names_are_answered_with_the_known():
-    with pytest.raises(DataError, match="oc20-s2ef-200k, oc20-s2ef-2m"):
-        known_archive("oc20-s2ef-3m")
+def test_wrong_content_is_refused(tmp_path: Path, toy: DataSet, source: Path):
+    changed = structures()
+    changed[100].positions[0, 0] += 1e-6
+    ase.io.write(source / "a.xyz", changed, format="extxyz")
+    with pytest.raises(DataError, match="SHA-256"):
+        download("toy", tmp_path / "data")
+    (source / "a.xyz").write_text("<html>not found</html>")
+    with pytest.raises(DataError, match="not a file of structures"):
+        download("toy", tmp_path / "data")
+    assert not list((tmp_path / "data" / "toy").iterdir())
 
 
-@pytest.mark.parametrize("name", ARCHIVES)
-def test_every_archive_has_an_address_and_a_sum(name: str):
-    archive = ARCHIVES[name]
-    assert archive.url.startswith("https://")
-    assert len(archive.md5) == 32
-    assert int(archive.md5, 16)
+def test_what_cannot_be_reached_is_named(tmp_path: Path, toy: DataSet, source: Path):
+    (source / "a.xyz").unlink()
+    with pytest.raises(DataError, match=r"a\.xyz.*404"):
+        download("toy", tmp_path / "data")
+    with pytest.raises(DataError, match="known: acac"):
+        download("nothing", tmp_path / "data")
+
+
+def test_the_command(tmp_path: Path, toy: DataSet, source: Path, capsys, monkeypatch):
+    main(["data", "list"])
+    assert "acac" in capsys.readouterr().out
+    monkeypatch.setenv("ATOMEQ_DATA", str(tmp_path / "data"))
+    main(["data", "download", "toy", "--source", source.as_uri()])
+    assert "2 files" in capsys.readouterr().out
+    monkeypatch.delenv("ATOMEQ_DATA")
+    for words, message in (
+        (["data", "download", "toy"], "--folder"),
+        (["data", "download"], "name a data set"),
+        (["data", "download", "nothing", "--folder", str(tmp_path)], "known: acac"),
+    ):
+        with pytest.raises(SystemExit) as exit_info:
+            main(words)
+        assert exit_info.value.code == 2
+        assert message in capsys.readouterr().err
+
+
+def test_the_digest_is_of_the_content(tmp_path: Path, source: Path):
+    """The format, a box around a molecule and other information do not change it."""
+    again = structures()
+    for atoms in again:
+        atoms.cell = [50.0, 50.0, 50.0]
+        atoms.info["config_type"] = "MD"
+    ase.io.write(tmp_path / "again.extxyz.gz", again)
+    assert content_digest(tmp_path / "again.extxyz.gz") == content_digest(source / "a.xyz")
+
+
+def test_sources_are_pinned_to_a_commit():
+    for data_set in DATA_SETS.values():
+        commit = data_set.source.split("/")[-2]
+        assert len(commit) == 40
+        assert all(len(digest) == 64 for _, digest in data_set.files.values())
+
+
+def test_public_sets_have_the_published_content(tmp_path: Path, data_folder: Path):
+    shutil.copytree(data_folder / "acac", tmp_path / "acac")
+    # A source that does not exist: with the right content in place nothing is fetched.
+    download("acac", tmp_path, source="file:///nonexistent")

@@ -1,0 +1,88 @@
+"""Every experiment parses and fits one batch; with the public data at hand, on that data."""
+
+import shutil
+from pathlib import Path
+
+import ase.io
+import numpy as np
+import pytest
+import yaml
+from ase import Atoms
+from ase.build import bulk, molecule
+from ase.calculators.singlepoint import SinglePointCalculator
+
+from atomeq.cli.training import main
+from atomeq.potential.checkpoint import load_potential
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+EXPERIMENTS = sorted((CONFIGS / "experiment").glob("*.yaml"))
+ONE_BATCH = [
+    "--trainer.max_epochs=1",
+    "--trainer.limit_train_batches=1",
+    "--trainer.limit_val_batches=1",
+    "--trainer.accelerator=cpu",
+]
+
+
+def labelled(atoms: Atoms, n_structures: int) -> list[Atoms]:
+    """Copies with arbitrary labels: configurations are tested here, not learning."""
+    rng = np.random.RandomState(0)
+    copies = []
+    for _ in range(n_structures):
+        copy = atoms.copy()
+        copy.rattle(0.05, rng=rng)
+        results = {"energy": rng.normal(), "forces": rng.normal(size=(len(atoms), 3))}
+        if atoms.pbc.all():
+            results["stress"] = rng.normal(size=6) * 1e-2
+        copy.calc = SinglePointCalculator(copy, **results)
+        copies.append(copy)
+    return copies
+
+
+@pytest.fixture
+def generated_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the names of the public sets and small structures of the same elements."""
+    folder = tmp_path / "data"
+    for name in ("acac", "mvl_snap"):
+        (folder / name).mkdir(parents=True)
+    acid = labelled(molecule("CH3COOH"), 20)
+    for name in ("train_300K", "test_MD_300K", "test_MD_600K"):
+        ase.io.write(folder / "acac" / f"{name}.extxyz.gz", acid)
+    isolated = [Atoms(symbol, info={"energy": -1.0}) for symbol in "HCO"]
+    ase.io.write(folder / "acac" / "isolated_atoms.extxyz", isolated)
+    ase.io.write(folder / "mvl_snap" / "Cu.extxyz.gz", labelled(bulk("Cu", cubic=True), 30))
+    monkeypatch.setenv("ATOMEQ_DATA", str(folder))
+    return folder
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS, ids=lambda path: path.stem)
+@pytest.mark.usefixtures("generated_data")
+def test_every_experiment_fits_a_batch(tmp_path: Path, monkeypatch, experiment: Path):
+    monkeypatch.chdir(tmp_path)
+    main(["fit", "-c", str(experiment), *ONE_BATCH])
+    run = tmp_path / "runs" / experiment.stem
+    potential = load_potential(run / "potential")
+    node = yaml.safe_load((run / "config.yaml").read_text())["model"]["model"]
+    assert potential.model.config()["class_path"] == node["class_path"]
+    # The saved configuration is complete: it runs again without the files it was made of.
+    shutil.copy(run / "config.yaml", tmp_path / "again.yaml")
+    main(["fit", "-c", str(tmp_path / "again.yaml"), "--trainer.default_root_dir=again"])
+    assert (tmp_path / "again" / "potential").is_dir()
+
+
+def test_every_experiment_is_in_the_table():
+    table = (CONFIGS / "README.md").read_text()
+    for experiment in EXPERIMENTS:
+        assert f"configs/experiment/{experiment.name}" in table
+
+
+@pytest.mark.parametrize("name", ["acac_egnn", "cu_pbe"])
+def test_public_data_fit_a_batch(tmp_path: Path, data_folder: Path, capsys, name: str):
+    experiment = str(CONFIGS / "experiment" / f"{name}.yaml")
+    words = ["-c", experiment, f"--trainer.default_root_dir={tmp_path}"]
+    main(["fit", *words, *ONE_BATCH])
+    best = f"--ckpt_path={tmp_path / 'checkpoints' / 'best.ckpt'}"
+    main(["test", *words, best, "--trainer.limit_test_batches=1", "--trainer.accelerator=cpu"])
+    sets = {"acac_egnn": ("300K", "600K"), "cu_pbe": ("held_out",)}
+    printed = capsys.readouterr().out
+    assert all(test_set in printed for test_set in sets[name])
