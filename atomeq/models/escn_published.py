@@ -289,21 +289,23 @@ class SO2Block(nn.Module):
         Returns:
             The same shapes.
         """
-        blocks = [
-            rows.split([(l - k + 1) * min(k + 1, 2) for k in range(m + 1)], dim=1)
-            for rows, (l, m) in zip(x, self.resolutions, strict=True)
+        degrees = [  # rows of each sign of each order; +m stands before -m
+            [l - k + 1 for k in range(m + 1) for _ in range(min(k + 1, 2))]
+            for l, m in self.resolutions
         ]
+        signs = [rows.split(sizes, dim=1) for rows, sizes in zip(x, degrees, strict=True)]
         results: list[list[Tensor]] = [[] for _ in x]
         for order, block in enumerate(self.orders):
             present = [r for r, (_, m) in enumerate(self.resolutions) if m >= order]
-            # (n_edges, 1 or 2 signs, degrees and channels of every resolution)
-            signs = [blocks[r][order].unflatten(1, (min(order + 1, 2), -1)) for r in present]
-            parts = [part.flatten(2) for part in signs]
-            mixed = block(parts[0] if len(parts) == 1 else torch.cat(parts, dim=2), scalars)
-            widths = [part.shape[2] for part in parts]
-            for r, part in zip(present, mixed.split(widths, dim=2), strict=True):
-                rows = part.unflatten(2, (-1, self.channels)).flatten(1, 2)
-                results[r].append(rows)
+            first = max(2 * order - 1, 0)
+            inputs = [
+                [signs[r][k].flatten(1) for r in present] for k in range(first, 2 * order + 1)
+            ]
+            mixed = block(*(joined(parts) for parts in inputs), scalars)
+            for sign, parts in zip(mixed, inputs, strict=True):
+                widths = [part.shape[1] for part in parts]
+                for r, part in zip(present, sign.split(widths, dim=1), strict=True):
+                    results[r].append(part.unflatten(1, (-1, self.channels)))
         return [torch.cat(rows, dim=1) for rows in results]
 
 
@@ -316,10 +318,10 @@ class ScalarMap(nn.Module):
         self.first = nn.Linear(width, hidden_channels, bias=False)
         self.second = nn.Linear(hidden_channels, width, bias=False)
 
-    def forward(self, x: Tensor, scalars: Tensor) -> Tensor:
-        """Map ``x`` (n_edges, 1, width)."""
-        gate = nn.functional.silu(self.radial(scalars))[:, None]
-        return self.second(self.first(x) * gate)
+    def forward(self, x: Tensor, scalars: Tensor) -> tuple[Tensor]:
+        """Map ``x`` (n_edges, width)."""
+        gate = nn.functional.silu(self.radial(scalars))
+        return (self.second(self.first(x) * gate),)
 
 
 class PairMap(nn.Module):
@@ -333,15 +335,17 @@ class PairMap(nn.Module):
         self.imag_first = nn.Linear(width, hidden_channels, bias=False)
         self.imag_second = nn.Linear(hidden_channels, width, bias=False)
 
-    def forward(self, x: Tensor, scalars: Tensor) -> Tensor:
-        """Map ``x`` (n_edges, 2, width), the signs in the order +m, -m."""
-        gate = nn.functional.silu(self.radial(scalars))[:, None]
+    def forward(self, plus: Tensor, minus: Tensor, scalars: Tensor) -> tuple[Tensor, Tensor]:
+        """Map the features of +m and -m, each (n_edges, width): y = (R + i I) (x+ + i x-)."""
+        gate = nn.functional.silu(self.radial(scalars))
         first = torch.cat([self.real_first.weight, self.imag_first.weight])
-        real, imag = (nn.functional.linear(x, first) * gate).chunk(2, dim=2)
-        # y+ = R real+ - I imag-,  y- = R real- + I imag+: one product for both signs
-        crossed = torch.stack([-imag[:, 1], imag[:, 0]], dim=1)
-        second = torch.cat([self.real_second.weight, self.imag_second.weight], dim=1)
-        return nn.functional.linear(torch.cat([real, crossed], dim=2), second)
+        real_plus, imag_plus = (nn.functional.linear(plus, first) * gate).chunk(2, dim=1)
+        real_minus, imag_minus = (nn.functional.linear(minus, first) * gate).chunk(2, dim=1)
+        imag = self.imag_second.weight.T
+        return (
+            torch.addmm(self.real_second(real_plus), imag_minus, imag, alpha=-1),
+            torch.addmm(self.real_second(real_minus), imag_plus, imag),
+        )
 
 
 class GridUpdate(SphereBlock):
@@ -387,6 +391,11 @@ class PointNetwork(nn.Module):
     def forward(self, values: Tensor) -> Tensor:
         """Map ``values`` (n_atoms, n_samples, channels) to (n_atoms, n_samples, 1)."""
         return self.third(point_silu(self.second(point_silu(self.first(values)))))
+
+
+def joined(parts: list[Tensor]) -> Tensor:
+    """Join features along the last axis; one alone is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
 @constant_table

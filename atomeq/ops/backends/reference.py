@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from atomeq.ops.backends.blocks import blocks
 from atomeq.ops.backends.edge_rotation import gather_rotate, rotate_back, rotate_scatter
-from atomeq.ops.backends.sphere_silu import blocks
 from atomeq.ops.dispatch import OpSpec
 from atomeq.ops.sphere import SphereGrid
 from atomeq.ops.spherical_harmonics import Normalization, harmonic_polynomials
@@ -119,7 +119,7 @@ class ReferenceBackend:
         to_grid, from_grid = grid.to_matrix(like=x), grid.from_matrix(like=x)
         flat = x.reshape(-1, *x.shape[-2:])
         results = []
-        for block in blocks(flat, grid.n_points):
+        for block in blocks(len(flat), grid.n_points * x.shape[-1], x.device):
             results.append(from_grid @ fn(to_grid @ flat[block]))
             if results[0].requires_grad:  # all at once: every block would keep a graph of its own
                 return from_grid @ fn(to_grid @ x)

@@ -5,7 +5,6 @@ keep its values for the backward pass is what makes training run out of memory. 
 again instead, a block that fits into the processor's cache at a time.
 """
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,23 +12,15 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn.functional import silu
 
+from atomeq.ops.backends.blocks import blocks
+
 if TYPE_CHECKING:
     from atomeq.ops.sphere import SphereGrid
-
-_BLOCK = 2**18  # numbers on the grid at a time: 1 MB in float32, about a core's own cache
-_BLOCK_ON_GPU = 2**28
 
 
 def silu_on_grid(x: Tensor, grid: "SphereGrid") -> Tensor:
     """Apply SiLU to the values of ``x`` (n, n_rows, channels) on every point of the sphere."""
     return _SphereSiLU.apply(x, grid)  # type: ignore[no-any-return]
-
-
-def blocks(x: Tensor, n_points: int) -> Iterator[slice]:
-    """Cut the first axis of ``x`` (n, n_rows, channels) into pieces that fit into the cache."""
-    size = _BLOCK_ON_GPU if x.is_cuda else _BLOCK
-    step = max(1, size // max(1, n_points * x.shape[-1]))
-    return (slice(start, start + step) for start in range(0, x.shape[0], step))
 
 
 class _SphereSiLU(Function):
@@ -39,7 +30,7 @@ class _SphereSiLU(Function):
         ctx.save_for_backward(x)
         to_grid, from_grid = grid.to_matrix(like=x), grid.from_matrix(like=x)
         result = torch.empty_like(x)
-        for block in blocks(x, grid.n_points):
+        for block in blocks(len(x), grid.n_points * x.shape[2], x.device):
             values = silu(to_grid @ x[block], inplace=True)
             torch.matmul(from_grid, values, out=result[block])
         return result
@@ -51,7 +42,7 @@ class _SphereSiLU(Function):
         if torch.is_grad_enabled():  # a second derivative is wanted: plain torch, all at once
             return _gradient(x, grad, ctx.grid), None
         result = torch.empty_like(x)
-        for block in blocks(x, ctx.grid.n_points):
+        for block in blocks(len(x), ctx.grid.n_points * x.shape[2], x.device):
             result[block] = _gradient(x[block], grad[block], ctx.grid)
         return result, None
 
