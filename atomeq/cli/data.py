@@ -1,4 +1,4 @@
-"""``atomeq data list | download | convert | metadata`` and ``atomeq is2re``: OC20's files and tasks."""
+"""``atomeq data ...`` and ``atomeq is2re``: public data sets, OC20's files and its tasks."""
 
 import json
 import logging
@@ -104,7 +104,9 @@ def main(argv: Sequence[str]) -> int:
 def _data_parser(command: str) -> Parser:
     parser = Parser(f"atomeq data {command}", _DESCRIPTIONS[command])
     if command == "download":
-        parser.add_argument("name", metavar="NAME", type=str, help="a data set from the list")
+        parser.add_argument(
+            "name", metavar="NAME", type=str, nargs="?", help="a data set from the list"
+        )
         parser.add_argument(
             "--folder", type=str, default=None, help=f"where data sets are kept; ${DATA_VARIABLE}"
         )
@@ -156,6 +158,8 @@ def list_sets() -> int:
 
 def download_set(options: Namespace) -> int:
     """Fetch a data set."""
+    if options.name is None:
+        raise DataError(f"name a data set to download: {', '.join((*DATA_SETS, *ARCHIVES))}")
     if options.name not in (*DATA_SETS, *ARCHIVES):
         raise DataError(
             f"there is no data set {options.name!r} to download; "

@@ -181,7 +181,7 @@ def test_the_command_fetches_by_name(
 
 
 def test_unknown_names_are_answered_with_the_known(tmp_path: Path):
-    with pytest.raises(DataError, match="acac.*oc20-s2ef-200k, oc20-s2ef-2m"):
+    with pytest.raises(DataError, match=r"acac.*oc20-s2ef-200k, oc20-s2ef-2m"):
         main(["data", "download", "oc20-s2ef-3m", "--folder", str(tmp_path)])
 
 
