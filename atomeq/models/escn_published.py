@@ -8,8 +8,8 @@ sampled on the sphere. One class for both would be two classes in a trench coat.
 
 Known about this form, and mended in ours: the energy jumps where the cap on neighbours or the
 cutoff drops an edge; SiLU on the grid and the sampled output break equivariance at the level of 1 %
-and forces are no derivative of the energy. The roll of the edge frame, which the reference code draws
-at random, is fixed here; ``edge_rotation`` feeds one in.
+and forces are no derivative of the energy. The roll of the edge frame, random in the reference
+code, is fixed here; ``edge_rotation`` feeds one in.
 """
 
 import math

@@ -165,6 +165,7 @@ def model_card(name: str, official: OfficialCheckpoint, potential: Potential) ->
     origin = official.provenance
     n_parameters = sum(p.numel() for p in potential.model.parameters())
     references = potential.references
+    scale, offset = float(references.scale), float(references.offset)
     forces = "the gradient of the energy" if potential.conservative else "a head of their own"
     options = "\n".join(f"| {key} | {value} |" for key, value in sorted(official.options.items()))
     return f"""# {name}
@@ -177,7 +178,7 @@ Converted from the published checkpoint `{origin["file"]}` by `atomeq convert`
 | model | {official.model}, {n_parameters:,} parameters |
 | trained on | {origin["dataset"] or "not said"}, epoch {origin["epoch"]}, step {origin["step"]} |
 | graph | {potential.model.graph_builder()!r} |
-| energy | output · {float(references.scale):.8g} + {float(references.offset):.8g} eV per structure |
+| energy | output · {scale:.8g} eV + {offset:.8g} eV per structure |
 | forces | {forces}, · {float(references.force_scale):.8g} eV/Å |
 | elements | atomic numbers up to {max(potential.elements)} |
 
@@ -315,9 +316,9 @@ def _number(value: Any) -> float:
 
 def _plain(value: Any) -> str | int | float | None:
     """Return what YAML can write."""
-    if value is None or isinstance(value, str | int | float):
-        return value
-    return float(value) if isinstance(value, np.generic | Tensor) else str(value)
+    if isinstance(value, np.generic) or (isinstance(value, Tensor) and value.numel() == 1):
+        value = value.item()
+    return value if value is None or isinstance(value, str | int | float) else str(value)
 
 
 def _listed(value: Any) -> Any:

@@ -53,6 +53,7 @@ class AtomicReferences(nn.Module):
         self.register_buffer("offset", torch.tensor(float(offset), dtype=torch.float64))
         self.register_buffer("force_scale", torch.tensor(float(force_scale), dtype=torch.float64))
         self.register_buffer("known", known)
+        self.register_load_state_dict_pre_hook(_complete)
 
     @property
     def elements(self) -> tuple[int, ...]:
@@ -70,12 +71,15 @@ class AtomicReferences(nn.Module):
             setattr(self, name, getattr(self, name).to(device))
         return self
 
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
-        # Files from before these two existed mean their defaults.
-        state_dict.setdefault(f"{prefix}offset", torch.zeros_like(self.offset))
-        if f"{prefix}scale" in state_dict:
-            state_dict.setdefault(f"{prefix}force_scale", state_dict[f"{prefix}scale"].clone())
-        super()._load_from_state_dict(state_dict, prefix, *args)
+
+def _complete(
+    references: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: object
+) -> None:
+    """Files from before offset and force scale existed mean their defaults."""
+    scale = state_dict.get(f"{prefix}scale")
+    if scale is not None:
+        state_dict.setdefault(f"{prefix}offset", torch.zeros_like(scale))
+        state_dict.setdefault(f"{prefix}force_scale", scale.clone())
 
 
 def least_squares_shift(

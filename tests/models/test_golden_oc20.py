@@ -1,4 +1,4 @@
-"""Published eSCN and EquiformerV2 against the outputs of the reference code, and its equivariance."""
+"""Published eSCN and EquiformerV2: outputs of the reference code, and how equivariant they are."""
 
 import json
 import shutil
