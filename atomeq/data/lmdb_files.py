@@ -2,7 +2,6 @@
 
 import os
 import weakref
-from collections.abc import Iterator
 from pathlib import Path
 
 import lmdb
@@ -56,12 +55,6 @@ class LmdbFile:
                 return transaction.get(key.encode("ascii"))
         except lmdb.Error as error:
             raise DataError(f"{self.path}: cannot read {key!r} ({error}); it is damaged") from error
-
-    def keys(self) -> Iterator[str]:
-        """Yield all keys in LMDB's order, that of their bytes."""
-        with self.environment().begin() as transaction:
-            for key in transaction.cursor().iternext(keys=True, values=False):
-                yield key.decode("ascii", "replace")
 
     @property
     def n_entries(self) -> int:
