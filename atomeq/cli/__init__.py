@@ -22,6 +22,7 @@ class Verb(NamedTuple):
 
 _SIMULATE = "atomeq.cli.simulate"
 _INSPECT = "atomeq.cli.inspect"
+_DATA = "atomeq.cli.data"
 _TRAINING = "atomeq.cli.training"
 
 VERBS = {
@@ -35,7 +36,8 @@ VERBS = {
     "validate": Verb(_TRAINING, "evaluate a checkpoint on the validation set"),
     "test": Verb(_TRAINING, "evaluate a checkpoint on the test set"),
     "predict": Verb(_TRAINING, "write a checkpoint's predictions"),
-    "data": Verb("atomeq.cli.data", "list and download public data sets"),
+    "data": Verb(_DATA, "list, download and convert public data sets"),
+    "is2re": Verb(_DATA, "relax OC20's initial structures and compare with DFT"),
 }
 
 #: What a user's input can cause; anything else is a fault of the program and shows its traceback.
