@@ -14,7 +14,7 @@ import logging
 import re
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -45,7 +45,6 @@ from atomeq.training.callbacks import (
     SavePotential,
 )
 from atomeq.training.losses import PotentialLoss
-from atomeq.training.metrics import UNITS
 from atomeq.training.propagation import NBodyDataModule, PropagationTask
 from atomeq.training.task import AtomisticTask
 
@@ -61,12 +60,6 @@ HELP = {
     "atomeq test -c EXPERIMENT.yaml --ckpt_path runs/NAME/checkpoints/best.ckpt",
     "predict": "Energies and forces of the structures of a file: "
     "atomeq predict -c EXPERIMENT.yaml --data.predict FILE --ckpt_path CHECKPOINT",
-}
-_TITLES = {
-    "energy": "energy",
-    "energy_per_atom": "energy/atom",
-    "forces": "forces",
-    "stress": "stress",
 }
 
 
@@ -206,12 +199,12 @@ class TrainingCLI(LightningCLI):
     def validate(self, **arguments: Any) -> None:
         """Print the errors of the validation set."""
         self.trainer.validate(verbose=False, weights_only=True, **arguments)
-        _show_errors({"val": self.model.val_results})
+        _show_errors({"val": self.model.val_results}, self.model.metrics.columns)
 
     def test(self, **arguments: Any) -> None:
         """Print the errors of each test set and keep them as JSON in the run's folder."""
         self.trainer.test(verbose=False, weights_only=True, **arguments)
-        _show_errors(self.model.test_results)
+        _show_errors(self.model.test_results, self.model.metrics.columns)
         with write_atomically(self._run_folder() / "test_errors.json") as partial:
             partial.write_text(json.dumps(self.model.test_results, indent=2) + "\n")
 
@@ -310,25 +303,16 @@ def _checkpoint_folder(root: str | Path | None) -> str:
     return str(Path(root or ".") / "checkpoints")
 
 
-def _show_errors(results: dict[str, dict[str, float]]) -> None:
+def _show_errors(
+    results: dict[str, dict[str, float]], columns: Mapping[str, tuple[str, str]]
+) -> None:
     table = Table(box=None, pad_edge=False)
     table.add_column("set")
-    if any("mse" in errors for errors in results.values()):  # of a propagator
-        table.add_column("position MSE", justify="right")
-        for set_name, errors in results.items():
-            table.add_row(set_name, f"{errors['mse']:.4g}")
-        Console().print(table)
-        return
-    shown = [name for name in UNITS if any(f"{name}_mae" in errors for errors in results.values())]
+    shown = [name for name in columns if any(name in errors for errors in results.values())]
     for name in shown:
-        for kind in ("MAE", "RMSE"):
-            table.add_column(f"{_TITLES[name]} {kind}\n{UNITS[name]}", justify="right")
+        table.add_column("\n".join(columns[name]), justify="right")
     for set_name, errors in results.items():
-        cells = [
-            f"{errors[key]:.4g}" if key in errors else "-"
-            for name in shown
-            for key in (f"{name}_mae", f"{name}_rmse")
-        ]
+        cells = [f"{errors[name]:.4g}" if name in errors else "-" for name in shown]
         table.add_row(set_name, *cells)
     Console(width=None if sys.stdout.isatty() else 160).print(table)
 

@@ -64,6 +64,18 @@ def resolve_data_path(path: str | os.PathLike[str]) -> Path:
     Raises:
         DataError: The variable is not set, or there is no such file.
     """
+    resolved = expand_data_path(path)
+    if not resolved.is_file():
+        raise DataError(f"there is no data file {resolved}; {_hint()}")
+    return resolved
+
+
+def expand_data_path(path: str | os.PathLike[str]) -> Path:
+    """Return a path of a file or folder with ``${NAME}`` replaced, whether it exists or not.
+
+    Raises:
+        DataError: The variable is not set.
+    """
     text = os.fspath(path)
     for name in _VARIABLE.findall(text):
         if not os.environ.get(name):
@@ -71,10 +83,7 @@ def resolve_data_path(path: str | os.PathLike[str]) -> Path:
                 f"{text} needs the environment variable {name}, which is not set; {_hint()}"
             )
         text = text.replace(f"${{{name}}}", os.environ[name])
-    resolved = Path(text).expanduser()
-    if not resolved.is_file():
-        raise DataError(f"there is no data file {resolved}; {_hint()}")
-    return resolved
+    return Path(text).expanduser()
 
 
 def _hint() -> str:

@@ -62,7 +62,7 @@ class SEGNOPropagator(Propagator):
         velocity_gate: Multiply velocities by a function of the features in each step.
         normalize: Divide directions by their length plus one.
         final_bias: Give the strength of a pull a bias.
-        largest_pull: Bound of each component of a neighbour's pull; equivariance ends where it acts.
+        largest_pull: Bound of each component of a neighbour's pull; not equivariant where it acts.
     """
 
     def __init__(

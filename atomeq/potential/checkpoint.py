@@ -6,15 +6,15 @@ of the models of this package, and the weights are plain tensors.
 
 import hashlib
 import importlib
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
+from atomeq.files import write_atomically
 from atomeq.models.base import AtomisticModel
 from atomeq.potential.potential import Potential
 
@@ -25,7 +25,9 @@ WEIGHTS_FILE = "weights.safetensors"
 #: Every model a checkpoint may name, by its class path. A new model adds its line here.
 MODELS = (
     "atomeq.models.egnn.EGNN",
+    "atomeq.models.equiformer_v2.EquiformerV2",
     "atomeq.models.escn.ESCN",
+    "atomeq.models.escn_published.PublishedESCN",
     "atomeq.models.segno.SEGNO",
 )
 
@@ -61,19 +63,18 @@ def save_potential(
     weights = {
         name: tensor.detach().cpu().contiguous() for name, tensor in potential.state_dict().items()
     }
-    partial = folder / f".{WEIGHTS_FILE}.{os.getpid()}"
-    save_file(weights, partial)
+    content = save(weights)
     document = {
         "checkpoint_version": CHECKPOINT_VERSION,
         "model": config,
         "dtype": str(potential.dtype).removeprefix("torch."),
-        "sha256": sha256(partial),
+        "sha256": hashlib.sha256(content).hexdigest(),
         "metadata": metadata or {},
     }
-    os.replace(partial, folder / WEIGHTS_FILE)
-    partial = folder / f".{CONFIG_FILE}.{os.getpid()}"
-    partial.write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
-    os.replace(partial, folder / CONFIG_FILE)
+    with write_atomically(folder / WEIGHTS_FILE) as partial:
+        partial.write_bytes(content)
+    with write_atomically(folder / CONFIG_FILE) as partial:
+        partial.write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
     return folder
 
 

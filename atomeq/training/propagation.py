@@ -4,7 +4,7 @@ With its data module, which serves systems of equal size as flat batches: featur
 for a whole set, and all batches share one edge index.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -164,6 +164,13 @@ class NBodyDataModule(LightningDataModule):
         return self.sets["test"]
 
 
+class PositionError(MeanMetric):
+    """Mean squared error of predicted positions, fed with that of each batch."""
+
+    #: Result -> its title and unit in tables.
+    columns: Mapping[str, tuple[str, str]] = {"mse": ("position MSE", "length²")}
+
+
 class PropagationTask(LightningModule):
     """Train a propagator on the mean squared error of positions.
 
@@ -184,7 +191,7 @@ class PropagationTask(LightningModule):
         self.model = model
         self.optimizer = optimizer
         self.scheduler = scheduler
-        self.errors = MeanMetric()
+        self.metrics = PositionError()
         self.val_results: dict[str, float] = {}
         self.test_results: dict[str, dict[str, float]] = {}
         self._loaded = False
@@ -205,7 +212,7 @@ class PropagationTask(LightningModule):
 
     def validation_step(self, batch: PropagationBatch, batch_idx: int) -> None:
         """Add a batch to the validation error."""
-        self.errors.update(self._loss(batch).detach(), weight=len(batch.pos))
+        self.metrics.update(self._loss(batch).detach(), weight=len(batch.pos))
 
     def on_validation_epoch_end(self) -> None:
         """Log the mean squared error of the validation set."""
@@ -250,6 +257,6 @@ class PropagationTask(LightningModule):
         return functional.mse_loss(pos, batch.target)
 
     def _result(self) -> Tensor:
-        mse = self.errors.compute()
-        self.errors.reset()
+        mse = self.metrics.compute()
+        self.metrics.reset()
         return mse

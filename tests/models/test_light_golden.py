@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from golden_light import Case, Report, check, find_cases, main
+from golden_light import Case, Report, check, find_cases
 
 pytestmark = pytest.mark.golden
 FOLDER = Path(__file__).parents[1] / "golden" / "light_models"
@@ -36,7 +36,9 @@ def test_report_refuses_what_differs() -> None:
 
 
 def test_a_case_without_a_checker_fails(tmp_path: Path, capsys) -> None:
-    (tmp_path / "case_of_nobody.json").write_text('{"model": "unheard_of"}')
+    (tmp_path / "egnn_unheard_of").mkdir()
+    (tmp_path / "egnn_unheard_of" / "c0.json").write_text("{}")
+    main = script()["main"]
     assert main([str(tmp_path)]) == 1
     assert main([str(CASES[0])]) == 0
     assert "1 of 1 cases within tolerance" in capsys.readouterr().out

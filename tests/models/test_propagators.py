@@ -74,7 +74,7 @@ def test_finer_steps_converge_with_the_same_weights(integrator: str, system) -> 
         results.append(model(*system)[0].detach())
     changes = [float((b - a).abs().max()) for a, b in pairwise(results)]
     for coarse, fine in pairwise(changes):
-        assert fine == pytest.approx(coarse / 2, rel=0.2)  # features move by explicit Euler
+        assert fine < 0.6 * coarse  # first order at least: features move by explicit Euler
 
 
 def test_published_step_does_not_follow_the_number_of_steps() -> None:
