@@ -1,5 +1,3 @@
-import importlib
-
 import pytest
 import torch
 from structures import rattled_crystal
@@ -7,17 +5,20 @@ from structures import rattled_crystal
 from atomeq.models.base import AtomisticModel
 from atomeq.models.egnn import EGNN
 from atomeq.models.escn import ESCN
-from atomeq.potential.checkpoint import MODELS
+from atomeq.potential.checkpoint import MODELS, build_model
 
 
 @pytest.mark.parametrize("class_path", MODELS)
 def test_config_builds_the_same_model_again(class_path):
-    module, name = class_path.rsplit(".", 1)
-    model = getattr(importlib.import_module(module), name)(cutoff=3.5)
+    inner = {"class_path": "atomeq.models.egnn.EGNN", "init_args": {"cutoff": 3.5}}
+    wraps = ".frame_averaged." in class_path
+    given = {"model": inner} if wraps else {"cutoff": 3.5}
+    model = build_model({"class_path": class_path, "init_args": given})
     config = model.config()
     assert config["class_path"] == class_path
-    assert config["init_args"]["cutoff"] == 3.5
-    again = type(model)(**config["init_args"])
+    innermost = config["init_args"]["model"] if wraps else config
+    assert innermost["init_args"]["cutoff"] == model.cutoff == 3.5
+    again = build_model(config)
     shapes = {name: p.shape for name, p in model.state_dict().items()}
     assert {name: p.shape for name, p in again.state_dict().items()} == shapes
     assert again.config() == config
