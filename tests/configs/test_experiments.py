@@ -16,6 +16,9 @@ from atomeq.potential.checkpoint import load_potential
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 EXPERIMENTS = sorted((CONFIGS / "experiment").glob("*.yaml"))
+#: OC20 is a download of gigabytes: here these are read to the last key, and fits on its formats are
+#: in tests/training/test_oc20_fit.py.
+OC20 = [path for path in EXPERIMENTS if path.stem.startswith("oc20_")]
 ONE_BATCH = [
     "--trainer.max_epochs=1",
     "--trainer.limit_train_batches=1",
@@ -55,7 +58,18 @@ def generated_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("experiment", EXPERIMENTS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("experiment", OC20, ids=lambda path: path.stem)
+def test_oc20_experiments_are_read(experiment: Path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "-c", str(experiment), "--print_config"])
+    assert not stop.value.code
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["model"]["metrics"]["class_path"].endswith("OC20Errors")
+
+
+@pytest.mark.parametrize(
+    "experiment", [path for path in EXPERIMENTS if path not in OC20], ids=lambda path: path.stem
+)
 @pytest.mark.usefixtures("generated_data")
 def test_every_experiment_fits_a_batch(tmp_path: Path, monkeypatch, experiment: Path):
     monkeypatch.chdir(tmp_path)
