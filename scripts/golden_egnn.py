@@ -8,7 +8,7 @@ import torch
 from golden_light import RELATIVE, Case, Report, Tensors, compare_all, gradients, probe_loss
 from torch import Tensor, nn
 
-from atomeq.models import egnn_published, segno
+from atomeq.models import egnn_published, segno, segno_motion
 from atomeq.models.segno import Motion
 
 
@@ -118,9 +118,12 @@ def build_velocity(config: dict[str, Any]) -> nn.Module:
 def nbody_features(inputs: Tensors, velocities: Tensor) -> tuple[Tensor, Tensor]:
     """Return |v| and [q_i q_j, d_ij²], which the reference computes once and detaches."""
     row, col = inputs["edge_index"]
-    x, charges = inputs["x"].detach(), inputs["charges"]
+    x = inputs["x"].detach()
     squared = ((x[row] - x[col]) ** 2).sum(dim=1, keepdim=True)
     speed = velocities.detach().norm(dim=1, keepdim=True)
+    if "charges" not in inputs:  # gravity: distances alone
+        return speed, squared
+    charges = inputs["charges"]
     return speed, torch.cat([charges[row] * charges[col], squared], dim=1)
 
 
@@ -197,6 +200,26 @@ def md22_features(inputs: Tensors) -> tuple[Tensor, Tensor]:
     return nodes, torch.cat([z[row], z[col], ones, 0 * ones, squared], dim=1)
 
 
+def build_segno_motion(config: dict[str, Any]) -> nn.Module:
+    return segno_motion.SEGNOMotion(
+        config["in_node_nf"],
+        config["in_edge_nf"],
+        hidden_channels=config["hidden_nf"],
+        num_steps=config["n_layers"],
+    )
+
+
+def run_segno_motion(model: Any, inputs: Tensors) -> Tensors:
+    """Run with node features [|v|, Z/Zmax] and edge features [given, d_ij²]."""
+    row, col = inputs["edge_index"]
+    squared = ((inputs["x"][row] - inputs["x"][col]) ** 2).sum(dim=1, keepdim=True)
+    edges = torch.cat([inputs["edge_attr0"], squared], dim=1)
+    nodes, _ = md22_features(inputs)
+    sticks = inputs.get("cfg_Stick", torch.zeros(0, 2, dtype=torch.long))
+    x, v = model(inputs["x"], inputs["v"], nodes, edges, flipped(inputs), sticks)
+    return {"out.x": x, "out.v": v}
+
+
 def egnn_names(weights: Tensors, _model: nn.Module) -> Tensors:
     return egnn_published.from_official(weights)
 
@@ -209,6 +232,11 @@ VARIANTS = {
         build_segno_nbody,
         segno.from_official,
         lambda model, inputs: run_segno(model, inputs, nbody_features(inputs, inputs["v"])),
+    ),
+    "segno_motion": Variant(
+        build_segno_motion,
+        lambda weights, _model: segno_motion.from_official(weights),
+        run_segno_motion,
     ),
     "segno_md22": Variant(
         build_segno_md22,

@@ -148,18 +148,19 @@ def simulate(recipe: NBodyRecipe) -> dict[Part, Trajectories]:
     draw, run = _SYSTEMS[recipe.system]
     # RandomState's stream is frozen by NumPy for good, and the published sets were drawn from it.
     rng = np.random.RandomState(recipe.seed)
-    start = draw(rng, sum(counts.values()), recipe.n_bodies)
-    chunks = [
-        run(*(array[first : first + CHUNK] for array in start), frames)
-        for first in range(0, sum(counts.values()), CHUNK)
-    ]
-    pos, velocities = (torch.from_numpy(np.concatenate(part)) for part in zip(*chunks, strict=True))
-    charges = torch.from_numpy(start[0])
+    charges, pos, velocities = draw(rng, sum(counts.values()), recipe.n_bodies)
+    chosen = [slice(first, first + CHUNK) for first in range(0, len(charges), CHUNK)]
+    chunks = [run(charges[k], pos[k], velocities[k], frames) for k in chosen]
+    all_pos, all_velocities = (
+        torch.from_numpy(np.concatenate(field)) for field in zip(*chunks, strict=True)
+    )
     parts: dict[Part, Trajectories] = {}
     first = 0
     for name, count in counts.items():
-        chosen = slice(first, first + count)
-        parts[name] = Trajectories(pos[chosen], velocities[chosen], charges[chosen], frames)
+        part = slice(first, first + count)
+        parts[name] = Trajectories(
+            all_pos[part], all_velocities[part], torch.from_numpy(charges[part]), frames
+        )
         first += count
     return parts
 

@@ -35,6 +35,7 @@ class PairMLP(nn.ModuleList):
             (n_edges, channels).
         """
         first, act, second, final_act = self
+        assert isinstance(first, nn.Linear)
         source, target = edge_index
         n = self.channels
         weight = first.weight  # (channels, 2 channels + n_pair_features), for h_i, h_j, e_ij

@@ -88,8 +88,11 @@ class PropagationSet:
             generator = torch.Generator().manual_seed(self.seed + 1_000_003 * self.epoch)
             order = torch.randperm(self.n_systems, generator=generator)
         for chosen in order.split(self.batch_size):
-            fields = [tensor[chosen].flatten(0, 1) for tensor in self.per_system]
-            yield PropagationBatch(*fields[:4], self._edge_index(len(chosen)), fields[4])
+            pos, velocities, nodes, edges, target = (
+                tensor[chosen].flatten(0, 1) for tensor in self.per_system
+            )
+            edge_index = self._edge_index(len(chosen))
+            yield PropagationBatch(pos, velocities, nodes, edges, edge_index, target)
 
     def _edge_index(self, n_systems: int) -> EdgeIndex:
         if n_systems not in self._edges:

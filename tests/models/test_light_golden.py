@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from golden_cases import script
 from golden_light import Case, Report, check, find_cases
 
 pytestmark = pytest.mark.golden

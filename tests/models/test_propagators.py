@@ -10,6 +10,7 @@ from atomeq.data.nbody import fully_connected
 from atomeq.models.base import Propagator
 from atomeq.models.egnn_published import QM9EGNN, VelocityEGNN
 from atomeq.models.segno import SEGNOPropagator, md22_form, nbody_form
+from atomeq.models.segno_motion import SEGNOMotion
 from atomeq.ops.wigner import rotation_matrix
 
 EXACT = 1e-11  # float64 through some layers
@@ -95,3 +96,22 @@ def test_qm9_form_refuses_elements_it_does_not_know() -> None:
 def test_a_propagator_without_forward_says_so(system) -> None:
     with pytest.raises(NotImplementedError, match="Propagator does not define forward"):
         Propagator()(*system)
+
+
+def test_sticks_keep_their_length_and_the_motion_its_frame(system) -> None:
+    pos, velocities, nodes, edges, edge_index = system
+    sticks = torch.tensor([[0, 1], [6, 8]])
+    model = SEGNOMotion(1, 2, hidden_channels=16)
+    for parameter in model.parameters():
+        parameter.data += 0.003 * torch.randn_like(parameter)
+    model = model.double()
+    moved, speeds = model(pos, velocities, nodes, edges, edge_index, sticks)
+    before, after = (p[sticks[:, 0]] - p[sticks[:, 1]] for p in (pos, moved))
+    assert (after.norm(dim=1) - before.norm(dim=1)).abs().max() <= EXACT
+    quaternion = torch.nn.functional.normalize(torch.randn(4, dtype=torch.float64), dim=0)
+    turn = -rotation_matrix(quaternion).T
+    again, spun = model(pos @ turn, velocities @ turn, nodes, edges, edge_index, sticks)
+    assert (again - moved @ turn).abs().max() <= EXACT * moved.abs().max()
+    assert (spun - speeds @ turn).abs().max() <= EXACT * moved.abs().max()
+    free, _ = model(pos, velocities, nodes, edges, edge_index, sticks[:0])
+    assert not torch.allclose(free, moved)
