@@ -17,11 +17,12 @@ from ase.build import bulk, fcc100, fcc110, fcc111
 from ase.calculators.calculator import Calculator
 from ase.eos import EquationOfState
 from ase.filters import FrechetCellFilter
+from ase.io import read
 from ase.optimize import BFGS
 
 from atomeq import AtomeqCalculator, load_potential
-from atomeq.data.ase_files import read_structures
-from atomeq.data.datamodule import DataFile, Split, split_indices
+from atomeq.data.ase_files import resolve_data_path
+from atomeq.data.datamodule import Split, split_indices
 from atomeq.training.metrics import PotentialErrors
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,7 +33,7 @@ GPA_PER_EV_A3 = 1 / units.GPa
 def held_out() -> list[Atoms]:
     """Return the test structures of the training's own data configuration."""
     init = yaml.safe_load((ROOT / "configs" / "data" / "cu.yaml").read_text())["init_args"]
-    structures = list(read_structures(DataFile(init["train"])))
+    structures = read(resolve_data_path(init["train"]), index=":")
     chosen = split_indices(len(structures), Split(**init["split"]))["test"]
     return [structures[index] for index in chosen]
 
@@ -46,16 +47,21 @@ def errors(folder: Path, structures: list[Atoms]) -> dict[str, dict[str, float]]
         graph = potential.build_graph(atoms)
         prediction = potential(graph, ("energy", "forces", "stress"))
         offsets.append((graph.stress - prediction["stress"])[0].diagonal().numpy())
-        for kind in ("all", atoms.info["set"]):
+        for kind in ("all", kind_of(atoms)):
             kinds.setdefault(kind, PotentialErrors()).update(prediction, graph)
     table = {kind: rounded(metric.compute()) for kind, metric in sorted(kinds.items())}
-    counts = {kind: sum(a.info["set"] == kind for a in structures) for kind in kinds}
+    counts = {kind: sum(kind_of(atoms) == kind for atoms in structures) for kind in kinds}
     for kind, row in table.items():
         row["structures"] = counts[kind] if kind != "all" else len(structures)
     table["all"]["stress_label_minus_model_diagonal_GPa"] = round(
         float(np.mean(offsets)) * GPA_PER_EV_A3, 2
     )
     return table
+
+
+def kind_of(atoms: Atoms) -> str:
+    """Return AIMD, Elastic, Surface or Vacancy; the file says ``tag= set=AIMD``, a word to ASE."""
+    return atoms.info["tag"].removeprefix("set=")
 
 
 def rounded(values: dict[str, torch.Tensor]) -> dict[str, float]:

@@ -1,6 +1,12 @@
-"""AtomisticModel: what every model of the package promises to the potential that wraps it."""
+"""What the models of the package promise to those who use them.
+
+An :class:`AtomisticModel` stands inside a potential, a :class:`Propagator` replaces the integration
+of the equations of motion over a long step.
+"""
 
 import inspect
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -8,7 +14,7 @@ from torch import Tensor, nn
 
 from atomeq.graph.atom_graph import AtomGraph
 from atomeq.graph.builders import GraphBuilder, RadiusGraph
-from atomeq.typing import PropertyKey
+from atomeq.typing import EdgeIndex, Positions, PropertyKey
 
 
 class AtomisticModel(nn.Module):
@@ -25,10 +31,13 @@ class AtomisticModel(nn.Module):
     Attributes:
         cutoff: Radius beyond which two atoms do not see each other, Å.
         outputs: What :meth:`forward` returns.
+        exempt_laws: Laws of physics the method cannot keep by construction, and why. The names are
+            those of tests/physics without ``test_``; there an exempted law must really fail.
     """
 
     cutoff: float
     outputs: frozenset[PropertyKey] = frozenset({"energies"})
+    exempt_laws: Mapping[str, str] = MappingProxyType({})
 
     def graph_builder(self) -> GraphBuilder:
         """Return the builder of the graphs this model was made for: all pairs within the cutoff."""
@@ -47,11 +56,18 @@ class AtomisticModel(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} does not define forward()")
 
     def config(self) -> dict[str, Any]:
-        """Return ``{"class_path": ..., "init_args": {...}}``, the node that builds this model."""
-        parameters = inspect.signature(type(self).__init__).parameters
+        """Return ``{"class_path": ..., "init_args": {...}}``, the node that builds this model.
+
+        A model inside a model stands there as a node of its own.
+        """
+        names = [name for name in inspect.signature(type(self).__init__).parameters][1:]
+        values = {name: getattr(self, name) for name in names}
+        for name, value in values.items():
+            if isinstance(value, AtomisticModel):
+                values[name] = value.config()
         return {
             "class_path": f"{type(self).__module__}.{type(self).__qualname__}",
-            "init_args": {name: getattr(self, name) for name in parameters if name != "self"},
+            "init_args": values,
         }
 
     @property
@@ -63,3 +79,29 @@ class AtomisticModel(nn.Module):
     def device(self) -> torch.device:
         """The device of the parameters."""
         return next(self.parameters()).device
+
+
+class Propagator(nn.Module):
+    """A network that carries particles a fixed time ahead in one step."""
+
+    def forward(
+        self,
+        pos: Positions,
+        velocities: Tensor,
+        node_features: Tensor,
+        edge_features: Tensor,
+        edge_index: EdgeIndex,
+    ) -> tuple[Positions, Tensor | None]:
+        """Predict positions, and velocities where the model has them.
+
+        Args:
+            pos: Positions, (n_atoms, 3).
+            velocities: Velocities, (n_atoms, 3).
+            node_features: Invariants of each particle, (n_atoms, n_inputs).
+            edge_features: Invariants of each pair, (n_edges, n_edge_features).
+            edge_index: Row 0 is j, row 1 is i and receives.
+
+        Returns:
+            Positions (n_atoms, 3), and velocities (n_atoms, 3) or None.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not define forward()")

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from atomeq.graph.atom_graph import AtomGraph
 from atomeq.models.base import AtomisticModel
 from atomeq.nn.mlp import MLP
+from atomeq.nn.pair_mlp import PairMLP
 from atomeq.nn.radial import BesselBasis, PolynomialEnvelope
 from atomeq.ops.segment import segment_sum
 from atomeq.typing import EdgeIndex, EdgeVectors, PropertyKey
@@ -92,7 +93,7 @@ class EGNNLayer(nn.Module):
 
     def __init__(self, channels: int, n_invariants: int, *, attention: bool) -> None:
         super().__init__()
-        self.message = MLP((2 * channels + n_invariants, channels, channels), final_activation=True)
+        self.message = PairMLP(channels, n_invariants)
         self.attention = nn.Linear(channels, 1) if attention else None
         final = nn.Linear(channels, 1)
         self.shift = nn.Sequential(nn.Linear(channels, channels), nn.SiLU(), final)
@@ -111,8 +112,8 @@ class EGNNLayer(nn.Module):
         edge_index: EdgeIndex,
     ) -> tuple[Tensor, Tensor]:
         """Return atoms ``h`` (n_atoms, C) and displacements ``moved`` (n_atoms, 3), updated."""
-        source, target = edge_index
-        m = self.message(torch.cat([h[target], h[source], invariants], dim=1))  # eq. 3
+        target = edge_index[1]
+        m = self.message(h, invariants, edge_index)  # eq. 3
         if self.attention is not None:
             m = m * torch.sigmoid(self.attention(m))  # eq. 8
         m = m * envelope  # (n_edges, C)

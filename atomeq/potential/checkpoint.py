@@ -6,15 +6,15 @@ of the models of this package, and the weights are plain tensors.
 
 import hashlib
 import importlib
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
+from atomeq.files import write_atomically
 from atomeq.models.base import AtomisticModel
 from atomeq.potential.potential import Potential
 
@@ -26,6 +26,10 @@ WEIGHTS_FILE = "weights.safetensors"
 MODELS = (
     "atomeq.models.egnn.EGNN",
     "atomeq.models.escn.ESCN",
+    "atomeq.models.faenet.FAENet",
+    "atomeq.models.frame_averaged.Canonicalized",
+    "atomeq.models.frame_averaged.FrameAveraged",
+    "atomeq.models.segno.SEGNO",
 )
 
 
@@ -50,29 +54,24 @@ def save_potential(
         The folder.
     """
     config = potential.model.config()
-    if config["class_path"] not in MODELS:
-        raise CheckpointError(
-            f"{config['class_path']} is not a model of this package; checkpoints hold "
-            f"{', '.join(MODELS)}"
-        )
+    _refuse_foreign_models(config)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     weights = {
         name: tensor.detach().cpu().contiguous() for name, tensor in potential.state_dict().items()
     }
-    partial = folder / f".{WEIGHTS_FILE}.{os.getpid()}"
-    save_file(weights, partial)
+    content = save(weights)
     document = {
         "checkpoint_version": CHECKPOINT_VERSION,
         "model": config,
         "dtype": str(potential.dtype).removeprefix("torch."),
-        "sha256": sha256(partial),
+        "sha256": hashlib.sha256(content).hexdigest(),
         "metadata": metadata or {},
     }
-    os.replace(partial, folder / WEIGHTS_FILE)
-    partial = folder / f".{CONFIG_FILE}.{os.getpid()}"
-    partial.write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
-    os.replace(partial, folder / CONFIG_FILE)
+    with write_atomically(folder / WEIGHTS_FILE) as partial:
+        partial.write_bytes(content)
+    with write_atomically(folder / CONFIG_FILE) as partial:
+        partial.write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
     return folder
 
 
@@ -97,7 +96,7 @@ def load_potential(
     """
     folder = find_potential(name_or_path)
     document = _read_document(folder)
-    potential = Potential(_build_model(document["model"], folder))
+    potential = Potential(build_model(document["model"], named_in=folder / CONFIG_FILE))
     try:
         weights = load_file(folder / WEIGHTS_FILE)
         potential.load_state_dict(weights, strict=True)
@@ -151,6 +150,33 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
     return resolved
 
 
+def build_model(node: Any, *, named_in: str | Path = "the node") -> AtomisticModel:
+    """Build a model from its node, ``{"class_path": ..., "init_args": {...}}``.
+
+    Args:
+        node: As :meth:`AtomisticModel.config` returns it; a model inside it is a node as well.
+        named_in: Where it was read, for the error.
+
+    Raises:
+        CheckpointError: A class that is not on the list of models, or arguments it does not take.
+    """
+    class_path = node.get("class_path") if isinstance(node, dict) else node
+    if class_path not in MODELS:
+        raise CheckpointError(
+            f"{named_in} names the model {class_path!r}; known are {', '.join(MODELS)}"
+        )
+    module, name = class_path.rsplit(".", 1)
+    model_class = getattr(importlib.import_module(module), name)
+    arguments = {
+        key: build_model(value, named_in=named_in) if _is_node(value) else value
+        for key, value in (node.get("init_args") or {}).items()
+    }
+    try:
+        return model_class(**arguments)
+    except TypeError as error:
+        raise CheckpointError(f"{named_in}, init_args: {error}") from error
+
+
 def sha256(path: Path) -> str:
     """Return the SHA-256 of a file as hexadecimal digits."""
     with path.open("rb") as stream:
@@ -188,15 +214,16 @@ def _read_document(folder: Path) -> dict[str, Any]:
     return document
 
 
-def _build_model(node: dict[str, Any], folder: Path) -> AtomisticModel:
-    class_path = node.get("class_path") if isinstance(node, dict) else node
-    if class_path not in MODELS:
+def _refuse_foreign_models(node: dict[str, Any]) -> None:
+    if node["class_path"] not in MODELS:
         raise CheckpointError(
-            f"{folder / CONFIG_FILE} names the model {class_path!r}; known are {', '.join(MODELS)}"
+            f"{node['class_path']} is not a model of this package; checkpoints hold "
+            f"{', '.join(MODELS)}"
         )
-    module, name = class_path.rsplit(".", 1)
-    model_class = getattr(importlib.import_module(module), name)
-    try:
-        return model_class(**node.get("init_args", {}))
-    except TypeError as error:
-        raise CheckpointError(f"{folder / CONFIG_FILE}, init_args: {error}") from error
+    for value in node["init_args"].values():
+        if _is_node(value):
+            _refuse_foreign_models(value)
+
+
+def _is_node(value: Any) -> bool:
+    return isinstance(value, dict) and "class_path" in value

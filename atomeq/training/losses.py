@@ -23,6 +23,9 @@ class PotentialLoss:
         energy: c_E; errors in eV/atom.
         forces: c_F; errors in eV/Å.
         stress: c_S; errors in eV/Å³.
+        pressure: Whether the trace of the stress counts. Labels from plane waves of a fixed cutoff
+            carry the Pulay stress, a pressure that is no derivative of their energies; without the
+            trace the loss does not see it.
         kind: f.
         huber_delta: Where Huber's function turns linear, in the units of the error.
     """
@@ -30,6 +33,7 @@ class PotentialLoss:
     energy: float = 1.0
     forces: float = 10.0
     stress: float = 0.0
+    pressure: bool = True
     kind: Literal["mse", "mae", "huber"] = "mse"
     huber_delta: float = 0.01
 
@@ -67,6 +71,8 @@ class PotentialLoss:
 
     def _term(self, key: str, predicted: Tensor, graph: AtomGraph) -> Tensor:
         error, known = label_error(key, predicted, graph)
+        if key == "stress" and not self.pressure:
+            error = without_trace(error)
         cost = self._cost(error)
         weight = graph.weight[graph.batch] if key == "forces" else graph.weight
         weight = weight.to(cost.dtype).reshape(-1, *[1] * (cost.ndim - 1))
@@ -79,6 +85,12 @@ class PotentialLoss:
             return error.abs()
         zero = torch.zeros_like(error)
         return torch.nn.functional.huber_loss(error, zero, reduction="none", delta=self.huber_delta)
+
+
+def without_trace(stress: Tensor) -> Tensor:
+    """Return the deviatoric part of stresses (n_graphs, 3, 3): what is left without pressure."""
+    mean = stress.diagonal(dim1=1, dim2=2).mean(dim=1)
+    return stress - torch.diag_embed(mean[:, None].expand(-1, 3))
 
 
 def label_error(key: str, predicted: Tensor, graph: AtomGraph) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,8 @@ import torch
 
 from atomeq.ops import dispatch
 from atomeq.ops.backends.reference import ReferenceBackend
-from atomeq.ops.dispatch import Backend, OpSpec, chosen_backend, explain, use_backend
+from atomeq.ops.dispatch import Backend, OpSpec, chosen_backend, use_backend
+from atomeq.ops.explain import explain
 from atomeq.ops.segment import segment_sum
 
 X, INDEX = torch.ones(4, 2), torch.tensor([0, 1, 1, 0])

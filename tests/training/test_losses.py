@@ -79,3 +79,14 @@ def test_bad_coefficients_are_refused(bad: dict):
         PotentialLoss(**bad)
     with pytest.raises(ValueError, match="huber_delta"):
         PotentialLoss(kind="huber", huber_delta=0)
+
+
+def test_loss_without_pressure_does_not_see_a_pulay_stress(graph):
+    offset = torch.diag_embed(torch.full((graph.n_graphs, 3), 0.02, dtype=graph.stress.dtype))
+    shear = torch.zeros_like(graph.stress)
+    shear[:, 0, 1] = 0.01
+    loss = PotentialLoss(energy=0, forces=0, stress=1, pressure=False)
+    blind = loss({"stress": graph.stress + offset}, graph)["loss"]
+    assert float(blind) == pytest.approx(0.0, abs=1e-12)
+    seen = loss({"stress": graph.stress + offset + shear}, graph)["loss"]
+    assert float(seen) == pytest.approx((1 + 3) / 2 * 0.01**2 / 9, rel=1e-5)  # weights 1 and 3

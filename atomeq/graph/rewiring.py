@@ -1,0 +1,96 @@
+"""Graphs made from graphs: without their subsurface atoms, and in many orientations at once."""
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from atomeq.graph.atom_graph import AtomGraph
+
+Orientations = Float[Tensor, "n_copies n_graphs 3 3"]
+
+_LABELS = ("energy", "forces", "stress", "weight")
+_ROW_VECTORS = ("pos", "velocities")
+
+
+def without_tag_0(graph: AtomGraph) -> tuple[AtomGraph, Bool[Tensor, " n_atoms"]]:
+    """Drop the subsurface atoms of OC20's slabs and all edges that touch them.
+
+    They are fixed in OC20 and make most of the atoms, so that a model without them is several times
+    faster ("remove-tag-0", Duval et al., PhAST, arXiv:2211.12020).
+
+    Args:
+        graph: With ``tags``: 0 subsurface, 1 surface, 2 adsorbate.
+
+    Returns:
+        The smaller graph, without labels, and which atoms (n_atoms,) are in it.
+
+    Raises:
+        ValueError: The graph has no tags, or nothing of a structure would be left.
+    """
+    if "tags" not in graph:
+        raise ValueError(
+            "remove-tag-0 needs tags, and this graph has none; set them with atoms.set_tags() "
+            "(0 subsurface, 1 surface, 2 adsorbate) or turn remove_tag_0 off"
+        )
+    kept = graph.tags != 0
+    natoms = torch.zeros_like(graph.natoms).index_add(0, graph.batch, kept.to(graph.natoms.dtype))
+    empty = torch.nonzero(natoms == 0).flatten().tolist()
+    if empty:
+        raise ValueError(f"structure {empty[0]} has only atoms with tag 0: none would be left")
+    number = kept.cumsum(0) - 1
+    source, target = graph.edge_index
+    edges = kept[source] & kept[target]
+    smaller = AtomGraph(
+        graph.pos[kept],
+        graph.atomic_numbers[kept],
+        cell=graph.cell,
+        pbc=graph.pbc,
+        natoms=natoms,
+        edge_index=number[graph.edge_index[:, edges]],
+        cell_offsets=graph.cell_offsets[edges],
+        tags=graph.tags[kept],
+    )
+    return smaller, kept
+
+
+def oriented_copies(graph: AtomGraph, orientations: Orientations) -> AtomGraph:
+    """Return a batch with every structure in several orientations: x -> x R, cell -> cell R.
+
+    Edges are those of the graph: distances do not change, so nothing is searched again.
+
+    Args:
+        graph: Structures with or without edges.
+        orientations: Orthogonal matrices R, (n_copies, n_graphs, 3, 3).
+
+    Returns:
+        All structures in their first orientation, then all in their second, and so on; without
+        labels.
+    """
+    n_copies = len(orientations)
+    matrices = orientations.to(graph.pos.dtype)
+    copies = AtomGraph()
+    for name, value in graph.to_dict().items():
+        if name in _LABELS:
+            continue
+        if name in _ROW_VECTORS:
+            turned = torch.einsum("ai,kaij->kaj", value, matrices[:, graph.batch])
+            value = turned.reshape(-1, 3)
+        elif name == "cell":
+            value = torch.einsum("gci,kgij->kgcj", value, matrices).reshape(-1, 3, 3)
+        elif name in ("edge_index", "hyperedge_index", "batch"):
+            value = _shifted(graph, name, value, n_copies)
+        else:
+            value = value.repeat(n_copies, *(1 for _ in value.shape[1:]))
+        copies[name] = value
+    return copies
+
+
+def _shifted(graph: AtomGraph, name: str, value: Tensor, n_copies: int) -> Tensor:
+    steps = [graph.n_graphs if name == "batch" else graph.n_atoms]
+    if name == "hyperedge_index":
+        steps.append(int(graph.num_hyperedges.sum()))
+    copy = torch.arange(n_copies, device=value.device)
+    shift = torch.stack([copy * step for step in steps], dim=-1)  # (n_copies, 1 or 2)
+    if name == "batch":
+        return (value + shift).reshape(-1)
+    return (value[:, None] + shift.mT[..., None].expand(2, -1, 1)).reshape(2, -1)

@@ -1,0 +1,239 @@
+"""Wrappers that make any model of the package invariant: frame averaging and canonicalization.
+
+Puny et al., Frame Averaging, ICLR 2022, arXiv:2110.03336, as FAENet uses it (Duval et al.,
+arXiv:2305.05577), and Kaba et al., Equivariance with Learned Canonicalization Functions, ICML 2023,
+arXiv:2211.06489. Both show the model a structure in orientations that turn along with it.
+
+Different from the papers on purpose:
+
+* the frames are those of the edges, not of the positions: in a crystal they depend neither on
+  which image of an atom is in the cell nor on how many cells make the supercell.
+  ``covariance="positions"`` is as published;
+* forces are the derivative of the averaged energy, through the frames too, and thus conservative;
+* at inference the average is exact, in one batched pass. The single frame that the papers draw at
+  inference gives an energy that depends on the draw;
+* where axes are degenerate the frames are completed as :mod:`atomeq.nn.frame_averaging` says.
+
+What no global frame can keep: a fragment far away turns the frame of the whole structure, so the
+energies of separated fragments do not add up unless the model itself is invariant.
+"""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from atomeq.graph.atom_graph import AtomGraph
+from atomeq.graph.builders import GraphBuilder
+from atomeq.graph.rewiring import oriented_copies
+from atomeq.models.base import AtomisticModel
+from atomeq.nn.canonicalization import CanonicalVectors, canonical_frames
+from atomeq.nn.frame_averaging import FrameMethod, FrameSet, principal_frames
+from atomeq.nn.radial import PolynomialEnvelope
+from atomeq.ops.segment import segment_mean
+from atomeq.typing import PropertyKey
+
+#: Number of kinds of atoms that labels of edges tell apart.
+_N_LABELS = 128
+
+
+class OverFrames(AtomisticModel):
+    """What both wrappers share: a model's mean over the frames of each structure.
+
+    Args:
+        model: Any model of the package; its cutoff, graph and outputs are those of the wrapper.
+    """
+
+    exempt_laws: Mapping[str, str] = MappingProxyType(
+        {
+            "separated_fragments_are_additive": "one frame belongs to the whole structure, and "
+            "each fragment turns it for the others"
+        }
+    )
+
+    def __init__(self, model: AtomisticModel) -> None:
+        super().__init__()
+        self.model = model
+        self.cutoff = model.cutoff
+        self.outputs = model.outputs
+        self.polynomial = PolynomialEnvelope(model.cutoff)
+
+    def graph_builder(self) -> GraphBuilder:
+        """Return the builder of the model inside."""
+        return self.model.graph_builder()
+
+    def frames(self, graph: AtomGraph) -> FrameSet:
+        """Return the frames of each structure."""
+        raise NotImplementedError(f"{type(self).__name__} does not define frames()")
+
+    def forward(self, graph: AtomGraph) -> dict[PropertyKey, Tensor]:
+        """Return the mean of the model's outputs over the frames, turned back."""
+        matrices, weights = self.frames(graph)  # (n_frames, n_graphs, 3, 3), (n_frames, n_graphs)
+        outputs = self.model(oriented_copies(graph, matrices))
+        n_frames = len(matrices)
+        averaged: dict[PropertyKey, Tensor] = {}
+        for key, value in outputs.items():
+            index = ... if key in ("energy", "stress") else graph.batch
+            value = value.view(n_frames, -1, *value.shape[1:])
+            turns = matrices.to(value.dtype)[:, index]
+            if key == "forces":
+                value = torch.einsum("kaj,kaij->kai", value, turns)
+            elif key == "stress":
+                value = turns @ value @ turns.mT
+            share = weights.to(value.dtype)[:, index]
+            share = share.view(*share.shape, *(1 for _ in value.shape[2:]))
+            averaged[key] = (share * value).sum(dim=0)
+        return averaged
+
+    def edge_frames(
+        self,
+        graph: AtomGraph,
+        *,
+        dim: Literal[2, 3] = 3,
+        proper: bool = False,
+        method: FrameMethod = "all",
+        generator: torch.Generator | None = None,
+    ) -> FrameSet:
+        """Return the frames along the principal axes of each structure's edges.
+
+        Edges count less the longer they are and nothing at the cutoff, where they come and go.
+        """
+        source, target = graph.edge_index
+        vectors = graph.edge_vectors()
+        return principal_frames(
+            vectors,
+            graph.batch[target],
+            n_graphs=graph.n_graphs,
+            weights=self.polynomial(torch.linalg.vector_norm(vectors, dim=1)),
+            labels=graph.atomic_numbers[source] * _N_LABELS + graph.atomic_numbers[target],
+            dim=dim,
+            proper=proper,
+            method=method,
+            generator=generator,
+        )
+
+
+class FrameAveraged(OverFrames):
+    """A model averaged over the principal frames of each structure.
+
+    Args:
+        model: Any model of the package.
+        dim: 3, or 2: invariant to turns about z only, for slabs.
+        proper: Average over rotations only: mirror images may have different energies (SE(3)).
+        covariance: Frames of the ``"edges"`` or, as published, of the atomic ``"positions"``.
+        training_frames: ``"all"``, or one ``"stochastic"`` frame for each structure and step, which
+            costs as little as the bare model; ``"det"`` is as published: a rule for the signs that
+            is NOT invariant, and no rotation where ``proper`` asks for one.
+        inference_frames: The same in evaluation; only ``"all"`` is exact.
+        seed: Of the stochastic frames.
+
+    Example:
+        >>> from atomeq.models.faenet import FAENet
+        >>> FrameAveraged(FAENet(cutoff=5.0)).cutoff
+        5.0
+    """
+
+    def __init__(
+        self,
+        model: AtomisticModel,
+        *,
+        dim: Literal[2, 3] = 3,
+        proper: bool = False,
+        covariance: Literal["edges", "positions"] = "edges",
+        training_frames: FrameMethod = "all",
+        inference_frames: FrameMethod = "all",
+        seed: int = 0,
+    ) -> None:
+        super().__init__(model)
+        if dim not in (2, 3):
+            raise ValueError(f"frames have dim 2 or 3, not {dim!r}")
+        self.dim: Literal[2, 3] = dim
+        self.proper = proper
+        self.covariance = covariance
+        self.training_frames: FrameMethod = training_frames
+        self.inference_frames: FrameMethod = inference_frames
+        self.seed = seed
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def frames(self, graph: AtomGraph) -> FrameSet:
+        """Return the frames of each structure, all or one as training or evaluation asks."""
+        options: dict[str, Any] = {
+            "dim": self.dim,
+            "proper": self.proper,
+            "method": self.training_frames if self.training else self.inference_frames,
+            "generator": self._generator,
+        }
+        if self.covariance == "edges":
+            return self.edge_frames(graph, **options)
+        centroids = segment_mean(graph.pos, graph.batch, graph.n_graphs)
+        return principal_frames(
+            graph.pos - centroids[graph.batch],
+            graph.batch,
+            n_graphs=graph.n_graphs,
+            labels=graph.atomic_numbers,
+            **options,
+        )
+
+
+class Canonicalized(OverFrames):
+    """A model that sees each structure in one orientation, chosen by a small equivariant network.
+
+    One pass instead of eight, and the orientation is learned. A structure in which vectors cannot
+    tell directions apart has no canonical orientation: one with an inversion centre, and for E(3) a
+    planar one. It is averaged over its principal frames instead, which is exactly invariant; the
+    energy jumps where a distortion ends that.
+
+    Args:
+        model: Any model of the package.
+        proper: Invariant to rotations only (SE(3)): the third axis is a cross product.
+        channels: Channels of the network that predicts the orientation.
+        num_layers: Its layers.
+        num_radial: Its Bessel functions of the edge length.
+        num_elements: Atomic numbers below this are embedded.
+    """
+
+    def __init__(
+        self,
+        model: AtomisticModel,
+        *,
+        proper: bool = False,
+        channels: int = 32,
+        num_layers: int = 2,
+        num_radial: int = 8,
+        num_elements: int = 119,
+    ) -> None:
+        super().__init__(model)
+        self.proper = proper
+        self.channels = channels
+        self.num_layers = num_layers
+        self.num_radial = num_radial
+        self.num_elements = num_elements
+        self.vectors = CanonicalVectors(
+            model.cutoff,
+            channels=channels,
+            num_layers=num_layers,
+            num_radial=num_radial,
+            num_elements=num_elements,
+        )
+
+    def frames(self, graph: AtomGraph) -> FrameSet:
+        """Return one frame for each structure, or the principal ones where it has none."""
+        vectors = self.vectors(
+            graph.atomic_numbers,
+            graph.edge_vectors().to(self.dtype),
+            graph.edge_index,
+            batch=graph.batch,
+            n_graphs=graph.n_graphs,
+        )
+        frames, degenerate = canonical_frames(vectors.to(graph.pos.dtype), proper=self.proper)
+        if not bool(degenerate.any()):
+            return FrameSet(frames[None], frames.new_ones(1, graph.n_graphs))
+        principal = self.edge_frames(graph, proper=self.proper)
+        first = torch.zeros_like(principal.weights)
+        first[0] = 1.0
+        return FrameSet(
+            torch.where(degenerate[:, None, None], principal.matrices, frames),
+            torch.where(degenerate, principal.weights, first),
+        )
