@@ -217,7 +217,9 @@ def _read_hyperedges(given: dict, title: str, k: int) -> Hyperedges:
     try:
         return Hyperedges.from_lists(given["members"], given["types"])
     except (KeyError, TypeError, ValueError) as error:
-        raise StructureError(f"{title}: info[{INFO_KEY!r}] is unusable: {error}", index=k) from error
+        raise StructureError(
+            f"{title}: info[{INFO_KEY!r}] is unusable: {error}", index=k
+        ) from error
 
 
 def _hyperedge_fields(hyperedges: Hyperedges, graph: AtomGraph, k: int) -> dict[str, torch.Tensor]:

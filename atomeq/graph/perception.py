@@ -79,7 +79,10 @@ def molecule_from_coordinates(
             )
     radii = np.array([table.GetRcovalent(z) for z in numbers])
     defaults = [table.GetDefaultValence(z) for z in numbers]
-    room = [_MAX_VALENCE.get(z, (v + (z in (7, 8)),))[-1] for z, v in zip(numbers, defaults, strict=True)]
+    room = [
+        _MAX_VALENCE.get(z, (v + (z in (7, 8)),))[-1]
+        for z, v in zip(numbers, defaults, strict=True)
+    ]
     bonds = _bonded(np.asarray(positions, dtype=np.float64).reshape(-1, 3), radii, room)
     valences = _start(numbers, list(bonds), defaults)
     _pair(valences, bonds)

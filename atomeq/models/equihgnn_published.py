@@ -63,7 +63,7 @@ class PublishedEquiHGNN(nn.Module):
         num_target: Numbers per molecule.
         num_layers: Convolutions.
         channels: Of atoms and hyperedges.
-        output_channels: Hidden channels of the readout; ``mhnn`` takes ``channels`` instead.
+        output_channels: Hidden channels of the readout; ``mhnn`` takes twice as many.
         output_layers: Linear layers of the readout.
         mlp_layers: Linear layers of W1 to W4.
         aggregate: How messages are gathered.
@@ -109,7 +109,7 @@ class PublishedEquiHGNN(nn.Module):
             self.batch_norms = nn.ModuleList(nn.BatchNorm1d(channels) for _ in range(num_layers))
         n_read, n_hidden = channels, output_channels
         if variant == "mhnn":
-            n_read, n_hidden = 2 * channels, channels
+            n_read, n_hidden = 2 * channels, 2 * output_channels
         self.mlp_out = mlp(n_read, n_hidden, num_target, num_layers=output_layers)
 
     def forward(self, molecules: Molecules) -> Tensor:
@@ -135,10 +135,9 @@ class PublishedEquiHGNN(nn.Module):
 
     def _simple(self, x: Tensor, molecules: Molecules) -> Tensor:
         first, n_hyperedges = x, len(molecules.types)
-        for layer in range(self.num_layers):
-            x = self.conv(x, first, molecules.incidence, n_hyperedges)
-            x = self.dropout(x if layer == self.num_layers - 1 else self.act(x))
-        return x
+        for _ in range(self.num_layers):
+            x = self.act(self.conv(self.dropout(x), first, molecules.incidence, n_hyperedges))
+        return self.dropout(x)
 
     def _full(self, x: Tensor, molecules: Molecules) -> tuple[Tensor, Tensor]:
         e = self.bond_encoder(molecules.types)

@@ -25,6 +25,7 @@ WEIGHTS_FILE = "weights.safetensors"
 #: Every model a checkpoint may name, by its class path. A new model adds its line here.
 MODELS = (
     "atomeq.models.egnn.EGNN",
+    "atomeq.models.equihgnn.EquiHGNN",
     "atomeq.models.escn.ESCN",
     "atomeq.models.faenet.FAENet",
     "atomeq.models.frame_averaged.Canonicalized",
