@@ -167,14 +167,22 @@ def _separate_charges(valences: _Valences, bonds: dict[tuple[int, int], float]) 
             continue
         if sum(int(valences.free[j]) for j in near) < 2:
             continue
-        # Oxygen takes the charge rather than carbon, and the longer bond rather than the shorter.
-        near.sort(key=lambda j: (valences.numbers[j] == 8, bonds[min(i, j), max(i, j)]))
+        # Oxygen takes the charge rather than carbon, a double bond precedes a triple one, and the
+        # longer bond is left for the charge.
+        near.sort(key=lambda j: _reluctance(valences, bonds, i, j))
         valences.raise_order(i, near[0])
         valences.free[near[0]] -= 1
         valences.charges[i] = 1
         negative = next(j for j in reversed(near) if valences.free[j])
         valences.free[negative] -= 1
         valences.charges[negative] = -1
+
+
+def _reluctance(
+    valences: _Valences, bonds: dict[tuple[int, int], float], i: int, j: int
+) -> tuple[bool, int, float]:
+    pair = min(i, j), max(i, j)
+    return valences.numbers[j] == 8, valences.orders[pair], bonds[pair]
 
 
 def _ionise(valences: _Valences, charge: int) -> None:

@@ -92,9 +92,9 @@ class EquiHGNN(AtomisticModel):
                 for _ in range(n_convolutions)
             )
             self.type_embedding = nn.Embedding(len(HYPEREDGE_TYPES), hidden_channels)
+            self.hyperedge_norm = nn.LayerNorm(hidden_channels)
             self.hyperedge_energy = MLP((hidden_channels, hidden_channels, 1), zero_output=True)
         self.atom_norm = nn.LayerNorm(hidden_channels)
-        self.hyperedge_norm = nn.LayerNorm(hidden_channels)
         self.energy = MLP((hidden_channels, hidden_channels, 1), zero_output=True)
 
     def graph_builder(self) -> GraphBuilder:

@@ -5,6 +5,7 @@ from atoms to hyperedges and back. Everything here takes tensors alone.
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -49,7 +50,7 @@ class HypergraphMLP(nn.Module):
         widths = [n_in, *[n_hidden] * (num_layers - 1), n_out]
         self.activation = activation
         self.dropout = nn.Dropout(dropout)
-        self.lins = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths, widths[1:], strict=False))
+        self.lins = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
         # The first place is that of a normalisation of inputs, which no published model has.
         self.normalizations = nn.ModuleList(
             [nn.Identity(), *(makers[normalization](n_hidden) for _ in range(num_layers - 1))]
