@@ -22,6 +22,7 @@ class Verb(NamedTuple):
 
 _SIMULATE = "atomeq.cli.simulate"
 _INSPECT = "atomeq.cli.inspect"
+_DATA = "atomeq.cli.data"
 _TRAINING = "atomeq.cli.training"
 
 VERBS = {
@@ -29,12 +30,14 @@ VERBS = {
     "relax": Verb(_SIMULATE, "move atoms, and the cell with --cell, until forces vanish"),
     "md": Verb(_SIMULATE, "molecular dynamics: NVE, NVT or NPT"),
     "check": Verb(_INSPECT, "hold a potential or any ASE calculator to the laws of physics"),
+    "convert": Verb("atomeq.cli.convert", "turn a published checkpoint (.pt) into a potential"),
     "doctor": Verb(_INSPECT, "versions, devices, data, potentials and backends on this machine"),
     "fit": Verb(_TRAINING, "train a potential from a configuration file"),
     "validate": Verb(_TRAINING, "evaluate a checkpoint on the validation set"),
     "test": Verb(_TRAINING, "evaluate a checkpoint on the test set"),
     "predict": Verb(_TRAINING, "write a checkpoint's predictions"),
-    "data": Verb("atomeq.cli.data", "list and download public data sets"),
+    "data": Verb(_DATA, "list, download and convert public data sets"),
+    "is2re": Verb(_DATA, "relax OC20's initial structures and compare with DFT"),
 }
 
 #: What a user's input can cause; anything else is a fault of the program and shows its traceback.

@@ -41,7 +41,7 @@ from atomeq.training.callbacks import (
     SavePotential,
 )
 from atomeq.training.losses import PotentialLoss
-from atomeq.training.metrics import UNITS
+from atomeq.training.metrics import ErrorMetric
 from atomeq.training.task import AtomisticTask
 
 logger = logging.getLogger(__name__)
@@ -56,12 +56,6 @@ HELP = {
     "atomeq test -c EXPERIMENT.yaml --ckpt_path runs/NAME/checkpoints/best.ckpt",
     "predict": "Energies and forces of the structures of a file: "
     "atomeq predict -c EXPERIMENT.yaml --data.predict FILE --ckpt_path CHECKPOINT",
-}
-_TITLES = {
-    "energy": "energy",
-    "energy_per_atom": "energy/atom",
-    "forces": "forces",
-    "stress": "stress",
 }
 
 
@@ -181,12 +175,12 @@ class TrainingCLI(LightningCLI):
     def validate(self, **arguments: Any) -> None:
         """Print the errors of the validation set."""
         self.trainer.validate(verbose=False, weights_only=True, **arguments)
-        _show_errors({"val": self.model.val_results})
+        _show_errors({"val": self.model.val_results}, self.model.metrics)
 
     def test(self, **arguments: Any) -> None:
         """Print the errors of each test set and keep them as JSON in the run's folder."""
         self.trainer.test(verbose=False, weights_only=True, **arguments)
-        _show_errors(self.model.test_results)
+        _show_errors(self.model.test_results, self.model.metrics)
         with write_atomically(self._run_folder() / "test_errors.json") as partial:
             partial.write_text(json.dumps(self.model.test_results, indent=2) + "\n")
 
@@ -262,19 +256,14 @@ def _checkpoint_folder(root: str | Path | None) -> str:
     return str(Path(root or ".") / "checkpoints")
 
 
-def _show_errors(results: dict[str, dict[str, float]]) -> None:
+def _show_errors(results: dict[str, dict[str, float]], metrics: ErrorMetric) -> None:
     table = Table(box=None, pad_edge=False)
     table.add_column("set")
-    shown = [name for name in UNITS if any(f"{name}_mae" in errors for errors in results.values())]
+    shown = [name for name in metrics.columns if any(name in errors for errors in results.values())]
     for name in shown:
-        for kind in ("MAE", "RMSE"):
-            table.add_column(f"{_TITLES[name]} {kind}\n{UNITS[name]}", justify="right")
+        table.add_column("\n".join(metrics.columns[name]), justify="right")
     for set_name, errors in results.items():
-        cells = [
-            f"{errors[key]:.4g}" if key in errors else "-"
-            for name in shown
-            for key in (f"{name}_mae", f"{name}_rmse")
-        ]
+        cells = [f"{errors[name]:.4g}" if name in errors else "-" for name in shown]
         table.add_row(set_name, *cells)
     Console(width=None if sys.stdout.isatty() else 160).print(table)
 

@@ -14,7 +14,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,12 +47,16 @@ class LabelKeys:
         forces: Forces, eV/Å.
         stress: Stress, eV/Å³ in ASE's sign; 6 Voigt components or 3 x 3.
         weight: Weight of the structure in the loss; 1 where absent.
+        kind: What ``atoms.info`` calls the kind of configuration.
+        kind_weights: Further weight of the structures of a kind; 1 for kinds not named.
     """
 
     energy: str = "energy"
     forces: str = "forces"
     stress: str = "stress"
     weight: str = "weight"
+    kind: str = "config_type"
+    kind_weights: dict[str, float] = field(default_factory=dict)
 
 
 def resolve_data_path(path: str | os.PathLike[str]) -> Path:
@@ -64,6 +68,18 @@ def resolve_data_path(path: str | os.PathLike[str]) -> Path:
     Raises:
         DataError: The variable is not set, or there is no such file.
     """
+    resolved = expand_data_path(path)
+    if not resolved.is_file():
+        raise DataError(f"there is no data file {resolved}; {_hint()}")
+    return resolved
+
+
+def expand_data_path(path: str | os.PathLike[str]) -> Path:
+    """Return a path of a file or folder with ``${NAME}`` replaced, whether it exists or not.
+
+    Raises:
+        DataError: The variable is not set.
+    """
     text = os.fspath(path)
     for name in _VARIABLE.findall(text):
         if not os.environ.get(name):
@@ -71,10 +87,7 @@ def resolve_data_path(path: str | os.PathLike[str]) -> Path:
                 f"{text} needs the environment variable {name}, which is not set; {_hint()}"
             )
         text = text.replace(f"${{{name}}}", os.environ[name])
-    resolved = Path(text).expanduser()
-    if not resolved.is_file():
-        raise DataError(f"there is no data file {resolved}; {_hint()}")
-    return resolved
+    return Path(text).expanduser()
 
 
 def _hint() -> str:
@@ -211,12 +224,14 @@ def _normalise_labels(atoms: Atoms, labels: LabelKeys, name: str) -> None:
         results["stress"] = _voigt(results["stress"].reshape(3, 3))
     if "energy" in results:
         results["energy"] = float(results["energy"])
-    weight = _take(atoms, labels.weight)
-    if weight is not None:
-        weight = float(_checked(weight, ((),), f"{name}: label {labels.weight!r}"))
-        if weight < 0:
-            raise DataError(f"{name}: label {labels.weight!r} is {weight}; weights are >= 0")
-        atoms.info["weight"] = weight
+    given = _take(atoms, labels.weight)
+    weight = 1.0
+    if given is not None:
+        weight = float(_checked(given, ((),), f"{name}: label {labels.weight!r}"))
+    weight *= labels.kind_weights.get(str(atoms.info.get(labels.kind)), 1.0)
+    if weight < 0:
+        raise DataError(f"{name}: label {labels.weight!r} is {weight}; weights are >= 0")
+    atoms.info["weight"] = weight
     atoms.calc = SinglePointCalculator(atoms, **results) if results else None
 
 

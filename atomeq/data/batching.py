@@ -4,14 +4,18 @@ The sampler knows where it is, so a run that was killed goes on with the very ba
 seen next.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from atomeq.data.ase_files import DataError
 from atomeq.graph.atom_graph import AtomGraph
+
+LABELS = ("energy", "forces", "stress")
 
 
 class GraphDataset(Dataset[AtomGraph]):
@@ -25,8 +29,30 @@ class GraphDataset(Dataset[AtomGraph]):
     def __init__(self, graphs: Sequence[AtomGraph], *, name: str = "data") -> None:
         self.graphs = list(graphs)
         self.name = name
-        self.n_atoms = [graph.n_atoms for graph in self.graphs]
-        self.n_edges = [graph.n_edges for graph in self.graphs]
+
+    @property
+    def n_atoms(self) -> Sequence[int] | NDArray[np.int64]:
+        """Atoms of each structure."""
+        return [graph.n_atoms for graph in self.graphs]
+
+    @property
+    def n_edges(self) -> Sequence[int] | NDArray[np.int64]:
+        """Edges of each structure."""
+        return [graph.n_edges for graph in self.graphs]
+
+    @property
+    def labels(self) -> set[str]:
+        """The labels that at least one of the structures has."""
+        return known_labels(self.graphs)
+
+    @property
+    def elements(self) -> list[int]:
+        """The atomic numbers that occur, ascending."""
+        return sorted({int(z) for graph in self.graphs for z in graph.atomic_numbers.unique()})
+
+    def sample(self) -> Sequence[AtomGraph]:
+        """Return what references and scales are fitted to: here all structures."""
+        return self.graphs
 
     def __len__(self) -> int:
         return len(self.graphs)
@@ -70,8 +96,12 @@ class BudgetBatchSampler(Sampler[list[int]]):
         rank: int = 0,
         n_ranks: int = 1,
     ) -> None:
-        self._sizes = list(zip(dataset.n_atoms, dataset.n_edges, strict=True))
-        self._budget = (max_atoms, max_edges)
+        self._budgets = {
+            what: (limit, np.asarray(getattr(dataset, f"n_{what}"), dtype=np.int64))
+            for what, limit in (("atoms", max_atoms), ("edges", max_edges))
+            if limit is not None
+        }
+        self._n_structures = len(dataset)
         self._max_structures = max_structures
         self._shuffle = shuffle
         self._seed = seed
@@ -81,65 +111,64 @@ class BudgetBatchSampler(Sampler[list[int]]):
         # Lightning looks for `batch_sampler.sampler.set_epoch`.
         self.sampler = self
         self._refuse_oversized(dataset.name)
-        self._batches = self._pack()
+        self._pack()
 
     def set_epoch(self, epoch: int) -> None:
         """Draw the batches of another epoch."""
         if epoch != self.epoch:
             self.epoch = epoch
             self.n_skipped = 0
-            self._batches = self._pack()
+            self._pack()
 
     def skip(self, n_batches: int) -> None:
         """Leave out the first batches of the next iteration only: a killed run has seen them."""
         self.n_skipped = n_batches
 
     def __len__(self) -> int:
-        return len(self._batches)
+        n_batches = len(self._ends)
+        return -(-n_batches // self._n_ranks)
 
     def __iter__(self) -> Iterator[list[int]]:
-        start, self.n_skipped = self.n_skipped, 0
-        yield from self._batches[start:]
+        first, self.n_skipped = self.n_skipped, 0
+        n_batches = len(self._ends)
+        for k in range(first, len(self)):
+            # Every process must take the same number of steps, or they wait for each other forever:
+            # the first batches come again where the last round is not full.
+            batch = (k * self._n_ranks + self._rank) % n_batches
+            start = self._ends[batch - 1] if batch else 0
+            yield self._order[start : self._ends[batch]].tolist()
 
-    def _pack(self) -> list[list[int]]:
-        order = range(len(self._sizes))
+    def _pack(self) -> None:
+        """Set the order of the structures and where in it each batch ends.
+
+        Arrays, not lists of lists: OC20 has 134 million structures.
+        """
+        self._order = np.arange(self._n_structures)
         if self._shuffle:
             generator = torch.Generator().manual_seed(self._seed * 1_000_003 + self.epoch)
-            order = torch.randperm(len(self._sizes), generator=generator).tolist()
-        batches: list[list[int]] = []
-        atoms = edges = 0
-        for index in order:
-            n_atoms, n_edges = self._sizes[index]
-            full = not batches or len(batches[-1]) >= self._max_structures
-            if full or self._exceeded(atoms + n_atoms, edges + n_edges) is not None:
-                batches.append([])
-                atoms = edges = 0
-            batches[-1].append(index)
-            atoms, edges = atoms + n_atoms, edges + n_edges
-        return self._share(batches)
-
-    def _share(self, batches: list[list[int]]) -> list[list[int]]:
-        if self._n_ranks == 1:
-            return batches
-        # Every process must take the same number of steps, or they wait for each other forever.
-        missing = -len(batches) % self._n_ranks
-        return (batches + batches[:missing])[self._rank :: self._n_ranks]
-
-    def _exceeded(self, n_atoms: int, n_edges: int) -> str | None:
-        for limit, size, what in zip(
-            self._budget, (n_atoms, n_edges), ("atoms", "edges"), strict=True
-        ):
-            if limit is not None and size > limit:
-                return f"{size} {what}, more than max_{what}={limit}"
-        return None
+            self._order = torch.randperm(self._n_structures, generator=generator).numpy()
+        totals = [
+            (limit, np.concatenate(([0], np.cumsum(sizes[self._order]))))
+            for limit, sizes in self._budgets.values()
+        ]
+        ends: list[int] = []
+        start = 0
+        while start < self._n_structures:
+            end = min(start + self._max_structures, self._n_structures)
+            for limit, total in totals:
+                end = min(end, int(np.searchsorted(total, total[start] + limit, side="right")) - 1)
+            ends.append(end)
+            start = end
+        self._ends = np.array(ends, dtype=np.int64)
 
     def _refuse_oversized(self, name: str) -> None:
-        for index, (n_atoms, n_edges) in enumerate(self._sizes):
-            exceeded = self._exceeded(n_atoms, n_edges)
-            if exceeded is not None:
+        for what, (limit, sizes) in self._budgets.items():
+            if (sizes > limit).any():
+                index = int(np.argmax(sizes > limit))
                 raise DataError(
-                    f"structure {index} of {name} alone has {exceeded}; raise the limit in the "
-                    "data section, or leave the structure out"
+                    f"structure {index} of {name} alone has {sizes[index]} {what}, more than "
+                    f"max_{what}={limit}; raise the limit in the data section, or leave the "
+                    "structure out"
                 )
 
 
@@ -196,3 +225,13 @@ class ResumableLoader:
 
 def _identity(batch: Any) -> Any:
     return batch  # __getitems__ has joined it
+
+
+def known_labels(graphs: Iterable[AtomGraph]) -> set[str]:
+    """Return the labels that at least one of the graphs has."""
+    return {
+        key
+        for graph in graphs
+        for key in LABELS
+        if key in graph and bool(torch.isfinite(graph[key]).any())
+    }

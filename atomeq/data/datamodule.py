@@ -7,7 +7,7 @@ configuration and nowhere else.
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
@@ -19,12 +19,11 @@ from jsonargparse.typing import register_type
 from lightning.pytorch import LightningDataModule
 
 from atomeq.data.ase_files import DataError, LabelKeys, read_structures, resolve_data_path
-from atomeq.data.batching import BudgetBatchSampler, GraphDataset, ResumableLoader
+from atomeq.data.batching import LABELS, BudgetBatchSampler, GraphDataset, ResumableLoader
 from atomeq.graph.atom_graph import AtomGraph
 
 logger = logging.getLogger(__name__)
 
-LABELS = ("energy", "forces", "stress")
 _LABEL_SHAPES = {
     "energy": lambda g: (1,),
     "forces": lambda g: (g.n_atoms, 3),
@@ -329,13 +328,3 @@ def _with_same_labels(graphs: list[AtomGraph]) -> list[AtomGraph]:
 
 def _label(graph: AtomGraph, key: str) -> torch.Tensor | None:
     return getattr(graph, key, None)
-
-
-def known_labels(graphs: Iterable[AtomGraph]) -> set[str]:
-    """Return the labels that at least one of the graphs has."""
-    return {
-        key
-        for graph in graphs
-        for key in LABELS
-        if (value := _label(graph, key)) is not None and bool(torch.isfinite(value).any())
-    }

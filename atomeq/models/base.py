@@ -74,6 +74,12 @@ class AtomisticModel(nn.Module):
         """Channels of :meth:`node_features`."""
         raise NotImplementedError(f"{type(self).__name__} does not offer node_features()")
 
+    def keep_arguments(self, arguments: dict[str, Any]) -> None:
+        """Keep every constructor argument as an attribute: ``self.keep_arguments(locals())``."""
+        for name in inspect.signature(type(self).__init__).parameters:
+            if name != "self":
+                setattr(self, name, arguments[name])
+
     def config(self) -> dict[str, Any]:
         """Return ``{"class_path": ..., "init_args": {...}}``, the node that builds this model.
 

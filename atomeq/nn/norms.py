@@ -1,7 +1,31 @@
-"""Normalisations that commute with rotations; they act on one atom at a time, never on a batch."""
+"""Normalisations that commute with rotations; they act on one atom at a time, never on a batch.
+
+The three of EquiformerV2 (Liao et al., arXiv:2306.12059), told apart by what shares one scale: each
+degree has its own, all degrees but l = 0 share one, or all degrees do.
+"""
+
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
+
+NormName = Literal["layer_norm", "layer_norm_sh", "rms_norm_sh"]
+
+
+def equivariant_norm(name: NormName, lmax: int, channels: int) -> nn.Module:
+    """Build a normalisation by the name it has in EquiformerV2's configuration files.
+
+    Raises:
+        ValueError: The name is unknown.
+    """
+    norms = {
+        "layer_norm": EquivariantLayerNorm,
+        "layer_norm_sh": SeparableLayerNorm,
+        "rms_norm_sh": EquivariantRMSNorm,
+    }
+    if name not in norms:
+        raise ValueError(f"norm {name!r} is unknown; choose one of {', '.join(norms)}")
+    return norms[name](lmax, channels)
 
 
 class EquivariantRMSNorm(nn.Module):
@@ -37,3 +61,61 @@ class EquivariantRMSNorm(nn.Module):
         scale = torch.rsqrt(mean_square + self.epsilon)[:, None, None]
         bias = nn.functional.pad(self.bias[None], (0, 0, 0, x.shape[1] - 1))
         return x * scale * self.weight[self.degree_of_row] + bias
+
+
+class EquivariantLayerNorm(nn.Module):
+    """Divide each degree by a root mean square of its own (``layer_norm``).
+
+    Args:
+        lmax: Highest degree of the features.
+        channels: Channels of the features.
+        epsilon: Keeps atoms without features finite.
+    """
+
+    def __init__(self, lmax: int, channels: int, *, epsilon: float = 1e-5) -> None:
+        super().__init__()
+        self.lmax = lmax
+        self.epsilon = epsilon
+        self.weight = nn.Parameter(torch.ones(lmax + 1, channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise ``x`` (n_atoms, n_sph, channels); returns the same shape."""
+        degrees = list(x.split([2 * l + 1 for l in range(self.lmax + 1)], dim=1))
+        degrees[0] = degrees[0] - degrees[0].mean(dim=2, keepdim=True)
+        for l, degree in enumerate(degrees):
+            mean_square = (degree * degree).mean(dim=(1, 2), keepdim=True)
+            degrees[l] = degree * (torch.rsqrt(mean_square + self.epsilon) * self.weight[l])
+        degrees[0] = degrees[0] + self.bias
+        return torch.cat(degrees, dim=1)
+
+
+class SeparableLayerNorm(nn.Module):
+    """Layer normalisation of l = 0, and one scale that all l > 0 share (``layer_norm_sh``).
+
+    Args:
+        lmax: Highest degree of the features.
+        channels: Channels of the features.
+        epsilon: Keeps atoms without features finite.
+    """
+
+    degree_of_row: Tensor  # of the rows with l > 0, less one
+
+    def __init__(self, lmax: int, channels: int, *, epsilon: float = 1e-5) -> None:
+        super().__init__()
+        self.epsilon = epsilon
+        self.scalar_norm = nn.LayerNorm(channels, eps=epsilon)
+        self.weight = nn.Parameter(torch.ones(lmax, channels))
+        degrees = torch.arange(lmax).repeat_interleave(2 * torch.arange(lmax) + 3)
+        self.register_buffer("degree_of_row", degrees, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise ``x`` (n_atoms, n_sph, channels); returns the same shape."""
+        scalars, higher = x.split([1, x.shape[1] - 1], dim=1)
+        scalars = self.scalar_norm(scalars)
+        if not len(self.weight):
+            return scalars
+        rows_of_degree = (2 * self.degree_of_row + 3).to(x.dtype)
+        mean_square = ((higher * higher).mean(dim=2) / rows_of_degree).sum(dim=1)
+        scale = torch.rsqrt(mean_square / len(self.weight) + self.epsilon)[:, None, None]
+        return torch.cat([scalars, higher * scale * self.weight[self.degree_of_row]], dim=1)

@@ -60,6 +60,55 @@ class GaussianBasis(nn.Module):
         return torch.exp(-0.5 * (steps / self.width) ** 2)
 
 
+class SigmoidBasis(nn.Module):
+    """Steps on an even grid: s(w (r - μ_k)/Δ), s the logistic function, μ_k from 0 to the cutoff.
+
+    Args:
+        num_radial: Number of steps, at least 2.
+        cutoff: Place of the last one, Å.
+        width: w, in units of one over the grid spacing.
+        slope: Adds this times the argument of s, so that no function saturates.
+    """
+
+    orders: Tensor
+
+    def __init__(
+        self, num_radial: int, cutoff: float, *, width: float = 1.0, slope: float = 0.0
+    ) -> None:
+        super().__init__()
+        if num_radial < 2:
+            raise ValueError(f"a basis of steps needs at least 2 functions, got {num_radial}")
+        self.num_radial = num_radial
+        self.spacing = cutoff / (num_radial - 1)
+        self.width = width
+        self.slope = slope
+        self.register_buffer("orders", torch.arange(num_radial), persistent=False)
+
+    def forward(self, lengths: EdgeLengths) -> Tensor:
+        """Evaluate the basis at ``lengths`` (n_edges,), Å; returns (n_edges, num_radial)."""
+        steps = self.width * (lengths[:, None] / self.spacing - self.orders)
+        values = torch.sigmoid(steps)
+        return values + self.slope * steps if self.slope else values
+
+
+class LearnedBasis(nn.Module):
+    """SiLU of affine functions of the length, with trained coefficients.
+
+    Args:
+        num_radial: Number of functions.
+    """
+
+    def __init__(self, num_radial: int) -> None:
+        super().__init__()
+        self.num_radial = num_radial
+        self.affine = nn.Linear(2, num_radial)  # of (r, 1): published with two offsets
+
+    def forward(self, lengths: EdgeLengths) -> Tensor:
+        """Evaluate the basis at ``lengths`` (n_edges,), Å; returns (n_edges, num_radial)."""
+        pairs = torch.stack([lengths, torch.ones_like(lengths)], dim=1)
+        return nn.functional.silu(self.affine(pairs))
+
+
 class PolynomialEnvelope(nn.Module):
     """A polynomial that goes from 1 at r = 0 to 0 at the cutoff with two continuous derivatives.
 

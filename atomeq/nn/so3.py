@@ -55,6 +55,7 @@ class SO2Convolution(nn.Module):
         extra_scalars: Further invariant outputs, read from m = 0 (gates, attention logits).
         chiral: Let +m and -m mix, as published. The map then commutes with rotations alone, and a
             molecule and its mirror image get different energies.
+        bias: Add a bias to the outputs with m = 0, extra scalars included.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class SO2Convolution(nn.Module):
         *,
         extra_scalars: int = 0,
         chiral: bool = False,
+        bias: bool = False,
     ) -> None:
         super().__init__()
         self.lmax = lmax
@@ -83,6 +85,7 @@ class SO2Convolution(nn.Module):
                 shape, fan_in = (n_out, n_in), n_in
             weights.append(nn.Parameter(torch.randn(shape) / math.sqrt(fan_in)))
         self.weights = nn.ParameterList(weights)
+        self.bias = nn.Parameter(torch.zeros(len(weights[0]))) if bias else None
 
     @property
     def n_radial_weights(self) -> int:
@@ -106,6 +109,7 @@ class SO2Convolution(nn.Module):
             list(self.weights),
             lmax=self.lmax,
             mmax=self.mmax,
+            bias=self.bias,
             scale=radial,
             n_scalars=self.extra_scalars,
         )

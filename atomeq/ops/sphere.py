@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from atomeq.ops.backends.sphere_silu import silu_on_grid
 from atomeq.ops.dispatch import select
 from atomeq.ops.spherical_harmonics import harmonic_polynomials
 from atomeq.ops.tables import constant_table, table_like
@@ -103,11 +104,7 @@ def sphere_pointwise(
     Raises:
         ValueError: If x has not the grid's number of rows.
     """
-    n_rows = len(coefficient_index(grid.lmax, grid.mmax))
-    if x.shape[-2] != n_rows:
-        raise ValueError(
-            f"x is {tuple(x.shape)}; a grid of lmax={grid.lmax}, mmax={grid.mmax} has {n_rows} rows"
-        )
+    _check_rows(x, grid)
     backend = select(
         "sphere_pointwise",
         lmax=grid.lmax,
@@ -117,6 +114,28 @@ def sphere_pointwise(
         like=x,
     )
     return backend.sphere_pointwise(x, fn, grid)
+
+
+def sphere_silu(
+    x: Float[Tensor, "n n_rows channels"], grid: SphereGrid
+) -> Float[Tensor, "n n_rows channels"]:
+    """Apply SiLU to the values on every point of the sphere.
+
+    The same numbers as :func:`sphere_pointwise`, but no grid is kept for the backward pass and few
+    are in memory at a time.
+
+    Args:
+        x: Coefficients, (n, n_rows, channels).
+        grid: The grid.
+
+    Returns:
+        Coefficients of the result, (n, n_rows, channels).
+
+    Raises:
+        ValueError: If x has not the grid's number of rows.
+    """
+    _check_rows(x, grid)
+    return silu_on_grid(x, grid)
 
 
 @constant_table
@@ -164,6 +183,14 @@ def _harmonics_on(grid: SphereGrid) -> tuple[np.ndarray, np.ndarray]:
 def _rescaling(grid: SphereGrid, degrees: np.ndarray) -> np.ndarray:
     absent = degrees > grid.mmax if grid.rescale else np.zeros_like(degrees, dtype=bool)
     return np.where(absent, np.sqrt((2 * degrees + 1) / (2 * grid.mmax + 1)), 1.0)
+
+
+def _check_rows(x: Tensor, grid: SphereGrid) -> None:
+    n_rows = len(coefficient_index(grid.lmax, grid.mmax))
+    if x.shape[-2] != n_rows:
+        raise ValueError(
+            f"x is {tuple(x.shape)}; a grid of lmax={grid.lmax}, mmax={grid.mmax} has {n_rows} rows"
+        )
 
 
 def _polar_weights(n_beta: int) -> np.ndarray:

@@ -25,8 +25,10 @@ WEIGHTS_FILE = "weights.safetensors"
 #: Every model a checkpoint may name, by its class path. A new model adds its line here.
 MODELS = (
     "atomeq.models.egnn.EGNN",
+    "atomeq.models.equiformer_v2.EquiformerV2",
     "atomeq.models.equihgnn.EquiHGNN",
     "atomeq.models.escn.ESCN",
+    "atomeq.models.escn_published.PublishedESCN",
     "atomeq.models.faenet.FAENet",
     "atomeq.models.frame_averaged.Canonicalized",
     "atomeq.models.frame_averaged.FrameAveraged",

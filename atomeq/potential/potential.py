@@ -110,12 +110,13 @@ class Potential(nn.Module):
     def _evaluate(self, graph: AtomGraph) -> dict[PropertyKey, Tensor]:
         outputs = self.model(graph)
         energies = self.references(outputs["energies"], graph.atomic_numbers)
+        offset = self.references.offset
         computed: dict[PropertyKey, Tensor] = {
-            "energies": energies,
-            "energy": segment_sum(energies, graph.batch, graph.n_graphs),
+            "energies": energies + (offset / graph.natoms)[graph.batch],  # they sum to the energy
+            "energy": segment_sum(energies, graph.batch, graph.n_graphs) + offset,
         }
         if "forces" in outputs:
-            computed["forces"] = outputs["forces"] * self.references.scale.to(self.dtype)
+            computed["forces"] = outputs["forces"] * self.references.force_scale.to(self.dtype)
         return computed
 
     @property

@@ -11,7 +11,7 @@ MAX_ATOMIC_NUMBER = 118
 
 
 class AtomicReferences(nn.Module):
-    """E_i = scale · e_i + shift[Z_i], in float64 whatever the network's dtype.
+    """E = Σ_i (scale · e_i + shift[Z_i]) + offset, in float64 whatever the network's dtype.
 
     Total energies of DFT reach 10⁵ eV while forces come from 10⁻³ eV of them: a float32 sum would
     lose what matters, so these numbers stay float64 under ``.to(dtype)``.
@@ -20,13 +20,25 @@ class AtomicReferences(nn.Module):
         shift: Energy of each known element, eV, by atomic number. Elements not named are unknown to
             the potential, which refuses structures that hold them. None: all known, no shift.
         scale: eV per unit of the network's output; forces and stress scale with it.
+        offset: Energy of every structure whatever its size, eV: the mean that published models of
+            OC20 were normalised by. Not extensive, so zero for any other model.
+        force_scale: eV/Å per unit of a force head's output; by default the scale.
     """
 
     shift: Tensor
     scale: Tensor
+    offset: Tensor
+    force_scale: Tensor
     known: Tensor
 
-    def __init__(self, shift: Mapping[int, float] | None = None, *, scale: float = 1.0) -> None:
+    def __init__(
+        self,
+        shift: Mapping[int, float] | None = None,
+        *,
+        scale: float = 1.0,
+        offset: float = 0.0,
+        force_scale: float | None = None,
+    ) -> None:
         super().__init__()
         table = torch.zeros(MAX_ATOMIC_NUMBER + 1, dtype=torch.float64)
         known = torch.zeros(MAX_ATOMIC_NUMBER + 1, dtype=torch.bool)
@@ -37,7 +49,11 @@ class AtomicReferences(nn.Module):
             known[number] = True
         self.register_buffer("shift", table)
         self.register_buffer("scale", torch.tensor(float(scale), dtype=torch.float64))
+        force_scale = scale if force_scale is None else force_scale
+        self.register_buffer("offset", torch.tensor(float(offset), dtype=torch.float64))
+        self.register_buffer("force_scale", torch.tensor(float(force_scale), dtype=torch.float64))
         self.register_buffer("known", known)
+        self.register_load_state_dict_pre_hook(_complete)
 
     @property
     def elements(self) -> tuple[int, ...]:
@@ -45,15 +61,25 @@ class AtomicReferences(nn.Module):
         return tuple(torch.nonzero(self.known).flatten().tolist())
 
     def forward(self, energies: AtomicEnergies, atomic_numbers: AtomicNumbers) -> AtomicEnergies:
-        """Turn network outputs (n_atoms,) into atomic energies (n_atoms,), eV, float64."""
+        """Turn network outputs (n_atoms,) into atomic energies (n_atoms,), eV, without offset."""
         return self.scale * energies.to(torch.float64) + self.shift[atomic_numbers]
 
     def _apply(self, fn, recurse: bool = True):
         # Follow the module to its device, never to its dtype.
         device = fn(self.shift).device
-        for name in ("shift", "scale", "known"):
+        for name in ("shift", "scale", "offset", "force_scale", "known"):
             setattr(self, name, getattr(self, name).to(device))
         return self
+
+
+def _complete(
+    references: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: object
+) -> None:
+    """Files from before offset and force scale existed mean their defaults."""
+    scale = state_dict.get(f"{prefix}scale")
+    if scale is not None:
+        state_dict.setdefault(f"{prefix}offset", torch.zeros_like(scale))
+        state_dict.setdefault(f"{prefix}force_scale", scale.clone())
 
 
 def least_squares_shift(

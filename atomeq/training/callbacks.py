@@ -141,7 +141,8 @@ class RunCheckpoint(ModelCheckpoint):
 
     One that falls on the last step of an epoch is written after the validation that follows:
     a run continued from before it would leave that validation out, and the schedule that waits for
-    its result.
+    its result. ``last.ckpt`` follows every epoch: Lightning's own moves only when a best is beaten,
+    and a run killed on a long plateau would do all of the plateau again.
     """
 
     _postponed = False
@@ -163,6 +164,8 @@ class RunCheckpoint(ModelCheckpoint):
         """Save after an epoch, validated or not."""
         super().on_train_epoch_end(trainer, pl_module)
         self._save_postponed(trainer, pl_module)
+        if not self._should_skip_saving_checkpoint(trainer):  # among others, saved at this step
+            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
     def _save_postponed(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._postponed:

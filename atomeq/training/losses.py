@@ -19,8 +19,11 @@ class PotentialLoss:
     components; w is the weight of the structure and f the square, the absolute value or Huber's
     function. Labels that a structure lacks (NaN) do not count.
 
+    OC20's loss is ``kind="l2mae"``: absolute energy errors, and the mean length of the error vector
+    of each atom's force; with ``energy_per="structure"`` and ``free_atoms_only=True``.
+
     Attributes:
-        energy: c_E; errors in eV/atom.
+        energy: c_E; errors in eV/atom, or in eV as ``energy_per`` says.
         forces: c_F; errors in eV/Å.
         stress: c_S; errors in eV/Å³.
         pressure: Whether the trace of the stress counts. Labels from plane waves of a fixed cutoff
@@ -28,14 +31,18 @@ class PotentialLoss:
             trace the loss does not see it.
         kind: f.
         huber_delta: Where Huber's function turns linear, in the units of the error.
+        energy_per: What an energy error is divided by: the number of atoms, or nothing.
+        free_atoms_only: Leave out the forces on fixed atoms.
     """
 
     energy: float = 1.0
     forces: float = 10.0
     stress: float = 0.0
     pressure: bool = True
-    kind: Literal["mse", "mae", "huber"] = "mse"
+    kind: Literal["mse", "mae", "huber", "l2mae"] = "mse"
     huber_delta: float = 0.01
+    energy_per: Literal["atom", "structure"] = "atom"
+    free_atoms_only: bool = False
 
     def __post_init__(self) -> None:
         coefficients = (self.energy, self.forces, self.stress)
@@ -71,6 +78,14 @@ class PotentialLoss:
 
     def _term(self, key: str, predicted: Tensor, graph: AtomGraph) -> Tensor:
         error, known = label_error(key, predicted, graph)
+        if key == "energy" and self.energy_per == "structure":
+            error = error * graph.natoms
+        if key == "forces":
+            if self.free_atoms_only and "fixed" in graph:
+                known = known & ~graph["fixed"].bool()[:, None]
+            if self.kind == "l2mae":
+                known = known.all(dim=1, keepdim=True)
+                error = torch.linalg.vector_norm(error, dim=1, keepdim=True)  # (n_atoms, 1)
         if key == "stress" and not self.pressure:
             error = without_trace(error)
         cost = self._cost(error)
@@ -81,7 +96,7 @@ class PotentialLoss:
     def _cost(self, error: Tensor) -> Tensor:
         if self.kind == "mse":
             return error.square()
-        if self.kind == "mae":
+        if self.kind in ("mae", "l2mae"):
             return error.abs()
         zero = torch.zeros_like(error)
         return torch.nn.functional.huber_loss(error, zero, reduction="none", delta=self.huber_delta)

@@ -18,10 +18,31 @@ UNITS = {
     "forces": "meV/Å",
     "stress": "GPa",
 }
+_TITLES = {
+    "energy": "energy",
+    "energy_per_atom": "energy/atom",
+    "forces": "forces",
+    "stress": "stress",
+}
 _FACTORS = {"energy": 1.0, "energy_per_atom": 1e3, "forces": 1e3, "stress": 1 / GPA}
 
 
-class PotentialErrors(Metric):
+class ErrorMetric(Metric):
+    """What a task measures a potential with: fed with predictions and batches, it gives numbers."""
+
+    #: Result -> its title and unit in tables.
+    columns: Mapping[str, tuple[str, str]] = {}
+
+    def update(self, prediction: Mapping[PropertyKey, Tensor], graph: AtomGraph) -> None:
+        """Add a batch."""
+        raise NotImplementedError
+
+    def compute(self) -> dict[str, Tensor]:
+        """Return the results of what was added."""
+        raise NotImplementedError
+
+
+class PotentialErrors(ErrorMetric):
     """Errors of a potential: sums are kept in float64, and each label counts once.
 
     ``energy`` [eV per structure], ``energy_per_atom`` [meV/atom], ``forces`` [meV/Å, components]
@@ -29,6 +50,12 @@ class PotentialErrors(Metric):
     """
 
     full_state_update = False
+
+    columns: Mapping[str, tuple[str, str]] = {
+        f"{name}_{kind}": (f"{_TITLES[name]} {kind.upper()}", unit)
+        for name, unit in UNITS.items()
+        for kind in ("mae", "rmse")
+    }
 
     def __init__(self) -> None:
         super().__init__()

@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor
 from atomeq.data.ase_files import DataError, atomic_number, read_isolated_atoms
 from atomeq.data.batching import GraphDataset
 from atomeq.data.datamodule import DataFile
+from atomeq.potential.checkpoint import load_potential
+from atomeq.potential.potential import Potential
 from atomeq.potential.references import AtomicReferences, least_squares_shift
 
 logger = logging.getLogger(__name__)
@@ -21,6 +24,7 @@ def fit_references(
     *,
     shift: Literal["least_squares", "none"] | DataFile | Mapping[str, float] = "least_squares",
     scale: Literal["forces", "energy"] | float = "forces",
+    offset: float = 0.0,
 ) -> AtomicReferences:
     """Return references fitted to training structures alone.
 
@@ -28,16 +32,39 @@ def fit_references(
         dataset: The training structures with labels.
         shift: ``least_squares``, ``none``, a file of isolated atoms, or eV by element symbol.
         scale: ``forces``, ``energy``, or eV per unit of the network's output.
+        offset: eV of every structure, taken as it is.
 
     Raises:
         DataError: Labels that the fit needs are missing, or an element has no isolated atom.
     """
-    elements = sorted({int(z) for graph in dataset.graphs for z in graph.atomic_numbers.unique()})
+    elements = dataset.elements
     table = _shift(dataset, shift, elements)
     factor = _scale(dataset, scale, table)
     shown = ", ".join(f"Z={z}: {e:.4f}" for z, e in table.items())
     logger.info("references: %s eV; scale %.5g", shown, factor)
-    return AtomicReferences(table, scale=factor)
+    return AtomicReferences(table, scale=factor, offset=offset)
+
+
+def take_weights(potential: Potential, source: str | Path) -> None:
+    """Give a potential the weights and references of another with the same model.
+
+    Args:
+        potential: Changed in place.
+        source: Name or folder of the other.
+
+    Raises:
+        CheckpointError: There is no such potential.
+        DataError: It has another model.
+    """
+    other = load_potential(source)
+    try:
+        potential.model.load_state_dict(other.model.state_dict())
+    except RuntimeError as error:
+        raise DataError(
+            f"{source} is a {type(other.model).__name__} whose weights do not fit the "
+            f"{type(potential.model).__name__} of this configuration: {error}"
+        ) from error
+    potential.references = other.references
 
 
 def _shift(
@@ -51,12 +78,13 @@ def _shift(
     if source == "none":
         return dict.fromkeys(elements, 0.0)
     if source == "least_squares":
-        labelled = [g for g in dataset.graphs if bool(torch.isfinite(_label(g, "energy")).all())]
+        labelled = [g for g in dataset.sample() if bool(torch.isfinite(_label(g, "energy")).all())]
         if not labelled:
             raise DataError("references by least squares need energies; none of the structures has")
-        return least_squares_shift(
+        fitted = least_squares_shift(
             [graph.atomic_numbers for graph in labelled], [float(g.energy) for g in labelled]
         )
+        return _covering(fitted, elements, "the energies that the references are fitted to")
     return _covering(read_isolated_atoms(source), elements, f"the isolated atoms of {source}")
 
 
@@ -76,7 +104,7 @@ def _scale(
         return float(source)
     values = [
         _label(graph, "forces").flatten() if source == "forces" else _residual(graph, shift)
-        for graph in dataset.graphs
+        for graph in dataset.sample()
     ]
     joined = torch.cat(values)
     joined = joined[torch.isfinite(joined)]

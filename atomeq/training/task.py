@@ -12,16 +12,16 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from atomeq.data.ase_files import DataError
+from atomeq.data.ase_files import DataError, expand_data_path
 from atomeq.data.batching import GraphDataset
-from atomeq.data.datamodule import AtomisticDataModule, DataFile, known_labels
+from atomeq.data.datamodule import AtomisticDataModule, DataFile
 from atomeq.graph.atom_graph import AtomGraph
 from atomeq.graph.convert import Structures
 from atomeq.models.base import AtomisticModel
 from atomeq.potential.potential import Potential
 from atomeq.training.losses import PotentialLoss
-from atomeq.training.metrics import PotentialErrors
-from atomeq.training.normalisation import fit_references
+from atomeq.training.metrics import ErrorMetric, PotentialErrors
+from atomeq.training.normalisation import fit_references, take_weights
 from atomeq.training.schedules import WarmupCosine
 from atomeq.typing import PropertyKey
 
@@ -43,6 +43,12 @@ class AtomisticTask(LightningModule):
         scale: eV per unit of the network's output: ``forces`` is the rms of the training force
             components, ``energy`` the rms per atom of what the shift leaves of the energies, a
             number is taken as it is.
+        offset: eV of every structure, whatever its size: the mean of OC20's energies, by which its
+            models are normalised. Not extensive, so zero for any other data.
+        metrics: What validation and tests report; :class:`PotentialErrors` by default.
+        start_from: Name or folder of a potential with the same model, whose weights and references
+            training starts from (fine-tuning); ``references``, ``scale`` and ``offset`` are not
+            looked at then.
 
     Example:
         >>> task = AtomisticTask(model, optimizer=torch.optim.AdamW)  # doctest: +SKIP
@@ -60,15 +66,23 @@ class AtomisticTask(LightningModule):
         | DataFile
         | dict[str, float] = "least_squares",
         scale: float | Literal["forces", "energy"] = "forces",
+        offset: float = 0.0,
+        metrics: ErrorMetric | None = None,
+        start_from: DataFile | None = None,
     ) -> None:
         super().__init__()
         self.potential = Potential(model)
+        self.start_from = start_from
+        if start_from is not None:  # here, before the averaged weights are copied
+            take_weights(self.potential, expand_data_path(start_from))
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.loss = loss if loss is not None else PotentialLoss()
         self.reference_source = references
         self.scale_source: float | Literal["forces", "energy"] = scale
-        self.errors = nn.ModuleDict({"val": PotentialErrors()})
+        self.offset = offset
+        self.metrics = metrics if metrics is not None else PotentialErrors()
+        self.errors = nn.ModuleDict({"val": self.metrics.clone()})
         self.test_results: dict[str, dict[str, float]] = {}
         self.val_results: dict[str, float] = {}
         self.val_loss = MeanMetric()
@@ -91,14 +105,18 @@ class AtomisticTask(LightningModule):
             assert data.train_set is not None
             self._refuse_missing_labels(data.train_set)
             # A checkpoint, loaded after this, replaces what is fitted here.
-            self.potential.references = fit_references(
-                data.train_set, shift=self.reference_source, scale=self.scale_source
-            )
+            if self.start_from is None:
+                self.potential.references = fit_references(
+                    data.train_set,
+                    shift=self.reference_source,
+                    scale=self.scale_source,
+                    offset=self.offset,
+                )
         sets = {"val": data.val_set, **{f"test/{n}": s for n, s in data.test_sets.items()}}
         for name, dataset in sets.items():
             if dataset is not None:
                 self._properties[name] = self._evaluated(dataset)
-        self.errors.update({_key(name): PotentialErrors() for name in sets if name != "val"})
+        self.errors.update({_key(name): self.metrics.clone() for name in sets if name != "val"})
 
     def training_step(self, batch: AtomGraph, batch_idx: int) -> Tensor:
         """Return the loss of a batch."""
@@ -243,13 +261,13 @@ class AtomisticTask(LightningModule):
         with torch.enable_grad():
             prediction = self.potential(batch, self._properties[name], create_graph=False)
         errors = self.errors[_key(name)]
-        assert isinstance(errors, PotentialErrors)
+        assert isinstance(errors, ErrorMetric)
         errors.update(prediction, batch)
         return prediction
 
     def _results(self, name: str) -> dict[str, Tensor]:
         errors = self.errors[_key(name)]
-        assert isinstance(errors, PotentialErrors)
+        assert isinstance(errors, ErrorMetric)
         results = errors.compute()
         errors.reset()
         # float32, for Lightning keeps epoch values in the trainer's default dtype on some devices.
@@ -260,14 +278,14 @@ class AtomisticTask(LightningModule):
 
     def _evaluated(self, dataset: GraphDataset) -> tuple[PropertyKey, ...]:
         """Return what is computed for a set: what it has labels for and the potential gives."""
-        labels = known_labels(dataset.graphs)
+        labels = set(dataset.labels)
         if not self.potential.conservative:
             labels.discard("stress")
         keys: tuple[PropertyKey, ...] = ("energy", "forces", "stress")
         return tuple(key for key in keys if key in labels)
 
     def _refuse_missing_labels(self, dataset: GraphDataset) -> None:
-        missing = [key for key in self.loss.properties if key not in known_labels(dataset.graphs)]
+        missing = [key for key in self.loss.properties if key not in dataset.labels]
         if missing:
             raise DataError(
                 f"the loss trains on {missing[0]}, but no training structure has that label; name "

@@ -71,7 +71,7 @@ def files(workdir: Path) -> Path:
         ("check builtins:dict", "not an ASE calculator"),
         ("check small --json nowhere/laws.json", "no folder nowhere"),
         ("check small --only beauty", "no law 'beauty'"),
-        ("chek small", "there is no 'chek'"),
+        ("relaxx small", "there is no 'relaxx'"),
     ],
 )
 def test_error_is_one_line_and_leaves_nothing(files, run, capsys, line, message):

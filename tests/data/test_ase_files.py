@@ -159,3 +159,15 @@ def test_the_public_sets_read(data_folder: Path):
     }
     for name, count in counts.items():
         assert sum(1 for _ in read_structures(data_folder / name)) == count
+
+
+def test_kinds_of_configuration_have_weights(tmp_path: Path):
+    path = tmp_path / "kinds.extxyz"
+    frames = [Atoms("Cu", info={"tag": tag}) for tag in ("strained", "liquid", "strained")]
+    frames[0].info["weight"] = 2.0
+    ase.io.write(path, frames)
+    labels = LabelKeys(kind="tag", kind_weights={"strained": 5.0})
+    read = list(read_structures(path, labels=labels))
+    assert [atoms.info["weight"] for atoms in read] == [10.0, 1.0, 5.0]
+    with pytest.raises(DataError, match=r"frame 1.*weights are >= 0"):
+        list(read_structures(path, labels=LabelKeys(kind="tag", kind_weights={"liquid": -1.0})))

@@ -11,7 +11,7 @@ from ase.build import add_adsorbate, bulk, fcc111, molecule
 from ase.neighborlist import neighbor_list as ase_neighbor_list
 
 from atomeq.graph.atom_graph import AtomGraph
-from atomeq.graph.builders import NearestNeighborGraph, RadiusGraph
+from atomeq.graph.builders import NearestNeighborGraph, RadiusGraph, nearest
 from atomeq.graph.convert import StructureError, from_ase
 
 
@@ -200,3 +200,19 @@ def test_inputs_are_left_alone():
     NearestNeighborGraph(4.0, 3)(graph)
     assert atoms == before
     assert set(graph.keys()) == fields
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("max_neighbors", [1, 5, 12, 20, 60])
+def test_neighbours_are_those_of_the_whole_cutoff(
+    structures: list[Atoms], max_neighbors: int, strict: bool
+):
+    """The search begins in a smaller sphere; in perfect crystals it may end within a shell."""
+    perfect = [bulk("Cu", cubic=True), bulk("Po", "sc", a=3.3).repeat(2), bulk("Si")]
+    for atoms in [*structures, *perfect]:
+        graph = NearestNeighborGraph(9.0, max_neighbors, strict=strict)(atoms)
+        whole = RadiusGraph(9.0)(atoms)
+        lengths = whole.edge_vectors().norm(dim=1).numpy()
+        keep = nearest(whole.edge_index[1].numpy(), lengths, max_neighbors, strict=strict)
+        assert np.array_equal(graph.edge_index.numpy(), whole.edge_index.numpy()[:, keep])
+        assert np.array_equal(graph.cell_offsets.numpy(), whole.cell_offsets.numpy()[keep])

@@ -38,3 +38,11 @@ def test_one_stoichiometry_shares_its_energy():
 def test_least_squares_refuses_a_mismatch():
     with pytest.raises(ValueError, match="one energy per structure"):
         least_squares_shift([torch.tensor([1])], [])
+
+
+def test_files_from_before_offset_and_force_scale_mean_their_defaults():
+    old = AtomicReferences({29: -1.0}, scale=2.5).state_dict()
+    del old["offset"], old["force_scale"]
+    references = AtomicReferences()
+    references.load_state_dict(old, strict=True)
+    assert (float(references.offset), float(references.force_scale)) == (0.0, 2.5)

@@ -49,6 +49,13 @@ def test_a_run_leaves_its_folder_complete(tmp_path: Path, experiment: Path):
     assert potential.elements == (29,)
 
 
+def test_last_checkpoint_follows_a_run_that_does_not_improve(tmp_path: Path, experiment: Path):
+    """With a learning rate of zero no epoch beats the first, and yet the run has come further."""
+    main(["fit", "-c", str(experiment), "--model.optimizer.init_args.lr", "0.0"])
+    assert checkpoint(tmp_path / "run", "best")["epoch"] == 0
+    assert checkpoint(tmp_path / "run", "last")["epoch"] == 2
+
+
 @pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # Lightning's own use of PyTorch
 def test_validation_sees_the_average(tmp_path: Path, experiment: Path, monkeypatch):
     seen: list[dict[str, torch.Tensor]] = []

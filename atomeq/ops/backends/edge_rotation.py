@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from atomeq.ops.backends.blocks import blocks
 from atomeq.ops.tables import constant_table, table_like
 from atomeq.ops.wigner import generators
 
@@ -85,7 +86,12 @@ class _GatherRotate(Function):
     ) -> Tensor:
         ctx.lmax = lmax
         ctx.save_for_backward(x, vectors, wigner, *indices)
-        return torch.bmm(wigner, _gather(x, indices))
+        channels = len(indices) * x.shape[2]
+        rotated = x.new_empty(*wigner.shape[:2], channels)
+        for part in blocks(len(rotated), x.shape[1] * channels, x.device):
+            gathered = _gather(x, tuple(index[part] for index in indices))
+            torch.bmm(wigner[part], gathered, out=rotated[part])
+        return rotated
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -117,10 +123,13 @@ class _RotateScatter(Function):
     ) -> Tensor:
         ctx.lmax = lmax
         ctx.save_for_backward(y, vectors, envelope, wigner, target)
-        lab = torch.bmm(wigner.mT, y)
-        if envelope is not None:
-            lab.mul_(envelope[:, None, None])
-        return _scatter(lab, (target,), n_atoms)
+        total = y.new_zeros(n_atoms, wigner.shape[2], y.shape[2])
+        for part in blocks(len(y), wigner.shape[2] * y.shape[2], y.device):
+            lab = torch.bmm(wigner[part].mT, y[part])
+            if envelope is not None:
+                lab.mul_(envelope[part, None, None])
+            total.index_add_(0, target[part], lab)
+        return total
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from atomeq.ops.backends.blocks import blocks
 from atomeq.ops.backends.edge_rotation import gather_rotate, rotate_back, rotate_scatter
 from atomeq.ops.dispatch import OpSpec
 from atomeq.ops.sphere import SphereGrid
@@ -114,9 +115,17 @@ class ReferenceBackend:
     def sphere_pointwise(
         self, x: Tensor, fn: Callable[[Tensor], Tensor], grid: SphereGrid
     ) -> Tensor:
-        """Apply a function between two matrix products."""
-        values = fn(grid.to_matrix(like=x) @ x)  # (*, n_points, channels)
-        return grid.from_matrix(like=values) @ values
+        """Apply a function between two matrix products, in blocks unless a gradient is wanted."""
+        to_grid, from_grid = grid.to_matrix(like=x), grid.from_matrix(like=x)
+        flat = x.reshape(-1, *x.shape[-2:])
+        results = []
+        for block in blocks(len(flat), grid.n_points * x.shape[-1], x.device):
+            results.append(from_grid @ fn(to_grid @ flat[block]))
+            if results[0].requires_grad:  # all at once: every block would keep a graph of its own
+                return from_grid @ fn(to_grid @ x)
+        if not results:
+            return from_grid @ fn(to_grid @ x)
+        return torch.cat(results).unflatten(0, x.shape[:-2])
 
     def segment_sum(self, x: Tensor, index: Tensor, n_segments: int) -> Tensor:
         """Sum the members of each segment, in their order."""

@@ -1,0 +1,335 @@
+"""EquiformerV2: Improved Equivariant Transformer for Scaling to Higher-Degree Representations.
+
+Liao, Wood, Das and Smidt, ICLR 2024, arXiv:2306.12059. A transformer whose attention values are
+eSCN convolutions: messages are made in a frame whose polar axis is their edge.
+
+Our default form differs from the published one on purpose, each time by an option:
+
+* ``envelope``: attention weights end in a polynomial, so the energy is smooth at the cutoff, and
+  ``max_neighbors`` is off: a cap makes the energy jump when two neighbours swap ranks;
+* ``activation`` and ``feed_forward`` are gates, not SiLU on a grid on the sphere: equivariance is
+  exact and the roll of the edge frame cannot be seen;
+* ``chiral`` is off: SO(2) maps have real weights, so mirror images have one energy;
+* ``direct_forces`` is off: forces and stress are derivatives of the energy;
+* the energy is a plain sum over atoms (``energy_divisor``), ``radial_basis`` is Bessel's.
+
+The published form, to which :mod:`atomeq.potential.import_official` translates a configuration,
+is compatible with published weights. In both the frame's roll is fixed, where the reference code
+draws it at random; ``edge_rotation`` feeds one in.
+"""
+
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from atomeq.graph.atom_graph import AtomGraph
+from atomeq.graph.builders import GraphBuilder, NearestNeighborGraph, RadiusGraph
+from atomeq.models.base import AtomisticModel
+from atomeq.nn.attention import (
+    AttentionActivation,
+    DegreeEmbedding,
+    EdgeNetwork,
+    EdgeScalars,
+    ElementPair,
+    EquivariantAttention,
+)
+from atomeq.nn.dropout import EquivariantDropout, GraphDropPath
+from atomeq.nn.feed_forward import FeedForward, Nonlinearity
+from atomeq.nn.norms import NormName, equivariant_norm
+from atomeq.nn.radial import BesselBasis, GaussianBasis, PolynomialEnvelope
+from atomeq.nn.sphere import SphereBlock, with_scalars
+from atomeq.ops.wigner import EdgeFrame
+from atomeq.typing import NodeFeatures, PropertyKey
+
+GAUSSIAN_WIDTH = 2.0  # of the grid spacing, as published
+
+
+class EquiformerV2(AtomisticModel):
+    """Equivariant transformer; conservative by default, with a force head as published.
+
+    Args:
+        cutoff: Radius of the graph, Å.
+        lmax: Highest degree of the atom features.
+        mmax: Highest order kept in the edge frame, at most ``lmax``.
+        num_layers: Transformer blocks.
+        sphere_channels: Channels of the atom features.
+        attn_hidden_channels: Channels of messages.
+        num_heads: Attention heads.
+        attn_alpha_channels: Invariants of each head from which its attention logit is made.
+        attn_value_channels: Channels of each head's values.
+        ffn_hidden_channels: Channels inside feed-forward networks.
+        edge_channels: Width of networks of the edge length and of element embeddings in them.
+        num_elements: Atomic numbers below this are embedded.
+        radial_basis: ``bessel`` or ``gaussian``.
+        num_radial: Functions in it.
+        norm: ``layer_norm``, ``layer_norm_sh`` or ``rms_norm_sh`` (:mod:`atomeq.nn.norms`).
+        activation: Of messages: ``gate``, ``s2`` or ``separable_s2``.
+        feed_forward: ``gate``, ``s2``, ``separable_s2``, ``grid_mlp`` or ``separable_grid_mlp``.
+        grid_resolution: Polar angles and azimuths of the grids on the sphere; even and at least
+            2 (lmax + 1). None is the least that resolves the features. No weight depends on it: a
+            finer one makes a trained model more equivariant.
+        element_pairs: Embed the elements of an edge ``per_block``, ``shared`` by all, or ``none``.
+        shared_radial: Use one radial weight for all m of a degree.
+        attn_renorm: Layer normalisation in front of attention logits.
+        chiral: Let +m and -m mix, which commutes with rotations but not with reflections.
+        envelope: End messages smoothly at the cutoff.
+        max_neighbors: Keep this many nearest neighbours; None keeps all.
+        strict_neighbors: Keep exactly so many, and not equally far ones beyond
+            (:class:`~atomeq.graph.builders.NearestNeighborGraph`).
+        direct_forces: Forces from a head of their own, no derivative of the energy.
+        linear_reference: Add a constant for each element to its atoms' energies.
+        avg_degree: Typical count of neighbours, dividing their sum in the degree embedding.
+        energy_divisor: Divides the energy; as published a typical count of atoms.
+        alpha_drop: Dropout of attention weights.
+        drop_path: Probability that a structure skips a block's branch.
+        proj_drop: Dropout of channels after each branch.
+    """
+
+    lmax: int
+    mmax: int
+    sphere_channels: int
+    attn_hidden_channels: int
+    num_heads: int
+    attn_alpha_channels: int
+    attn_value_channels: int
+    ffn_hidden_channels: int
+    edge_channels: int
+    num_elements: int
+    radial_basis: Literal["bessel", "gaussian"]
+    num_radial: int
+    norm: NormName
+    activation: AttentionActivation
+    feed_forward: Nonlinearity
+    grid_resolution: int | None
+    element_pairs: Literal["per_block", "shared", "none"]
+    shared_radial: bool
+    attn_renorm: bool
+    chiral: bool
+    max_neighbors: int | None
+    strict_neighbors: bool
+    avg_degree: float
+    energy_divisor: float
+    alpha_drop: float
+    drop_path: float
+    proj_drop: float
+
+    def __init__(
+        self,
+        cutoff: float = 6.0,
+        *,
+        lmax: int = 3,
+        mmax: int = 2,
+        num_layers: int = 4,
+        sphere_channels: int = 64,
+        attn_hidden_channels: int = 64,
+        num_heads: int = 8,
+        attn_alpha_channels: int = 64,
+        attn_value_channels: int = 16,
+        ffn_hidden_channels: int = 128,
+        edge_channels: int = 64,
+        num_elements: int = 119,
+        radial_basis: Literal["bessel", "gaussian"] = "bessel",
+        num_radial: int = 8,
+        norm: NormName = "rms_norm_sh",
+        activation: AttentionActivation = "gate",
+        feed_forward: Nonlinearity = "gate",
+        grid_resolution: int | None = None,
+        element_pairs: Literal["per_block", "shared", "none"] = "per_block",
+        shared_radial: bool = False,
+        attn_renorm: bool = True,
+        chiral: bool = False,
+        envelope: bool = True,
+        max_neighbors: int | None = None,
+        strict_neighbors: bool = True,
+        direct_forces: bool = False,
+        linear_reference: bool = False,
+        avg_degree: float = 40.0,
+        energy_divisor: float = 1.0,
+        alpha_drop: float = 0.0,
+        drop_path: float = 0.0,
+        proj_drop: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if not 0 <= mmax <= lmax:
+            raise ValueError(f"mmax must lie between 0 and lmax; got mmax={mmax}, lmax={lmax}")
+        if element_pairs not in ("per_block", "shared", "none"):
+            raise ValueError(f"element_pairs is per_block, shared or none, not {element_pairs!r}")
+        self.keep_arguments(locals())
+        if direct_forces:
+            self.outputs = frozenset({"energies", "forces"})
+
+        self.embedding = nn.Embedding(num_elements, sphere_channels)
+        self.basis = self._radial_basis()
+        self.cut = PolynomialEnvelope(cutoff) if envelope else None
+        shared = element_pairs == "shared"
+        self.pairs = ElementPair(num_elements, edge_channels) if shared else None
+        self.degree_embedding = self._degree_embedding()
+        self.blocks = nn.ModuleList(self._block() for _ in range(num_layers))
+        self.norm_out = equivariant_norm(norm, lmax, sphere_channels)
+        self.energy = self._feed_forward(1)
+        self.forces = self._attention(1, dropout=0.0) if direct_forces else None
+        self.linear_energies = None
+        if linear_reference:
+            self.linear_energies = nn.Parameter(torch.zeros(num_elements), requires_grad=False)
+
+    def graph_builder(self) -> GraphBuilder:
+        """Return the builder of all pairs within the cutoff, or of the nearest neighbours."""
+        if self.max_neighbors is None:
+            return RadiusGraph(self.cutoff)
+        return NearestNeighborGraph(self.cutoff, self.max_neighbors, strict=self.strict_neighbors)
+
+    def set_grid_resolution(self, grid_resolution: int | None) -> None:
+        """Compute on other grids from now on; the finer, the more equivariant and the slower."""
+        self.grid_resolution = grid_resolution
+        for module in self.modules():
+            if isinstance(module, SphereBlock):
+                module.set_resolution(grid_resolution)
+
+    def forward(
+        self, graph: AtomGraph, *, edge_rotation: Tensor | None = None
+    ) -> dict[PropertyKey, Tensor]:
+        """Compute energies, and forces if they have a head, in the model's own scale.
+
+        Args:
+            graph: Structures with edges.
+            edge_rotation: Rotations that take each edge to +y, (n_edges, 3, 3), to set its roll;
+                by default a rule without randomness.
+
+        Returns:
+            ``energies`` (n_atoms,), and ``forces`` (n_atoms, 3) if they have a head.
+        """
+        numbers = graph.atomic_numbers
+        frame = EdgeFrame.build(
+            graph.edge_vectors().to(self.dtype),
+            graph.edge_index,
+            n_atoms=graph.n_atoms,
+            lmax=self.lmax,
+            mmax=self.mmax,
+            rotation=edge_rotation,
+        )
+        edges = self._edge_scalars(frame, numbers)
+        x = self.degree_embedding(frame, edges)  # (n_atoms, n_sph, C)
+        x = with_scalars(x, x[:, 0] + self.embedding(numbers))
+        for block in self.blocks:
+            x = block(x, frame, edges, graph.batch, graph.n_graphs)
+        x = self.norm_out(x)
+
+        energies = self.energy.invariants(x)[:, 0] / self.energy_divisor
+        if self.linear_energies is not None:
+            energies = energies + self.linear_energies[numbers]
+        outputs: dict[PropertyKey, Tensor] = {"energies": energies}
+        if self.forces is not None:
+            outputs["forces"] = self.forces(x, frame, edges)[:, 1:4, 0]  # l = 1 is (x, y, z)
+        return outputs
+
+    def _edge_scalars(self, frame: EdgeFrame, numbers: Tensor) -> EdgeScalars:
+        edges = EdgeScalars(
+            basis=self.basis(frame.lengths),
+            source_elements=numbers[frame.source],
+            target_elements=numbers[frame.target],
+            envelope=self.cut(frame.lengths) if self.cut is not None else None,
+        )
+        return replace(edges, basis=self.pairs(edges)) if self.pairs is not None else edges
+
+    def _radial_basis(self) -> nn.Module:
+        if self.radial_basis == "bessel":
+            return BesselBasis(self.num_radial, self.cutoff)
+        if self.radial_basis == "gaussian":
+            return GaussianBasis(self.num_radial, self.cutoff, width=GAUSSIAN_WIDTH)
+        raise ValueError(f"radial_basis is bessel or gaussian, not {self.radial_basis!r}")
+
+    @property
+    def _num_edge_scalars(self) -> int:
+        return self.num_radial + (2 * self.edge_channels if self.element_pairs == "shared" else 0)
+
+    @property
+    def _per_block(self) -> int | None:
+        """Elements that each block embeds for itself."""
+        return self.num_elements if self.element_pairs == "per_block" else None
+
+    def _degree_embedding(self) -> DegreeEmbedding:
+        n_weights = (self.lmax + 1) * self.sphere_channels
+        network = EdgeNetwork(
+            self._num_edge_scalars, self.edge_channels, n_weights, self._per_block
+        )
+        return DegreeEmbedding(
+            self.lmax,
+            self.mmax,
+            self.sphere_channels,
+            avg_degree=self.avg_degree,
+            network=network,
+        )
+
+    def _block(self) -> "TransformerBlock":
+        return TransformerBlock(
+            norm_1=equivariant_norm(self.norm, self.lmax, self.sphere_channels),
+            attention=self._attention(self.sphere_channels, dropout=self.alpha_drop),
+            norm_2=equivariant_norm(self.norm, self.lmax, self.sphere_channels),
+            feed_forward=self._feed_forward(self.sphere_channels),
+            drop_path=self.drop_path,
+            proj_drop=self.proj_drop,
+        )
+
+    def _attention(self, out_channels: int, *, dropout: float) -> EquivariantAttention:
+        return EquivariantAttention(
+            self.lmax,
+            self.mmax,
+            self.sphere_channels,
+            out_channels,
+            hidden_channels=self.attn_hidden_channels,
+            num_heads=self.num_heads,
+            alpha_channels=self.attn_alpha_channels,
+            value_channels=self.attn_value_channels,
+            num_basis=self._num_edge_scalars,
+            edge_channels=self.edge_channels,
+            num_elements=self._per_block,
+            activation=self.activation,
+            grid_resolution=self.grid_resolution,
+            shared_radial=self.shared_radial,
+            renormalize=self.attn_renorm,
+            chiral=self.chiral,
+            dropout=dropout,
+        )
+
+    def _feed_forward(self, out_channels: int) -> FeedForward:
+        return FeedForward(
+            self.lmax,
+            self.sphere_channels,
+            self.ffn_hidden_channels,
+            out_channels,
+            nonlinearity=self.feed_forward,
+            grid_resolution=self.grid_resolution,
+        )
+
+
+class TransformerBlock(nn.Module):
+    """Attention over the neighbours, then a network on each atom, both residual behind a norm."""
+
+    def __init__(
+        self,
+        *,
+        norm_1: nn.Module,
+        attention: EquivariantAttention,
+        norm_2: nn.Module,
+        feed_forward: FeedForward,
+        drop_path: float,
+        proj_drop: float,
+    ) -> None:
+        super().__init__()
+        self.norm_1 = norm_1
+        self.attention = attention
+        self.norm_2 = norm_2
+        self.feed_forward = feed_forward
+        self.drop_path = GraphDropPath(drop_path)
+        self.proj_drop = EquivariantDropout(proj_drop)
+
+    def forward(
+        self, x: NodeFeatures, frame: EdgeFrame, edges: EdgeScalars, batch: Tensor, n_graphs: int
+    ) -> NodeFeatures:
+        """Update ``x`` (n_atoms, n_sph, channels)."""
+        y = self.attention(self.norm_1(x), frame, edges)
+        x = x + self.drop_path(self.proj_drop(y), batch, n_graphs)
+        y = self.feed_forward(self.norm_2(x))
+        return x + self.drop_path(self.proj_drop(y), batch, n_graphs)

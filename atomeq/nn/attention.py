@@ -1,0 +1,269 @@
+"""Equivariant graph attention of EquiformerV2: messages in the edge frame, weighed by a softmax."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from atomeq.nn.mlp import MLP
+from atomeq.nn.so3 import Gate, SO2Convolution, SO3Linear
+from atomeq.nn.sphere import SphereActivation, with_scalars
+from atomeq.ops.segment import segment_softmax, segment_sum
+from atomeq.ops.so2 import rotate_from_edge, rotate_to_edge
+from atomeq.ops.tables import constant_table, table_like
+from atomeq.ops.wigner import EdgeFrame, m_primary_order
+from atomeq.typing import NodeFeatures
+
+AttentionActivation = Literal["gate", "s2", "separable_s2"]
+
+
+@dataclass(frozen=True, slots=True)
+class EdgeScalars:
+    """What the networks of the edge length see.
+
+    Attributes:
+        basis: Radial basis, (n_edges, num_basis).
+        source_elements: Atomic numbers of the neighbours, (n_edges,).
+        target_elements: Atomic numbers of the centres, (n_edges,).
+        envelope: Goes to zero at the cutoff, (n_edges,); None leaves the cutoff sharp.
+    """
+
+    basis: Tensor
+    source_elements: Tensor
+    target_elements: Tensor
+    envelope: Tensor | None
+
+
+class ElementPair(nn.Module):
+    """Append embeddings of the elements at both ends of an edge to its radial basis."""
+
+    def __init__(self, num_elements: int, channels: int) -> None:
+        super().__init__()
+        self.source = nn.Embedding(num_elements, channels)
+        self.target = nn.Embedding(num_elements, channels)
+        for embedding in (self.source, self.target):
+            nn.init.uniform_(embedding.weight, -0.001, 0.001)  # first of all, distance decides
+
+    def forward(self, edges: EdgeScalars) -> Tensor:
+        """Return (n_edges, num_basis + 2 channels)."""
+        return torch.cat(
+            [edges.basis, self.source(edges.source_elements), self.target(edges.target_elements)],
+            dim=1,
+        )
+
+
+class EdgeNetwork(nn.Module):
+    """A perceptron of the edge length and, if asked, of the elements at its ends.
+
+    Args:
+        num_basis: Width of the radial basis.
+        edge_channels: Width of the hidden layers and of the embeddings.
+        out_channels: Numbers for each edge.
+        num_elements: Embeds atomic numbers below this; None leaves the elements out.
+    """
+
+    def __init__(
+        self, num_basis: int, edge_channels: int, out_channels: int, num_elements: int | None
+    ) -> None:
+        super().__init__()
+        self.elements = None
+        if num_elements is not None:
+            self.elements = ElementPair(num_elements, edge_channels)
+            num_basis += 2 * edge_channels
+        self.layers = MLP((num_basis, edge_channels, edge_channels, out_channels), layer_norm=True)
+
+    def forward(self, edges: EdgeScalars) -> Tensor:
+        """Return (n_edges, out_channels)."""
+        return self.layers(edges.basis if self.elements is None else self.elements(edges))
+
+
+@constant_table
+def degree_rescale(lmax: int, mmax: int) -> Tensor:
+    """Return the factor of each coefficient after the way back from the edge frame, (n_sph, 1).
+
+    Of the 2l + 1 orders of a degree only 2 mmax + 1 have come along; √((2l + 1)/(2 mmax + 1)) makes
+    up for their variance.
+    """
+    degrees = torch.tensor([math.isqrt(i) for i in range((lmax + 1) ** 2)], dtype=torch.float64)
+    return torch.sqrt((2 * degrees + 1) / (2 * mmax + 1)).clamp(min=1.0)[:, None]
+
+
+class DegreeEmbedding(nn.Module):
+    """The neighbours of each atom as a function on the sphere: one m = 0 message for each edge.
+
+    Args:
+        lmax: Highest degree of the features.
+        mmax: Highest order of the frames that messages use later.
+        channels: Channels of the features.
+        avg_degree: The sum over neighbours is divided by this.
+        network: Of the edge length, with (lmax + 1) · channels outputs.
+    """
+
+    def __init__(
+        self, lmax: int, mmax: int, channels: int, *, avg_degree: float, network: EdgeNetwork
+    ) -> None:
+        super().__init__()
+        self.shape = (lmax + 1, channels)
+        self.mmax = mmax
+        self.avg_degree = avg_degree
+        self.radial = network
+
+    def forward(self, frame: EdgeFrame, edges: EdgeScalars) -> NodeFeatures:
+        """Return (n_atoms, n_sph, channels)."""
+        polar = self.radial(edges).view(frame.n_edges, *self.shape)
+        total = rotate_from_edge(polar, frame.truncated(0), envelope=edges.envelope)
+        rescale = table_like(degree_rescale, frame.lmax, self.mmax, like=total)
+        return total * (rescale / self.avg_degree)
+
+
+class EquivariantAttention(nn.Module):
+    """Multi-head attention over neighbours; values are messages made by SO(2) convolutions.
+
+    Liao et al., EquiformerV2, arXiv:2306.12059, section 4.1, with its attention re-normalisation.
+
+    Args:
+        lmax: Highest degree of the features.
+        mmax: Highest order in the edge frame.
+        channels: Channels in.
+        out_channels: Channels out.
+        hidden_channels: Channels of the messages.
+        num_heads: Heads.
+        alpha_channels: Invariants of each head from which its logit is made.
+        value_channels: Channels of each head's values.
+        num_basis: Width of the radial basis.
+        edge_channels: Width of the network of the edge length.
+        num_elements: For its embeddings; None leaves the elements out.
+        activation: ``gate``, or SiLU on a grid: ``s2``, or ``separable_s2``, whose scalars are
+            made apart.
+        grid_resolution: Of the grid.
+        shared_radial: Use one radial weight for all m of a degree.
+        renormalize: Layer normalisation of the invariants in front of the logits.
+        chiral: Let +m and -m mix, as published (:class:`~atomeq.nn.so3.SO2Convolution`).
+        dropout: Probability that an attention weight is dropped.
+    """
+
+    def __init__(
+        self,
+        lmax: int,
+        mmax: int,
+        channels: int,
+        out_channels: int,
+        *,
+        hidden_channels: int,
+        num_heads: int,
+        alpha_channels: int,
+        value_channels: int,
+        num_basis: int,
+        edge_channels: int,
+        num_elements: int | None,
+        activation: AttentionActivation,
+        grid_resolution: int | None,
+        shared_radial: bool,
+        renormalize: bool,
+        chiral: bool,
+        dropout: float,
+    ) -> None:
+        super().__init__()
+        self.lmax = lmax
+        self.mmax = mmax
+        self.heads = (num_heads, alpha_channels, value_channels)
+        self.shared_radial = shared_radial
+        self.dropout = dropout
+        n_gates = {"gate": lmax * hidden_channels, "separable_s2": hidden_channels, "s2": 0}
+        if activation not in n_gates:
+            raise ValueError(f"activation {activation!r} is unknown; choose {', '.join(n_gates)}")
+        self.n_scalars = (num_heads * alpha_channels, n_gates[activation])
+        self.first = SO2Convolution(
+            lmax, mmax, 2 * channels, hidden_channels,
+            extra_scalars=sum(self.n_scalars), chiral=chiral, bias=True,
+        )  # fmt: skip
+        n_radial = self.first.n_radial_weights
+        if shared_radial:
+            n_radial = (lmax + 1) * 2 * channels
+        self.radial = EdgeNetwork(num_basis, edge_channels, n_radial, num_elements)
+        self.logit_norm = nn.LayerNorm(alpha_channels) if renormalize else nn.Identity()
+        bound = 1 / math.sqrt(alpha_channels)
+        self.logit_weight = nn.Parameter(torch.empty(num_heads, alpha_channels))
+        nn.init.uniform_(self.logit_weight, -bound, bound)
+        if activation == "gate":
+            rows = m_primary_order(lmax, mmax)
+            self.activation = Gate(torch.tensor([math.isqrt(i) for i in rows]))
+        else:
+            self.activation = SphereActivation(
+                lmax, mmax, order="m", grid_resolution=grid_resolution
+            )
+        n_values = num_heads * value_channels
+        self.second = SO2Convolution(
+            lmax, mmax, hidden_channels, n_values, chiral=chiral, bias=True
+        )
+        self.projection = SO3Linear(lmax, n_values, out_channels)
+
+    def forward(self, x: NodeFeatures, frame: EdgeFrame, edges: EdgeScalars) -> NodeFeatures:
+        """Return the attention over the neighbours of each atom, (n_atoms, n_sph, out_channels)."""
+        message = rotate_to_edge(x, frame, side="both")  # (n_edges, n_rows, 2 channels)
+        message, scalars = self.first(message, self._radial_weights(edges))
+        logits, gates = scalars.split(self.n_scalars, dim=1)
+        message, _ = self.second(self._activate(message, gates))  # (n_edges, n_rows, n_values)
+        weights = self._weights(logits, frame, edges.envelope)  # (n_edges, num_heads)
+        message = message * weights.repeat_interleave(self.heads[2], dim=1).unsqueeze(1)
+        total = rotate_from_edge(message, frame)  # (n_atoms, n_sph, n_values)
+        rescale = table_like(degree_rescale, self.lmax, self.mmax, like=total)
+        return self.projection(total * rescale)
+
+    def _radial_weights(self, edges: EdgeScalars) -> Tensor:
+        """Return the factors of the first convolution's input, (n_edges, n_radial_weights)."""
+        weights = self.radial(edges)
+        if not self.shared_radial:
+            return weights
+        # One for all m of a degree commutes with the rotation, so it may as well come after it.
+        per_degree = weights.unflatten(1, (self.lmax + 1, -1))
+        return torch.cat([per_degree[:, m:].flatten(1) for m in range(self.mmax + 1)], dim=1)
+
+    def _activate(self, message: Tensor, gates: Tensor) -> Tensor:
+        if isinstance(self.activation, Gate):
+            return self.activation(message, gates if self.lmax else None)
+        message = self.activation(message)
+        if gates.shape[1]:
+            message = with_scalars(message, nn.functional.silu(gates))
+        return message
+
+    def _weights(self, scalars: Tensor, frame: EdgeFrame, envelope: Tensor | None) -> Tensor:
+        """Return the share of each edge in each head of its target, (n_edges, num_heads)."""
+        num_heads, alpha_channels, _ = self.heads
+        scalars = self.logit_norm(scalars.view(-1, num_heads, alpha_channels))
+        logits = (smooth_leaky_relu(scalars) * self.logit_weight).sum(dim=2)
+        if envelope is None:
+            weights = segment_softmax(logits, frame.target, frame.n_atoms)
+        else:
+            weights = smooth_softmax(logits, envelope, frame.target, frame.n_atoms)
+        return nn.functional.dropout(weights, self.dropout, self.training)
+
+
+def smooth_leaky_relu(x: Tensor, *, slope: float = 0.2) -> Tensor:
+    """Return a leaky ReLU without a kink: (1 + s)/2 x + (1 - s)/2 x (2 σ(x) - 1)."""
+    return 0.5 * (1 + slope) * x + 0.5 * (1 - slope) * x * (2 * torch.sigmoid(x) - 1)
+
+
+def smooth_softmax(logits: Tensor, envelope: Tensor, index: Tensor, n_segments: int) -> Tensor:
+    """Return u_k exp(a_k) / (1 + Σ u exp(a)), which forgets an edge smoothly as u goes to 0.
+
+    The 1 is an empty seat: without it the last neighbour left would have weight 1 until it is gone.
+
+    Args:
+        logits: a, (n_edges, num_heads).
+        envelope: u, (n_edges,).
+        index: Segment of each edge, (n_edges,).
+        n_segments: Number of segments.
+
+    Returns:
+        (n_edges, num_heads).
+    """
+    # The shift cancels in the ratio, so it needs no gradient; it keeps exp from overflowing.
+    rows = index[:, None].expand_as(logits)
+    peaks = logits.new_zeros(n_segments, logits.shape[1])
+    peaks = peaks.scatter_reduce(0, rows, logits.detach(), reduce="amax")
+    weights = envelope[:, None] * (logits - peaks.index_select(0, index)).exp()
+    totals = torch.exp(-peaks) + segment_sum(weights, index, n_segments)
+    return weights / totals.index_select(0, index)

@@ -1,0 +1,96 @@
+"""Nonlinearities on a grid on the sphere, as eSCN and EquiformerV2 publish them.
+
+They are equivariant up to what the grid cannot resolve; :class:`atomeq.nn.so3.Gate` is exactly so.
+The resolution of the grid is no part of the weights: a finer one may be set at any time.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from atomeq.ops.sphere import GridNormalization, SphereGrid, sphere_pointwise, sphere_silu
+from atomeq.ops.sphere import Order as RowOrder
+
+
+class SphereBlock(nn.Module):
+    """What has a grid on the sphere.
+
+    Args:
+        lmax: Highest degree of the features.
+        mmax: Highest order of the features.
+        order: ``l`` for rows sorted by degree, ``m`` for those of an edge frame.
+        normalization: ``component`` as in EquiformerV2, which also amplifies degrees above mmax
+            (:class:`~atomeq.ops.sphere.SphereGrid`), or ``integral`` as in eSCN.
+        grid_resolution: Polar angles and azimuths; None is the least that resolves the features.
+    """
+
+    def __init__(
+        self,
+        lmax: int,
+        mmax: int,
+        *,
+        order: RowOrder = "l",
+        normalization: GridNormalization = "component",
+        grid_resolution: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.lmax = lmax
+        self.mmax = mmax
+        self.order: RowOrder = order
+        self.normalization: GridNormalization = normalization
+        self.set_resolution(grid_resolution)
+
+    def set_resolution(self, grid_resolution: int | None) -> None:
+        """Exchange the grid for one with this many polar angles and azimuths."""
+        self.grid = SphereGrid(
+            self.lmax,
+            self.mmax,
+            n_beta=grid_resolution,
+            n_alpha=grid_resolution,
+            normalization=self.normalization,
+            rescale=self.normalization == "component",
+            order=self.order,
+        )
+
+
+class SphereActivation(SphereBlock):
+    """SiLU at every point of the sphere."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``x`` (n, n_rows, channels) to the same shape."""
+        return sphere_silu(x, self.grid)
+
+
+class GridMLP(SphereBlock):
+    """A perceptron on the channels at every point of the sphere, alike, without biases.
+
+    Linear maps of channels commute with the way to the grid and back, so the first and the last
+    act on coefficients, of which there are fewer than points.
+
+    Args:
+        lmax: Highest degree of the features.
+        channels: Of the features and of the hidden layers.
+        grid_resolution: See :class:`SphereBlock`.
+    """
+
+    def __init__(self, lmax: int, channels: int, *, grid_resolution: int | None = None) -> None:
+        super().__init__(lmax, lmax, grid_resolution=grid_resolution)
+        self.first = nn.Linear(channels, channels, bias=False)
+        self.second = nn.Linear(channels, channels, bias=False)
+        self.third = nn.Linear(channels, channels, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``x`` (n_atoms, n_sph, channels) to the same shape."""
+        return self.third(sphere_pointwise(self.first(x), self._at_points, self.grid))
+
+    def _at_points(self, values: Tensor) -> Tensor:
+        return point_silu(self.second(point_silu(values)))
+
+
+def point_silu(values: Tensor) -> Tensor:
+    """SiLU, in place where no gradient needs what was there."""
+    return nn.functional.silu(values, inplace=not values.requires_grad)
+
+
+def with_scalars(x: Tensor, scalars: Tensor) -> Tensor:
+    """Exchange the first row of ``x`` (n, n_rows, channels) for ``scalars`` (n, channels)."""
+    return torch.cat([scalars.unsqueeze(1), x[:, 1:]], dim=1)

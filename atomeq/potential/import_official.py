@@ -1,0 +1,333 @@
+"""Published checkpoints of eSCN and EquiformerV2 (.pt) become ordinary potential folders.
+
+Both layouts of fairchem 1.x are read: the legacy one of the Open Catalyst Project (``model`` a name
+beside ``model_attributes``, normalizers ``target`` and ``grad_target``) and the current one. A .pt
+file is a pickle, so it is read with ``weights_only=True``, which builds tensors and plain values
+and calls nothing else.
+"""
+
+import pickle
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from atomeq.models.base import AtomisticModel
+from atomeq.potential.checkpoint import save_potential, sha256
+from atomeq.potential.official_names import (
+    OfficialError,
+    build_official,
+    official_weights,
+    our_names,
+    strip_prefixes,
+)
+from atomeq.potential.potential import Potential
+from atomeq.potential.references import MAX_ATOMIC_NUMBER, AtomicReferences
+
+CARD_FILE = "README.md"
+
+_ENERGY_HEADS = {"escn_energy_head", "equiformer_v2_energy_head", "equiformerV2_scalar_head"}
+_FORCE_HEADS = {"escn_force_head", "equiformer_v2_force_head", "equiformerV2_vector_head"}
+
+# Scalars of numpy stand among the metrics; these make one from bytes and do nothing else.
+_SCALAR = np.float64(0.0).__reduce__()[0]  # its home differs between numpy 1 and 2
+_HARMLESS = [
+    np.dtype,
+    *(type(np.dtype(name)) for name in ("float32", "float64", "int64")),
+    (_SCALAR, "numpy.core.multiarray.scalar"),
+    (_SCALAR, "numpy._core.multiarray.scalar"),
+]
+
+
+@dataclass(frozen=True)
+class OfficialCheckpoint:
+    """What a published checkpoint holds, in its own words.
+
+    Attributes:
+        model: Its name in fairchem's registry.
+        options: Constructor arguments of the model.
+        weights: Parameters and buffers without prefixes.
+        normalizers: ``energy`` and ``forces`` as (mean, rmsd).
+        element_energies: Added after the energy is put back to scale, eV by atomic number.
+        provenance: Data set, epoch, step and file name.
+    """
+
+    model: str
+    options: dict[str, Any]
+    weights: dict[str, Tensor]
+    normalizers: dict[str, tuple[float, float]]
+    element_energies: tuple[float, ...]
+    provenance: dict[str, Any]
+
+
+def convert_checkpoint(
+    checkpoint: str | Path,
+    folder: str | Path,
+    *,
+    use_ema: bool = False,
+    grid_resolution: int | None = None,
+) -> Path:
+    """Write the potential folder of a published checkpoint, with a model card.
+
+    Args:
+        checkpoint: The .pt file.
+        folder: Created if missing.
+        use_ema: Take the running average of the weights; ``best_checkpoint.pt`` holds it already.
+        grid_resolution: Replace the checkpoint's; a finer grid makes the model more equivariant.
+
+    Returns:
+        The folder.
+
+    Raises:
+        OfficialError: The file cannot be read without running code, or says something unknown.
+    """
+    official = read_official(checkpoint, use_ema=use_ema)
+    potential = official_potential(official)
+    model: Any = potential.model
+    if grid_resolution is not None:
+        model.set_grid_resolution(grid_resolution)
+    metadata = {
+        "origin": {**official.provenance, "ema": use_ema},
+        "published_model": official.model,
+        "published_options": {k: _listed(v) for k, v in official.options.items()},
+    }
+    folder = save_potential(potential, folder, metadata=metadata)
+    (folder / CARD_FILE).write_text(model_card(folder.name, official, potential), encoding="utf-8")
+    return folder
+
+
+def read_official(checkpoint: str | Path, *, use_ema: bool = False) -> OfficialCheckpoint:
+    """Read a published checkpoint without running anything in it.
+
+    Args:
+        checkpoint: The .pt file.
+        use_ema: Take the running average of the weights.
+
+    Raises:
+        OfficialError: The file cannot be read without running code, or lacks something.
+    """
+    path = Path(checkpoint)
+    document = _load(path)
+    config = document.get("config") or {}
+    missing = [key for key in ("state_dict", "config") if not document.get(key)]
+    if missing:
+        raise OfficialError(f"{path} lacks {', '.join(missing)}: no checkpoint of fairchem 1.x")
+    model, options = _model_options(config, path)
+    weights = strip_prefixes(document["state_dict"])
+    if use_ema:
+        weights = _with_ema(weights, document.get("ema"), model, options, path)
+    return OfficialCheckpoint(
+        model=model,
+        options=options,
+        weights=weights,
+        normalizers=_normalizers(document, config, path),
+        element_energies=_element_energies(document.get("elementrefs"), path),
+        provenance={
+            "file": path.name,
+            "sha256": sha256(path),
+            "epoch": _plain(document.get("epoch")),
+            "step": _plain(document.get("step")),
+            "dataset": _plain(
+                _nested(config, "dataset", "src") or _nested(config, "task", "dataset")
+            ),
+        },
+    )
+
+
+def official_potential(official: OfficialCheckpoint) -> Potential:
+    """Build the potential of a checkpoint: its network, E = out · rmsd + mean, F = out · rmsd.
+
+    Raises:
+        OfficialError: Options or weights are unknown or missing, or forces have a mean.
+    """
+    model = build_official(official.model, official.options)
+    model.load_state_dict(official_weights(model, official.weights))
+    mean, rmsd = official.normalizers.get("energy", (0.0, 1.0))
+    forces_mean, forces_rmsd = official.normalizers.get("forces", (0.0, rmsd))
+    if forces_mean != 0.0:
+        raise OfficialError(f"forces are normalised by a mean of {forces_mean}, which is no vector")
+    references = AtomicReferences(
+        _shift(model, official.element_energies),
+        scale=rmsd,
+        offset=mean,
+        force_scale=forces_rmsd,
+    )
+    return Potential(model, references).requires_grad_(False).eval()
+
+
+def model_card(name: str, official: OfficialCheckpoint, potential: Potential) -> str:
+    """Return a README that says what the potential is, from what the checkpoint says."""
+    origin = official.provenance
+    n_parameters = sum(p.numel() for p in potential.model.parameters())
+    references = potential.references
+    scale, offset = float(references.scale), float(references.offset)
+    forces = "the gradient of the energy" if potential.conservative else "a head of their own"
+    options = "\n".join(f"| {key} | {value} |" for key, value in sorted(official.options.items()))
+    return f"""# {name}
+
+Converted from the published checkpoint `{origin["file"]}` by `atomeq convert`
+(SHA-256 {origin["sha256"]}). Licence and citation are those of the checkpoint's authors.
+
+| | |
+|---|---|
+| model | {official.model}, {n_parameters:,} parameters |
+| trained on | {origin["dataset"] or "not said"}, epoch {origin["epoch"]}, step {origin["step"]} |
+| graph | {potential.model.graph_builder()!r} |
+| energy | output · {scale:.8g} eV + {offset:.8g} eV per structure |
+| forces | {forces}, · {float(references.force_scale):.8g} eV/Å |
+| elements | atomic numbers up to {max(potential.elements)} |
+
+Models of OC20 and OC22 predict what their data set calls the energy: for OC20 the adsorption
+energy, relative to the clean slab and gas-phase references, no total energy. The offset is one for
+every structure, so energies are not extensive. Where the number of neighbours is capped, the energy
+jumps when two neighbours swap ranks: for molecular dynamics that conserves energy take another
+potential.
+
+```python
+from atomeq import AtomeqCalculator
+
+atoms.calc = AtomeqCalculator("{name}")
+```
+
+## Options of the published model
+
+| option | value |
+|---|---|
+{options}
+"""
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        with torch.serialization.safe_globals(_HARMLESS):
+            document = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        named = re.search(r"GLOBAL ([\w.]+)|class ([\w.]+)", str(error))
+        what = f"it asks for {next(filter(None, named.groups()))}" if named else str(error)
+        raise OfficialError(
+            f"{path} cannot be read without running what is in it: {what.splitlines()[0]}"
+        ) from error
+    if not isinstance(document, dict):
+        raise OfficialError(f"{path} holds a {type(document).__name__}, not a checkpoint")
+    return document
+
+
+def _model_options(config: Mapping[str, Any], path: Path) -> tuple[str, dict[str, Any]]:
+    """Return name and constructor arguments from either layout, hydra's backbone included."""
+    node = config.get("model")
+    if isinstance(node, str):
+        return node, dict(config.get("model_attributes") or {})
+    if not isinstance(node, Mapping) or "name" not in node:
+        raise OfficialError(f"{path}: config has no model with a name, but {node!r}")
+    options = {key: value for key, value in node.items() if key != "name"}
+    if node["name"] != "hydra":
+        return node["name"], options
+    backbone = dict(options.pop("backbone", {}))
+    heads = options.pop("heads", {})
+    rest = set(options) - {"finetune_config", "otf_graph", "pass_through_head_outputs"}
+    if rest:
+        raise OfficialError(f"{path}: options of hydra that are not known: {', '.join(rest)}")
+    name = backbone.pop("model", "")
+    backbone.update(_head_options(heads, path))
+    return name, backbone
+
+
+def _head_options(heads: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    options: dict[str, Any] = {"regress_forces": False}
+    for title, head in heads.items():
+        module = str(head.get("module", ""))
+        rest = set(head) - {"module", "reduce", "output_name"}
+        if rest or module not in _ENERGY_HEADS | _FORCE_HEADS:
+            raise OfficialError(f"{path}: head {title!r} is not known: {dict(head)!r}")
+        if head.get("output_name") not in (None, "energy", "forces"):
+            raise OfficialError(f"{path}: head {title!r} predicts {head['output_name']!r}")
+        if module in _FORCE_HEADS:
+            options["regress_forces"] = True
+        elif "reduce" in head:
+            options["reduce"] = head["reduce"]
+    return options
+
+
+def _normalizers(
+    document: Mapping[str, Any], config: Mapping[str, Any], path: Path
+) -> dict[str, tuple[float, float]]:
+    """Return (mean, rmsd) of energy and forces, from the old or the new names."""
+    names = {"target": "energy", "grad_target": "forces", "energy": "energy", "forces": "forces"}
+    found = {}
+    for title, values in (document.get("normalizers") or {}).items():
+        spread = values.get("rmsd", values.get("std"))
+        if title not in names or spread is None or "mean" not in values:
+            raise OfficialError(f"{path}: normalizer {title!r} is not known: {sorted(values)}")
+        found[names[title]] = (_number(values["mean"]), _number(spread))
+    if not found and _nested(config, "dataset", "normalize_labels"):
+        raise OfficialError(f"{path}: labels were normalised, but there are no normalizers")
+    return found
+
+
+def _element_energies(references: Mapping[str, Any] | None, path: Path) -> tuple[float, ...]:
+    if not references:
+        return ()
+    unknown = set(references) - {"energy"}
+    table = (references.get("energy") or {}).get("element_references")
+    if unknown or table is None:
+        raise OfficialError(f"{path}: element references are not known: {sorted(references)}")
+    return tuple(table.to(torch.float64).flatten().tolist())
+
+
+def _with_ema(
+    weights: dict[str, Tensor], ema: Any, model: str, options: dict[str, Any], path: Path
+) -> dict[str, Tensor]:
+    """Exchange trained parameters for their running averages, which are listed in order."""
+    shadows = (ema or {}).get("shadow_params")
+    if not shadows:
+        raise OfficialError(f"{path} holds no running average of the weights; leave it out")
+    built = build_official(model, options)
+    trained = {name for name, parameter in built.named_parameters() if parameter.requires_grad}
+    owners: dict[str, list[str]] = {}  # a shared block is listed under every one that uses it
+    for official, ours in our_names(built, weights).items():
+        if ours in trained:
+            owners.setdefault(ours, []).append(official)
+    expected = [tuple(weights[names[0]].shape) for names in owners.values()]
+    if expected != [tuple(shadow.shape) for shadow in shadows]:
+        raise OfficialError(f"{path}: the running average is of {len(shadows)} other parameters")
+    averaged = zip(owners.values(), shadows, strict=True)
+    return {**weights, **{name: shadow for names, shadow in averaged for name in names}}
+
+
+def _shift(model: AtomisticModel, element_energies: tuple[float, ...]) -> dict[int, float]:
+    """Return the energy of every element the model embeds."""
+    embedding: Any = model.embedding
+    numbers = range(1, min(embedding.num_embeddings, MAX_ATOMIC_NUMBER + 1))
+    if element_energies and len(element_energies) <= max(numbers):
+        numbers = range(1, len(element_energies))
+    return {z: element_energies[z] if element_energies else 0.0 for z in numbers}
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, Tensor) and value.numel() != 1:
+        raise OfficialError(f"a normalizer is {tuple(value.shape)}; only single numbers are known")
+    return float(value)
+
+
+def _plain(value: Any) -> str | int | float | None:
+    """Return what YAML can write."""
+    if isinstance(value, np.generic) or (isinstance(value, Tensor) and value.numel() == 1):
+        value = value.item()
+    return value if value is None or isinstance(value, str | int | float) else str(value)
+
+
+def _listed(value: Any) -> Any:
+    """Return an option in plain values, lists of them included."""
+    return [_plain(v) for v in value] if isinstance(value, list | tuple) else _plain(value)
+
+
+def _nested(config: Mapping[str, Any], *keys: str) -> Any:
+    value: Any = config
+    for key in keys:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value

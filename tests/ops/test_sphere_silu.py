@@ -1,0 +1,47 @@
+"""SiLU on the sphere in blocks: the numbers and derivatives of the plain product."""
+
+import pytest
+import torch
+from torch.nn.functional import silu
+
+from atomeq.ops.backends.blocks import blocks
+from atomeq.ops.sphere import SphereGrid, sphere_pointwise, sphere_silu
+
+GRID = SphereGrid(2, 1, n_beta=8, n_alpha=8, normalization="component", rescale=True, order="m")
+
+
+@pytest.fixture
+def x() -> torch.Tensor:
+    return torch.randn(5, 7, 3, dtype=torch.float64, requires_grad=True)
+
+
+def test_same_as_pointwise(x):
+    torch.testing.assert_close(sphere_silu(x, GRID), sphere_pointwise(x, silu, GRID))
+
+
+def test_blocks_do_not_change_the_numbers(x, monkeypatch):
+    together = sphere_silu(x, GRID)
+    (gradient,) = torch.autograd.grad(together.square().sum(), x)
+    monkeypatch.setattr("atomeq.ops.backends.blocks._CPU_BLOCK", 400)  # two features at a time
+    assert len(list(blocks(5, 64 * 3, x.device))) == 3
+    apart = sphere_silu(x, GRID)
+    torch.testing.assert_close(apart, together)
+    torch.testing.assert_close(torch.autograd.grad(apart.square().sum(), x)[0], gradient)
+    with torch.no_grad():
+        torch.testing.assert_close(sphere_pointwise(x, silu, GRID), together)
+
+
+def test_derivatives_of_first_and_second_order(x):
+    assert torch.autograd.gradcheck(lambda v: sphere_silu(v, GRID), x)
+    assert torch.autograd.gradgradcheck(lambda v: sphere_silu(v, GRID), x)
+
+
+def test_nothing_in_nothing_out():
+    empty = torch.zeros(0, 7, 3)
+    assert sphere_silu(empty, GRID).shape == empty.shape
+    assert sphere_pointwise(empty, silu, GRID).shape == empty.shape
+
+
+def test_rows_must_fit_the_grid():
+    with pytest.raises(ValueError, match="has 7 rows"):
+        sphere_silu(torch.zeros(1, 9, 3), GRID)
