@@ -3,7 +3,8 @@
 A PATH is a case, a folder with case.json, or a folder of cases. The model is built from case.json,
 takes the case's weights and computes its structures; the largest deviation of every output and
 intermediate is printed, relative to the largest value of the tensor, in float64 and float32. The
-exit code is 1 where one is beyond tolerance.
+exit code is 1 where one is beyond tolerance. Cases in the layout of the light models, CASE.json
+beside CASE.safetensors, are checked by golden_light.py.
 """
 
 import argparse
@@ -16,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import golden_light
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -60,6 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     console = Console(width=None if sys.stdout.isatty() else 100)
     cases = [case for path in arguments.paths for case in find_cases(path)]
+    light = [case for path in arguments.paths for case in golden_light.find_cases(path)]
     failed = []
     for folder in cases:
         case = json.loads((folder / "case.json").read_text(encoding="utf-8"))
@@ -72,6 +75,12 @@ def main(argv: list[str] | None = None) -> int:
         show(console, folder.name, report)
         if not report.passed:
             failed.append(folder.name)
+    for path in light:
+        light_report = golden_light.check(path)
+        golden_light.show(console, f"{path.parent.name}/{path.stem}", light_report)
+        if not light_report.passed:
+            failed.append(f"{path.parent.name}/{path.stem}")
+    cases += light
     console.print(f"{len(cases) - len(failed)} of {len(cases)} cases within tolerance")
     if failed:
         console.print("beyond: " + ", ".join(failed), style="red")

@@ -1,15 +1,11 @@
 """The layout of golden/light_models: one ``CASE.json`` beside one ``CASE.safetensors``.
 
-``golden_light.py PATH [PATH ...]`` checks every case at or below the paths and prints the largest
-deviation of every tensor, relative to the largest value in it; the exit code is 1 where one is
-beyond tolerance or a case has no checker. A family of models is a module beside this one, named in
+golden.py runs these checks beside its own. A family of models is a module beside this one, named in
 ``FAMILIES``, with a function ``check(case, report)``; it is imported when a case asks for it.
 """
 
-import argparse
 import importlib
 import json
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -130,29 +126,14 @@ class Report:
 Checker = Callable[[Case, Report], None]
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Check all cases; return the exit code."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("paths", nargs="+", type=Path, metavar="PATH")
-    arguments = parser.parse_args(argv)
-    console = Console(width=None if sys.stdout.isatty() else 100)
-    cases = [case for path in arguments.paths for case in find_cases(path)]
-    failed = []
-    for path in cases:
-        report = check(path)
-        show(console, f"{path.parent.name}/{path.stem}", report)
-        if not report.passed:
-            failed.append(f"{path.parent.name}/{path.stem}")
-    console.print(f"{len(cases) - len(failed)} of {len(cases)} cases within tolerance")
-    if failed:
-        console.print("beyond: " + ", ".join(failed), style="red")
-    return 1 if failed or not cases else 0
-
-
 def find_cases(path: Path) -> list[Path]:
     """Return the JSON files of this layout at or below a path, or the one it names."""
     files = [path] if path.is_file() else sorted(path.rglob("*.json"))
-    return [file for file in files if file.suffix == ".json" and file.name != "case.json"]
+    return [
+        file
+        for file in files
+        if file.with_suffix(".safetensors").exists() or file.parent.name.split("_")[0] in FAMILIES
+    ]
 
 
 def check(path: Path) -> Report:
@@ -228,7 +209,3 @@ def show(console: Console, title: str, report: Report) -> None:
     console.print(table)
     for note in report.notes:
         console.print(f"  {note}")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,7 +1,8 @@
 """``atomeq fit | validate | test | predict``: Lightning's command line over the task and the data.
 
-A run lives in one folder, ``trainer.default_root_dir``: its configuration, checkpoints, metrics and
-in the end the potential.
+``task:`` at the top of a configuration says what is trained: a potential, unless it names another
+of ``TASKS``. A run lives in one folder, ``trainer.default_root_dir``: its configuration,
+checkpoints, metrics and in the end the potential.
 """
 
 import difflib
@@ -13,15 +14,17 @@ import logging
 import re
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, NoReturn
 
 import ase.io
 import torch
+import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
@@ -30,9 +33,10 @@ from rich.table import Table
 
 from atomeq.data.ase_files import LabelKeys
 from atomeq.data.datamodule import AtomisticDataModule, Split
+from atomeq.data.nbody import NBodyRecipe
 from atomeq.files import write_atomically
 from atomeq.graph.convert import to_ase
-from atomeq.models.base import AtomisticModel
+from atomeq.models.base import AtomisticModel, Propagator
 from atomeq.potential.checkpoint import MODELS
 from atomeq.training.callbacks import (
     ExponentialMovingAverage,
@@ -41,7 +45,7 @@ from atomeq.training.callbacks import (
     SavePotential,
 )
 from atomeq.training.losses import PotentialLoss
-from atomeq.training.metrics import ErrorMetric
+from atomeq.training.propagation import NBodyDataModule, PropagationTask
 from atomeq.training.task import AtomisticTask
 
 logger = logging.getLogger(__name__)
@@ -56,6 +60,21 @@ HELP = {
     "atomeq test -c EXPERIMENT.yaml --ckpt_path runs/NAME/checkpoints/best.ckpt",
     "predict": "Energies and forces of the structures of a file: "
     "atomeq predict -c EXPERIMENT.yaml --data.predict FILE --ckpt_path CHECKPOINT",
+}
+
+
+@dataclass(frozen=True)
+class TaskKind:
+    """What can be trained: the task, its data, and whether a potential comes out of it."""
+
+    task: type[LightningModule]
+    data: type[LightningDataModule]
+    saves_potential: bool = False
+
+
+TASKS = {
+    "potential": TaskKind(AtomisticTask, AtomisticDataModule, saves_potential=True),
+    "propagation": TaskKind(PropagationTask, NBodyDataModule),
 }
 
 
@@ -88,9 +107,10 @@ class TrainingCLI(LightningCLI):
 
     def __init__(self, args: list[str]) -> None:
         self.run_name = _run_name(args)
+        self.kind = TASKS[_task_name(args)]
         super().__init__(
-            AtomisticTask,
-            AtomisticDataModule,
+            self.kind.task,
+            self.kind.data,
             subclass_mode_data=True,
             seed_everything_default=0,
             save_config_callback=SaveConfig,
@@ -113,10 +133,14 @@ class TrainingCLI(LightningCLI):
         }
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the sections ``checkpoint``, ``ema`` and ``save_potential``."""
+        """Add ``task`` and the sections ``checkpoint``, ``ema`` and ``save_potential``."""
+        parser.add_argument(
+            "--task", default="potential", choices=list(TASKS), help="What is trained."
+        )
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         parser.add_lightning_class_args(ExponentialMovingAverage, "ema")
-        parser.add_lightning_class_args(SavePotential, "save_potential")
+        if self.kind.saves_potential:
+            parser.add_lightning_class_args(SavePotential, "save_potential")
         parser.link_arguments("trainer.default_root_dir", "checkpoint.dirpath", _checkpoint_folder)
         parser.set_defaults(
             {
@@ -175,12 +199,12 @@ class TrainingCLI(LightningCLI):
     def validate(self, **arguments: Any) -> None:
         """Print the errors of the validation set."""
         self.trainer.validate(verbose=False, weights_only=True, **arguments)
-        _show_errors({"val": self.model.val_results}, self.model.metrics)
+        _show_errors({"val": self.model.val_results}, self.model.metrics.columns)
 
     def test(self, **arguments: Any) -> None:
         """Print the errors of each test set and keep them as JSON in the run's folder."""
         self.trainer.test(verbose=False, weights_only=True, **arguments)
-        _show_errors(self.model.test_results, self.model.metrics)
+        _show_errors(self.model.test_results, self.model.metrics.columns)
         with write_atomically(self._run_folder() / "test_errors.json") as partial:
             partial.write_text(json.dumps(self.model.test_results, indent=2) + "\n")
 
@@ -252,16 +276,41 @@ def _run_name(args: Sequence[str]) -> str:
     return name
 
 
+def _task_name(args: Sequence[str]) -> str:
+    """Return what the command line or its configuration files train, the last one to say so."""
+    name = "potential"
+    for word, following in itertools.pairwise([*args, ""]):
+        option, _, value = word.partition("=")
+        if option in ("-c", "--config"):
+            name = _named_in(Path(value or following)) or name
+        elif option == "--task":
+            name = value or following
+    if name not in TASKS:
+        raise ValueError(f"task {name!r} is unknown; there are {', '.join(TASKS)}")
+    return name
+
+
+def _named_in(path: Path) -> str | None:
+    """Return a file's ``task``; what is wrong with the file is for the parser to say."""
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return None
+    return document.get("task") if isinstance(document, dict) else None
+
+
 def _checkpoint_folder(root: str | Path | None) -> str:
     return str(Path(root or ".") / "checkpoints")
 
 
-def _show_errors(results: dict[str, dict[str, float]], metrics: ErrorMetric) -> None:
+def _show_errors(
+    results: dict[str, dict[str, float]], columns: Mapping[str, tuple[str, str]]
+) -> None:
     table = Table(box=None, pad_edge=False)
     table.add_column("set")
-    shown = [name for name in metrics.columns if any(name in errors for errors in results.values())]
+    shown = [name for name in columns if any(name in errors for errors in results.values())]
     for name in shown:
-        table.add_column("\n".join(metrics.columns[name]), justify="right")
+        table.add_column("\n".join(columns[name]), justify="right")
     for set_name, errors in results.items():
         cells = [f"{errors[name]:.4g}" if name in errors else "-" for name in shown]
         table.add_row(set_name, *cells)
@@ -283,17 +332,18 @@ def _known_keys() -> set[str]:
         "model": AtomisticTask,
         "model.loss": PotentialLoss,
         "data": AtomisticDataModule,
+        "data.recipe": NBodyRecipe,
         "data.split": Split,
         "data.labels": LabelKeys,
         "checkpoint": RunCheckpoint,
         "ema": ExponentialMovingAverage,
         "save_potential": SavePotential,
     }
-    keys = {"seed_everything", "config", "ckpt_path", "class_path", "init_args", *sections}
+    keys = {"seed_everything", "task", "config", "ckpt_path", "class_path", "init_args", *sections}
     for section, owner in sections.items():
         names = set(inspect.signature(owner).parameters)
         keys |= names | {f"{section}.{name}" for name in names}
-    for model in AtomisticModel.__subclasses__():
+    for model in (*AtomisticModel.__subclasses__(), *Propagator.__subclasses__()):
         names = set(inspect.signature(model).parameters)
         keys |= names | {f"model.model.init_args.{name}" for name in names}
     return keys

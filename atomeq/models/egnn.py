@@ -90,7 +90,7 @@ class EGNN(AtomisticModel):
         h = self.embedding(graph.atomic_numbers)  # (n_atoms, C)
         moved = vectors.new_zeros(graph.n_atoms, 3)
         for layer in self.layers:
-            separation = vectors + moved[source] - moved[target]
+            separation = vectors + moved.index_select(0, source) - moved.index_select(0, target)
             squared = (separation**2).sum(dim=1, keepdim=True) / self.cutoff**2
             invariants = torch.cat([basis, squared], dim=1)  # (n_edges, num_radial + 1)
             h, moved = layer(h, moved, separation, invariants, envelope, graph.edge_index)

@@ -9,6 +9,7 @@ use for energies is :class:`atomeq.models.egnn.EGNN`, which mends what is listed
 * coordinates move by the mean over neighbours, which jumps with their number too;
 * the QM9 form joins all pairs of a molecule, and its readout acts on the sum over atoms: it is not
   extensive;
+* the velocity form clips pulls by component at 100, which is not equivariant where it acts;
 * the reference overwrites the positions it is given; these do not.
 
 Edges are in the house's order (row 0 is j, row 1 is i and receives). The reference has the receiver
@@ -253,7 +254,7 @@ class PublishedLayer(nn.Module):
     ) -> tuple[Tensor, Positions]:
         """Return features (n_atoms, channels) and coordinates (n_atoms, 3), updated."""
         source, target = edge_index
-        separation = pos[target] - pos[source]  # (n_edges, 3), towards the receiver
+        separation = pos.index_select(0, target) - pos.index_select(0, source)  # towards receivers
         squared = (separation**2).sum(dim=1, keepdim=True)
         invariants = squared if edge_features is None else torch.cat([squared, edge_features], 1)
         m = self.edge_mlp(h, invariants, edge_index)  # eq. 3

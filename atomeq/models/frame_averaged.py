@@ -44,6 +44,8 @@ class OverFrames(AtomisticModel):
 
     Args:
         model: Any model of the package; its cutoff, graph and outputs are those of the wrapper.
+        batched: Show all frames to the model in one batch; False one after the other, in less
+            memory, and the only way for a model with statistics over its batch.
     """
 
     exempt_laws: Mapping[str, str] = MappingProxyType(
@@ -53,9 +55,10 @@ class OverFrames(AtomisticModel):
         }
     )
 
-    def __init__(self, model: AtomisticModel) -> None:
+    def __init__(self, model: AtomisticModel, *, batched: bool = True) -> None:
         super().__init__()
         self.model = model
+        self.batched = batched
         self.cutoff = model.cutoff
         self.outputs = model.outputs
         self.polynomial = PolynomialEnvelope(model.cutoff)
@@ -71,12 +74,9 @@ class OverFrames(AtomisticModel):
     def forward(self, graph: AtomGraph) -> dict[PropertyKey, Tensor]:
         """Return the mean of the model's outputs over the frames, turned back."""
         matrices, weights = self.frames(graph)  # (n_frames, n_graphs, 3, 3), (n_frames, n_graphs)
-        outputs = self.model(oriented_copies(graph, matrices))
-        n_frames = len(matrices)
         averaged: dict[PropertyKey, Tensor] = {}
-        for key, value in outputs.items():
+        for key, value in self._evaluate(graph, matrices).items():
             index = ... if key in ("energy", "stress") else graph.batch
-            value = value.view(n_frames, -1, *value.shape[1:])
             turns = matrices.to(value.dtype)[:, index]
             if key == "forces":
                 value = torch.einsum("kaj,kaij->kai", value, turns)
@@ -86,6 +86,16 @@ class OverFrames(AtomisticModel):
             share = share.view(*share.shape, *(1 for _ in value.shape[2:]))
             averaged[key] = (share * value).sum(dim=0)
         return averaged
+
+    def _evaluate(self, graph: AtomGraph, matrices: Tensor) -> dict[PropertyKey, Tensor]:
+        """Return the model's outputs with the frames as a new first dimension."""
+        passes = [matrices] if self.batched else matrices.split(1)
+        parts = [self.model(oriented_copies(graph, few)) for few in passes]
+        outputs: dict[PropertyKey, Tensor] = {}
+        for key, like in parts[0].items():
+            value = torch.cat([part[key] for part in parts])
+            outputs[key] = value.view(len(matrices), -1, *like.shape[1:])
+        return outputs
 
     def edge_frames(
         self,
@@ -127,6 +137,7 @@ class FrameAveraged(OverFrames):
             costs as little as the bare model; ``"det"`` is as published: a rule for the signs that
             is NOT invariant, and no rotation where ``proper`` asks for one.
         inference_frames: The same in evaluation; only ``"all"`` is exact.
+        batched: All frames in one batch, or one after the other; see :class:`OverFrames`.
         seed: Of the stochastic frames.
 
     Example:
@@ -144,9 +155,10 @@ class FrameAveraged(OverFrames):
         covariance: Literal["edges", "positions"] = "edges",
         training_frames: FrameMethod = "all",
         inference_frames: FrameMethod = "all",
+        batched: bool = True,
         seed: int = 0,
     ) -> None:
-        super().__init__(model)
+        super().__init__(model, batched=batched)
         if dim not in (2, 3):
             raise ValueError(f"frames have dim 2 or 3, not {dim!r}")
         self.dim: Literal[2, 3] = dim
@@ -192,6 +204,7 @@ class Canonicalized(OverFrames):
         num_layers: Its layers.
         num_radial: Its Bessel functions of the edge length.
         num_elements: Atomic numbers below this are embedded.
+        batched: All frames in one batch, or one after the other; see :class:`OverFrames`.
     """
 
     def __init__(
@@ -203,8 +216,9 @@ class Canonicalized(OverFrames):
         num_layers: int = 2,
         num_radial: int = 8,
         num_elements: int = 119,
+        batched: bool = True,
     ) -> None:
-        super().__init__(model)
+        super().__init__(model, batched=batched)
         self.proper = proper
         self.channels = channels
         self.num_layers = num_layers

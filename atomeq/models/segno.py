@@ -14,6 +14,8 @@ in segno_motion.py. What they do, and what our defaults do instead:
   it, so the number of steps can be changed after training.
 * MD22: velocities are multiplied by a gate in each step of length one, which is no discretised ODE.
   ``velocity_gate`` is off by default.
+* Pulls are clipped by component, which is not equivariant where it acts; ``largest_pull`` is off by
+  default.
 * The mean over neighbours jumps when one crosses a cutoff. The propagator's edges are given and
   stay; the energy model divides by a constant and ends every message in an envelope.
 """
@@ -33,6 +35,7 @@ from atomeq.nn.radial import BesselBasis, PolynomialEnvelope
 from atomeq.ops.segment import segment_sum
 from atomeq.typing import EdgeIndex, EdgeVectors, Positions, PropertyKey
 
+LARGEST_PULL = 100.0  # of one neighbour on one coordinate, as published
 Integrator = Literal["symplectic_euler", "leapfrog"]
 
 
@@ -59,7 +62,7 @@ class SEGNOPropagator(Propagator):
         velocity_gate: Multiply velocities by a function of the features in each step.
         normalize: Divide directions by their length plus one.
         final_bias: Give the strength of a pull a bias.
-        largest_pull: Bound of each component of a neighbour's pull; None is no bound.
+        largest_pull: Bound of each component of a neighbour's pull; not equivariant where it acts.
     """
 
     def __init__(
@@ -75,7 +78,7 @@ class SEGNOPropagator(Propagator):
         velocity_gate: bool = False,
         normalize: bool = False,
         final_bias: bool = True,
-        largest_pull: float | None = 100.0,
+        largest_pull: float | None = None,
     ) -> None:
         super().__init__()
         if num_steps < 1 or horizon <= 0:
@@ -166,7 +169,7 @@ class Acceleration(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return summed pulls (n_atoms, 3), feature rates (n_atoms, C), velocity gates or None."""
         source, target = edge_index
-        separation = pos[target] - pos[source]  # (n_edges, 3), towards the receiver
+        separation = pos.index_select(0, target) - pos.index_select(0, source)  # towards receivers
         squared = (separation**2).sum(dim=1, keepdim=True)
         m = self.edge_mlp(h, torch.cat([squared, edge_features], dim=1), edge_index)
         if self.normalize:
@@ -183,7 +186,13 @@ class Acceleration(nn.Module):
 
 def nbody_form(num_steps: int = 8, **options: Any) -> SEGNOPropagator:
     """Return the published N-body form, whose step is 1/8 for any number of steps."""
-    return SEGNOPropagator(num_steps=num_steps, horizon=num_steps / 8, feature_rate=8.0, **options)
+    return SEGNOPropagator(
+        num_steps=num_steps,
+        horizon=num_steps / 8,
+        feature_rate=8.0,
+        largest_pull=LARGEST_PULL,
+        **options,
+    )
 
 
 def md22_form(num_steps: int = 5, **options: Any) -> SEGNOPropagator:
@@ -194,6 +203,7 @@ def md22_form(num_steps: int = 5, **options: Any) -> SEGNOPropagator:
         feature_rate=1.0,
         velocity_gate=True,
         final_bias=False,
+        largest_pull=LARGEST_PULL,
         **options,
     )
 
@@ -275,7 +285,7 @@ class SEGNO(AtomisticModel):
         moved = vectors.new_zeros(graph.n_atoms, 3)  # displacements keep a crystal's edges defined
         velocities = torch.zeros_like(moved)
         for _ in range(self.num_steps):
-            separation = vectors + moved[source] - moved[target]
+            separation = vectors + moved.index_select(0, source) - moved.index_select(0, target)
             squared = (separation**2).sum(dim=1, keepdim=True) / self.cutoff**2
             invariants = torch.cat([basis, squared], dim=1)  # (n_edges, num_radial + 1)
             pull, h_rate = self.layer(h, separation, invariants, envelope, graph.edge_index)

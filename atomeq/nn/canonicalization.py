@@ -55,7 +55,10 @@ class CanonicalVectors(nn.Module):
         batch: BatchIndex,
         n_graphs: int,
     ) -> Float[Tensor, "n_graphs 3 3"]:
-        """Return three vectors in columns, as fractions of the sum of their atoms' lengths.
+        """Return three vectors in columns, as fractions of what they were summed from.
+
+        Where all cancels, as in a crystal whose atoms are inversion centres, rounding errors are
+        left, and only by this measure are they small.
 
         Args:
             atomic_numbers: (n_atoms,).
@@ -69,12 +72,15 @@ class CanonicalVectors(nn.Module):
         basis, directions = self.basis(lengths), vectors / lengths[:, None]
         scalars = self.embedding(atomic_numbers)  # (n_atoms, C)
         polar = scalars.new_zeros(len(scalars), 3, scalars.shape[1])  # (n_atoms, 3, C)
+        spread = scalars.new_zeros(len(scalars))
         for layer in self.layers:
-            scalars, polar = layer(scalars, polar, directions, basis, envelope, edge_index)
-        polar = self.mix(polar * self.weight(scalars)[:, None])  # (n_atoms, 3, 3)
-        # Frames do not depend on lengths, so these need no derivative, which |p| has not at 0.
-        sizes = torch.linalg.vector_norm(polar.detach(), dim=1)  # (n_atoms, 3)
-        scale = segment_sum(sizes, batch, n_graphs)[:, None].clamp_min(1e-30)
+            scalars, polar, sizes = layer(scalars, polar, directions, basis, envelope, edge_index)
+            spread = spread + sizes
+        weights = self.weight(scalars)
+        polar = self.mix(polar * weights[:, None])  # (n_atoms, 3, 3)
+        # Frames do not depend on lengths, so this scale needs no derivative.
+        typical = spread[:, None] * weights.detach().abs() @ self.mix.weight.detach().abs().T
+        scale = segment_sum(typical, batch, n_graphs)[:, None].clamp_min(1e-30)
         return segment_sum(polar, batch, n_graphs) / scale
 
 
@@ -96,8 +102,11 @@ class VectorLayer(nn.Module):
         basis: Tensor,
         envelope: Tensor,
         edge_index: EdgeIndex,
-    ) -> tuple[Tensor, Tensor]:
-        """Return scalars (n_atoms, C) and vectors (n_atoms, 3, C), updated."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return scalars (n_atoms, C) and vectors (n_atoms, 3, C), updated, and sizes (n_atoms,).
+
+        The sizes are those of an atom's vector messages, summed without cancelling each other.
+        """
         source, target = edge_index
         ends = torch.cat([scalars[target], scalars[source], basis], dim=1)
         plain, along, through = (self.message(ends) * envelope).chunk(3, dim=1)
@@ -107,7 +116,9 @@ class VectorLayer(nn.Module):
         left, right = self.left(polar), self.right(polar)
         invariants = torch.cat([scalars, (left * right).sum(dim=1)], dim=1)
         plain, gate = self.update(invariants).chunk(2, dim=1)
-        return scalars + plain, polar + left * torch.sigmoid(gate)[:, None]
+        sizes = torch.linalg.vector_norm(message.detach(), dim=1).mean(dim=1)  # (n_edges,)
+        sizes = segment_sum(sizes, target, len(scalars))
+        return scalars + plain, polar + left * torch.sigmoid(gate)[:, None], sizes
 
 
 def canonical_frames(

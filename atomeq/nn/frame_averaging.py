@@ -168,6 +168,8 @@ def tied_axes(vectors: Tensor, labels: Tensor, known: Tensor) -> Tensor:
         best = rank[chosen].max()
         chosen &= rank >= best - _TIE * best.abs()
     directions = across[chosen] / parts[chosen][:, None]
+    # Once more: what is left of a nearly parallel vector has the rounding error of the whole.
+    directions = torch.nn.functional.normalize(directions - directions @ known @ known.mT, dim=1)
     return torch.cat(
         [
             tied_axes(vectors, labels, torch.cat([known, direction[:, None]], dim=1))

@@ -6,6 +6,7 @@ import pytest
 import torch
 import yaml
 from ase import Atoms
+from exemptions import expect_failure
 from structures import RATTLED
 
 from atomeq.potential.checkpoint import build_model
@@ -40,11 +41,5 @@ def structure(request) -> Atoms:
 
 @pytest.fixture(autouse=True)
 def exempted_law_fails(request: pytest.FixtureRequest) -> None:
-    """Expect a law that a model is exempt from to be broken: one that holds fails the test."""
-    if "potential" not in request.fixturenames:
-        return
-    model = request.getfixturevalue("potential").model
-    law = request.node.originalname.removeprefix("test_")
-    if law in model.exempt_laws:
-        reason = model.exempt_laws[law]
-        request.applymarker(pytest.mark.xfail(strict=True, raises=AssertionError, reason=reason))
+    if "potential" in request.fixturenames:
+        expect_failure(request, request.getfixturevalue("potential").model.exempt_laws)
