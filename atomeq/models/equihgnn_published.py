@@ -122,10 +122,9 @@ class PublishedEquiHGNN(nn.Module):
         n_graphs = len(molecules.n_hyperedges)
         if self.variant == "mhnns":
             x = self._simple(x, molecules)
-            read = segment_sum(x, molecules.batch, n_graphs)
-        else:
-            x, e = self._full(x, molecules)
-            read = segment_sum(x, molecules.batch, n_graphs)
+            return self.mlp_out(segment_sum(x, molecules.batch, n_graphs)).reshape(-1)
+        x, e = self._full(x, molecules)
+        read = segment_sum(x, molecules.batch, n_graphs)
         if self.variant == "mhnn":
             graphs = torch.arange(n_graphs, device=x.device)
             owner = graphs.repeat_interleave(molecules.n_hyperedges)
