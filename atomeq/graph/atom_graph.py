@@ -28,7 +28,7 @@ from atomeq.typing import (
     Volumes,
 )
 
-Level = Literal["atom", "edge", "graph", "incidence"]
+Level = Literal["atom", "edge", "graph", "hyperedge", "incidence"]
 
 # What a graph without the field holds for it once it stands in a batch with graphs that have it.
 # A label that nobody computed is NaN, so that it cannot pass for a number.
@@ -60,6 +60,7 @@ _LEVELS: dict[str, Level] = {
     "edge_index": "edge",
     "cell_offsets": "edge",
     "hyperedge_index": "incidence",
+    "hyperedge_type": "hyperedge",
 }
 
 
@@ -91,8 +92,9 @@ class AtomGraph(Data):
         kwargs: ``tags`` (n_atoms,), ``fixed`` (n_atoms,) bool, ``velocities`` (n_atoms, 3) Å/fs,
             labels ``energy`` (n_graphs,) eV, ``forces`` (n_atoms, 3) eV/Å, ``stress``
             (n_graphs, 3, 3) eV/Å³, ``weight`` (n_graphs,), ``hyperedge_index`` (2, n_incidences)
-            with ``num_hyperedges`` (n_graphs,), and any other tensor: it belongs to the edges if
-            its name starts with ``edge_``, else to the atoms or structures by its length.
+            with ``num_hyperedges`` (n_graphs,) and ``hyperedge_type`` (n_hyperedges,), and any
+            other tensor: it belongs to the edges if its name starts with ``edge_``, else to the
+            atoms or structures by its length.
 
     PyG's Batch and DataLoader take AtomGraphs with equal fields and give the numbers of
     :meth:`concatenate`, which also joins graphs whose fields differ.
@@ -276,6 +278,8 @@ class AtomGraph(Data):
                 pieces[name] = value, list(range(self.n_graphs + 1))
             elif level == "atom":
                 pieces[name] = value, first_atom
+            elif level == "hyperedge":
+                pieces[name] = value, _starts(self.num_hyperedges)
             else:
                 pieces[name] = self._split_by_graph(name, value, level)
         first_hyperedge = _starts(self.num_hyperedges) if "num_hyperedges" in self else [0]
@@ -390,6 +394,8 @@ def _field(graph: AtomGraph, name: str, graphs: Sequence[AtomGraph]) -> Tensor:
     like: Tensor = next(other._store[name] for other in graphs if name in other._store)
     if name == "hyperedge_index":
         return like.new_zeros(2, 0)
+    if name == "hyperedge_type":
+        return like.new_zeros(0)
     if name not in _UNKNOWN:
         raise ValueError(
             f"graph {graphs.index(graph)} has no {name!r} but others have; give it to all graphs, "

@@ -4,7 +4,7 @@ A model names its builder, so that training, calculators and screening all see t
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -19,6 +19,13 @@ from atomeq.graph.convert import (
     from_structures,
     refuse_overlap,
     structure_name,
+)
+from atomeq.graph.hyperedges import (
+    INFO_KEY,
+    NO_HYPEREDGES,
+    PERIODIC,
+    Hyperedges,
+    perceive_hyperedges,
 )
 from atomeq.graph.neighbors import (
     Edges,
@@ -156,6 +163,88 @@ class NearestNeighborGraph:
             f"NearestNeighborGraph(cutoff={self.cutoff}, max_neighbors={self.max_neighbors}, "
             f"strict={self.strict})"
         )
+
+
+class HyperGraph:
+    """Connects atoms within the cutoff, and gives each structure its hyperedges.
+
+    They are, in this order of preference: those of a given AtomGraph; those in
+    ``atoms.info["hyperedges"]``, where :func:`~atomeq.graph.hyperedges.fix_topology` writes them;
+    those perceived from the coordinates. Perceived anew for every geometry they jump when a bond
+    breaks, and a potential's energy with them: for dynamics fix them, or do without perception.
+
+    Args:
+        cutoff: Å.
+        perceive: Perceive hyperedges where none are given. False leaves such a structure without.
+
+    Raises:
+        ValueError: The cutoff is not allowed.
+    """
+
+    def __init__(self, cutoff: float, *, perceive: bool = True) -> None:
+        self._edges = RadiusGraph(cutoff)
+        self.cutoff = float(cutoff)
+        self.perceive = bool(perceive)
+
+    def __call__(self, structures: Structures, dtype: torch.dtype | None = None) -> AtomGraph:
+        """Return the graph of one or many structures; arguments as in :class:`RadiusGraph`.
+
+        Raises:
+            StructureError: A structure is not usable, or its hyperedges cannot be perceived.
+            ImportError: They must be perceived, and RDKit is not installed.
+        """
+        many = list(structures) if isinstance(structures, Sequence) else [structures]
+        graph = self._edges(many, dtype=dtype)
+        singles = graph.to_list()
+        given = [item for one in many for item in _given_hyperedges(one)]
+        for k, hyperedges in enumerate(given):
+            if hyperedges is None:
+                hyperedges = self._perceive(singles[k], k)
+            elif isinstance(hyperedges, dict):
+                hyperedges = _read_hyperedges(hyperedges, _title(graph, k), k)
+            else:
+                continue
+            singles[k] = singles[k].replace(**_hyperedge_fields(hyperedges, singles[k], k))
+        return AtomGraph.concatenate(singles)
+
+    def _perceive(self, graph: AtomGraph, k: int) -> Hyperedges:
+        if not self.perceive:
+            return NO_HYPEREDGES
+        if bool(graph.pbc.any()):
+            raise StructureError(f"{_title(graph, 0)}: {PERIODIC}", index=k)
+        numbers, positions = graph.atomic_numbers.tolist(), graph.pos.detach().cpu().numpy()
+        try:
+            return perceive_hyperedges(numbers, positions, name=f"structure {k}")
+        except ValueError as error:
+            raise StructureError(str(error), index=k) from error
+
+    def __repr__(self) -> str:
+        return f"HyperGraph(cutoff={self.cutoff}, perceive={self.perceive})"
+
+
+def _given_hyperedges(structure: object) -> list[object]:
+    """Return for each structure in one: True if its graph has hyperedges, its info's, or None."""
+    if isinstance(structure, AtomGraph):
+        given = True if "num_hyperedges" in structure else None
+        return [given] * structure.n_graphs
+    return [getattr(structure, "info", {}).get(INFO_KEY)]
+
+
+def _read_hyperedges(given: dict, title: str, k: int) -> Hyperedges:
+    try:
+        return Hyperedges.from_lists(given["members"], given["types"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise StructureError(
+            f"{title}: info[{INFO_KEY!r}] is unusable: {error}", index=k
+        ) from error
+
+
+def _hyperedge_fields(hyperedges: Hyperedges, graph: AtomGraph, k: int) -> dict[str, torch.Tensor]:
+    try:
+        fields = hyperedges.fields(n_atoms=graph.n_atoms)
+    except ValueError as error:
+        raise StructureError(f"{_title(graph, 0)}: {error}", index=k) from error
+    return {name: value.to(graph.pos.device) for name, value in fields.items()}
 
 
 def nearest(

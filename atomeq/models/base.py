@@ -55,6 +55,25 @@ class AtomisticModel(nn.Module):
         """
         raise NotImplementedError(f"{type(self).__name__} does not define forward()")
 
+    def node_features(self, graph: AtomGraph) -> Tensor:
+        """Compute invariant features of the atoms, those the model reads its energies from.
+
+        A model that offers them can be the geometric encoder of another one, and says how many they
+        are: :attr:`node_channels`.
+
+        Args:
+            graph: As in :meth:`forward`.
+
+        Returns:
+            (n_atoms, node_channels).
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not offer node_features()")
+
+    @property
+    def node_channels(self) -> int:
+        """Channels of :meth:`node_features`."""
+        raise NotImplementedError(f"{type(self).__name__} does not offer node_features()")
+
     def keep_arguments(self, arguments: dict[str, Any]) -> None:
         """Keep every constructor argument as an attribute: ``self.keep_arguments(locals())``."""
         for name in inspect.signature(type(self).__init__).parameters:

@@ -72,6 +72,15 @@ class EGNN(AtomisticModel):
 
     def forward(self, graph: AtomGraph) -> dict[PropertyKey, Tensor]:
         """Return per-atom ``energies`` (n_atoms,), in the model's own scale."""
+        return {"energies": self.energy(self.node_features(graph))[:, 0]}
+
+    @property
+    def node_channels(self) -> int:
+        """Channels of :meth:`node_features`."""
+        return self.hidden_channels
+
+    def node_features(self, graph: AtomGraph) -> Tensor:
+        """Return the atoms after the last layer, (n_atoms, hidden_channels)."""
         source, target = graph.edge_index
         vectors = graph.edge_vectors().to(self.dtype)  # (n_edges, 3)
         lengths = torch.linalg.vector_norm(vectors, dim=1)
@@ -85,7 +94,7 @@ class EGNN(AtomisticModel):
             squared = (separation**2).sum(dim=1, keepdim=True) / self.cutoff**2
             invariants = torch.cat([basis, squared], dim=1)  # (n_edges, num_radial + 1)
             h, moved = layer(h, moved, separation, invariants, envelope, graph.edge_index)
-        return {"energies": self.energy(h)[:, 0]}
+        return h
 
 
 class EGNNLayer(nn.Module):

@@ -95,6 +95,15 @@ class ESCN(AtomisticModel):
 
     def forward(self, graph: AtomGraph) -> dict[PropertyKey, Tensor]:
         """Return per-atom ``energies`` (n_atoms,), in the model's own scale."""
+        return {"energies": self.energy(self.node_features(graph))[:, 0]}
+
+    @property
+    def node_channels(self) -> int:
+        """Channels of :meth:`node_features`."""
+        return self.sphere_channels
+
+    def node_features(self, graph: AtomGraph) -> Tensor:
+        """Return the scalars of the last layer, normalised, (n_atoms, sphere_channels)."""
         source, target = graph.edge_index
         numbers = graph.atomic_numbers
         frame = EdgeFrame.build(
@@ -118,7 +127,7 @@ class ESCN(AtomisticModel):
         x = torch.cat([x[:, :1] + self.embedding(numbers)[:, None], x[:, 1:]], dim=1)
         for layer in self.layers:
             x = layer(x, frame, edge_scalars, envelope)
-        return {"energies": self.energy(self.norm(x)[:, 0])[:, 0]}
+        return self.norm(x)[:, 0]
 
 
 class NeighborhoodEmbedding(nn.Module):

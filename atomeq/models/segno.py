@@ -265,6 +265,15 @@ class SEGNO(AtomisticModel):
 
     def forward(self, graph: AtomGraph) -> dict[PropertyKey, Tensor]:
         """Return per-atom ``energies`` (n_atoms,), in the model's own scale."""
+        return {"energies": self.energy(self.node_features(graph))[:, 0]}
+
+    @property
+    def node_channels(self) -> int:
+        """Channels of :meth:`node_features`."""
+        return self.hidden_channels
+
+    def node_features(self, graph: AtomGraph) -> Tensor:
+        """Return the atoms at the end of the motion, (n_atoms, hidden_channels)."""
         source, target = graph.edge_index
         vectors = graph.edge_vectors().to(self.dtype)  # (n_edges, 3)
         lengths = torch.linalg.vector_norm(vectors, dim=1)
@@ -283,7 +292,7 @@ class SEGNO(AtomisticModel):
             velocities = velocities + dt * pull
             moved = moved + dt * velocities
             h = h + dt * self.feature_rate * h_rate
-        return {"energies": self.energy(h)[:, 0]}
+        return h
 
 
 class SmoothAcceleration(nn.Module):

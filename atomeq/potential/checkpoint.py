@@ -26,6 +26,7 @@ WEIGHTS_FILE = "weights.safetensors"
 MODELS = (
     "atomeq.models.egnn.EGNN",
     "atomeq.models.equiformer_v2.EquiformerV2",
+    "atomeq.models.equihgnn.EquiHGNN",
     "atomeq.models.escn.ESCN",
     "atomeq.models.escn_published.PublishedESCN",
     "atomeq.models.faenet.FAENet",
@@ -99,6 +100,8 @@ def load_potential(
     folder = find_potential(name_or_path)
     document = _read_document(folder)
     potential = Potential(build_model(document["model"], named_in=folder / CONFIG_FILE))
+    # Before the weights: copied into float32, those of a float64 potential would be rounded.
+    potential = potential.to(getattr(torch, document["dtype"]))
     try:
         weights = load_file(folder / WEIGHTS_FILE)
         potential.load_state_dict(weights, strict=True)

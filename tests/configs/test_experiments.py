@@ -54,7 +54,7 @@ def labelled(atoms: Atoms, n_structures: int) -> list[Atoms]:
 def generated_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with the names of the public sets and small structures of the same elements."""
     folder = tmp_path / "data"
-    for name in ("acac", "mvl_snap"):
+    for name in ("acac", "mvl_snap", "qm7"):
         (folder / name).mkdir(parents=True)
     acid = labelled(molecule("CH3COOH"), 20)
     for name in ("train_300K", "test_MD_300K", "test_MD_600K"):
@@ -62,6 +62,7 @@ def generated_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     isolated = [Atoms(symbol, info={"energy": -1.0}) for symbol in "HCO"]
     ase.io.write(folder / "acac" / "isolated_atoms.extxyz", isolated)
     ase.io.write(folder / "mvl_snap" / "Cu.extxyz.gz", labelled(bulk("Cu", cubic=True), 30))
+    ase.io.write(folder / "qm7" / "qm7.extxyz.gz", labelled(molecule("CH3COOH"), 30))
     monkeypatch.setenv("ATOMEQ_DATA", str(folder))
     return folder
 
