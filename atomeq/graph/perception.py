@@ -1,7 +1,7 @@
 """Molecules from coordinates: which atoms are bonded, and by bonds of which order.
 
-RDKit's own search over all valences takes minutes for some molecules of seven atoms' size, so bond
-orders are found here by maximum matchings; RDKit sanitises the result.
+RDKit's own search goes through combinations of valences, which become many; here bond orders are
+found by maximum matchings, and RDKit sanitises the result.
 """
 
 import importlib

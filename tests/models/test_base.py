@@ -8,15 +8,19 @@ from atomeq.models.escn import ESCN
 from atomeq.potential.checkpoint import MODELS, build_model
 
 
+#: The argument that takes another model, and the modules whose models have it.
+WRAPPED = {"model": ".frame_averaged.", "encoder": ".equihgnn."}
+
+
 @pytest.mark.parametrize("class_path", MODELS)
 def test_config_builds_the_same_model_again(class_path):
     inner = {"class_path": "atomeq.models.egnn.EGNN", "init_args": {"cutoff": 3.5}}
-    wraps = ".frame_averaged." in class_path
-    given = {"model": inner} if wraps else {"cutoff": 3.5}
+    wraps = next((key for key in WRAPPED if WRAPPED[key] in class_path), None)
+    given = {wraps: inner} if wraps else {"cutoff": 3.5}
     model = build_model({"class_path": class_path, "init_args": given})
     config = model.config()
     assert config["class_path"] == class_path
-    innermost = config["init_args"]["model"] if wraps else config
+    innermost = config["init_args"][wraps] if wraps else config
     assert innermost["init_args"]["cutoff"] == model.cutoff == 3.5
     again = build_model(config)
     shapes = {name: p.shape for name, p in model.state_dict().items()}

@@ -22,7 +22,9 @@ def test_reference_is_reproduced(path: Path) -> None:
     }
     assert not beyond
     assert report.passed, report.notes
-    assert set(Case.read(path).expected(torch.float64)) == set(report.found)
+    assert report.found
+    if expected := set(Case.read(path).expected(torch.float64)):  # hypergraphs are no tensors
+        assert expected == set(report.found)
 
 
 def test_report_refuses_what_differs() -> None:

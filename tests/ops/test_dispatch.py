@@ -28,7 +28,6 @@ class PickyBackend(ReferenceBackend):
 @pytest.fixture
 def picky(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setitem(dispatch.BACKENDS, "picky", f"{__name__}:PickyBackend")
-    monkeypatch.setitem(__import__("sys").modules, __name__, __import__(__name__))
     yield
     dispatch.load_backend.cache_clear()
 
