@@ -7,7 +7,6 @@ from atomeq.models.egnn import EGNN
 from atomeq.models.escn import ESCN
 from atomeq.potential.checkpoint import MODELS, build_model
 
-
 #: The argument that takes another model, and the modules whose models have it.
 WRAPPED = {"model": ".frame_averaged.", "encoder": ".equihgnn."}
 
