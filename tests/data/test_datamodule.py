@@ -191,6 +191,13 @@ def test_graphs_carry_labels_and_weights(mixed_file: Path):
     assert batch.n_edges == 10 * 6
 
 
+def test_a_cutoff_that_finds_no_neighbour_is_refused(mixed_file: Path):
+    data = AtomisticDataModule(train=str(mixed_file))
+    data.use_builder(RadiusGraph(0.5))
+    with pytest.raises(DataError, match="no atom of the 10 train structures has a neighbour"):
+        data.setup("fit")
+
+
 def test_test_sets_keep_their_names(mixed_file: Path):
     data = AtomisticDataModule(
         train=str(mixed_file), split=Split(test=0.2), test={"again": str(mixed_file)}
