@@ -253,8 +253,8 @@ class AtomisticDataModule(LightningDataModule):
         pairless = (g.n_atoms > 1 and "hyperedge_index" not in g for g in graphs)
         if graphs and n_edges == 0 and all(pairless):
             raise DataError(
-                f"no atom of the {len(graphs)} {name} structures has a neighbour within the cutoff; "
-                "raise the model's cutoff, or look whether the positions are in Å"
+                f"no atom of the {len(graphs)} {name} structures has a neighbour within "
+                "the cutoff; raise the model's cutoff, or look whether the positions are in Å"
             )
         logger.info("%s: %d structures, %d edges", name, len(graphs), n_edges)
         return GraphDataset(graphs, name=name)
