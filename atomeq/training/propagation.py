@@ -17,6 +17,7 @@ from torchmetrics import MeanMetric
 
 from atomeq.data.nbody import NBodyRecipe, Trajectories, fully_connected, load_nbody
 from atomeq.models.base import Propagator
+from atomeq.training.schedules import WarmupCosine
 from atomeq.typing import EdgeIndex
 
 
@@ -180,7 +181,8 @@ class PropagationTask(LightningModule):
     Args:
         model: The propagator.
         optimizer: Makes the optimizer from the parameters.
-        scheduler: Makes the learning-rate schedule from the optimizer; stepped each epoch.
+        scheduler: Makes the learning-rate schedule from the optimizer; stepped each epoch. A
+            :class:`~atomeq.training.schedules.WarmupCosine` spans ``trainer.max_epochs``.
     """
 
     def __init__(
@@ -245,7 +247,13 @@ class PropagationTask(LightningModule):
         optimizer = self.optimizer(self.parameters())
         if self.scheduler is None:
             return optimizer
-        return [optimizer], [self.scheduler(optimizer)]  # pyright: ignore[reportReturnType]
+        scheduler = self.scheduler(optimizer)
+        if isinstance(scheduler, WarmupCosine):
+            n_epochs = self.trainer.max_epochs
+            if n_epochs is None or n_epochs < 0:
+                raise ValueError("WarmupCosine needs an end: set trainer.max_epochs")
+            scheduler.set_total_steps(n_epochs)
+        return [optimizer], [scheduler]  # pyright: ignore[reportReturnType]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the validation error of these weights."""
