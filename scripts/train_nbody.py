@@ -50,12 +50,12 @@ def train(model: str, seed: int, run: Path) -> None:
     resumed = ["--ckpt_path=last"] if (checkpoints / "last.ckpt").exists() else []
     spent = run / "cpu_seconds.json"
     earlier = json.loads(spent.read_text()) if spent.exists() else []
+    (run / "commit").write_text(_commit())
     before = _children_cpu_seconds()
     try:
         atomeq("fit", *words, *resumed)
     finally:  # a fit that was stopped has cost its time too
         spent.write_text(json.dumps([*earlier, round(_children_cpu_seconds() - before, 1)]))
-    (run / "commit").write_text(_commit())
     atomeq("test", *words, f"--ckpt_path={checkpoints / 'best.ckpt'}")
 
 

@@ -4,6 +4,7 @@ With its data module, which serves systems of equal size as flat batches: featur
 for a whole set, and all batches share one edge index.
 """
 
+import logging
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -19,6 +20,8 @@ from atomeq.data.nbody import NBodyRecipe, Trajectories, fully_connected, load_n
 from atomeq.models.base import Propagator
 from atomeq.training.schedules import WarmupCosine
 from atomeq.typing import EdgeIndex
+
+logger = logging.getLogger(__name__)
 
 
 class PropagationBatch(NamedTuple):
@@ -199,6 +202,7 @@ class PropagationTask(LightningModule):
         self.metrics = PositionError()
         self.val_results: dict[str, float] = {}
         self.test_results: dict[str, dict[str, float]] = {}
+        self.skipped_steps = 0
         self._loaded = False
 
     def training_step(self, batch: PropagationBatch, batch_idx: int) -> Tensor:
@@ -214,6 +218,18 @@ class PropagationTask(LightningModule):
         systems = self.trainer.train_dataloader
         if isinstance(systems, PropagationSet):
             systems.epoch = self.current_epoch
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Leave out gradients that overflowed: clipped, they are NaN, and so are all weights."""
+        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        if torch.isfinite(torch.nn.utils.get_total_norm(gradients)):
+            return
+        for gradient in gradients:
+            gradient.zero_()
+        self.skipped_steps += 1
+        logger.warning(
+            "gradients overflowed and were left out, %d times so far", self.skipped_steps
+        )
 
     def validation_step(self, batch: PropagationBatch, batch_idx: int) -> None:
         """Add a batch to the validation error."""
