@@ -235,6 +235,11 @@ def _frozen(
     dtype: torch.dtype | None,
 ) -> Potential:
     """Return a potential of the calculator's own, without gradients of its parameters."""
+    if isinstance(potential, torch.nn.Module) and not isinstance(potential, Potential):
+        raise ValueError(
+            f"a {type(potential).__name__} is no potential: it gives no energies. A model becomes "
+            "one in Potential(model); a propagator is for `atomeq rollout`"
+        )
     if not isinstance(potential, Potential):
         return load_potential(potential, device=device, dtype=dtype)
     target = potential.device if device is None else resolve_device(device)

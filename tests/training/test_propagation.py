@@ -9,6 +9,7 @@ import yaml
 
 from atomeq.cli.training import main
 from atomeq.data.nbody import NBodyRecipe, simulate
+from atomeq.data.particles import ParticleView
 from atomeq.training.propagation import NBodyDataModule, PropagationSet
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -44,7 +45,7 @@ def test_unknown_task_is_refused(tmp_path: Path) -> None:
 def test_an_epoch_sees_every_system_once_in_its_own_order() -> None:
     recipe = NBodyRecipe(num_train=7, num_val=0, num_test=0, frames=(0, 1))
     part = simulate(recipe)["train"]
-    systems = PropagationSet(part, from_frame=0, to_frame=1, batch_size=3, seed=0)
+    systems = PropagationSet(part, ParticleView(), from_frame=0, to_frame=1, batch_size=3, seed=0)
     assert len(systems) == 3
     orders = []
     for systems.epoch in (0, 1, 0):
@@ -59,7 +60,7 @@ def test_an_epoch_sees_every_system_once_in_its_own_order() -> None:
 
 def test_features_belong_to_their_edges() -> None:
     part = simulate(NBodyRecipe(num_train=2, num_val=0, num_test=0, frames=(0, 1)))["train"]
-    (batch,) = PropagationSet(part, from_frame=0, to_frame=1, batch_size=2)
+    (batch,) = PropagationSet(part, ParticleView(), from_frame=0, to_frame=1, batch_size=2)
     source, target = batch.edge_index
     squared = ((batch.pos[source] - batch.pos[target]) ** 2).sum(1)
     charges = part.charges.flatten()
