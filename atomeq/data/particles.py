@@ -12,6 +12,7 @@ from ase.data import chemical_symbols
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from atomeq.data.nbody import fully_connected
 from atomeq.typing import EdgeIndex
 
 Kind = Literal["charged", "gravity", "molecule"]
@@ -88,8 +89,7 @@ class ParticleView:
             target, source = torch.cat([first, second]), torch.cat([second, first])
             order = torch.argsort(target, stable=True)
             return torch.stack([source[order], target[order]])
-        target, source = torch.nonzero(~torch.eye(n_particles, dtype=torch.bool), as_tuple=True)
-        return torch.stack([source, target])
+        return fully_connected(1, n_particles)
 
     def features(
         self, pos: SystemVectors, velocities: SystemVectors, numbers: SystemNumbers, pairs: Pairs
