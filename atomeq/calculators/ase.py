@@ -8,7 +8,7 @@ import copy
 import hashlib
 import json
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +118,11 @@ class AtomeqCalculator(Calculator):
     def elements(self) -> tuple[int, ...]:
         """Atomic numbers the potential knows."""
         return self.potential.elements
+
+    @property
+    def exempt_laws(self) -> Mapping[str, str]:
+        """Laws of physics that the model cannot keep by construction, and why."""
+        return self.potential.model.exempt_laws
 
     @property
     def provenance(self) -> dict[str, str | None]:
