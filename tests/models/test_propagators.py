@@ -9,11 +9,12 @@ from torch import Tensor
 from atomeq.data.nbody import fully_connected
 from atomeq.models.base import Propagator
 from atomeq.models.egnn_published import QM9EGNN, VelocityEGNN
-from atomeq.models.segno import SEGNOPropagator, md22_form, nbody_form
+from atomeq.models.segno import Motion, SEGNOPropagator, md22_form, nbody_form
 from atomeq.models.segno_motion import SEGNOMotion
 from atomeq.ops.wigner import rotation_matrix
 
 EXACT = 1e-11  # float64 through some layers
+NEARLY_ASYMPTOTIC = 0.2  # of a ratio of errors at finite steps
 N_SYSTEMS, N_BODIES = 2, 5
 
 
@@ -66,16 +67,44 @@ def test_inputs_are_left_alone(name: str, system) -> None:
     assert all(torch.equal(a, b) for a, b in zip(system, copies, strict=True))
 
 
-@pytest.mark.parametrize("integrator", ["symplectic_euler", "leapfrog"])
-def test_finer_steps_converge_with_the_same_weights(integrator: str, system) -> None:
+@pytest.mark.parametrize(("integrator", "order"), [("symplectic_euler", 1), ("leapfrog", 2)])
+def test_halving_the_step_converges_at_the_order_of_the_integrator(
+    integrator: str, order: int, system
+) -> None:
+    """With the same weights, and features that change along: nothing depends on the step."""
     model = generic(SEGNOPropagator(hidden_channels=16, feature_rate=1.0, integrator=integrator))
     results = []
     for num_steps in (32, 64, 128, 256):
         model.num_steps = num_steps
-        results.append(model(*system)[0].detach())
+        results.append(torch.cat(model(*system)).detach())
     changes = [float((b - a).abs().max()) for a, b in pairwise(results)]
     for coarse, fine in pairwise(changes):
-        assert fine < 0.6 * coarse  # first order at least: features move by explicit Euler
+        assert fine == pytest.approx(coarse / 2**order, rel=NEARLY_ASYMPTOTIC)
+
+
+def test_a_longer_horizon_is_more_of_the_same_motion(system) -> None:
+    """Twice the horizon in twice the steps passes through where the horizon ended."""
+    model = generic(SEGNOPropagator(hidden_channels=16, num_steps=4, horizon=0.5))
+    once = model(*system)
+    model.num_steps, model.horizon = 8, 1.0
+    motion = Motion(model.embedding(system[2]), *system[:2])
+    fourth = list(model.trajectory(motion, *system[3:]))[3]
+    assert torch.equal(fourth.pos, once[0])
+    assert torch.equal(fourth.velocities, once[1])
+
+
+def test_leapfrog_returns_to_the_start_when_velocities_are_reversed(system) -> None:
+    """A law of the integrator for forces that depend on positions alone: features stand still."""
+    model = generic(SEGNOPropagator(hidden_channels=16, feature_rate=0.0, integrator="leapfrog"))
+    pos, velocities, *rest = system
+    there, speed = model(pos, velocities, *rest)
+    assert (there - pos - velocities).abs().max() > 0.01  # there were forces
+    back, returned = model(there, -speed, *rest)
+    assert (back - pos).abs().max() <= EXACT * pos.abs().max()
+    assert (returned + velocities).abs().max() <= EXACT * velocities.abs().max()
+    model.integrator = "symplectic_euler"
+    there, speed = model(pos, velocities, *rest)
+    assert (model(there, -speed, *rest)[0] - pos).abs().max() > 1e-4  # of first order: it does not
 
 
 def test_published_step_does_not_follow_the_number_of_steps() -> None:
@@ -85,6 +114,8 @@ def test_published_step_does_not_follow_the_number_of_steps() -> None:
 def test_horizon_and_steps_must_be_positive() -> None:
     with pytest.raises(ValueError, match="0 steps"):
         SEGNOPropagator(num_steps=0)
+    with pytest.raises(ValueError, match="integrator 'euler' is unknown"):
+        SEGNOPropagator(integrator="euler")  # pyright: ignore
 
 
 def test_qm9_form_refuses_elements_it_does_not_know() -> None:
