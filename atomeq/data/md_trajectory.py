@@ -18,7 +18,7 @@ from atomeq.data.ase_files import DataError, read_structures
 from atomeq.data.nbody import Trajectories
 from atomeq.units import ACCELERATION
 
-SHUFFLED = 0.95  # consecutive frames of a trajectory are nearer than this share of random ones
+SHUFFLED = 0.5  # consecutive frames of a trajectory are nearer than this share of random ones
 _TIME_ERROR = 1e-6  # relative, of times that a file holds as decimal numbers
 
 
