@@ -146,3 +146,54 @@ def test_sticks_keep_their_length_and_the_motion_its_frame(system) -> None:
     assert (spun - speeds @ turn).abs().max() <= EXACT * moved.abs().max()
     free, _ = model(pos, velocities, nodes, edges, edge_index, sticks[:0])
     assert not torch.allclose(free, moved)
+
+
+def hinge_step(model: SEGNOMotion, h: Tensor, pos: Tensor, v: Tensor, force: Tensor) -> Tensor:
+    """GMN's hinge of particles 0 (pivot), 1 and 2, a vector at a time; returns their positions."""
+    accelerations = []
+    for k in range(3):
+        basis = [force[k], pos[k] - pos[0], v[k] - v[0]]
+        gram = torch.stack([a @ b for a in basis for b in basis])
+        weights = model.f_hinge_mlp(gram / gram.norm())
+        accelerations.append(sum(w * a for w, a in zip(weights, basis, strict=True)))
+    acceleration = torch.stack(accelerations).mean(0)
+    pivot = pos[0] + v[0] + acceleration
+    places = [pivot]
+    for k in (1, 2):
+        arm = pos[k] - pos[0]
+        spin = torch.linalg.cross(arm, v[k] - v[0]) / (arm @ arm)
+        turn = torch.linalg.cross(arm, force[k] - acceleration) / (arm @ arm)
+        spin = model.coord_mlp_w_vel(h[k]) * spin + turn
+        x, y, z = spin
+        generator = torch.stack([0 * x, -z, y, z, 0 * x, -x, -y, x, 0 * x]).view(3, 3)
+        places.append(pivot + torch.matrix_exp(generator) @ arm)
+    return torch.stack(places)
+
+
+def test_hinges_keep_their_arms_and_swing_as_published(system) -> None:
+    pos, velocities, nodes, edges, edge_index = system
+    hinges, sticks = torch.tensor([[0, 1, 2], [7, 5, 9]]), torch.tensor([[6, 8]])
+    model = SEGNOMotion(1, 2, hidden_channels=16, num_steps=1)
+    for parameter in model.parameters():
+        parameter.data += 0.03 * torch.randn_like(parameter)
+    model = model.double()
+    moved, speeds = model(pos, velocities, nodes, edges, edge_index, sticks, hinges)
+    for pivot, *ends in hinges.tolist():
+        for end in ends:
+            before, after = (float((p[end] - p[pivot]).norm()) for p in (pos, moved.detach()))
+            assert after == pytest.approx(before, rel=EXACT)
+    h, force = model.force(model.embedding(nodes), pos, edges, edge_index)
+    expected = hinge_step(model, h, pos, velocities, force)
+    assert (moved[:3] - expected).abs().max() <= EXACT * expected.abs().max()
+    quaternion = torch.nn.functional.normalize(torch.randn(4, dtype=torch.float64), dim=0)
+    turn = -rotation_matrix(quaternion).T
+    again, spun = model(pos @ turn, velocities @ turn, nodes, edges, edge_index, sticks, hinges)
+    assert (again - moved @ turn).abs().max() <= EXACT * moved.abs().max()
+    assert (spun - speeds @ turn).abs().max() <= EXACT * speeds.abs().max()
+    without, _ = model(pos, velocities, nodes, edges, edge_index, sticks)
+    assert torch.equal(without[[3, 4, 6, 8]], moved[[3, 4, 6, 8]])
+
+
+def test_a_particle_belongs_to_one_body(system) -> None:
+    with pytest.raises(ValueError, match="one stick or one hinge"):
+        SEGNOMotion(1, 2).double()(*system, torch.tensor([[0, 1]]), torch.tensor([[1, 2, 3]]))
