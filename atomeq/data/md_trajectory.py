@@ -165,10 +165,10 @@ def _derived_velocities(
     frames: Sequence[Atoms], pos: np.ndarray, frame_time: float
 ) -> tuple[str, np.ndarray]:
     velocities = (pos[1:] - pos[:-1]) / frame_time
-    if any(atoms.calc is None or "forces" not in atoms.calc.results for atoms in frames):
+    forces = [atoms.calc.results.get("forces") for atoms in frames[:-1] if atoms.calc is not None]
+    if len(forces) < len(velocities) or any(force is None for force in forces):
         return "differences", velocities
-    forces = np.stack([atoms.calc.results["forces"] for atoms in frames[:-1]])
-    acceleration = forces / frames[0].get_masses()[:, None] * ACCELERATION
+    acceleration = np.stack(forces) / frames[0].get_masses()[:, None] * ACCELERATION
     return "forces", velocities - acceleration * frame_time / 2
 
 

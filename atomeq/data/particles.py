@@ -5,7 +5,7 @@ Training and use go through the same :class:`ParticleView`, and a saved propagat
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from ase.data import chemical_symbols
@@ -16,9 +16,13 @@ from atomeq.data.nbody import fully_connected
 from atomeq.typing import EdgeIndex
 
 Kind = Literal["charged", "gravity", "molecule"]
-SystemVectors = Float[Tensor, "n_systems n_particles 3"]
-SystemNumbers = Float[Tensor, "n_systems n_particles"]  # charges, masses or atomic numbers
-Pairs = Int[Tensor, "2 n_pairs"]  # within one system; row 0 is j, row 1 is i and receives
+SystemVectors: TypeAlias = Float[Tensor, "n_systems n_particles 3"]
+SystemNumbers: TypeAlias = Float[
+    Tensor, "n_systems n_particles"
+]  # charges, masses or atomic numbers
+Pairs: TypeAlias = Int[
+    Tensor, "2 n_pairs"
+]  # within one system; row 0 is j, row 1 is i and receives
 
 #: Numbers that each kind gives with a particle, and with a pair.
 N_INPUTS: dict[Kind, int] = {"charged": 1, "gravity": 1, "molecule": 2}

@@ -105,7 +105,7 @@ def write_systems(path: str | os.PathLike[str], recording: Recording) -> None:
         name: recording.numbers.double().numpy(),
         "times": np.array(recording.times),
     }
-    with write_atomically(path) as partial, partial.open("wb") as stream:
+    with write_atomically(Path(path)) as partial, partial.open("wb") as stream:
         np.savez(stream, allow_pickle=False, **arrays)
 
 
@@ -163,7 +163,7 @@ def _read_systems(path: Path) -> Recording:
     if pos.ndim < 4:  # one frame of one system, or of some
         shape = (-1, 1, *pos.shape[-2:])
         pos, velocities = pos.reshape(shape), velocities.reshape(shape)
-    n_systems, n_frames, n_bodies, _ = pos.shape
+    n_systems, n_frames, n_bodies = pos.shape[0], pos.shape[1], pos.shape[2]
     numbers = np.atleast_2d(numbers)
     if numbers.shape != (n_systems, n_bodies) or n_bodies < 2:
         raise DataError(
@@ -173,8 +173,13 @@ def _read_systems(path: Path) -> Recording:
     times = fields.get("times", np.zeros(1))
     if times.shape != (n_frames,) or (np.diff(times) <= 0).any():
         raise DataError(f"{path} has {n_frames} frames; times are as many, and rise")
-    tensors = (torch.from_numpy(array) for array in (pos, velocities, numbers))
-    return Recording(NUMBERS[found[0]], *tensors, tuple(times.tolist()))
+    return Recording(
+        NUMBERS[found[0]],
+        torch.from_numpy(pos),
+        torch.from_numpy(velocities),
+        torch.from_numpy(numbers),
+        tuple(times.tolist()),
+    )
 
 
 def _numbers(array: np.ndarray, name: str) -> np.ndarray:

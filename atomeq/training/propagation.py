@@ -97,8 +97,11 @@ class PropagationSet:
             generator = torch.Generator().manual_seed(self.seed + 1_000_003 * self.epoch)
             order = torch.randperm(self.n_systems, generator=generator)
         for chosen in order.split(self.batch_size):
-            flat = [tensor[chosen].flatten(0, 1) for tensor in self.per_system]
-            yield PropagationBatch(*flat[:4], self._edge_index(len(chosen)), *flat[4:])
+            pos, velocities, nodes, edges, target, later = (
+                tensor[chosen].flatten(0, 1) for tensor in self.per_system
+            )
+            edge_index = self._edge_index(len(chosen))
+            yield PropagationBatch(pos, velocities, nodes, edges, edge_index, target, later)
 
     def _edge_index(self, n_systems: int) -> EdgeIndex:
         if n_systems not in self._edges:
