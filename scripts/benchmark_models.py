@@ -1,7 +1,7 @@
 """CPU seconds, peak memory, size and stages of models on a catalysis slab.
 
-``benchmark_models.py --models escn,equiformer_v2 --quick`` prints one table and writes it with
-versions, device and commit to scripts/results/models_cpu.json. ``escn`` and ``equiformer_v2`` are
+``benchmark_models.py --models escn,equiformer_v2 --quick`` prints one table and keeps them, with
+versions, device and commit, in scripts/results/models_cpu.json. ``escn`` and ``equiformer_v2`` are
 the published forms (eSCN L6M2 of 12 layers, EquiformerV2 31M), the other names those of
 configs/model, and a path names any configuration of a model. One structure has 86 atoms, 80 of Pt
 and a methanol; all times are CPU seconds of energy and forces in float32 on one thread, edges
@@ -84,13 +84,12 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.memory_of:
         print(json.dumps(peak_memory(arguments.memory_of, arguments.batch, arguments.gradients)))
         return 0
-    names = arguments.models.split(",")
     rounds = arguments.rounds or (1 if arguments.quick else 3)
-    rows = {name: measure(name, rounds, arguments) for name in names}
+    rows: dict[str, Row] = {}
+    for name in arguments.models.split(","):
+        rows[name] = measure(name, rounds, arguments)
+        keep(arguments.out, name, {**rows[name], "rounds": rounds, "machine": machine()})
     show(rows)
-    document = {"machine": machine(), "rounds": rounds, "models": rows}
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     differing = [n for n, row in rows.items() if row.get("largest_difference", 0.0) > SAME]
     if differing:
         print(f"outputs differ from fairchem-core's: {', '.join(differing)}")
@@ -322,6 +321,14 @@ def machine() -> dict[str, str]:
         "atomeq": version("atomeq"),
         "commit": commit.stdout.strip() or "unknown",
     }
+
+
+def keep(file: Path, name: str, row: Row) -> None:
+    """Write what was measured of one model; what the file says of others stays."""
+    known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({**known, name: row}, indent=2)
+    file.write_text(text + "\n", encoding="utf-8")
 
 
 def show(rows: dict[str, Row]) -> None:

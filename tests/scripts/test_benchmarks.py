@@ -46,9 +46,10 @@ def test_models_are_timed_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert benchmark_models(["--models", "egnn,segno", "--quick", "--out", str(out)]) == 0
     torch.set_num_threads(n_threads)
     document = json.loads(out.read_text())
-    assert set(document["models"]) == {"egnn", "segno"}
-    assert document["models"]["egnn"]["cpu_s"] > 0
-    assert f"{document['models']['egnn']['parameters']:,}" in capsys.readouterr().out
+    assert set(document) == {"egnn", "segno"}
+    assert document["egnn"]["cpu_s"] > 0
+    assert document["segno"]["machine"]["torch"] == torch.__version__
+    assert f"{document['egnn']['parameters']:,}" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="no model 'egn'"):
         benchmark_models(["--models", "egn", "--out", str(out)])
 
