@@ -1,6 +1,6 @@
 """CPU seconds, peak memory, size and stages of models on a catalysis slab.
 
-``benchmark_models.py --models escn,equiformer_v2 --quick`` prints one table and keeps them, with
+``benchmark_models.py --models escn,equiformer_v2 --quick`` prints a table and keeps its rows, with
 versions, device and commit, in scripts/results/models_cpu.json. ``escn`` and ``equiformer_v2`` are
 the published forms (eSCN L6M2 of 12 layers, EquiformerV2 31M), the other names those of
 configs/model, and a path names any configuration of a model. One structure has 86 atoms, 80 of Pt
