@@ -43,7 +43,6 @@ class Peer:
         module, name = CLASSES[model]
         torch.manual_seed(0)
         built = getattr(__import__(module, fromlist=[name]), name)(**config)
-        # Its forward switches gradients on for any model with forces: frozen weights need none.
         self.model = built.eval().requires_grad_(False)
         self._watch_edges()
         torch.save(dict(self.model.state_dict()), weights)
@@ -67,7 +66,11 @@ class Peer:
         return {}
 
     def compute(self, *, results: str | None = None, trainable: bool = False) -> dict[str, Any]:
-        """Compute energies and forces; return CPU seconds and the peak of this process so far."""
+        """Compute energies and forces; return CPU seconds and the peak of this process so far.
+
+        Its forward switches gradients on for any model with forces, so as shipped, with
+        ``trainable`` weights, it keeps what they need; with frozen ones it does not.
+        """
         self.model.requires_grad_(trainable)
         start = time.process_time()
         with torch.no_grad():
