@@ -8,7 +8,7 @@ import copy
 import hashlib
 import json
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +118,11 @@ class AtomeqCalculator(Calculator):
     def elements(self) -> tuple[int, ...]:
         """Atomic numbers the potential knows."""
         return self.potential.elements
+
+    @property
+    def exempt_laws(self) -> Mapping[str, str]:
+        """Laws of physics that the model cannot keep by construction, and why."""
+        return self.potential.model.exempt_laws
 
     @property
     def provenance(self) -> dict[str, str | None]:
@@ -235,6 +240,11 @@ def _frozen(
     dtype: torch.dtype | None,
 ) -> Potential:
     """Return a potential of the calculator's own, without gradients of its parameters."""
+    if isinstance(potential, torch.nn.Module) and not isinstance(potential, Potential):
+        raise ValueError(
+            f"a {type(potential).__name__} is no potential: it gives no energies. A model becomes "
+            "one in Potential(model); a propagator is for `atomeq rollout`"
+        )
     if not isinstance(potential, Potential):
         return load_potential(potential, device=device, dtype=dtype)
     target = potential.device if device is None else resolve_device(device)

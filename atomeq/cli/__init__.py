@@ -29,6 +29,7 @@ VERBS = {
     "single-point": Verb(_SIMULATE, "energy, forces and stress of every structure in a file"),
     "relax": Verb(_SIMULATE, "move atoms, and the cell with --cell, until forces vanish"),
     "md": Verb(_SIMULATE, "molecular dynamics: NVE, NVT or NPT"),
+    "rollout": Verb("atomeq.cli.rollout", "carry particles on, long step after long step"),
     "check": Verb(_INSPECT, "hold a potential or any ASE calculator to the laws of physics"),
     "convert": Verb("atomeq.cli.convert", "turn a published checkpoint (.pt) into a potential"),
     "doctor": Verb(_INSPECT, "versions, devices, data, potentials and backends on this machine"),

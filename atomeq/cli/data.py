@@ -9,17 +9,19 @@ from typing import Any, Literal
 
 import numpy as np
 from jsonargparse import Namespace
-from jsonargparse.typing import PositiveFloat, PositiveInt
+from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 
 from atomeq.calculators.ase import AtomeqCalculator
 from atomeq.calculators.relaxation import relax_frame
 from atomeq.cli.terminal import Meter, Parser, say, show_table
 from atomeq.data.ase_files import DATA_VARIABLE, DataError, expand_data_path
 from atomeq.data.download import DATA_SETS, download
+from atomeq.data.nbody import NBodyRecipe, System
 from atomeq.data.oc20 import open_frames
 from atomeq.data.oc20_download import ARCHIVES, Archive, fetch, unpack
 from atomeq.data.oc20_frame import EnergyKind
 from atomeq.data.oc20_write import FileFormat, convert, write_metadata
+from atomeq.data.recordings import simulated, write_systems
 from atomeq.files import refuse_unwritable, write_atomically
 from atomeq.training.oc20_metrics import (
     ENERGY_THRESHOLD,
@@ -36,6 +38,7 @@ commands:
   download  fetch a data set and check that it is what was published
   convert   rewrite data as lmdb, aselmdb or raw, from any of these
   metadata  write metadata.npz: atoms of each frame and elements, for batches bounded by atoms
+  nbody     simulate few-body systems, charged or heavy, into an .npz
 
   atomeq data COMMAND --help explains a command.
 """
@@ -62,6 +65,14 @@ and the elements that occur.
 
 example:
   atomeq data metadata data/oc20/s2ef_200k
+""",
+    "nbody": """\
+Simulate systems of few bodies, as propagators are trained on, into OUT.npz: pos and velocities
+(n_systems, n_frames, n_bodies, 3), charges or masses (n_systems, n_bodies), times (n_frames,). A
+frame is 0.1 units of time.
+
+example:
+  atomeq data nbody systems.npz --system charged --num 100 --frames 30,40,50
 """,
 }
 _IS2RE = """\
@@ -95,6 +106,7 @@ def main(argv: Sequence[str]) -> int:
         "download": download_set,
         "convert": convert_files,
         "metadata": metadata,
+        "nbody": nbody,
     }
     if words[0] not in commands:
         raise ValueError(f"there is no command {words[0]!r}; there are {', '.join(commands)}")
@@ -115,6 +127,8 @@ def _data_parser(command: str) -> Parser:
         )
         parser.add_argument("--keep-archive", action="store_true", help="keep OC20's tar file too")
         return parser
+    if command == "nbody":
+        return _add_nbody_options(parser)
     parser.add_argument("source", metavar="SOURCE", type=str, help="folder or file of OC20 data")
     if command == "convert":
         parser.add_argument("target", metavar="TARGET", type=str, help="new folder")
@@ -131,6 +145,16 @@ def _data_parser(command: str) -> Parser:
     return parser
 
 
+def _add_nbody_options(parser: Parser) -> Parser:
+    parser.add_argument("out", metavar="OUT", type=str, help="OUT.npz")
+    parser.add_argument("--system", type=System, default="charged", help="charged or gravity")
+    parser.add_argument("--num", type=PositiveInt, default=100, help="number of systems")
+    parser.add_argument("--n-bodies", type=PositiveInt, default=5, help="bodies of a system")
+    parser.add_argument("--frames", type=str, default="0,10,20", help="frames to keep")
+    parser.add_argument("--seed", type=NonNegativeInt, default=0, help="of the systems")
+    return parser
+
+
 def _is2re_parser() -> Parser:
     parser = Parser("atomeq is2re", _IS2RE)
     parser.add_argument("source", metavar="SOURCE", type=str, help="folder or file of IS2RE data")
@@ -143,6 +167,27 @@ def _is2re_parser() -> Parser:
     parser.add_argument("--limit", type=PositiveInt, default=None, help="only the first so many")
     parser.add_argument("--device", type=str, default="cpu", help="cpu, cuda or cuda:1")
     return parser
+
+
+def nbody(options: Namespace) -> int:
+    """Simulate few-body systems."""
+    if Path(options.out).suffix != ".npz":
+        raise ValueError(f"cannot write {options.out}: give it the suffix .npz")
+    refuse_unwritable(options.out)
+    if not all(word.strip().isdigit() for word in options.frames.split(",")):
+        raise ValueError(f"frames are numbers, as in 30,40,50; got {options.frames!r}")
+    recipe = NBodyRecipe(
+        options.system,
+        options.n_bodies,
+        num_train=options.num,
+        num_val=0,
+        num_test=0,
+        seed=options.seed,
+        frames=tuple(int(word) for word in options.frames.split(",")),
+    )
+    write_systems(options.out, simulated(recipe))
+    say(f"wrote {options.out}: {options.num} systems of {options.n_bodies} bodies")
+    return 0
 
 
 def list_sets() -> int:

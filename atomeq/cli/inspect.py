@@ -33,7 +33,8 @@ from atomeq.potential.checkpoint import find_potential, load_potential, shipped_
 _CHECK = """\
 Measure the laws of physics and of good behaviour on a potential or on any ASE calculator:
 derivatives, symmetries, extensivity, smoothness, NVE drift, threads, copies, bad structures.
-One line per law with the measured figure; exit code 1 says that a law is broken.
+One line per law with the measured figure; exit code 1 says that a law is broken. A model may name
+laws that its method cannot keep: they are measured, and no fault.
 
 examples:
   atomeq check cu-pbe
@@ -143,8 +144,17 @@ def check(options: Namespace) -> int:
     if options.json is not None:
         with write_atomically(options.json) as partial:
             partial.write_text(_as_json(options, results), encoding="utf-8")
-    say(f"{len(results) - len(broken)} of {len(results)} laws hold" if broken else "all laws hold")
+    say(_verdict(results))
     return 1 if broken else 0
+
+
+def _verdict(results: list[LawResult]) -> str:
+    broken = sum(result.passed is False for result in results)
+    exempt = sum(bool(result.exempt) for result in results)
+    hold = f"{len(results) - broken - exempt} of {len(results)} laws hold"
+    if exempt:
+        return f"{hold}; the method is exempt from {exempt} more"
+    return hold if broken else "all laws hold"
 
 
 def calculator_factory(target: str, *, device: str, dtype: str) -> CalculatorFactory:
@@ -294,7 +304,7 @@ class _Ticker:
 
 def _line(result: LawResult) -> Text:
     verdict = {True: ("holds ", "green"), False: ("BROKEN", "bold red"), None: ("-     ", "dim")}
-    word, style = verdict[result.passed]
+    word, style = ("exempt", "yellow") if result.exempt else verdict[result.passed]
     figure = "" if math.isnan(result.figure) else f"{result.figure:.1e} {result.unit}"
     line = Text.assemble((word, style), f" {result.name:<27} {figure:<20}")
     return line.append(f" limit {result.tolerance:<8.0e} {result.note}".rstrip())

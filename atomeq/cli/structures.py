@@ -8,9 +8,10 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import ase.io
+import torch
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io.extxyz import write_extxyz
@@ -24,6 +25,25 @@ FORMATS = {".extxyz": "extxyz", ".xyz": "extxyz", ".traj": "traj"}
 
 #: Packages whose version a result depends on.
 PACKAGES = ("atomeq", "torch", "torch_geometric", "numpy", "ase", "vesin")
+
+
+class Origin(Protocol):
+    """What a result was computed with: a calculator, or a propagator that was loaded."""
+
+    @property
+    def provenance(self) -> dict[str, str | None]:
+        """Name, folder and hash of the weights."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the network."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computed."""
+        ...
 
 
 def read_structures(path: str | Path, *, index: str = ":") -> list[Atoms]:
@@ -134,9 +154,10 @@ def write_summary(
     out: str | Path,
     *,
     source: str,
-    calculator: AtomeqCalculator,
+    calculator: Origin,
     settings: dict[str, Any],
     results: dict[str, Any],
+    role: str = "potential",
 ) -> Path:
     """Write what was done, with what, and what came out, as JSON beside the output.
 
@@ -147,6 +168,7 @@ def write_summary(
         calculator: Names the potential, dtype and device.
         settings: Every option of the run.
         results: What the verb found.
+        role: What the weights are.
 
     Returns:
         The path of the summary.
@@ -157,7 +179,7 @@ def write_summary(
         "input": source,
         "output": str(out),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "potential": calculator.provenance,
+        role: calculator.provenance,
         "dtype": str(calculator.dtype).removeprefix("torch."),
         "device": str(calculator.device),
         "versions": versions(),

@@ -24,7 +24,7 @@ import ase.io
 import torch
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
@@ -37,7 +37,7 @@ from atomeq.data.nbody import NBodyRecipe
 from atomeq.files import write_atomically
 from atomeq.graph.convert import to_ase
 from atomeq.models.base import AtomisticModel, Propagator
-from atomeq.potential.checkpoint import MODELS
+from atomeq.potential.checkpoint import MODELS, PROPAGATORS
 from atomeq.training.callbacks import (
     ExponentialMovingAverage,
     LogEpochs,
@@ -45,7 +45,13 @@ from atomeq.training.callbacks import (
     SavePotential,
 )
 from atomeq.training.losses import PotentialLoss
-from atomeq.training.propagation import NBodyDataModule, PropagationTask
+from atomeq.training.propagation import (
+    MoleculeDataModule,
+    NBodyDataModule,
+    PropagationDataModule,
+    PropagationTask,
+    SavePropagator,
+)
 from atomeq.training.task import AtomisticTask
 
 logger = logging.getLogger(__name__)
@@ -65,16 +71,21 @@ HELP = {
 
 @dataclass(frozen=True)
 class TaskKind:
-    """What can be trained: the task, its data, and whether a potential comes out of it."""
+    """What can be trained: the task, its data, and what saves the result."""
 
     task: type[LightningModule]
     data: type[LightningDataModule]
-    saves_potential: bool = False
+    saver: type[Callback]
+
+    @property
+    def saver_section(self) -> str:
+        """The section of a configuration that the saver's arguments stand in."""
+        return "save_propagator" if self.saver is SavePropagator else "save_potential"
 
 
 TASKS = {
-    "potential": TaskKind(AtomisticTask, AtomisticDataModule, saves_potential=True),
-    "propagation": TaskKind(PropagationTask, NBodyDataModule),
+    "potential": TaskKind(AtomisticTask, AtomisticDataModule, SavePotential),
+    "propagation": TaskKind(PropagationTask, PropagationDataModule, SavePropagator),
 }
 
 
@@ -133,14 +144,13 @@ class TrainingCLI(LightningCLI):
         }
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add ``task`` and the sections ``checkpoint``, ``ema`` and ``save_potential``."""
+        """Add ``task`` and the sections ``checkpoint``, ``ema`` and that of the saver."""
         parser.add_argument(
             "--task", default="potential", choices=list(TASKS), help="What is trained."
         )
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         parser.add_lightning_class_args(ExponentialMovingAverage, "ema")
-        if self.kind.saves_potential:
-            parser.add_lightning_class_args(SavePotential, "save_potential")
+        parser.add_lightning_class_args(self.kind.saver, self.kind.saver_section)
         parser.link_arguments("trainer.default_root_dir", "checkpoint.dirpath", _checkpoint_folder)
         parser.set_defaults(
             {
@@ -235,7 +245,10 @@ def main(argv: Sequence[str]) -> None:
         SystemExit: Code 2 for configurations that do not fit.
         ValueError: Data, labels or checkpoints that cannot be used.
     """
-    for class_path in MODELS:  # so that YAML files may name a model without its module
+    for class_path in (
+        *MODELS,
+        *PROPAGATORS,
+    ):  # so that YAML files may name a model without its module
         importlib.import_module(class_path.rpartition(".")[0])
     try:
         with warnings.catch_warnings():
@@ -338,11 +351,14 @@ def _known_keys() -> set[str]:
         "checkpoint": RunCheckpoint,
         "ema": ExponentialMovingAverage,
         "save_potential": SavePotential,
+        "save_propagator": SavePropagator,
     }
     keys = {"seed_everything", "task", "config", "ckpt_path", "class_path", "init_args", *sections}
     for section, owner in sections.items():
         names = set(inspect.signature(owner).parameters)
         keys |= names | {f"{section}.{name}" for name in names}
+    for data in (NBodyDataModule, MoleculeDataModule):
+        keys |= {f"data.{name}" for name in inspect.signature(data).parameters}
     for model in (*AtomisticModel.__subclasses__(), *Propagator.__subclasses__()):
         names = set(inspect.signature(model).parameters)
         keys |= names | {f"model.model.init_args.{name}" for name in names}

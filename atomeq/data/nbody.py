@@ -1,8 +1,10 @@
 """Systems of few bodies, charged or heavy, simulated here: training data of learned propagators.
 
 The recipe of the charged set is that of EGNN's n-body experiment (arXiv:2102.09844, section 5.1,
-after Kipf et al., arXiv:1802.04687), random stream included; that of the gravity set follows SEGNN
-(Brandstetter et al., arXiv:2110.02905). All trajectories of a chunk advance together, in float64.
+after Kipf et al., arXiv:1802.04687), that of the gravity set SEGNN's (Brandstetter et al.,
+arXiv:2110.02905; reference: RobDHess/Steerable-E3-GNN, commit a650d36), random streams included.
+Both draw the same systems from the same seed as their references. All trajectories of a chunk
+advance together, in float64.
 """
 
 import hashlib
@@ -29,10 +31,12 @@ Array = np.ndarray
 
 TIME_STEP = 1e-3
 STEPS_PER_FRAME = 100
+FRAME_TIME = TIME_STEP * STEPS_PER_FRAME  # in the unit of time of the velocities
 SPEED = 0.5  # of every charge at the start
 LARGEST_FORCE = 0.1 / TIME_STEP  # of each component on a charge
-SOFTENING = 0.1  # length that keeps gravity finite
-OFFICIAL_FRAMES = 49  # of a charged trajectory; they decide how much noise the stream goes through
+SOFTENING = 0.1  # length that keeps gravity finite; the reference's default
+# The references add noise of variance zero to what they store; so much of the stream goes by.
+NOISE: dict[System, int] = {"charged": 2 * 49, "gravity": 3 * 50}  # numbers by coordinate
 CHUNK = 500  # trajectories that advance together: their arrays stay in the processor's cache
 
 #: Which frames the published experiments predict from and to; a frame is 0.1 units of time.
@@ -180,12 +184,11 @@ def draw_charged(rng: np.random.RandomState, n_systems: int, n_bodies: int) -> S
     """Draw charges ±1, normal positions and velocities of equal length, system by system."""
     charges = np.empty((n_systems, n_bodies))
     pos, velocities = np.empty((2, n_systems, n_bodies, 3))
-    n_noise = 2 * OFFICIAL_FRAMES * 3 * n_bodies
     for k in range(n_systems):
         charges[k] = rng.choice([-1.0, 0.0, 1.0], size=(n_bodies, 1), p=[0.5, 0.0, 0.5])[:, 0]
         pos[k] = rng.randn(3, n_bodies).T
         velocities[k] = rng.randn(3, n_bodies).T
-        rng.randn(n_noise)  # the reference adds noise of variance zero to what it stores
+        rng.randn(NOISE["charged"] * 3 * n_bodies)
     velocities *= SPEED / np.linalg.norm(velocities, axis=2, keepdims=True)
     return charges, pos, velocities
 
@@ -218,8 +221,11 @@ def run_charged(charges: Array, pos: Array, velocities: Array, frames: tuple[int
 
 def draw_gravity(rng: np.random.RandomState, n_systems: int, n_bodies: int) -> Start:
     """Draw unit masses, normal positions and velocities, the centre of mass at rest."""
-    pos = rng.randn(n_systems, n_bodies, 3)
-    velocities = rng.randn(n_systems, n_bodies, 3)
+    pos, velocities = np.empty((2, n_systems, n_bodies, 3))
+    for k in range(n_systems):
+        pos[k] = rng.randn(n_bodies, 3)
+        velocities[k] = rng.randn(n_bodies, 3)
+        rng.randn(NOISE["gravity"] * 3 * n_bodies)
     velocities -= velocities.mean(axis=1, keepdims=True)
     return np.ones((n_systems, n_bodies)), pos, velocities
 
@@ -280,5 +286,5 @@ def _stacked(kept: list[tuple[Array, Array]]) -> Frames:
 
 
 def _fingerprint(recipe: NBodyRecipe) -> str:
-    known = json.dumps({**asdict(recipe), "frames": recipe.kept_frames()}, sort_keys=True)
-    return hashlib.sha256(known.encode()).hexdigest()[:12]
+    known = {**asdict(recipe), "frames": recipe.kept_frames(), "noise": NOISE[recipe.system]}
+    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:12]

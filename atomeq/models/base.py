@@ -17,16 +17,52 @@ from atomeq.graph.builders import GraphBuilder, RadiusGraph
 from atomeq.typing import EdgeIndex, Positions, PropertyKey
 
 
-class AtomisticModel(nn.Module):
+class ConfiguredModule(nn.Module):
+    """A network that can write itself down as the node that builds it again.
+
+    Every constructor argument is kept as an attribute of the same name, so that :meth:`config`
+    can write the network down and a checkpoint can build it again.
+    """
+
+    def keep_arguments(self, arguments: dict[str, Any]) -> None:
+        """Keep every constructor argument as an attribute: ``self.keep_arguments(locals())``."""
+        for name in inspect.signature(type(self).__init__).parameters:
+            if name != "self":
+                setattr(self, name, arguments[name])
+
+    def config(self) -> dict[str, Any]:
+        """Return ``{"class_path": ..., "init_args": {...}}``, the node that builds this model.
+
+        A model inside a model stands there as a node of its own.
+        """
+        names = [name for name in inspect.signature(type(self).__init__).parameters][1:]
+        values = {name: getattr(self, name) for name in names}
+        for name, value in values.items():
+            if isinstance(value, ConfiguredModule):
+                values[name] = value.config()
+        return {
+            "class_path": f"{type(self).__module__}.{type(self).__qualname__}",
+            "init_args": values,
+        }
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype the network computes in, that of its parameters."""
+        return next(self.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the parameters."""
+        return next(self.parameters()).device
+
+
+class AtomisticModel(ConfiguredModule):
     """A graph network over atoms.
 
     A subclass returns what it can compute itself and names it in ``outputs``; the potential derives
     the rest. A conservative model returns per-atom ``energies`` alone, and forces and stress are
     their derivatives. Values are in the model's own scale: shift and unit belong to
     :class:`~atomeq.potential.references.AtomicReferences`.
-
-    Every constructor argument is kept as an attribute of the same name, so that :meth:`config`
-    can write the model down and a checkpoint can build it again.
 
     Attributes:
         cutoff: Radius beyond which two atoms do not see each other, Å.
@@ -74,40 +110,15 @@ class AtomisticModel(nn.Module):
         """Channels of :meth:`node_features`."""
         raise NotImplementedError(f"{type(self).__name__} does not offer node_features()")
 
-    def keep_arguments(self, arguments: dict[str, Any]) -> None:
-        """Keep every constructor argument as an attribute: ``self.keep_arguments(locals())``."""
-        for name in inspect.signature(type(self).__init__).parameters:
-            if name != "self":
-                setattr(self, name, arguments[name])
 
-    def config(self) -> dict[str, Any]:
-        """Return ``{"class_path": ..., "init_args": {...}}``, the node that builds this model.
+class Propagator(ConfiguredModule):
+    """A network that carries particles a fixed time ahead in one step.
 
-        A model inside a model stands there as a node of its own.
-        """
-        names = [name for name in inspect.signature(type(self).__init__).parameters][1:]
-        values = {name: getattr(self, name) for name in names}
-        for name, value in values.items():
-            if isinstance(value, AtomisticModel):
-                values[name] = value.config()
-        return {
-            "class_path": f"{type(self).__module__}.{type(self).__qualname__}",
-            "init_args": values,
-        }
+    Attributes:
+        gives_velocities: Whether :meth:`forward` returns velocities, or None in their place.
+    """
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype the network computes in, that of its parameters."""
-        return next(self.parameters()).dtype
-
-    @property
-    def device(self) -> torch.device:
-        """The device of the parameters."""
-        return next(self.parameters()).device
-
-
-class Propagator(nn.Module):
-    """A network that carries particles a fixed time ahead in one step."""
+    gives_velocities: bool = True
 
     def forward(
         self,

@@ -102,6 +102,8 @@ class VelocityEGNN(Propagator):
         tanh: Bound the pull of a neighbour by its distance.
     """
 
+    gives_velocities = False
+
     def __init__(
         self,
         n_inputs: int = 1,
@@ -115,6 +117,7 @@ class VelocityEGNN(Propagator):
         tanh: bool = False,
     ) -> None:
         super().__init__()
+        self.keep_arguments(locals())
         self.embedding = nn.Linear(n_inputs, hidden_channels)
         self.layers = nn.ModuleList(
             PublishedLayer(

@@ -22,7 +22,7 @@ in segno_motion.py. What they do, and what our defaults do instead:
 
 import math
 from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -57,8 +57,9 @@ class SEGNOPropagator(Propagator):
         num_steps: Steps of the integrator.
         horizon: Time that passes, in the unit of the velocities.
         feature_rate: Rate at which features change, per unit of time.
-        integrator: ``symplectic_euler`` as published; ``leapfrog`` drifts half a step before and
-            after each kick.
+        integrator: ``symplectic_euler`` as published, of first order in the step; ``leapfrog``
+            drifts half a step before and after each kick and is of second order. It looks twice at
+            the particles in each step, where their features change.
         velocity_gate: Multiply velocities by a function of the features in each step.
         normalize: Divide directions by their length plus one.
         final_bias: Give the strength of a pull a bias.
@@ -83,10 +84,15 @@ class SEGNOPropagator(Propagator):
         super().__init__()
         if num_steps < 1 or horizon <= 0:
             raise ValueError(f"{num_steps} steps over a horizon of {horizon}: both must be > 0")
+        if integrator not in get_args(Integrator):
+            raise ValueError(
+                f"integrator {integrator!r} is unknown; there are {', '.join(get_args(Integrator))}"
+            )
+        self.keep_arguments(locals())
+        self.integrator: Integrator = integrator
         self.num_steps = num_steps
         self.horizon = horizon
         self.feature_rate = feature_rate
-        self.integrator: Integrator = integrator
         self.embedding = nn.Linear(n_inputs, hidden_channels)
         self.layer = Acceleration(
             hidden_channels,
@@ -122,7 +128,9 @@ class SEGNOPropagator(Propagator):
             edge_index: Row 0 is j, row 1 is i and receives.
         """
         dt = self.horizon / self.num_steps
-        drift_before = dt / 2 if self.integrator == "leapfrog" else 0.0
+        leapfrog = self.integrator == "leapfrog"
+        drift_before = dt / 2 if leapfrog else 0.0
+        growth = dt * self.feature_rate
         n_atoms = len(motion.h)
         counts = motion.pos.new_zeros(n_atoms).index_add(
             0, edge_index[1], motion.pos.new_ones(edge_index.shape[1])
@@ -133,11 +141,14 @@ class SEGNOPropagator(Propagator):
             if drift_before:
                 pos = pos + drift_before * velocities
             pull, h_rate, gate = self.layer(h, pos, edge_features, edge_index)
+            if leapfrog and self.feature_rate:  # midpoint rule, or the features are of first order
+                middle = h + growth / 2 * h_rate
+                pull, h_rate, gate = self.layer(middle, pos, edge_features, edge_index)
             if gate is not None:
                 velocities = gate * velocities
             velocities = velocities + dt * share * pull
             pos = pos + (dt - drift_before) * velocities
-            h = h + dt * self.feature_rate * h_rate
+            h = h + growth * h_rate
             yield Motion(h, pos, velocities)
 
 

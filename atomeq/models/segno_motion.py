@@ -1,20 +1,22 @@
-"""SEGNO's Motion form: free particles and rigid sticks carried ahead by learned forces.
+"""SEGNO's Motion form: free particles, rigid sticks and hinges carried ahead by learned forces.
 
 The third code base of SEGNO (see segno.py; reference yliukj/SEGNO, commit 46e748b), after GMN
-(Huang et al., ICLR 2022, arXiv:2203.06442): forces are computed on all particles, and the two ends
-of a stick move as one body, so its length is kept. For parity with published weights; what the
+(Huang et al., ICLR 2022, arXiv:2203.06442): forces are computed on all particles, the two ends of a
+stick move as one body, and two particles turn about the pivot of a hinge, so lengths are kept. The
+published experiment has sticks and no hinges. For parity with published weights; what the
 reference does and we would not:
 
 * steps have length one, whatever their number: fewer steps shorten the horizon;
 * the factor of a stick's central acceleration, a network of the normalised squared force, is a
   constant, for a single number normalised is always one;
-* velocity gates and hinge networks are in its weights but take no part here. Hinges are not
-  implemented.
+* velocity gates are in its weights but take part in the spin of a hinge's arms only;
+* its learnable sticks, which would not keep their length, raise a NameError and are left out.
 """
 
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
+from torch.nn.functional import normalize
 
 from atomeq.nn.mlp import MLP
 from atomeq.nn.pair_mlp import PairMLP
@@ -22,6 +24,7 @@ from atomeq.ops.segment import segment_mean, segment_sum
 from atomeq.typing import EdgeIndex, Positions
 
 Sticks = Int[Tensor, "n_sticks 2"]  # the two particles at the ends
+Hinges = Int[Tensor, "n_hinges 3"]  # the pivot, and the particles at the ends of its two arms
 LARGEST_PULL = 100.0  # of one neighbour on one coordinate
 SMALLEST_ANGLE = 1e-5  # of a turn, whose axis is undefined at zero
 
@@ -54,6 +57,8 @@ class SEGNOMotion(nn.Module):
         self.coord_mlp = nn.Sequential(nn.Linear(channels, channels), nn.SiLU(), final)
         self.node_mlp = MLP((3 * channels, channels, channels))
         self.f_stick_mlp = MLP((1, channels, 1))
+        self.f_hinge_mlp = MLP((9, channels, 3))
+        self.coord_mlp_w_vel = MLP((channels, channels, 1))
 
     def forward(
         self,
@@ -63,6 +68,7 @@ class SEGNOMotion(nn.Module):
         edge_features: Tensor,
         edge_index: EdgeIndex,
         sticks: Sticks,
+        hinges: Hinges | None = None,
     ) -> tuple[Positions, Tensor]:
         """Return positions and velocities, each (n_atoms, 3), after all steps.
 
@@ -72,12 +78,24 @@ class SEGNOMotion(nn.Module):
             node_features: Invariants of each particle, (n_atoms, n_inputs).
             edge_features: Invariants of each pair, (n_edges, n_edge_features).
             edge_index: Row 0 is j, row 1 is i and receives.
-            sticks: Ends of each stick, (n_sticks, 2); all other particles are free.
+            sticks: Ends of each stick, (n_sticks, 2).
+            hinges: Pivot and ends of each hinge, (n_hinges, 3). All other particles are free.
+
+        Raises:
+            ValueError: A particle belongs to more than one stick or hinge.
         """
+        bodies = (
+            sticks.flatten() if hinges is None else torch.cat([sticks.flatten(), hinges.flatten()])
+        )
+        if len(bodies) != len(bodies.unique()):
+            raise ValueError("a particle belongs to one stick or one hinge, not to several")
         h = self.embedding(node_features)
         for _ in range(self.num_steps):
             h, force = self.force(h, pos, edge_features, edge_index)
-            pos, velocities = self.advance(pos, velocities, force, sticks)
+            moved = self.advance(pos, velocities, force, sticks)
+            if hinges is not None and len(hinges):
+                moved = self.swing(h, (pos, velocities, force), moved, hinges)
+            pos, velocities = moved
         return pos, velocities
 
     def force(
@@ -121,6 +139,48 @@ class SEGNOMotion(nn.Module):
             free_velocities.index_copy(0, ends, end_velocities.flatten(0, 1)),
         )
 
+    def swing(
+        self,
+        h: Tensor,
+        before: tuple[Positions, Tensor, Tensor],
+        moved: tuple[Positions, Tensor],
+        hinges: Hinges,
+    ) -> tuple[Positions, Tensor]:
+        """Return positions and velocities with the particles of hinges where their arms bring them.
+
+        Args:
+            h: Features, (n_atoms, C).
+            before: Positions, velocities and forces at the start of the step, each (n_atoms, 3).
+            moved: Positions and velocities of all other particles at its end.
+            hinges: Pivot and ends of each hinge, (n_hinges, 3).
+        """
+        pos, velocities, force = (tensor[hinges] for tensor in before)  # (n_hinges, 3, 3)
+        arms, arm_velocities = pos - pos[:, :1], velocities - velocities[:, :1]
+        basis = torch.stack(
+            [force, arms, arm_velocities], dim=-1
+        )  # (n_hinges, 3 bodies, 3 axes, 3)
+        gram = (basis.transpose(-1, -2) @ basis).flatten(-2)
+        weights = self.f_hinge_mlp(normalize(gram, dim=-1))  # (n_hinges, 3 bodies, 3)
+        acceleration = (basis @ weights[..., None])[..., 0].mean(dim=1)  # of the pivot
+        pivot_velocity = velocities[:, 0] + acceleration
+        pivot = pos[:, 0] + pivot_velocity
+
+        arms, arm_velocities = arms[:, 1:], arm_velocities[:, 1:]  # (n_hinges, 2 arms, 3)
+        squared = (arms**2).sum(dim=-1, keepdim=True)
+        torque = torch.linalg.cross(arms, force[:, 1:] - acceleration[:, None])
+        spin = torch.linalg.cross(arms, arm_velocities) / squared
+        spin = self.coord_mlp_w_vel(h[hinges[:, 1:]]) * spin + torque / squared
+        arms = _turned(arms, spin)
+        ends = pivot[:, None] + arms
+        end_velocities = pivot_velocity[:, None] + torch.linalg.cross(spin, arms)
+        particles = hinges.flatten()
+        new_pos = torch.cat([pivot[:, None], ends], dim=1).flatten(0, 1)
+        new_velocities = torch.cat([pivot_velocity[:, None], end_velocities], dim=1).flatten(0, 1)
+        return (
+            moved[0].index_copy(0, particles, new_pos),
+            moved[1].index_copy(0, particles, new_velocities),
+        )
+
 
 def _centred(ends: Tensor) -> tuple[Tensor, Tensor]:
     """Return the mean of two ends (n_sticks, 3), and the ends relative to it (n_sticks, 2, 3)."""
@@ -140,5 +200,6 @@ def _turned(arms: Tensor, spin: Tensor) -> Tensor:
 def from_official(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """Rename the reference's weights, and leave out those that take no part in the motion."""
     used = ("embedding.", "edge_mlp.", "coord_mlp.", "node_mlp.", "f_stick_mlp.")
+    used = (*used, "f_hinge_mlp.", "coord_mlp_w_vel.")
     renamed = {name.removeprefix("module."): weight for name, weight in state_dict.items()}
     return {name: weight for name, weight in renamed.items() if name.startswith(used)}

@@ -1,5 +1,6 @@
 """A potential on disk: a folder with model.yaml, which holds the SHA-256 of weights.safetensors.
 
+A propagator on disk is the same, with ``view``, what it is shown of particles, in model.yaml.
 Nothing that is loaded executes code: the YAML is read with the safe loader, the class must be one
 of the models of this package, and the weights are plain tensors.
 """
@@ -13,9 +14,12 @@ import torch
 import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
+from torch import nn
 
+from atomeq.data.particles import ParticleView
 from atomeq.files import write_atomically
-from atomeq.models.base import AtomisticModel
+from atomeq.models.base import AtomisticModel, Propagator
+from atomeq.potential.long_step import LongStep
 from atomeq.potential.potential import Potential
 
 CHECKPOINT_VERSION = 1
@@ -33,6 +37,12 @@ MODELS = (
     "atomeq.models.frame_averaged.Canonicalized",
     "atomeq.models.frame_averaged.FrameAveraged",
     "atomeq.models.segno.SEGNO",
+)
+
+#: Every network a saved propagator may name.
+PROPAGATORS = (
+    "atomeq.models.egnn_published.VelocityEGNN",
+    "atomeq.models.segno.SEGNOPropagator",
 )
 
 
@@ -58,16 +68,48 @@ def save_potential(
     """
     config = potential.model.config()
     _refuse_foreign_models(config)
-    folder = Path(folder)
+    document = {"model": config, "dtype": str(potential.dtype).removeprefix("torch.")}
+    return _write_folder(Path(folder), potential, document, metadata)
+
+
+def save_propagator(
+    step: LongStep, folder: str | Path, *, metadata: dict[str, Any] | None = None
+) -> Path:
+    """Write a propagator and its view to a folder, as :func:`save_potential` writes a potential.
+
+    Args:
+        step: What to save.
+        folder: Created if missing.
+        metadata: Plain values to keep in ``model.yaml``.
+
+    Returns:
+        The folder.
+
+    Raises:
+        CheckpointError: The network is none of this package.
+    """
+    config = step.propagator.config()
+    if config["class_path"] not in PROPAGATORS:
+        raise CheckpointError(
+            f"{config['class_path']} is not a propagator of this package; there are "
+            f"{', '.join(PROPAGATORS)}"
+        )
+    dtype = str(step.dtype).removeprefix("torch.")
+    document = {"model": config, "view": step.view.config(), "dtype": dtype}
+    return _write_folder(Path(folder), step.propagator, document, metadata)
+
+
+def _write_folder(
+    folder: Path, module: nn.Module, document: dict[str, Any], metadata: dict[str, Any] | None
+) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     weights = {
-        name: tensor.detach().cpu().contiguous() for name, tensor in potential.state_dict().items()
+        name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()
     }
     content = save(weights)
     document = {
         "checkpoint_version": CHECKPOINT_VERSION,
-        "model": config,
-        "dtype": str(potential.dtype).removeprefix("torch."),
+        **document,
         "sha256": hashlib.sha256(content).hexdigest(),
         "metadata": metadata or {},
     }
@@ -99,18 +141,66 @@ def load_potential(
     """
     folder = find_potential(name_or_path)
     document = _read_document(folder)
+    if "view" in document:
+        raise CheckpointError(
+            f"{folder} holds a propagator, which carries particles a long step ahead and knows no "
+            "energy or forces; use `atomeq rollout`, or load_propagator"
+        )
     potential = Potential(build_model(document["model"], named_in=folder / CONFIG_FILE))
     # Before the weights: copied into float32, those of a float64 potential would be rounded.
     potential = potential.to(getattr(torch, document["dtype"]))
+    _load_weights(potential, folder)
+    potential = potential.to(dtype if dtype is not None else getattr(torch, document["dtype"]))
+    return potential.to(resolve_device(device)).requires_grad_(False).eval()
+
+
+def load_propagator(
+    path: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> LongStep:
+    """Load a propagator from a folder that :func:`save_propagator` wrote.
+
+    Args:
+        path: The folder.
+        device: Where to put it; by default the CPU.
+        dtype: The dtype the network computes in; by default the one it was saved with.
+
+    Returns:
+        The long step in evaluation mode, its parameters frozen.
+
+    Raises:
+        CheckpointError: Nothing there, a potential, a damaged file, a wrong hash, an unknown
+            network or version.
+    """
+    folder = Path(path)
+    if not (folder / CONFIG_FILE).is_file():
+        raise CheckpointError(f"no propagator at {str(path)!r}: no folder with {CONFIG_FILE}")
+    document = _read_document(folder)
+    if "view" not in document:
+        raise CheckpointError(f"{folder} holds a potential, not a propagator; use `atomeq md`")
+    named_in = folder / CONFIG_FILE
     try:
-        weights = load_file(folder / WEIGHTS_FILE)
-        potential.load_state_dict(weights, strict=True)
+        step = LongStep(
+            _build_propagator(document["model"], named_in=named_in),
+            ParticleView.from_config(document["view"]),
+        )
+    except (AttributeError, ValueError) as error:
+        raise CheckpointError(f"{named_in}: {error}") from error
+    step = step.to(getattr(torch, document["dtype"]))
+    _load_weights(step.propagator, folder)
+    step = step.to(dtype if dtype is not None else getattr(torch, document["dtype"]))
+    return step.to(resolve_device(device)).requires_grad_(False).eval()
+
+
+def _load_weights(module: nn.Module, folder: Path) -> None:
+    try:
+        module.load_state_dict(load_file(folder / WEIGHTS_FILE), strict=True)
     except (SafetensorError, RuntimeError) as error:
         raise CheckpointError(
             f"{folder / WEIGHTS_FILE} does not fit {CONFIG_FILE}: {error}"
         ) from error
-    potential = potential.to(dtype if dtype is not None else getattr(torch, document["dtype"]))
-    return potential.to(resolve_device(device)).requires_grad_(False).eval()
 
 
 def find_potential(name_or_path: str | Path) -> Path:
@@ -165,13 +255,7 @@ def build_model(node: Any, *, named_in: str | Path = "the node") -> AtomisticMod
     Raises:
         CheckpointError: A class that is not on the list of models, or arguments it does not take.
     """
-    class_path = node.get("class_path") if isinstance(node, dict) else node
-    if class_path not in MODELS:
-        raise CheckpointError(
-            f"{named_in} names the model {class_path!r}; known are {', '.join(MODELS)}"
-        )
-    module, name = class_path.rsplit(".", 1)
-    model_class = getattr(importlib.import_module(module), name)
+    model_class = _listed_class(node, MODELS, named_in)
     arguments = {
         key: build_model(value, named_in=named_in) if _is_node(value) else value
         for key, value in (node.get("init_args") or {}).items()
@@ -180,6 +264,25 @@ def build_model(node: Any, *, named_in: str | Path = "the node") -> AtomisticMod
         return model_class(**arguments)
     except TypeError as error:
         raise CheckpointError(f"{named_in}, init_args: {error}") from error
+
+
+def _build_propagator(node: Any, *, named_in: str | Path) -> Propagator:
+    propagator_class = _listed_class(node, PROPAGATORS, named_in)
+    try:
+        return propagator_class(**(node.get("init_args") or {}))
+    except TypeError as error:
+        raise CheckpointError(f"{named_in}, init_args: {error}") from error
+
+
+def _listed_class(node: Any, allowed: tuple[str, ...], named_in: str | Path) -> Any:
+    """Return the class that a node names, if it is on the list; nothing else is imported."""
+    class_path = node.get("class_path") if isinstance(node, dict) else node
+    if class_path not in allowed:
+        raise CheckpointError(
+            f"{named_in} names the model {class_path!r}; known are {', '.join(allowed)}"
+        )
+    module, name = class_path.rsplit(".", 1)
+    return getattr(importlib.import_module(module), name)
 
 
 def sha256(path: Path) -> str:

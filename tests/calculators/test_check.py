@@ -1,4 +1,6 @@
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from small_potential import small_potential
 
 from atomeq.calculators.ase import AtomeqCalculator
 from atomeq.calculators.check import LAWS, _chosen, check_calculator, known_elements
-from atomeq.calculators.laws import Law, LawResult, Measured, NotApplicable, Subject
+from atomeq.calculators.laws import EXEMPTIONS, Law, LawResult, Measured, NotApplicable, Subject
 from atomeq.calculators.physical_laws import energy_drift
 from atomeq.calculators.software_laws import shared_by_threads
 
@@ -233,3 +235,44 @@ def test_structures_hold_every_known_element():
         assert set(atoms.symbols) == {"Cu", "Al", "Ni"}
     assert isinstance(subject.crystal(), Atoms)
     assert not subject.cluster().pbc.any()
+
+
+class OneFrame(Calculator):
+    """Energies of pairs, of which distant fragments share one: a fault, or an exemption."""
+
+    implemented_properties = ["energy", "forces"]  # noqa: RUF012
+    elements = (29,)
+    exempt_laws = {"separated_fragments_are_additive": "one frame for all"}  # noqa: RUF012
+
+    def calculate(self, atoms=None, properties=("energy",), system_changes=all_changes):
+        super().calculate(atoms, properties, system_changes)
+        if len(atoms) > 20 and self.fails:
+            raise RuntimeError("too large")
+        self.results = {"energy": float(len(atoms)) ** 2, "forces": np.zeros((len(atoms), 3))}
+
+    fails = False
+
+
+class Failing(OneFrame):
+    fails = True
+
+
+def test_a_law_that_the_method_is_exempt_from_is_no_fault():
+    names = ["separated fragments add", "supercell extensivity", "permutation"]
+    results = verdicts(OneFrame, only=names)
+    law = results["separated fragments add"]
+    assert law.passed is None
+    assert law.note == "exempt: one frame for all"
+    assert law.figure > 1
+    assert results["supercell extensivity"].passed is False
+    assert results["permutation"].passed is True
+    crashed = verdicts(Failing, only=names)["separated fragments add"]
+    assert crashed.passed is False  # an exemption is from the law, not from computing
+
+
+def test_exemptions_are_those_that_models_may_name():
+    """The laws of tests/physics are what exempt_laws names: a misspelt link would never match."""
+    source = (Path(__file__).parents[1] / "physics" / "test_laws.py").read_text()
+    tested = set(re.findall(r"def test_(\w+)", source))
+    assert set(EXEMPTIONS.values()) <= tested
+    assert EXEMPTIONS.keys() <= {law.name for law in LAWS}

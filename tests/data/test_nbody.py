@@ -58,6 +58,33 @@ def test_charged_trajectories_are_those_of_the_plain_loop() -> None:
             np.testing.assert_allclose(parts[name].velocities[k], velocities, rtol=0, atol=CHAOS)
 
 
+def slow_gravity(rng: np.random.RandomState, frame: int) -> tuple[np.ndarray, np.ndarray]:
+    """One trajectory of five unit masses by leapfrog, step 1e-3; frame k is step 100 k."""
+    pos, v = rng.randn(5, 3), rng.randn(5, 3)
+    rng.randn(50, 5, 3), rng.randn(50, 5, 3), rng.randn(50, 5, 3)
+    v = v - v.mean(axis=0)
+
+    def acceleration(x: np.ndarray) -> np.ndarray:
+        r = x[None] - x[:, None]  # from each to the others
+        return (r / ((r**2).sum(-1, keepdims=True) + SOFTENING**2) ** 1.5).sum(axis=1)
+
+    for _ in range(100 * frame):
+        v = v + 0.5e-3 * acceleration(pos)
+        pos = pos + 1e-3 * v
+        v = v + 0.5e-3 * acceleration(pos)
+    return pos, v
+
+
+def test_gravity_trajectories_are_those_of_the_plain_loop() -> None:
+    recipe = NBodyRecipe("gravity", num_train=2, num_val=1, num_test=0, seed=5, frames=(2,))
+    parts = simulate(recipe)
+    rng = np.random.RandomState(5)
+    for part, k in ((parts["train"], 0), (parts["train"], 1), (parts["val"], 0)):
+        pos, velocities = slow_gravity(rng, 2)
+        np.testing.assert_allclose(part.pos[k, 0], pos, rtol=0, atol=CHAOS)
+        np.testing.assert_allclose(part.velocities[k, 0], velocities, rtol=0, atol=CHAOS)
+
+
 def energy_of(part: Trajectories, frame: int, *, softening: float, sign: float) -> torch.Tensor:
     pos, velocities = part.at(frame)
     first, second = torch.triu_indices(pos.shape[1], pos.shape[1], offset=1)

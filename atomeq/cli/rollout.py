@@ -1,0 +1,251 @@
+"""``atomeq rollout``: a trained propagator carries particles on, long step after long step."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jsonargparse import Namespace
+from jsonargparse.typing import PositiveFloat, PositiveInt
+
+from atomeq.cli.structures import output_format, structure_output, write_summary
+from atomeq.cli.terminal import Meter, Parser, say, show_table
+from atomeq.data.recordings import Recording, read_recording, structures_of, write_systems
+from atomeq.files import refuse_unwritable
+from atomeq.potential.checkpoint import WEIGHTS_FILE, load_propagator, sha256
+from atomeq.potential.long_step import LongStep, Particles
+
+_DESCRIPTION = """\
+Carry particles on from a frame of a file with a trained propagator. Few-body systems are .npz files
+(see `atomeq data nbody --help`), a molecule is anything that ASE reads, with velocities. OUT holds
+the start and the particles after every long step; OUT.summary.json what was done and, with
+--reference, the errors of the steps whose times the reference has.
+
+A network that gives positions only gets its velocities by the trapezoidal rule.
+
+examples:
+  atomeq data nbody systems.npz --num 100 --frames 30,40,50
+  atomeq rollout systems.npz --propagator runs/nbody_segno/propagator --frame 0 --steps 2 \\
+      --reference systems.npz --out rollout.npz
+  atomeq rollout md.extxyz --propagator runs/molecule_segno/propagator --steps 10 --out long.extxyz
+"""
+_DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+
+@dataclass(frozen=True)
+class LoadedStep:
+    """A propagator and where it came from."""
+
+    step: LongStep
+    provenance: dict[str, str | None]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype the network computes in."""
+        return self.step.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self.step.device
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run ``atomeq rollout``.
+
+    Args:
+        argv: The verb and its options.
+
+    Returns:
+        0.
+    """
+    options = _parser().parse_args(list(argv[1:]))
+    _refuse_output(options.out)
+    loaded = _load(options)
+    start = read_recording(options.input, frame_time=options.frame_time).frame(options.frame)
+    _refuse_others(loaded.step, start, options)
+    reference = None
+    if options.reference is not None:
+        reference = read_recording(options.reference, frame_time=options.frame_time)
+        _refuse_reference(reference, start, loaded.step.view.time, options)
+    started = time.perf_counter()
+    rolled = roll_out(loaded.step, start, options.steps)
+    seconds = time.perf_counter() - started
+    _write(options.out, rolled)
+    errors = [] if reference is None else errors_of(rolled, reference, loaded.step.view.time)
+    _report(options, loaded, rolled, errors, seconds)
+    return 0
+
+
+def roll_out(step: LongStep, start: Recording, num_steps: int) -> Recording:
+    """Return the recording of a start and the frames that follow it.
+
+    Args:
+        step: The trained propagator.
+        start: A recording of one frame.
+        num_steps: Number of long steps.
+
+    Raises:
+        ValueError: Particles it was not trained on, or systems that fly apart.
+    """
+    particles = Particles(start.pos[:, 0], start.velocities[:, 0], start.numbers)
+    frames = [particles]
+    meter = Meter("rollout", num_steps, unit="long steps")
+    with meter.running():
+        for later in step.rollout(particles, num_steps):
+            frames.append(later)
+            meter.advance()
+    pos, velocities = (
+        torch.stack([frame[field] for frame in frames], dim=1).cpu() for field in (0, 1)
+    )
+    times = tuple(start.times[0] + k * step.view.time for k in range(num_steps + 1))
+    return Recording(start.kind, pos, velocities, start.numbers, times)
+
+
+def errors_of(rolled: Recording, reference: Recording, step_time: float) -> list[dict[str, float]]:
+    """Return mean squared errors after each long step whose time the reference has.
+
+    The unit is length² for positions and length²/time² for velocities, averaged over coordinates.
+    ``static`` is the error of particles that had stayed where they were at the start.
+    """
+    rows = []
+    for k, moment in enumerate(rolled.times[1:], start=1):
+        index = reference.index_at(moment, step_time)
+        if index is None:
+            continue
+        true_pos, true_velocities = reference.pos[:, index], reference.velocities[:, index]
+        rows.append(
+            {
+                "step": k,
+                "time": moment,
+                "position_mse": float(((rolled.pos[:, k] - true_pos) ** 2).mean()),
+                "velocity_mse": float(((rolled.velocities[:, k] - true_velocities) ** 2).mean()),
+                "static_position_mse": float(((rolled.pos[:, 0] - true_pos) ** 2).mean()),
+            }
+        )
+    return rows
+
+
+def _parser() -> Parser:
+    parser = Parser("atomeq rollout", _DESCRIPTION)
+    parser.add_argument("input", metavar="INPUT", type=str, help="systems.npz or structures")
+    parser.add_argument(
+        "--propagator", required=True, type=str, help="folder that a fit of propagation has left"
+    )
+    parser.add_argument("--out", required=True, type=str, help="OUT.npz, OUT.extxyz or OUT.traj")
+    parser.add_argument("--steps", type=PositiveInt, default=1, help="number of long steps")
+    parser.add_argument("--frame", type=int, default=-1, help="of the input to start from")
+    parser.add_argument("--reference", type=str, default=None, help="true motion to compare with")
+    parser.add_argument(
+        "--frame-time",
+        type=PositiveFloat,
+        default=None,
+        help="fs between frames of structures that do not say it",
+    )
+    parser.add_argument("--device", type=str, default="cpu", help="cpu, cuda or cuda:1")
+    parser.add_argument(
+        "--dtype",
+        type=Literal["float32", "float64"],
+        default=None,
+        help="precision of the network; by default that of the propagator",
+    )
+    return parser
+
+
+def _refuse_output(out: str) -> None:
+    if Path(out).suffix == ".npz":
+        refuse_unwritable(out)
+    else:
+        output_format(out)
+
+
+def _load(options: Namespace) -> LoadedStep:
+    dtype = None if options.dtype is None else _DTYPES[options.dtype]
+    step = load_propagator(options.propagator, device=options.device, dtype=dtype)
+    folder = Path(options.propagator)
+    provenance: dict[str, str | None] = {
+        "name": options.propagator,
+        "folder": str(folder.resolve()),
+        "sha256": sha256(folder / WEIGHTS_FILE),
+    }
+    return LoadedStep(step, provenance)
+
+
+def _refuse_others(step: LongStep, start: Recording, options: Namespace) -> None:
+    """Refuse systems of another kind than the propagator's, and outputs that cannot hold them."""
+    if start.kind != step.view.kind:
+        raise ValueError(
+            f"{options.input} holds {_NOUNS[start.kind]}, but {options.propagator} was trained on "
+            f"{_NOUNS[step.view.kind]}"
+        )
+    if (Path(options.out).suffix == ".npz") == (start.kind == "molecule"):
+        allowed = "OUT.extxyz or OUT.traj" if start.kind == "molecule" else "OUT.npz"
+        raise ValueError(f"{_NOUNS[start.kind]} are written as {allowed}, not to {options.out}")
+    step.view.refuse_others(start.numbers)
+
+
+_NOUNS = {
+    "charged": "systems of charges",
+    "gravity": "systems of masses",
+    "molecule": "the atoms of a molecule",
+}
+
+
+def _refuse_reference(
+    reference: Recording, start: Recording, step_time: float, options: Namespace
+) -> None:
+    same = reference.kind == start.kind and reference.numbers.shape == start.numbers.shape
+    if not same or not torch.equal(reference.numbers, start.numbers):
+        raise ValueError(f"{options.reference} holds other particles than {options.input}")
+    moments = [start.times[0] + k * step_time for k in range(1, options.steps + 1)]
+    if all(reference.index_at(moment, step_time) is None for moment in moments):
+        raise ValueError(
+            f"{options.reference} has times {reference.times[0]:g} to {reference.times[-1]:g}, but "
+            f"none that is a long step of {step_time:g} or more after {start.times[0]:g}"
+        )
+
+
+def _write(out: str, rolled: Recording) -> None:
+    if rolled.kind != "molecule":
+        write_systems(out, rolled)
+        return
+    with structure_output(out) as output:
+        for atoms in structures_of(rolled):
+            output.write(atoms)
+
+
+def _report(
+    options: Namespace,
+    loaded: LoadedStep,
+    rolled: Recording,
+    errors: list[dict[str, float]],
+    seconds: float,
+) -> None:
+    results: dict[str, Any] = {
+        "n_systems": len(rolled.pos),
+        "n_particles": rolled.pos.shape[2],
+        "steps": options.steps,
+        "step_time": loaded.step.view.time,
+        "steps_per_second": options.steps / seconds,
+        "velocities": "network" if loaded.step.propagator.gives_velocities else "trapezoidal rule",
+        "errors": errors,
+    }
+    settings = {k: v for k, v in options.as_dict().items() if k not in ("input", "out")}
+    summary = write_summary(
+        "rollout",
+        options.out,
+        source=options.input,
+        calculator=loaded,
+        settings=settings,
+        results=results,
+        role="propagator",
+    )
+    if errors:
+        columns = ["step", "time", "position_mse", "velocity_mse", "static_position_mse"]
+        show_table(
+            ["long step", "time", "position MSE", "velocity MSE", "position MSE at rest"],
+            [[f"{row[name]:.6g}" for name in columns] for row in errors],
+        )
+    say(f"wrote {options.out} and {summary}")
