@@ -25,10 +25,12 @@ from atomeq.potential.checkpoint import (
     WEIGHTS_FILE,
     find_potential,
     load_potential,
+    not_a_potential,
     resolve_device,
     sha256,
 )
 from atomeq.potential.potential import Potential
+from atomeq.potential.scalar import ScalarPredictor
 from atomeq.typing import PropertyKey
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
@@ -235,6 +237,8 @@ def _frozen(
     dtype: torch.dtype | None,
 ) -> Potential:
     """Return a potential of the calculator's own, without gradients of its parameters."""
+    if isinstance(potential, ScalarPredictor):
+        raise ValueError(not_a_potential(potential, "the model given to the calculator"))
     if not isinstance(potential, Potential):
         return load_potential(potential, device=device, dtype=dtype)
     target = potential.device if device is None else resolve_device(device)

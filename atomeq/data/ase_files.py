@@ -46,6 +46,7 @@ class LabelKeys:
         energy: Total energy, eV.
         forces: Forces, eV/Å.
         stress: Stress, eV/Å³ in ASE's sign; 6 Voigt components or 3 x 3.
+        scalar: Any other number of a structure; a task with a target looks for its name.
         weight: Weight of the structure in the loss; 1 where absent.
         kind: What ``atoms.info`` calls the kind of configuration.
         kind_weights: Further weight of the structures of a kind; 1 for kinds not named.
@@ -54,6 +55,7 @@ class LabelKeys:
     energy: str = "energy"
     forces: str = "forces"
     stress: str = "stress"
+    scalar: str | None = None
     weight: str = "weight"
     kind: str = "config_type"
     kind_weights: dict[str, float] = field(default_factory=dict)
@@ -109,7 +111,8 @@ def read_structures(
 
     Yields:
         Structures whose labels, where present, are ``energy`` (eV), ``forces`` (eV/Å) and
-        ``stress`` (eV/Å³, Voigt) of ``atoms.calc``, and ``atoms.info["weight"]``.
+        ``stress`` (eV/Å³, Voigt) of ``atoms.calc``, and ``atoms.info["weight"]``; the scalar, if
+        one is asked for, is ``atoms.info["scalar"]``.
 
     Raises:
         DataError: The file is missing, damaged or empty, or a frame is not a usable structure; the
@@ -214,6 +217,8 @@ def _read_database(path: Path) -> Iterator[Atoms]:
 def _normalise_labels(atoms: Atoms, labels: LabelKeys, name: str) -> None:
     shapes = {"energy": ((),), "forces": ((len(atoms), 3),), "stress": ((6,), (3, 3), (9,))}
     results: dict[str, Any] = {}
+    if labels.scalar is not None and (value := _take(atoms, labels.scalar)) is not None:
+        atoms.info["scalar"] = float(_checked(value, ((),), f"{name}: label {labels.scalar!r}"))
     for label, allowed in shapes.items():
         key = getattr(labels, label)
         value = _take(atoms, key)

@@ -8,7 +8,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
@@ -28,6 +28,7 @@ _LABEL_SHAPES = {
     "energy": lambda g: (1,),
     "forces": lambda g: (g.n_atoms, 3),
     "stress": lambda g: (1, 3, 3),
+    "scalar": lambda g: (1,),
 }
 
 if TYPE_CHECKING:
@@ -235,7 +236,17 @@ class AtomisticDataModule(LightningDataModule):
 
     def _read(self, files: DataFiles) -> list[Atoms]:
         paths = files if isinstance(files, list) else [files]
-        return [atoms for path in paths for atoms in read_structures(path, labels=self.labels)]
+        labels = self.label_keys()
+        return [atoms for path in paths for atoms in read_structures(path, labels=labels)]
+
+    def label_keys(self) -> LabelKeys:
+        """Return what files call their labels, the target of the task included."""
+        # AtomisticTask lives one floor up and cannot be imported here.
+        task = self.trainer.lightning_module if self.trainer is not None else None
+        target = getattr(task, "target", None)
+        if target is None or self.labels.scalar is not None:
+            return self.labels
+        return replace(self.labels, scalar=target.name)
 
     def _dataset(self, structures: Sequence[Atoms], name: str) -> GraphDataset:
         build = self._build
@@ -316,7 +327,9 @@ def _indices_from_file(path: Path, n_structures: int) -> dict[str, list[int]]:
 
 def _labelled(graph: AtomGraph, atoms: Atoms) -> AtomGraph:
     weight = torch.tensor([atoms.info.get("weight", 1.0)], dtype=graph.pos.dtype)
-    return graph.to("cpu").replace(weight=weight)
+    given = atoms.info.get("scalar")
+    scalar = None if given is None else torch.tensor([given], dtype=torch.float64)
+    return graph.to("cpu").replace(weight=weight, scalar=scalar)
 
 
 def _with_same_labels(graphs: list[AtomGraph]) -> list[AtomGraph]:

@@ -76,7 +76,7 @@ class OverFrames(AtomisticModel):
         matrices, weights = self.frames(graph)  # (n_frames, n_graphs, 3, 3), (n_frames, n_graphs)
         averaged: dict[PropertyKey, Tensor] = {}
         for key, value in self._evaluate(graph, matrices).items():
-            index = ... if key in ("energy", "stress") else graph.batch
+            index = ... if key in ("energy", "stress", "scalar") else graph.batch
             turns = matrices.to(value.dtype)[:, index]
             if key == "forces":
                 value = torch.einsum("kaj,kaij->kai", value, turns)

@@ -1,9 +1,11 @@
-"""A potential on disk: a folder with model.yaml, which holds the SHA-256 of weights.safetensors.
+"""A predictor on disk: a folder with model.yaml, which holds the SHA-256 of weights.safetensors.
 
 Nothing that is loaded executes code: the YAML is read with the safe loader, the class must be one
-of the models of this package, and the weights are plain tensors.
+of the models of this package, and the weights are plain tensors. A folder whose YAML has a
+``target`` predicts that scalar and is no potential.
 """
 
+import dataclasses
 import hashlib
 import importlib
 from pathlib import Path
@@ -14,9 +16,12 @@ import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
+from atomeq.data.targets import ScalarTarget
 from atomeq.files import write_atomically
 from atomeq.models.base import AtomisticModel
 from atomeq.potential.potential import Potential
+from atomeq.potential.predictor import Predictor
+from atomeq.potential.scalar import ScalarPredictor
 
 CHECKPOINT_VERSION = 1
 CONFIG_FILE = "model.yaml"
@@ -41,9 +46,9 @@ class CheckpointError(ValueError):
 
 
 def save_potential(
-    potential: Potential, folder: str | Path, *, metadata: dict[str, Any] | None = None
+    potential: Predictor, folder: str | Path, *, metadata: dict[str, Any] | None = None
 ) -> Path:
-    """Write a potential to a folder, replacing what an earlier save left there.
+    """Write a potential or another predictor to a folder, replacing what a save left there.
 
     Each file is written under a temporary name and renamed, the YAML with the hash last: an
     interrupted save never leaves a folder that loads as something else.
@@ -69,8 +74,10 @@ def save_potential(
         "model": config,
         "dtype": str(potential.dtype).removeprefix("torch."),
         "sha256": hashlib.sha256(content).hexdigest(),
-        "metadata": metadata or {},
     }
+    if isinstance(potential, ScalarPredictor):
+        document["target"] = dataclasses.asdict(potential.target)
+    document["metadata"] = metadata or {}
     with write_atomically(folder / WEIGHTS_FILE) as partial:
         partial.write_bytes(content)
     with write_atomically(folder / CONFIG_FILE) as partial:
@@ -95,11 +102,30 @@ def load_potential(
         The potential in evaluation mode, its parameters frozen: a training task unfreezes them.
 
     Raises:
-        CheckpointError: Nothing there, a damaged file, a wrong hash, an unknown model or version.
+        CheckpointError: Nothing there, a damaged file, a wrong hash, an unknown model or version,
+            or what is there predicts something else than energies.
+    """
+    loaded = load_predictor(name_or_path, device=device, dtype=dtype)
+    if isinstance(loaded, ScalarPredictor):
+        raise CheckpointError(not_a_potential(loaded, str(name_or_path)))
+    assert isinstance(loaded, Potential)
+    return loaded
+
+
+def load_predictor(
+    name_or_path: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> Predictor:
+    """Load whatever a folder holds, a :class:`Potential` or a :class:`ScalarPredictor`.
+
+    Arguments and errors are those of :func:`load_potential`.
     """
     folder = find_potential(name_or_path)
     document = _read_document(folder)
-    potential = Potential(build_model(document["model"], named_in=folder / CONFIG_FILE))
+    model = build_model(document["model"], named_in=folder / CONFIG_FILE)
+    potential = Potential(model) if "target" not in document else _scalar(model, document, folder)
     # Before the weights: copied into float32, those of a float64 potential would be rounded.
     potential = potential.to(getattr(torch, document["dtype"]))
     try:
@@ -111,6 +137,15 @@ def load_potential(
         ) from error
     potential = potential.to(dtype if dtype is not None else getattr(torch, document["dtype"]))
     return potential.to(resolve_device(device)).requires_grad_(False).eval()
+
+
+def not_a_potential(predictor: ScalarPredictor, what: str) -> str:
+    """Return the message of whoever needs energies and forces and is given something else."""
+    target = predictor.target
+    return (
+        f"{what} predicts {target.name} [{target.unit}] and is no potential: it has no energy and "
+        "no forces; predict with load_predictor() or `atomeq predict`"
+    )
 
 
 def find_potential(name_or_path: str | Path) -> Path:
@@ -186,6 +221,13 @@ def sha256(path: Path) -> str:
     """Return the SHA-256 of a file as hexadecimal digits."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _scalar(model: AtomisticModel, document: dict[str, Any], folder: Path) -> ScalarPredictor:
+    try:
+        return ScalarPredictor(model, ScalarTarget(**document["target"]))
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{folder / CONFIG_FILE}, target: {error}") from error
 
 
 def _shipped_roots() -> tuple[Path, Path]:

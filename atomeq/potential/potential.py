@@ -4,20 +4,20 @@ The same object serves training, the ASE calculator, dynamics and screening.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from atomeq.graph.atom_graph import AtomGraph
-from atomeq.models.base import AtomisticModel
 from atomeq.ops.segment import segment_sum
 from atomeq.potential.derivatives import energy_and_derivatives
-from atomeq.potential.references import AtomicReferences
-from atomeq.typing import PROPERTY_KEYS, PropertyKey
+from atomeq.potential.predictor import Predictor
+from atomeq.typing import PropertyKey
+
+_PROPERTIES: tuple[PropertyKey, ...] = ("energy", "energies", "forces", "stress")
 
 
-class Potential(nn.Module):
+class Potential(Predictor):
     """Energy, forces and stress of a batch of structures.
 
     What the model returns is taken, what is missing is derived: a conservative model's forces are
@@ -32,41 +32,6 @@ class Potential(nn.Module):
         >>> graph = potential.build_graph(ase.build.bulk("Cu"))  # doctest: +SKIP
         >>> potential(graph, ("energy", "forces", "stress"))["energy"]  # doctest: +SKIP
     """
-
-    def __init__(self, model: AtomisticModel, references: AtomicReferences | None = None) -> None:
-        super().__init__()
-        self.model = model
-        self.references = references if references is not None else AtomicReferences()
-        self._builder = model.graph_builder()
-
-    def build_graph(self, structures: Any) -> AtomGraph:
-        """Build the graph of one structure or a sequence of them, on this potential's device.
-
-        Args:
-            structures: ``ase.Atoms``, pymatgen ``Structure``/``Molecule``, :class:`AtomGraph`, or a
-                sequence of those.
-
-        Returns:
-            A batch with float64 positions and cell.
-
-        Raises:
-            StructureError: A structure is empty, has non-finite numbers or an unknown element.
-        """
-        graph = self._builder(structures)
-        self.check_elements(graph)
-        return graph.to(self.device)
-
-    def check_elements(self, graph: AtomGraph) -> None:
-        """Raise ``ValueError`` naming the first atom whose element this potential does not know."""
-        numbers = graph.atomic_numbers
-        unknown = ~self.references.known.to(numbers.device)[numbers]
-        if bool(unknown.any()):
-            atom = int(torch.nonzero(unknown)[0])
-            known = ", ".join(str(z) for z in self.elements)
-            raise ValueError(
-                f"atom {atom} (structure {int(graph.batch[atom])} of the batch) has atomic number "
-                f"{int(numbers[atom])}, which this potential does not know; it knows {known}"
-            )
 
     def forward(
         self,
@@ -124,28 +89,8 @@ class Potential(nn.Module):
         """Whether forces are the derivative of the energy."""
         return "forces" not in self.model.outputs
 
-    @property
-    def cutoff(self) -> float:
-        """The model's cutoff, Å."""
-        return self.model.cutoff
-
-    @property
-    def elements(self) -> tuple[int, ...]:
-        """Atomic numbers this potential was made for."""
-        return self.references.elements
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype the network computes in; energies are summed in float64 regardless."""
-        return self.model.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where the potential computes."""
-        return self.model.device
-
 
 def _refuse_unknown_properties(properties: Sequence[PropertyKey]) -> None:
-    unknown = [key for key in properties if key not in PROPERTY_KEYS]
+    unknown = [key for key in properties if key not in _PROPERTIES]
     if unknown:
-        raise ValueError(f"unknown property {unknown[0]!r}; ask for any of {PROPERTY_KEYS}")
+        raise ValueError(f"unknown property {unknown[0]!r}; ask for any of {_PROPERTIES}")

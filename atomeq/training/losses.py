@@ -1,14 +1,59 @@
-"""The training loss: a weighted sum of errors of energy per atom, forces and stress."""
+"""The training loss: of potentials a weighted sum of errors, of scalars their error alone."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from atomeq.graph.atom_graph import AtomGraph
 from atomeq.typing import PropertyKey
+
+
+class Loss(Protocol):
+    """What a task minimises."""
+
+    @property
+    def properties(self) -> tuple[PropertyKey, ...]:
+        """What the loss needs of the predictor."""
+        ...
+
+    def __call__(
+        self, prediction: Mapping[PropertyKey, Tensor], graph: AtomGraph
+    ) -> dict[str, Tensor]:
+        """Return ``loss`` and its parts, all scalars, of a batch with its labels."""
+        ...
+
+
+@dataclass(frozen=True)
+class ScalarLoss:
+    """L = <w f(Δy)>: the mean over structures, in the unit of the target.
+
+    Attributes:
+        kind: f: the absolute value, the square or Huber's function.
+        huber_delta: Where Huber's function turns linear, in the unit of the target.
+    """
+
+    kind: Literal["mae", "mse", "huber"] = "mae"
+    huber_delta: float = 0.01
+
+    def __post_init__(self) -> None:
+        _refuse_delta(self.kind, self.huber_delta)
+
+    @property
+    def properties(self) -> tuple[PropertyKey, ...]:
+        """What the loss needs of the predictor."""
+        return ("scalar",)
+
+    def __call__(
+        self, prediction: Mapping[PropertyKey, Tensor], graph: AtomGraph
+    ) -> dict[str, Tensor]:
+        """Return the ``loss`` of a batch; structures without a label do not count."""
+        error, known = label_error("scalar", prediction["scalar"], graph)
+        cost = _cost(error, self.kind, self.huber_delta)
+        weight = graph.weight.to(cost.dtype)
+        return {"loss": (weight * cost * known).sum() / known.sum().clamp(min=1)}
 
 
 @dataclass(frozen=True)
@@ -51,8 +96,7 @@ class PotentialLoss:
                 f"loss coefficients are >= 0 and not all zero; got energy={self.energy}, "
                 f"forces={self.forces}, stress={self.stress}"
             )
-        if self.kind == "huber" and self.huber_delta <= 0:
-            raise ValueError(f"huber_delta must be positive, got {self.huber_delta}")
+        _refuse_delta(self.kind, self.huber_delta)
 
     @property
     def properties(self) -> tuple[PropertyKey, ...]:
@@ -88,18 +132,24 @@ class PotentialLoss:
                 error = torch.linalg.vector_norm(error, dim=1, keepdim=True)  # (n_atoms, 1)
         if key == "stress" and not self.pressure:
             error = without_trace(error)
-        cost = self._cost(error)
+        cost = _cost(error, self.kind, self.huber_delta)
         weight = graph.weight[graph.batch] if key == "forces" else graph.weight
         weight = weight.to(cost.dtype).reshape(-1, *[1] * (cost.ndim - 1))
         return (weight * cost * known).sum() / known.sum().clamp(min=1)
 
-    def _cost(self, error: Tensor) -> Tensor:
-        if self.kind == "mse":
-            return error.square()
-        if self.kind in ("mae", "l2mae"):
-            return error.abs()
-        zero = torch.zeros_like(error)
-        return torch.nn.functional.huber_loss(error, zero, reduction="none", delta=self.huber_delta)
+
+def _refuse_delta(kind: str, huber_delta: float) -> None:
+    if kind == "huber" and huber_delta <= 0:
+        raise ValueError(f"the delta of Huber's function must be positive, got {huber_delta}")
+
+
+def _cost(error: Tensor, kind: str, huber_delta: float) -> Tensor:
+    if kind == "mse":
+        return error.square()
+    if kind in ("mae", "l2mae"):
+        return error.abs()
+    zero = torch.zeros_like(error)
+    return torch.nn.functional.huber_loss(error, zero, reduction="none", delta=huber_delta)
 
 
 def without_trace(stress: Tensor) -> Tensor:
@@ -112,8 +162,8 @@ def label_error(key: str, predicted: Tensor, graph: AtomGraph) -> tuple[Tensor, 
     """Return prediction minus label and where the label is known.
 
     Args:
-        key: ``energy`` (per atom), ``forces`` or ``stress``.
-        predicted: (n_graphs,) eV, (n_atoms, 3) eV/Å or (n_graphs, 3, 3) eV/Å³.
+        key: ``energy`` (per atom), ``forces``, ``stress`` or ``scalar``.
+        predicted: (n_graphs,) eV, (n_atoms, 3) eV/Å, (n_graphs, 3, 3) eV/Å³, or (n_graphs,).
         graph: The batch with its labels.
 
     Returns:
