@@ -38,4 +38,6 @@ Stress: TypeAlias = Float[Tensor, "n_graphs 3 3"]  # eV/Å³, ASE's sign: positi
 
 Scalars: TypeAlias = Float[Tensor, " n_graphs"]  # a property that is no energy, in its own unit
 
-PropertyKey: TypeAlias = Literal["energy", "energies", "forces", "stress", "scalar"]
+PropertyKey: TypeAlias = Literal[
+    "energy", "energies", "forces", "gradient_forces", "stress", "scalar"
+]

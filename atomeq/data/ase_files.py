@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -100,7 +100,10 @@ def _hint() -> str:
 
 
 def read_structures(
-    path: str | os.PathLike[str], *, labels: LabelKeys | None = None
+    path: str | os.PathLike[str],
+    *,
+    labels: LabelKeys | None = None,
+    reader: Callable[[Path], Iterator[Atoms]] | None = None,
 ) -> Iterator[Atoms]:
     """Yield the validated structures of a file one by one, without reading it all.
 
@@ -108,6 +111,7 @@ def read_structures(
         path: extxyz, trajectory, ASE database (.db, .aselmdb) or anything else that ASE reads; text
             formats may be compressed (.gz, .bz2, .xz).
         labels: What the file calls its labels.
+        reader: What reads a format that ASE does not know.
 
     Yields:
         Structures whose labels, where present, are ``energy`` (eV), ``forces`` (eV/Å) and
@@ -125,7 +129,7 @@ def read_structures(
     resolved = resolve_data_path(path)
     labels = labels if labels is not None else LabelKeys()
     frame = -1
-    for frame, atoms in enumerate(_read_raw(resolved)):
+    for frame, atoms in enumerate((reader or _read_raw)(resolved)):
         name = f"{resolved}, frame {frame}"
         try:
             validate_structure(atoms, name=name)

@@ -20,6 +20,7 @@ from lightning.pytorch import LightningDataModule
 
 from atomeq.data.ase_files import DataError, LabelKeys, read_structures, resolve_data_path
 from atomeq.data.batching import LABELS, BudgetBatchSampler, GraphDataset, ResumableLoader
+from atomeq.data.molecule_files import reader_of
 from atomeq.graph.atom_graph import AtomGraph
 
 logger = logging.getLogger(__name__)
@@ -57,8 +58,8 @@ class Split:
     """How the structures of ``train`` are divided where no files do it.
 
     Attributes:
-        val: Fraction held out for validation.
-        test: Fraction held out as the test set ``held_out``.
+        val: Fraction held out for validation, or a number of structures if 1 or more.
+        test: The same of the test set ``held_out``.
         seed: Of the permutation; the test part depends on ``test`` and ``seed`` alone.
         file: .npz or .json with index lists ``train``, ``val`` and ``test``; replaces the above.
     """
@@ -237,7 +238,11 @@ class AtomisticDataModule(LightningDataModule):
     def _read(self, files: DataFiles) -> list[Atoms]:
         paths = files if isinstance(files, list) else [files]
         labels = self.label_keys()
-        return [atoms for path in paths for atoms in read_structures(path, labels=labels)]
+        return [
+            atoms
+            for path in paths
+            for atoms in read_structures(path, labels=labels, reader=reader_of(Path(path)))
+        ]
 
     def label_keys(self) -> LabelKeys:
         """Return what files call their labels, the target of the task included."""
@@ -286,13 +291,13 @@ def split_indices(n_structures: int, split: Split) -> dict[str, list[int]]:
     """
     if split.file is not None:
         return _indices_from_file(resolve_data_path(split.file), n_structures)
-    if not (0 <= split.val < 1 and 0 <= split.test < 1 and split.val + split.test < 1):
-        raise DataError(
-            f"split.val={split.val} and split.test={split.test} must be >= 0, their sum below 1"
-        )
+    if min(split.val, split.test) < 0:
+        raise DataError(f"split.val={split.val} and split.test={split.test} must be >= 0")
     # RandomState's stream is frozen by NumPy for good; that of Generator may change.
     order = np.random.RandomState(split.seed).permutation(n_structures)
-    n_test, n_val = round(split.test * n_structures), round(split.val * n_structures)
+    n_test, n_val = (
+        round(part if part >= 1 else part * n_structures) for part in (split.test, split.val)
+    )
     if n_test + n_val >= n_structures:
         raise DataError(f"{n_structures} structures leave none to train on after the split {split}")
     parts = np.split(order, [n_test, n_test + n_val])

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from atomeq.data.ase_files import DataError
+from atomeq.units import HARTREE
 
 Readout = Literal["sum", "mean"]
 
@@ -51,8 +52,16 @@ def known_target(target: str | ScalarTarget) -> ScalarTarget:
     return TARGETS[target]
 
 
-def _energies(hydrogen: float, *others: float) -> dict[str, float]:
-    return dict(zip("HCNOF", (hydrogen, *others), strict=True))
+def _hartree(*values: float) -> dict[str, float]:
+    return dict(zip("HCNOF", (HARTREE * value for value in values), strict=True))
+
+
+# Isolated atoms of QM9, its atomref.txt: U0, U, H and G, and the heat capacity, 3/2 R.
+_U0 = _hartree(-0.500273, -37.846772, -54.583861, -75.064579, -99.718730)
+_U = _hartree(-0.498857, -37.845355, -54.582445, -75.063163, -99.717314)
+_H = _hartree(-0.497912, -37.844411, -54.581501, -75.062219, -99.716370)
+_G = _hartree(-0.510927, -37.861317, -54.598897, -75.079532, -99.733544)
+_CV = dict.fromkeys("HCNOF", 2.981)
 
 
 _KNOWN = (
@@ -64,11 +73,11 @@ _KNOWN = (
     ScalarTarget("gap", "eV"),
     ScalarTarget("r2", "bohr²", "sum"),
     ScalarTarget("zpve", "eV", "sum"),
-    ScalarTarget("U0", "eV", "sum"),
-    ScalarTarget("U", "eV", "sum"),
-    ScalarTarget("H", "eV", "sum"),
-    ScalarTarget("G", "eV", "sum"),
-    ScalarTarget("Cv", "cal/mol/K", "sum"),
+    ScalarTarget("U0", "eV", "sum", _U0),
+    ScalarTarget("U", "eV", "sum", _U),
+    ScalarTarget("H", "eV", "sum", _H),
+    ScalarTarget("G", "eV", "sum", _G),
+    ScalarTarget("Cv", "cal/mol/K", "sum", _CV),
     # QM7
     ScalarTarget("atomization_energy", "eV", "sum"),
     # OPV: oscillator strengths against the solar spectrum, and what is extrapolated to the polymer

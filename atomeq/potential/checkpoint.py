@@ -30,6 +30,7 @@ WEIGHTS_FILE = "weights.safetensors"
 #: Every model a checkpoint may name, by its class path. A new model adds its line here.
 MODELS = (
     "atomeq.models.egnn.EGNN",
+    "atomeq.models.egnn_published.MoleculeEGNN",
     "atomeq.models.equiformer_v2.EquiformerV2",
     "atomeq.models.equihgnn.EquiHGNN",
     "atomeq.models.escn.ESCN",

@@ -14,7 +14,13 @@ from atomeq.potential.derivatives import energy_and_derivatives
 from atomeq.potential.predictor import Predictor
 from atomeq.typing import PropertyKey
 
-_PROPERTIES: tuple[PropertyKey, ...] = ("energy", "energies", "forces", "stress")
+_PROPERTIES: tuple[PropertyKey, ...] = (
+    "energy",
+    "energies",
+    "forces",
+    "gradient_forces",
+    "stress",
+)
 
 
 class Potential(Predictor):
@@ -49,7 +55,8 @@ class Potential(Predictor):
 
         Returns:
             ``energy`` (n_graphs,) eV and ``energies`` (n_atoms,) eV in float64; ``forces``
-            (n_atoms, 3) eV/Å; ``stress`` (n_graphs, 3, 3) eV/Å³, positive when stretched.
+            (n_atoms, 3) eV/Å; ``stress`` (n_graphs, 3, 3) eV/Å³, positive when stretched; of a
+            model with a force head also ``gradient_forces``, what -dE/dx is, without a gradient.
 
         Raises:
             ValueError: An unknown property, or the stress of a structure without volume.
@@ -58,7 +65,9 @@ class Potential(Predictor):
         derived = [key for key in ("forces", "stress") if key in properties]
         if "stress" in derived and not self.conservative:
             raise ValueError("a model with a force head has no energy whose strain gives a stress")
-        if not derived or not self.conservative:
+        if "gradient_forces" in properties:
+            computed = self._evaluate_with_gradient(graph)
+        elif not derived or not self.conservative:
             computed = self._evaluate(graph)
         else:
             if create_graph is None:
@@ -71,6 +80,24 @@ class Potential(Predictor):
                 create_graph=create_graph,
             )
         return {key: computed[key] for key in properties}
+
+    def _evaluate_with_gradient(self, graph: AtomGraph) -> dict[PropertyKey, Tensor]:
+        if self.conservative:
+            raise ValueError(
+                "gradient_forces are for models with a force head; here the forces are -dE/dx"
+            )
+        heads: list[Tensor] = []
+
+        def evaluate(deformed: AtomGraph) -> dict[PropertyKey, Tensor]:
+            computed = self._evaluate(deformed)
+            heads.append(computed.pop("forces"))
+            return computed
+
+        # create_graph keeps energy and head differentiable; the gradient itself is a target.
+        computed = energy_and_derivatives(evaluate, graph, create_graph=True)
+        computed["gradient_forces"] = computed["forces"].detach()
+        computed["forces"] = heads[0]
+        return computed
 
     def _evaluate(self, graph: AtomGraph) -> dict[PropertyKey, Tensor]:
         outputs = self.model(graph)

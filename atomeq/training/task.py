@@ -143,7 +143,7 @@ class AtomisticTask(LightningModule):
     def validation_step(self, batch: AtomGraph, batch_idx: int) -> None:
         """Add a batch to the validation errors."""
         prediction = self._evaluate(batch, "val")
-        if set(self.loss.properties) <= set(prediction):
+        if set(self.loss.labels) <= set(prediction):
             loss = self.loss(prediction, batch)["loss"].detach()
             self.val_loss.update(loss, weight=batch.n_graphs)
 
@@ -316,7 +316,7 @@ class AtomisticTask(LightningModule):
         )
 
     def _refuse_missing_labels(self, dataset: GraphDataset) -> None:
-        missing = [key for key in self.loss.properties if key not in dataset.labels]
+        missing = [key for key in self.loss.labels if key not in dataset.labels]
         if missing and self.target is not None:
             raise DataError(
                 f"no training structure has a label for the target {self.target.name!r}; name the "
