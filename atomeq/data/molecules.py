@@ -162,7 +162,7 @@ def read_sdf(path: Path) -> Iterator[tuple[str, str]]:
 def text_of(path: Path) -> Iterator[IO[str]]:
     """Open a text file: plain, .gz, or the only file of a .tar.gz."""
     if path.name.endswith(".tar.gz"):
-        with tarfile.open(path, "r|gz") as archive:
+        with tarfile.open(path, "r:gz") as archive:
             member = archive.next()
             raw = archive.extractfile(member) if member is not None else None
             if raw is None:

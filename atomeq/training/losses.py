@@ -172,7 +172,7 @@ class PotentialLoss:
 
 def _refuse_delta(kind: str, huber_delta: float) -> None:
     if kind == "huber" and huber_delta <= 0:
-        raise ValueError(f"the delta of Huber's function must be positive, got {huber_delta}")
+        raise ValueError(f"huber_delta must be positive, got {huber_delta}")
 
 
 def _cost(error: Tensor, kind: str, huber_delta: float) -> Tensor:

@@ -19,6 +19,8 @@ from atomeq.potential.references import AtomicReferences, least_squares_shift
 
 logger = logging.getLogger(__name__)
 
+_PLURAL = {"energy": "energies", "scalar": "labels of the target"}
+
 #: Where the shift per element comes from.
 Shift: TypeAlias = Literal["least_squares", "none", "atoms"] | DataFile | Mapping[str, float]
 
@@ -134,7 +136,7 @@ def _shift(
         labelled = [g for g in dataset.sample() if bool(torch.isfinite(_label(g, label)).all())]
         if not labelled:
             raise DataError(
-                f"references by least squares need labels of the {label}; no structure has one"
+                f"references by least squares need {_PLURAL[label]}; none of the structures has"
             )
         fitted = least_squares_shift(
             [graph.atomic_numbers for graph in labelled], [float(g[label]) for g in labelled]

@@ -28,8 +28,8 @@ EXCLUDED = 3  # the number of the water, from 1
 VALUES = np.round(np.random.RandomState(0).normal(size=(len(NAMES), 15)), 6)
 FLOAT32 = 1e-6  # relative: PyG's labels are float32
 
-METHANE = """5
-gdb 1\t157.7118\t157.70997\t157.70699\t0.\t13.21\t-0.3877\t0.1171\t0.5048\t35.3641\t0.044749\t-40.47893\t-40.476062\t-40.475117\t-40.498597\t6.469\t
+_METHANE = """5
+@LABELS@
 C\t-0.0126981359\t 1.0858041578\t 0.0080009958\t-0.535689
 H\t 2.15041*^-3\t-0.0060313176\t 0.0019761204\t 0.133921
 H\t 1.0117308433\t 1.4637511618\t 0.0002765748\t 0.133922
@@ -39,6 +39,11 @@ H\t-0.5238136345\t 1.4379326443\t 0.9063972942\t 0.133923
 C\tC\t
 InChI=1S/CH4/h1H4\tInChI=1S/CH4/h1H4
 """
+_LABELS = (
+    "157.7118 157.70997 157.70699 0. 13.21 -0.3877 0.1171 0.5048 35.3641 0.044749 -40.47893 "
+    "-40.476062 -40.475117 -40.498597 6.469"
+)
+METHANE = _METHANE.replace("@LABELS@", "gdb 1\t" + _LABELS.replace(" ", "\t") + "\t")
 
 
 def raw_text(k: int) -> str:
