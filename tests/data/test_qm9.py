@@ -3,14 +3,13 @@
 The files are made here in exactly those forms; the public sample of 100 molecules is read as well.
 """
 
-import io
-import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from ase.build import molecule
+from qm9 import EXCLUDED, NAMES, VALUES, raw_text, write_archive, write_excluded
 from torch_geometric.data import Data, InMemoryDataset
 
 from atomeq.data.ase_files import DataError, LabelKeys, read_structures
@@ -22,10 +21,6 @@ from atomeq.units import HARTREE
 
 pytest.importorskip("rdkit", reason="SDF files are read by RDKit, of the extra chemistry")
 
-NAMES = ["CH4", "NH3", "H2O", "C2H2"]
-EXCLUDED = 3  # the number of the water, from 1
-#: A, B, C and the twelve targets, as the files have them.
-VALUES = np.round(np.random.RandomState(0).normal(size=(len(NAMES), 15)), 6)
 FLOAT32 = 1e-6  # relative: PyG's labels are float32
 
 _METHANE = """5
@@ -46,31 +41,9 @@ _LABELS = (
 METHANE = _METHANE.replace("@LABELS@", "gdb 1\t" + _LABELS.replace(" ", "\t") + "\t")
 
 
-def raw_text(k: int) -> str:
-    atoms = molecule(NAMES[k])
-    lines = [str(len(atoms)), f"gdb {k + 1}\t" + "\t".join(f"{x:.6f}" for x in VALUES[k])]
-    for symbol, position in zip(atoms.symbols, atoms.positions, strict=True):
-        lines.append("\t".join([symbol, *(f"{x:.10f}" for x in position), "0.1"]))
-    return "\n".join([*lines, "100.0\t200.0", "C\tC", "InChI=1S\tInChI=1S"]) + "\n"
-
-
-def write_excluded(folder: Path) -> None:
-    header = [f"header line {k}" for k in range(9)]
-    row = f"   {EXCLUDED}   O   O   O   1.0"
-    folder.joinpath("uncharacterized.txt").write_text("\n".join([*header, row, "1 compounds", ""]))
-
-
 @pytest.fixture
 def archive(tmp_path: Path) -> Path:
-    path = tmp_path / "dsgdb9nsd.xyz.tar.bz2"
-    with tarfile.open(path, "w:bz2") as packed:
-        for k in range(len(NAMES)):
-            info = tarfile.TarInfo(f"dsgdb9nsd_{k + 1:06d}.xyz")
-            content = raw_text(k).encode()
-            info.size = len(content)
-            packed.addfile(info, io.BytesIO(content))
-    write_excluded(tmp_path)
-    return path
+    return write_archive(tmp_path)
 
 
 @pytest.fixture
