@@ -291,8 +291,12 @@ def split_indices(n_structures: int, split: Split) -> dict[str, list[int]]:
     """
     if split.file is not None:
         return _indices_from_file(resolve_data_path(split.file), n_structures)
-    if min(split.val, split.test) < 0:
-        raise DataError(f"split.val={split.val} and split.test={split.test} must be >= 0")
+    fractions = max(split.val, split.test) < 1
+    if min(split.val, split.test) < 0 or (fractions and split.val + split.test >= 1):
+        raise DataError(
+            f"split.val={split.val} and split.test={split.test} must be >= 0 and, as fractions, "
+            "their sum below 1"
+        )
     # RandomState's stream is frozen by NumPy for good; that of Generator may change.
     order = np.random.RandomState(split.seed).permutation(n_structures)
     n_test, n_val = (

@@ -28,7 +28,7 @@ TARGET_NAMES = (
 )  # fmt: skip
 _IN_HARTREE = {"homo", "lumo", "gap", "zpve", "U0", "U", "H", "G"}
 # The second line of a raw file: "gdb", the number of the molecule, then these.
-_RAW_NAMES = ("A", "B", "C", *TARGET_NAMES[:5], "r2", *TARGET_NAMES[6:])
+_RAW_NAMES: tuple[str, ...] = ("A", "B", "C", *TARGET_NAMES[:5], "r2", *TARGET_NAMES[6:])
 _TABLE_NAMES = {"u0": "U0", "u298": "U", "h298": "H", "g298": "G", "cv": "Cv"}
 
 
