@@ -26,7 +26,8 @@ from atomeq.potential.scalar import ScalarPredictor
 from atomeq.training.losses import Loss, PotentialLoss, ScalarLoss
 from atomeq.training.metrics import ErrorMetric, PotentialErrors, ScalarErrors
 from atomeq.training.normalisation import fit_references, fit_scalar_references, take_weights
-from atomeq.training.schedules import WarmupCosine
+from atomeq.training.parameters import Decay, parameter_groups
+from atomeq.training.schedules import RunSchedule
 from atomeq.typing import PropertyKey
 
 logger = logging.getLogger(__name__)
@@ -39,8 +40,10 @@ class AtomisticTask(LightningModule):
         model: The network.
         optimizer: Makes the optimizer from the parameters.
         scheduler: Makes the learning-rate schedule from the optimizer; stepped each epoch, or each
-            step where it is a :class:`~atomeq.training.schedules.WarmupCosine`, or at the end of
+            step where it is a :class:`~atomeq.training.schedules.RunSchedule`, or at the end of
             each validation where it is Lightning's ``ReduceLROnPlateau``.
+        decay: What the optimizer's weight decay acts on: ``all`` parameters, or ``weights`` but
+            neither biases nor normalisations.
         loss: Coefficients and kind of the loss of a potential.
         scalar_loss: Kind of the loss of a target.
         target: A scalar to learn in place of a potential, by name (``gap``, ``alpha``, ...) or
@@ -70,6 +73,7 @@ class AtomisticTask(LightningModule):
         *,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         scheduler: LRSchedulerCallable | None = None,
+        decay: Decay = "all",
         target: str | ScalarTarget | None = None,
         loss: PotentialLoss | None = None,
         scalar_loss: ScalarLoss | None = None,
@@ -92,6 +96,7 @@ class AtomisticTask(LightningModule):
             take_weights(self.potential, expand_data_path(start_from))
         self.optimizer = optimizer
         self.scheduler = scheduler
+        self.decay: Decay = decay
         self.loss = _loss_of(self.target, loss, scalar_loss)
         self.reference_source = references
         self.scale_source: float | Literal["forces", "energy"] | None = scale
@@ -194,7 +199,7 @@ class AtomisticTask(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Make the optimizer and its schedule."""
-        optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
+        optimizer = self.optimizer(parameter_groups(self, self.decay))
         if self.scheduler is None:
             return optimizer
         scheduler = self.scheduler(optimizer)
@@ -203,7 +208,7 @@ class AtomisticTask(LightningModule):
             if self._plateau_state is not None:
                 scheduler.load_state_dict(self._plateau_state)
             return optimizer
-        per_step = isinstance(scheduler, WarmupCosine)
+        per_step = isinstance(scheduler, RunSchedule)
         if per_step:
             scheduler.set_total_steps(self._total_steps())
         return {
@@ -231,7 +236,7 @@ class AtomisticTask(LightningModule):
             limits.append(trainer.max_epochs * -(-n_batches // trainer.accumulate_grad_batches))
         if not limits:
             raise ValueError(
-                "WarmupCosine needs an end: set trainer.max_epochs or trainer.max_steps"
+                "this schedule needs an end: set trainer.max_epochs or trainer.max_steps"
             )
         return min(limits)
 
