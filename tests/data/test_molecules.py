@@ -9,17 +9,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from ase import Atoms
 
 from atomeq.data import molecule_download
 from atomeq.data.ase_files import DataError, LabelKeys, read_structures
+from atomeq.data.datamodule import AtomisticDataModule
 from atomeq.data.molecule_download import MOLECULE_SETS, MoleculeSet, download_molecules
 from atomeq.data.molecule_files import reader_of
 from atomeq.data.molecules import NO_GEOMETRY
 from atomeq.data.oc20_download import Archive
+from atomeq.data.targets import known_target
 from atomeq.graph.builders import HyperGraph
 from atomeq.graph.hyperedges import CONJUGATED, INFO_KEY, RING
+from atomeq.models.egnn import EGNN
 from atomeq.models.equihgnn import EquiHGNN
+from atomeq.potential.scalar import ScalarPredictor
 
 chem = pytest.importorskip("rdkit.Chem", reason="RDKit is of the extra chemistry")
 
@@ -110,6 +115,20 @@ def test_smiles_alone_have_a_hypergraph_and_no_geometry(pcqm: Path):
     assert graph.n_edges == 0
     scalar = EquiHGNN(None, num_layers=1, hidden_channels=8)(graph)["energies"]
     assert scalar.shape == (19,)
+
+
+def test_published_hypergraphs_reach_the_model(opv: Path):
+    data = AtomisticDataModule(str(opv), labels=LabelKeys(scalar="gap"))
+    data.use_builder(HyperGraph(5.0, perceive=False))
+    data.setup("fit")
+    assert data.train_set is not None
+    batch = data.train_set.__getitems__([0, 1, 2])
+    assert batch.scalar.tolist() == [3.0, 4.0, 5.0]
+    assert (batch.num_hyperedges >= torch.tensor([9, 6, 2])).all()  # at least all bonds
+    encoder = EGNN(5.0, num_layers=1, hidden_channels=8)
+    target = known_target("gap")
+    predictor = ScalarPredictor(EquiHGNN(encoder, num_layers=1, hidden_channels=8), target)
+    assert predictor(batch)["scalar"].shape == (3,)
 
 
 def test_bonds_without_sense_are_perceived_anew(tmp_path: Path, caplog):
