@@ -52,8 +52,8 @@ MOLECULE_SETS: dict[str, MoleculeSet] = {
     "opv": MoleculeSet(
         "see data.nrel.gov",
         tuple(
-            Archive(f"{_NREL}mol_{part}.csv.gz", None, size, name=f"mol_{part}.csv.gz")
-            for part, size in (("train", "large"), ("valid", "small"), ("test", "small"))
+            Archive(f"{_NREL}mol_{part}.csv.gz", None, "size unknown", name=f"mol_{part}.csv.gz")
+            for part in ("train", "valid", "test")
         ),
     ),
     "pcqm4mv2": MoleculeSet(
