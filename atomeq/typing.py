@@ -5,7 +5,7 @@ The shape strings are jaxtyping's; they are checked at run time in the tests onl
 everywhere inside the package; other units exist only at the doors (see :mod:`atomeq.units`).
 """
 
-from typing import Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -36,5 +36,8 @@ AtomicEnergies: TypeAlias = Float[Tensor, " n_atoms"]  # eV, per atom
 Forces: TypeAlias = Float[Tensor, "n_atoms 3"]  # eV/Å
 Stress: TypeAlias = Float[Tensor, "n_graphs 3 3"]  # eV/Å³, ASE's sign: positive when stretched
 
-PropertyKey: TypeAlias = Literal["energy", "energies", "forces", "stress"]
-PROPERTY_KEYS: tuple[PropertyKey, ...] = get_args(PropertyKey)
+Scalars: TypeAlias = Float[Tensor, " n_graphs"]  # a property that is no energy, in its own unit
+
+PropertyKey: TypeAlias = Literal[
+    "energy", "energies", "forces", "gradient_forces", "stress", "scalar"
+]

@@ -25,10 +25,12 @@ from atomeq.potential.checkpoint import (
     WEIGHTS_FILE,
     find_potential,
     load_potential,
+    not_a_potential,
     resolve_device,
     sha256,
 )
 from atomeq.potential.potential import Potential
+from atomeq.potential.scalar import ScalarPredictor
 from atomeq.typing import PropertyKey
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
@@ -240,6 +242,8 @@ def _frozen(
     dtype: torch.dtype | None,
 ) -> Potential:
     """Return a potential of the calculator's own, without gradients of its parameters."""
+    if isinstance(potential, ScalarPredictor):
+        raise ValueError(not_a_potential(potential, "the model given to the calculator"))
     if isinstance(potential, torch.nn.Module) and not isinstance(potential, Potential):
         raise ValueError(
             f"a {type(potential).__name__} is no potential: it gives no energies. A model becomes "

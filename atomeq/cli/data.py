@@ -16,6 +16,7 @@ from atomeq.calculators.relaxation import relax_frame
 from atomeq.cli.terminal import Meter, Parser, say, show_table
 from atomeq.data.ase_files import DATA_VARIABLE, DataError, expand_data_path
 from atomeq.data.download import DATA_SETS, download
+from atomeq.data.molecule_download import MOLECULE_SETS, download_molecules
 from atomeq.data.nbody import NBodyRecipe, System
 from atomeq.data.oc20 import open_frames
 from atomeq.data.oc20_download import ARCHIVES, Archive, fetch, unpack
@@ -197,18 +198,22 @@ def list_sets() -> int:
         [name, "CC-BY-4.0", f"{archive.url} ({archive.size} unpacked)"]
         for name, archive in ARCHIVES.items()
     ]
+    rows += [
+        [name, known.licence, f"{known.files[0].url} and {len(known.files) - 1} more"]
+        for name, known in MOLECULE_SETS.items()
+    ]
     show_table(["set", "licence", "source"], rows, most=len(rows))
     return 0
 
 
 def download_set(options: Namespace) -> int:
     """Fetch a data set."""
+    known = (*DATA_SETS, *MOLECULE_SETS, *ARCHIVES)
     if options.name is None:
-        raise DataError(f"name a data set to download: {', '.join((*DATA_SETS, *ARCHIVES))}")
-    if options.name not in (*DATA_SETS, *ARCHIVES):
+        raise DataError(f"name a data set to download: {', '.join(known)}")
+    if options.name not in known:
         raise DataError(
-            f"there is no data set {options.name!r} to download; "
-            f"known: {', '.join((*DATA_SETS, *ARCHIVES))}"
+            f"there is no data set {options.name!r} to download; known: {', '.join(known)}"
         )
     folder = options.folder or os.environ.get(DATA_VARIABLE)
     if not folder:
@@ -216,6 +221,10 @@ def download_set(options: Namespace) -> int:
     logging.getLogger("atomeq").setLevel(logging.INFO)
     if options.name in DATA_SETS:
         paths = download(options.name, folder, source=options.source)
+        say(f"{options.name}: {len(paths)} files in {paths[0].parent}")
+        return 0
+    if options.name in MOLECULE_SETS:
+        paths = download_molecules(options.name, folder, source=options.source)
         say(f"{options.name}: {len(paths)} files in {paths[0].parent}")
         return 0
     archive = ARCHIVES[options.name]

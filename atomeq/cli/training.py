@@ -23,6 +23,7 @@ from typing import Any, NoReturn
 import ase.io
 import torch
 import yaml
+from ase import Atoms
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
@@ -30,11 +31,14 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import CSVLogger
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from atomeq.data.ase_files import LabelKeys
 from atomeq.data.datamodule import AtomisticDataModule, Split
 from atomeq.data.nbody import NBodyRecipe
+from atomeq.data.targets import ScalarTarget
 from atomeq.files import write_atomically
+from atomeq.graph.atom_graph import AtomGraph
 from atomeq.graph.convert import to_ase
 from atomeq.models.base import AtomisticModel, Propagator
 from atomeq.potential.checkpoint import MODELS, PROPAGATORS
@@ -44,7 +48,7 @@ from atomeq.training.callbacks import (
     RunCheckpoint,
     SavePotential,
 )
-from atomeq.training.losses import PotentialLoss
+from atomeq.training.losses import PotentialLoss, ScalarLoss
 from atomeq.training.propagation import (
     MoleculeDataModule,
     NBodyDataModule,
@@ -53,6 +57,7 @@ from atomeq.training.propagation import (
     SavePropagator,
 )
 from atomeq.training.task import AtomisticTask
+from atomeq.typing import PropertyKey
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +69,7 @@ HELP = {
     "atomeq validate -c EXPERIMENT.yaml --ckpt_path runs/NAME/checkpoints/best.ckpt",
     "test": "Errors on each test set: "
     "atomeq test -c EXPERIMENT.yaml --ckpt_path runs/NAME/checkpoints/best.ckpt",
-    "predict": "Energies and forces of the structures of a file: "
+    "predict": "Energies and forces, or the target, of the structures of a file: "
     "atomeq predict -c EXPERIMENT.yaml --data.predict FILE --ckpt_path CHECKPOINT",
 }
 
@@ -219,13 +224,12 @@ class TrainingCLI(LightningCLI):
             partial.write_text(json.dumps(self.model.test_results, indent=2) + "\n")
 
     def predict(self, **arguments: Any) -> None:
-        """Write the structures with predicted energies and forces into the run's folder."""
+        """Write the structures with what was predicted of them into the run's folder."""
         batches = self.trainer.predict(weights_only=True, **arguments)
         path = self._run_folder() / "predictions.extxyz"
         with write_atomically(path) as partial:
             for graph, prediction in batches or []:
-                labels = {"energy": prediction["energy"], "forces": prediction["forces"]}
-                structures = to_ase(graph.replace(stress=None, weight=None, **labels))
+                structures = _predicted(graph, prediction, self.model.target)
                 ase.io.write(partial, structures, format="extxyz", append=True)
         logger.info("predictions written to %s", path)
 
@@ -312,6 +316,20 @@ def _named_in(path: Path) -> str | None:
     return document.get("task") if isinstance(document, dict) else None
 
 
+def _predicted(
+    graph: AtomGraph, prediction: dict[PropertyKey, Tensor], target: ScalarTarget | None
+) -> list[Atoms]:
+    """Return structures with what was predicted of them: labels, or the scalar by its name."""
+    bare = graph.replace(energy=None, forces=None, stress=None, scalar=None, weight=None)
+    if target is None:
+        labels = {"energy": prediction["energy"], "forces": prediction["forces"]}
+        return to_ase(bare.replace(**labels))
+    structures = to_ase(bare)
+    for atoms, value in zip(structures, prediction["scalar"].tolist(), strict=True):
+        atoms.info[target.name] = value
+    return structures
+
+
 def _checkpoint_folder(root: str | Path | None) -> str:
     return str(Path(root or ".") / "checkpoints")
 
@@ -344,6 +362,8 @@ def _known_keys() -> set[str]:
         "trainer": Trainer,
         "model": AtomisticTask,
         "model.loss": PotentialLoss,
+        "model.scalar_loss": ScalarLoss,
+        "model.target": ScalarTarget,
         "data": AtomisticDataModule,
         "data.recipe": NBodyRecipe,
         "data.split": Split,

@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,6 +46,7 @@ class LabelKeys:
         energy: Total energy, eV.
         forces: Forces, eV/Å.
         stress: Stress, eV/Å³ in ASE's sign; 6 Voigt components or 3 x 3.
+        scalar: Any other number of a structure; a task with a target looks for its name.
         weight: Weight of the structure in the loss; 1 where absent.
         kind: What ``atoms.info`` calls the kind of configuration.
         kind_weights: Further weight of the structures of a kind; 1 for kinds not named.
@@ -54,6 +55,7 @@ class LabelKeys:
     energy: str = "energy"
     forces: str = "forces"
     stress: str = "stress"
+    scalar: str | None = None
     weight: str = "weight"
     kind: str = "config_type"
     kind_weights: dict[str, float] = field(default_factory=dict)
@@ -98,7 +100,10 @@ def _hint() -> str:
 
 
 def read_structures(
-    path: str | os.PathLike[str], *, labels: LabelKeys | None = None
+    path: str | os.PathLike[str],
+    *,
+    labels: LabelKeys | None = None,
+    reader: Callable[[Path], Iterator[Atoms]] | None = None,
 ) -> Iterator[Atoms]:
     """Yield the validated structures of a file one by one, without reading it all.
 
@@ -106,10 +111,12 @@ def read_structures(
         path: extxyz, trajectory, ASE database (.db, .aselmdb) or anything else that ASE reads; text
             formats may be compressed (.gz, .bz2, .xz).
         labels: What the file calls its labels.
+        reader: What reads a format that ASE does not know.
 
     Yields:
         Structures whose labels, where present, are ``energy`` (eV), ``forces`` (eV/Å) and
-        ``stress`` (eV/Å³, Voigt) of ``atoms.calc``, and ``atoms.info["weight"]``.
+        ``stress`` (eV/Å³, Voigt) of ``atoms.calc``, and ``atoms.info["weight"]``; the scalar, if
+        one is asked for, is ``atoms.info["scalar"]``.
 
     Raises:
         DataError: The file is missing, damaged or empty, or a frame is not a usable structure; the
@@ -122,7 +129,7 @@ def read_structures(
     resolved = resolve_data_path(path)
     labels = labels if labels is not None else LabelKeys()
     frame = -1
-    for frame, atoms in enumerate(_read_raw(resolved)):
+    for frame, atoms in enumerate((reader or _read_raw)(resolved)):
         name = f"{resolved}, frame {frame}"
         try:
             validate_structure(atoms, name=name)
@@ -214,6 +221,8 @@ def _read_database(path: Path) -> Iterator[Atoms]:
 def _normalise_labels(atoms: Atoms, labels: LabelKeys, name: str) -> None:
     shapes = {"energy": ((),), "forces": ((len(atoms), 3),), "stress": ((6,), (3, 3), (9,))}
     results: dict[str, Any] = {}
+    if labels.scalar is not None and (value := _take(atoms, labels.scalar)) is not None:
+        atoms.info["scalar"] = float(_checked(value, ((),), f"{name}: label {labels.scalar!r}"))
     for label, allowed in shapes.items():
         key = getattr(labels, label)
         value = _take(atoms, key)

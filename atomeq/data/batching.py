@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from atomeq.data.ase_files import DataError
 from atomeq.graph.atom_graph import AtomGraph
 
-LABELS = ("energy", "forces", "stress")
+LABELS = ("energy", "forces", "stress", "scalar")
 
 
 class GraphDataset(Dataset[AtomGraph]):

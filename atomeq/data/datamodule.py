@@ -8,7 +8,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
@@ -20,6 +20,7 @@ from lightning.pytorch import LightningDataModule
 
 from atomeq.data.ase_files import DataError, LabelKeys, read_structures, resolve_data_path
 from atomeq.data.batching import LABELS, BudgetBatchSampler, GraphDataset, ResumableLoader
+from atomeq.data.molecule_files import reader_of
 from atomeq.graph.atom_graph import AtomGraph
 
 logger = logging.getLogger(__name__)
@@ -28,6 +29,7 @@ _LABEL_SHAPES = {
     "energy": lambda g: (1,),
     "forces": lambda g: (g.n_atoms, 3),
     "stress": lambda g: (1, 3, 3),
+    "scalar": lambda g: (1,),
 }
 
 if TYPE_CHECKING:
@@ -56,8 +58,8 @@ class Split:
     """How the structures of ``train`` are divided where no files do it.
 
     Attributes:
-        val: Fraction held out for validation.
-        test: Fraction held out as the test set ``held_out``.
+        val: Fraction held out for validation, or a number of structures if 1 or more.
+        test: The same of the test set ``held_out``.
         seed: Of the permutation; the test part depends on ``test`` and ``seed`` alone.
         file: .npz or .json with index lists ``train``, ``val`` and ``test``; replaces the above.
     """
@@ -235,7 +237,21 @@ class AtomisticDataModule(LightningDataModule):
 
     def _read(self, files: DataFiles) -> list[Atoms]:
         paths = files if isinstance(files, list) else [files]
-        return [atoms for path in paths for atoms in read_structures(path, labels=self.labels)]
+        labels = self.label_keys()
+        return [
+            atoms
+            for path in paths
+            for atoms in read_structures(path, labels=labels, reader=reader_of(Path(path)))
+        ]
+
+    def label_keys(self) -> LabelKeys:
+        """Return what files call their labels, the target of the task included."""
+        # AtomisticTask lives one floor up and cannot be imported here.
+        task = self.trainer.lightning_module if self.trainer is not None else None
+        target = getattr(task, "target", None)
+        if target is None or self.labels.scalar is not None:
+            return self.labels
+        return replace(self.labels, scalar=target.name)
 
     def _dataset(self, structures: Sequence[Atoms], name: str) -> GraphDataset:
         build = self._build
@@ -275,13 +291,17 @@ def split_indices(n_structures: int, split: Split) -> dict[str, list[int]]:
     """
     if split.file is not None:
         return _indices_from_file(resolve_data_path(split.file), n_structures)
-    if not (0 <= split.val < 1 and 0 <= split.test < 1 and split.val + split.test < 1):
+    fractions = max(split.val, split.test) < 1
+    if min(split.val, split.test) < 0 or (fractions and split.val + split.test >= 1):
         raise DataError(
-            f"split.val={split.val} and split.test={split.test} must be >= 0, their sum below 1"
+            f"split.val={split.val} and split.test={split.test} must be >= 0 and, as fractions, "
+            "their sum below 1"
         )
     # RandomState's stream is frozen by NumPy for good; that of Generator may change.
     order = np.random.RandomState(split.seed).permutation(n_structures)
-    n_test, n_val = round(split.test * n_structures), round(split.val * n_structures)
+    n_test, n_val = (
+        round(part if part >= 1 else part * n_structures) for part in (split.test, split.val)
+    )
     if n_test + n_val >= n_structures:
         raise DataError(f"{n_structures} structures leave none to train on after the split {split}")
     parts = np.split(order, [n_test, n_test + n_val])
@@ -316,7 +336,9 @@ def _indices_from_file(path: Path, n_structures: int) -> dict[str, list[int]]:
 
 def _labelled(graph: AtomGraph, atoms: Atoms) -> AtomGraph:
     weight = torch.tensor([atoms.info.get("weight", 1.0)], dtype=graph.pos.dtype)
-    return graph.to("cpu").replace(weight=weight)
+    given = atoms.info.get("scalar")
+    scalar = None if given is None else torch.tensor([given], dtype=torch.float64)
+    return graph.to("cpu").replace(weight=weight, scalar=scalar)
 
 
 def _with_same_labels(graphs: list[AtomGraph]) -> list[AtomGraph]:

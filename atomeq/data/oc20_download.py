@@ -34,22 +34,24 @@ Report: TypeAlias = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Archive:
-    """A tar file on a server.
+    """A file on a server.
 
     Attributes:
         url: Where it is.
-        md5: Its published MD5 sum.
+        md5: Its published MD5 sum; None where there is none: the first download's is kept.
         size: Roughly how large it is, and unpacked, for people.
+        name: Of the file here; by default the one at the end of the address.
     """
 
     url: str
-    md5: str
+    md5: str | None
     size: str
+    name: str | None = None
 
     @property
     def file_name(self) -> str:
-        """The name at the end of the address."""
-        return self.url.rpartition("/")[2]
+        """The name of the file here."""
+        return self.name or self.url.rpartition("/")[2]
 
 
 ARCHIVES: dict[str, Archive] = {
@@ -218,14 +220,26 @@ def _check(file: Path, archive: Archive) -> None:
     with file.open("rb") as stream:
         while block := stream.read(_BLOCK):
             digest.update(block)
-    if digest.hexdigest() != archive.md5:
+    record = file.with_name(f"{archive.file_name}.md5")
+    expected = archive.md5
+    if expected is None and record.is_file():
+        expected = record.read_text(encoding="utf-8").strip()
+    if expected is None:
+        record.write_text(digest.hexdigest() + "\n", encoding="utf-8")
+        logger.warning(
+            "%s: no MD5 sum is published; that of this download, %s, is kept in %s",
+            archive.url,
+            digest.hexdigest(),
+            record,
+        )
+    elif digest.hexdigest() != expected:
         kept = file.with_name(f"{file.name}.damaged")
         os.replace(file, kept)
         with contextlib.suppress(FileNotFoundError):
             _tag_file(file).unlink()
         raise DataError(
             f"{archive.url}: the MD5 sum of what came is {digest.hexdigest()}, published is "
-            f"{archive.md5}; it is kept as {kept}, call again to fetch it anew"
+            f"{expected}; it is kept as {kept}, call again to fetch it anew"
         )
 
 

@@ -39,9 +39,12 @@ _UNKNOWN: dict[str, float | bool] = {
     "energy": float("nan"),
     "forces": float("nan"),
     "stress": float("nan"),
+    "scalar": float("nan"),
     "weight": 1.0,
     "num_hyperedges": 0,
 }
+# In float32 the total of a large structure loses its meV.
+_ALWAYS_DOUBLE = ("energy", "scalar")
 _LEVELS: dict[str, Level] = {
     "pos": "atom",
     "atomic_numbers": "atom",
@@ -55,6 +58,7 @@ _LEVELS: dict[str, Level] = {
     "natoms": "graph",
     "energy": "graph",
     "stress": "graph",
+    "scalar": "graph",
     "weight": "graph",
     "num_hyperedges": "graph",
     "edge_index": "edge",
@@ -91,7 +95,8 @@ class AtomGraph(Data):
         batch: (n_atoms,) structure of each atom, ascending; follows from ``natoms``.
         kwargs: ``tags`` (n_atoms,), ``fixed`` (n_atoms,) bool, ``velocities`` (n_atoms, 3) Å/fs,
             labels ``energy`` (n_graphs,) eV, ``forces`` (n_atoms, 3) eV/Å, ``stress``
-            (n_graphs, 3, 3) eV/Å³, ``weight`` (n_graphs,), ``hyperedge_index`` (2, n_incidences)
+            (n_graphs, 3, 3) eV/Å³, ``scalar`` (n_graphs,) in the unit of the property that is
+            learned, ``weight`` (n_graphs,), ``hyperedge_index`` (2, n_incidences)
             with ``num_hyperedges`` (n_graphs,) and ``hyperedge_type`` (n_hyperedges,), and any
             other tensor: it belongs to the edges if its name starts with ``edge_``, else to the
             atoms or structures by its length.
@@ -329,8 +334,8 @@ class AtomGraph(Data):
     ) -> "AtomGraph":
         """Return a copy on another device or with another floating-point type.
 
-        A dtype casts the floating-point fields, except that ``energy`` stays float64: in float32
-        the total of a large structure loses its meV. The graph itself is left as it is.
+        A dtype casts the floating-point fields, except that ``energy`` and ``scalar`` stay float64:
+        in float32 the total of a large structure loses its meV. The graph itself is left as it is.
 
         Args:
             device: Device or dtype.
@@ -343,7 +348,7 @@ class AtomGraph(Data):
         copy = self.__copy__()
         for name, value in self._store.items():
             if isinstance(value, Tensor) and (not args or name in args):
-                cast = dtype if value.is_floating_point() and name != "energy" else None
+                cast = dtype if value.is_floating_point() and name not in _ALWAYS_DOUBLE else None
                 copy._store[name] = value.to(device=device, dtype=cast, non_blocking=non_blocking)
         return copy
 

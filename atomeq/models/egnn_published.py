@@ -17,16 +17,18 @@ in row 0.
 """
 
 import re
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from atomeq.models.base import Propagator
+from atomeq.graph.atom_graph import AtomGraph
+from atomeq.models.base import AtomisticModel, Propagator
 from atomeq.nn.mlp import MLP
 from atomeq.nn.pair_mlp import PairMLP
 from atomeq.ops.segment import segment_mean, segment_sum
-from atomeq.typing import AtomicNumbers, BatchIndex, EdgeIndex, Positions
+from atomeq.typing import AtomicNumbers, BatchIndex, EdgeIndex, Positions, PropertyKey
 
 #: How a direction is divided: not at all, by |r| (detached) + 1e-8, or by |r| + 1.
 Normalization = Literal["none", "length", "length_plus_one"]
@@ -217,6 +219,57 @@ class QM9EGNN(nn.Module):
         charge = atomic_numbers.double() / max(self.elements)
         powers = torch.stack([charge**p for p in range(3)], dim=1)
         return (one_hot[:, :, None] * powers[:, None, :]).flatten(1)
+
+
+class MoleculeEGNN(AtomisticModel):
+    """The QM9 form as a model of the package: one scalar of each molecule, by a readout of its own.
+
+    Args:
+        cutoff: Å; all pairs within it are joined, and by default that is all of a molecule's.
+        hidden_channels: Channels of atoms and messages.
+        num_layers: Message-passing layers.
+        attention: Weigh each message by a sigmoid of itself.
+        repeat_inputs: Give every layer the input features again.
+        elements: Atomic numbers that are told apart.
+    """
+
+    outputs = frozenset({"scalar"})
+
+    def __init__(
+        self,
+        cutoff: float = 100.0,
+        *,
+        hidden_channels: int = 128,
+        num_layers: int = 7,
+        attention: bool = True,
+        repeat_inputs: bool = False,
+        elements: Sequence[int] = (1, 6, 7, 8, 9),
+    ) -> None:
+        super().__init__()
+        self.cutoff = cutoff
+        self.hidden_channels = hidden_channels
+        self.num_layers = num_layers
+        self.attention = attention
+        self.repeat_inputs = repeat_inputs
+        self.elements = list(elements)
+        self.network = QM9EGNN(
+            hidden_channels,
+            num_layers=num_layers,
+            attention=attention,
+            repeat_inputs=repeat_inputs,
+            elements=tuple(elements),
+        )
+
+    def forward(self, graph: AtomGraph) -> dict[PropertyKey, Tensor]:
+        """Return ``scalar`` (n_graphs,), in the model's own scale."""
+        scalar = self.network(
+            graph.atomic_numbers,
+            graph.pos.to(self.dtype),
+            graph.edge_index,
+            graph.batch,
+            graph.n_graphs,
+        )
+        return {"scalar": scalar}
 
 
 class PublishedLayer(nn.Module):

@@ -200,6 +200,28 @@ class EquiformerV2(AtomisticModel):
         Returns:
             ``energies`` (n_atoms,), and ``forces`` (n_atoms, 3) if they have a head.
         """
+        x, frame, edges = self._transform(graph, edge_rotation)
+        energies = self.energy.invariants(x)[:, 0] / self.energy_divisor
+        if self.linear_energies is not None:
+            energies = energies + self.linear_energies[graph.atomic_numbers]
+        outputs: dict[PropertyKey, Tensor] = {"energies": energies}
+        if self.forces is not None:
+            outputs["forces"] = self.forces(x, frame, edges)[:, 1:4, 0]  # l = 1 is (x, y, z)
+        return outputs
+
+    @property
+    def node_channels(self) -> int:
+        """Channels of :meth:`node_features`."""
+        return self.sphere_channels
+
+    def node_features(self, graph: AtomGraph) -> Tensor:
+        """Return the scalars of the last block, normalised, (n_atoms, sphere_channels)."""
+        return self._transform(graph, None)[0][:, 0]
+
+    def _transform(
+        self, graph: AtomGraph, edge_rotation: Tensor | None
+    ) -> tuple[NodeFeatures, EdgeFrame, EdgeScalars]:
+        """Return the atoms after the last block (n_atoms, n_sph, C), and the edges they saw."""
         numbers = graph.atomic_numbers
         frame = EdgeFrame.build(
             graph.edge_vectors().to(self.dtype),
@@ -210,19 +232,11 @@ class EquiformerV2(AtomisticModel):
             rotation=edge_rotation,
         )
         edges = self._edge_scalars(frame, numbers)
-        x = self.degree_embedding(frame, edges)  # (n_atoms, n_sph, C)
+        x = self.degree_embedding(frame, edges)
         x = with_scalars(x, x[:, 0] + self.embedding(numbers))
         for block in self.blocks:
             x = block(x, frame, edges, graph.batch, graph.n_graphs)
-        x = self.norm_out(x)
-
-        energies = self.energy.invariants(x)[:, 0] / self.energy_divisor
-        if self.linear_energies is not None:
-            energies = energies + self.linear_energies[numbers]
-        outputs: dict[PropertyKey, Tensor] = {"energies": energies}
-        if self.forces is not None:
-            outputs["forces"] = self.forces(x, frame, edges)[:, 1:4, 0]  # l = 1 is (x, y, z)
-        return outputs
+        return self.norm_out(x), frame, edges
 
     def _edge_scalars(self, frame: EdgeFrame, numbers: Tensor) -> EdgeScalars:
         edges = EdgeScalars(

@@ -193,11 +193,23 @@ class FAENet(AtomisticModel):
             outputs["forces"] = atoms.forces
         if kept is None:
             return outputs
-        rows = torch.nonzero(kept)[:, 0]
-        return {
-            key: value.new_zeros(len(kept), *value.shape[1:]).index_copy(0, rows, value)
-            for key, value in outputs.items()
-        }
+        return {key: _filled(value, kept) for key, value in outputs.items()}
+
+    @property
+    def node_channels(self) -> int:
+        """Channels of :meth:`node_features`."""
+        return self.hidden_channels
+
+    def node_features(self, graph: AtomGraph) -> Tensor:
+        """Return the atoms after the last layer, (n_atoms, hidden_channels).
+
+        Like all of this network they depend on how the structure lies; inside
+        :class:`~atomeq.models.frame_averaged.FrameAveraged` they do not.
+        """
+        if not self.remove_tag_0:
+            return self.atomwise(graph).hidden
+        smaller, kept = without_tag_0(graph)
+        return _filled(self.atomwise(smaller).hidden, kept)
 
     def atomwise(self, graph: AtomGraph) -> FAENetOutput:
         """Run the network; see :class:`FAENetOutput`."""
@@ -465,6 +477,12 @@ def published(config: dict[str, Any]) -> FAENet:
         out_dim=config.get("out_dim", 1),
         num_elements=85,
     )
+
+
+def _filled(value: Tensor, kept: Tensor) -> Tensor:
+    """Return rows for all atoms, zeros where an atom was left out."""
+    rows = torch.nonzero(kept)[:, 0]
+    return value.new_zeros(len(kept), *value.shape[1:]).index_copy(0, rows, value)
 
 
 def _segments(graph: AtomGraph, normalisation: Normalisation) -> tuple[Tensor, int]:

@@ -76,7 +76,7 @@ class OverFrames(AtomisticModel):
         matrices, weights = self.frames(graph)  # (n_frames, n_graphs, 3, 3), (n_frames, n_graphs)
         averaged: dict[PropertyKey, Tensor] = {}
         for key, value in self._evaluate(graph, matrices).items():
-            index = ... if key in ("energy", "stress") else graph.batch
+            index = ... if key in ("energy", "stress", "scalar") else graph.batch
             turns = matrices.to(value.dtype)[:, index]
             if key == "forces":
                 value = torch.einsum("kaj,kaij->kai", value, turns)
@@ -87,10 +87,25 @@ class OverFrames(AtomisticModel):
             averaged[key] = (share * value).sum(dim=0)
         return averaged
 
+    @property
+    def node_channels(self) -> int:
+        """Channels of :meth:`node_features`."""
+        return self.model.node_channels
+
+    def node_features(self, graph: AtomGraph) -> Tensor:
+        """Return the mean of the model's features over the frames, (n_atoms, node_channels)."""
+        matrices, weights = self.frames(graph)
+        copies = [oriented_copies(graph, few) for few in self._passes(matrices)]
+        values = torch.cat([self.model.node_features(copy) for copy in copies])
+        share = weights.to(values.dtype)[:, graph.batch, None]  # (n_frames, n_atoms, 1)
+        return (share * values.view(len(matrices), -1, values.shape[1])).sum(dim=0)
+
+    def _passes(self, matrices: Tensor) -> list[Tensor]:
+        return [matrices] if self.batched else list(matrices.split(1))
+
     def _evaluate(self, graph: AtomGraph, matrices: Tensor) -> dict[PropertyKey, Tensor]:
         """Return the model's outputs with the frames as a new first dimension."""
-        passes = [matrices] if self.batched else matrices.split(1)
-        parts = [self.model(oriented_copies(graph, few)) for few in passes]
+        parts = [self.model(oriented_copies(graph, few)) for few in self._passes(matrices)]
         outputs: dict[PropertyKey, Tensor] = {}
         for key, like in parts[0].items():
             value = torch.cat([part[key] for part in parts])

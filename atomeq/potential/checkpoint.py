@@ -1,10 +1,12 @@
-"""A potential on disk: a folder with model.yaml, which holds the SHA-256 of weights.safetensors.
+"""A predictor on disk: a folder with model.yaml, which holds the SHA-256 of weights.safetensors.
 
 A propagator on disk is the same, with ``view``, what it is shown of particles, in model.yaml.
 Nothing that is loaded executes code: the YAML is read with the safe loader, the class must be one
-of the models of this package, and the weights are plain tensors.
+of the models of this package, and the weights are plain tensors. A folder whose YAML has a
+``target`` predicts that scalar and is no potential.
 """
 
+import dataclasses
 import hashlib
 import importlib
 from pathlib import Path
@@ -17,10 +19,13 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 from atomeq.data.particles import ParticleView
+from atomeq.data.targets import ScalarTarget
 from atomeq.files import write_atomically
 from atomeq.models.base import AtomisticModel, Propagator
 from atomeq.potential.long_step import LongStep
 from atomeq.potential.potential import Potential
+from atomeq.potential.predictor import Predictor
+from atomeq.potential.scalar import ScalarPredictor
 
 CHECKPOINT_VERSION = 1
 CONFIG_FILE = "model.yaml"
@@ -29,6 +34,7 @@ WEIGHTS_FILE = "weights.safetensors"
 #: Every model a checkpoint may name, by its class path. A new model adds its line here.
 MODELS = (
     "atomeq.models.egnn.EGNN",
+    "atomeq.models.egnn_published.MoleculeEGNN",
     "atomeq.models.equiformer_v2.EquiformerV2",
     "atomeq.models.equihgnn.EquiHGNN",
     "atomeq.models.escn.ESCN",
@@ -51,9 +57,9 @@ class CheckpointError(ValueError):
 
 
 def save_potential(
-    potential: Potential, folder: str | Path, *, metadata: dict[str, Any] | None = None
+    potential: Predictor, folder: str | Path, *, metadata: dict[str, Any] | None = None
 ) -> Path:
-    """Write a potential to a folder, replacing what an earlier save left there.
+    """Write a potential or another predictor to a folder, replacing what a save left there.
 
     Each file is written under a temporary name and renamed, the YAML with the hash last: an
     interrupted save never leaves a folder that loads as something else.
@@ -69,6 +75,8 @@ def save_potential(
     config = potential.model.config()
     _refuse_foreign_models(config)
     document = {"model": config, "dtype": str(potential.dtype).removeprefix("torch.")}
+    if isinstance(potential, ScalarPredictor):
+        document["target"] = dataclasses.asdict(potential.target)
     return _write_folder(Path(folder), potential, document, metadata)
 
 
@@ -137,7 +145,25 @@ def load_potential(
         The potential in evaluation mode, its parameters frozen: a training task unfreezes them.
 
     Raises:
-        CheckpointError: Nothing there, a damaged file, a wrong hash, an unknown model or version.
+        CheckpointError: Nothing there, a damaged file, a wrong hash, an unknown model or version,
+            or what is there predicts something else than energies.
+    """
+    loaded = load_predictor(name_or_path, device=device, dtype=dtype)
+    if isinstance(loaded, ScalarPredictor):
+        raise CheckpointError(not_a_potential(loaded, str(name_or_path)))
+    assert isinstance(loaded, Potential)
+    return loaded
+
+
+def load_predictor(
+    name_or_path: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> Predictor:
+    """Load whatever a folder holds, a :class:`Potential` or a :class:`ScalarPredictor`.
+
+    Arguments and errors are those of :func:`load_potential`.
     """
     folder = find_potential(name_or_path)
     document = _read_document(folder)
@@ -146,7 +172,8 @@ def load_potential(
             f"{folder} holds a propagator, which carries particles a long step ahead and knows no "
             "energy or forces; use `atomeq rollout`, or load_propagator"
         )
-    potential = Potential(build_model(document["model"], named_in=folder / CONFIG_FILE))
+    model = build_model(document["model"], named_in=folder / CONFIG_FILE)
+    potential = Potential(model) if "target" not in document else _scalar(model, document, folder)
     # Before the weights: copied into float32, those of a float64 potential would be rounded.
     potential = potential.to(getattr(torch, document["dtype"]))
     _load_weights(potential, folder)
@@ -201,6 +228,15 @@ def _load_weights(module: nn.Module, folder: Path) -> None:
         raise CheckpointError(
             f"{folder / WEIGHTS_FILE} does not fit {CONFIG_FILE}: {error}"
         ) from error
+
+
+def not_a_potential(predictor: ScalarPredictor, what: str) -> str:
+    """Return the message of whoever needs energies and forces and is given something else."""
+    target = predictor.target
+    return (
+        f"{what} predicts {target.name} [{target.unit}] and is no potential: it has no energy and "
+        "no forces; predict with load_predictor() or `atomeq predict`"
+    )
 
 
 def find_potential(name_or_path: str | Path) -> Path:
@@ -289,6 +325,13 @@ def sha256(path: Path) -> str:
     """Return the SHA-256 of a file as hexadecimal digits."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _scalar(model: AtomisticModel, document: dict[str, Any], folder: Path) -> ScalarPredictor:
+    try:
+        return ScalarPredictor(model, ScalarTarget(**document["target"]))
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{folder / CONFIG_FILE}, target: {error}") from error
 
 
 def _shipped_roots() -> tuple[Path, Path]:

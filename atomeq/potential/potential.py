@@ -4,20 +4,26 @@ The same object serves training, the ASE calculator, dynamics and screening.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from atomeq.graph.atom_graph import AtomGraph
-from atomeq.models.base import AtomisticModel
 from atomeq.ops.segment import segment_sum
 from atomeq.potential.derivatives import energy_and_derivatives
-from atomeq.potential.references import AtomicReferences
-from atomeq.typing import PROPERTY_KEYS, PropertyKey
+from atomeq.potential.predictor import Predictor
+from atomeq.typing import PropertyKey
+
+_PROPERTIES: tuple[PropertyKey, ...] = (
+    "energy",
+    "energies",
+    "forces",
+    "gradient_forces",
+    "stress",
+)
 
 
-class Potential(nn.Module):
+class Potential(Predictor):
     """Energy, forces and stress of a batch of structures.
 
     What the model returns is taken, what is missing is derived: a conservative model's forces are
@@ -32,41 +38,6 @@ class Potential(nn.Module):
         >>> graph = potential.build_graph(ase.build.bulk("Cu"))  # doctest: +SKIP
         >>> potential(graph, ("energy", "forces", "stress"))["energy"]  # doctest: +SKIP
     """
-
-    def __init__(self, model: AtomisticModel, references: AtomicReferences | None = None) -> None:
-        super().__init__()
-        self.model = model
-        self.references = references if references is not None else AtomicReferences()
-        self._builder = model.graph_builder()
-
-    def build_graph(self, structures: Any) -> AtomGraph:
-        """Build the graph of one structure or a sequence of them, on this potential's device.
-
-        Args:
-            structures: ``ase.Atoms``, pymatgen ``Structure``/``Molecule``, :class:`AtomGraph`, or a
-                sequence of those.
-
-        Returns:
-            A batch with float64 positions and cell.
-
-        Raises:
-            StructureError: A structure is empty, has non-finite numbers or an unknown element.
-        """
-        graph = self._builder(structures)
-        self.check_elements(graph)
-        return graph.to(self.device)
-
-    def check_elements(self, graph: AtomGraph) -> None:
-        """Raise ``ValueError`` naming the first atom whose element this potential does not know."""
-        numbers = graph.atomic_numbers
-        unknown = ~self.references.known.to(numbers.device)[numbers]
-        if bool(unknown.any()):
-            atom = int(torch.nonzero(unknown)[0])
-            known = ", ".join(str(z) for z in self.elements)
-            raise ValueError(
-                f"atom {atom} (structure {int(graph.batch[atom])} of the batch) has atomic number "
-                f"{int(numbers[atom])}, which this potential does not know; it knows {known}"
-            )
 
     def forward(
         self,
@@ -84,7 +55,8 @@ class Potential(nn.Module):
 
         Returns:
             ``energy`` (n_graphs,) eV and ``energies`` (n_atoms,) eV in float64; ``forces``
-            (n_atoms, 3) eV/Å; ``stress`` (n_graphs, 3, 3) eV/Å³, positive when stretched.
+            (n_atoms, 3) eV/Å; ``stress`` (n_graphs, 3, 3) eV/Å³, positive when stretched; of a
+            model with a force head also ``gradient_forces``, what -dE/dx is, without a gradient.
 
         Raises:
             ValueError: An unknown property, or the stress of a structure without volume.
@@ -93,7 +65,9 @@ class Potential(nn.Module):
         derived = [key for key in ("forces", "stress") if key in properties]
         if "stress" in derived and not self.conservative:
             raise ValueError("a model with a force head has no energy whose strain gives a stress")
-        if not derived or not self.conservative:
+        if "gradient_forces" in properties:
+            computed = self._evaluate_with_gradient(graph)
+        elif not derived or not self.conservative:
             computed = self._evaluate(graph)
         else:
             if create_graph is None:
@@ -106,6 +80,24 @@ class Potential(nn.Module):
                 create_graph=create_graph,
             )
         return {key: computed[key] for key in properties}
+
+    def _evaluate_with_gradient(self, graph: AtomGraph) -> dict[PropertyKey, Tensor]:
+        if self.conservative:
+            raise ValueError(
+                "gradient_forces are for models with a force head; here the forces are -dE/dx"
+            )
+        heads: list[Tensor] = []
+
+        def evaluate(deformed: AtomGraph) -> dict[PropertyKey, Tensor]:
+            computed = self._evaluate(deformed)
+            heads.append(computed.pop("forces"))
+            return computed
+
+        # create_graph keeps energy and head differentiable; the gradient itself is a target.
+        computed = energy_and_derivatives(evaluate, graph, create_graph=True)
+        computed["gradient_forces"] = computed["forces"].detach()
+        computed["forces"] = heads[0]
+        return computed
 
     def _evaluate(self, graph: AtomGraph) -> dict[PropertyKey, Tensor]:
         outputs = self.model(graph)
@@ -124,28 +116,8 @@ class Potential(nn.Module):
         """Whether forces are the derivative of the energy."""
         return "forces" not in self.model.outputs
 
-    @property
-    def cutoff(self) -> float:
-        """The model's cutoff, Å."""
-        return self.model.cutoff
-
-    @property
-    def elements(self) -> tuple[int, ...]:
-        """Atomic numbers this potential was made for."""
-        return self.references.elements
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype the network computes in; energies are summed in float64 regardless."""
-        return self.model.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where the potential computes."""
-        return self.model.device
-
 
 def _refuse_unknown_properties(properties: Sequence[PropertyKey]) -> None:
-    unknown = [key for key in properties if key not in PROPERTY_KEYS]
+    unknown = [key for key in properties if key not in _PROPERTIES]
     if unknown:
-        raise ValueError(f"unknown property {unknown[0]!r}; ask for any of {PROPERTY_KEYS}")
+        raise ValueError(f"unknown property {unknown[0]!r}; ask for any of {_PROPERTIES}")

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 
 from atomeq.potential.checkpoint import save_potential
-from atomeq.potential.potential import Potential
+from atomeq.potential.predictor import Predictor
 
 logger = logging.getLogger(__name__)
 
@@ -187,7 +187,7 @@ class SavePotential(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the potential of the best checkpoint, or of the last weights where there is none."""
         potential = getattr(pl_module, "potential", None)
-        assert isinstance(potential, Potential)
+        assert isinstance(potential, Predictor)
         folder = Path(self.folder or Path(trainer.default_root_dir) / "potential")
         best = getattr(trainer.checkpoint_callback, "best_model_path", "")
         last = {name: tensor.clone() for name, tensor in potential.state_dict().items()}
@@ -230,7 +230,9 @@ class LogEpochs(Callback):
     @rank_zero_only
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the line."""
-        shown = ("train/loss", "val/loss", "val/energy_per_atom_mae", "val/forces_mae")
+        shown = ["train/loss", "val/loss", "val/energy_per_atom_mae", "val/forces_mae"]
+        target = getattr(pl_module, "target", None)
+        shown += [f"val/{target.name}_mae"] if target is not None else []
         values = [
             f"{name} {float(trainer.callback_metrics[name]):.5g}"
             for name in shown

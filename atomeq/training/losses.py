@@ -1,8 +1,8 @@
-"""The training loss: a weighted sum of errors of energy per atom, forces and stress."""
+"""The training loss: of potentials a weighted sum of errors, of scalars their error alone."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -11,9 +11,64 @@ from atomeq.graph.atom_graph import AtomGraph
 from atomeq.typing import PropertyKey
 
 
+class Loss(Protocol):
+    """What a task minimises."""
+
+    @property
+    def properties(self) -> tuple[PropertyKey, ...]:
+        """What the loss needs of the predictor."""
+        ...
+
+    @property
+    def labels(self) -> tuple[PropertyKey, ...]:
+        """What it needs labels of."""
+        ...
+
+    def __call__(
+        self, prediction: Mapping[PropertyKey, Tensor], graph: AtomGraph
+    ) -> dict[str, Tensor]:
+        """Return ``loss`` and its parts, all scalars, of a batch with its labels."""
+        ...
+
+
+@dataclass(frozen=True)
+class ScalarLoss:
+    """L = <w f(Δy)>: the mean over structures, in the unit of the target.
+
+    Attributes:
+        kind: f: the absolute value, the square or Huber's function.
+        huber_delta: Where Huber's function turns linear, in the unit of the target.
+    """
+
+    kind: Literal["mae", "mse", "huber"] = "mae"
+    huber_delta: float = 0.01
+
+    def __post_init__(self) -> None:
+        _refuse_delta(self.kind, self.huber_delta)
+
+    @property
+    def properties(self) -> tuple[PropertyKey, ...]:
+        """What the loss needs of the predictor."""
+        return ("scalar",)
+
+    @property
+    def labels(self) -> tuple[PropertyKey, ...]:
+        """What it needs labels of."""
+        return ("scalar",)
+
+    def __call__(
+        self, prediction: Mapping[PropertyKey, Tensor], graph: AtomGraph
+    ) -> dict[str, Tensor]:
+        """Return the ``loss`` of a batch; structures without a label do not count."""
+        error, known = label_error("scalar", prediction["scalar"], graph)
+        cost = _cost(error, self.kind, self.huber_delta)
+        weight = graph.weight.to(cost.dtype)
+        return {"loss": (weight * cost * known).sum() / known.sum().clamp(min=1)}
+
+
 @dataclass(frozen=True)
 class PotentialLoss:
-    """L = c_E <w f(ΔE/N)> + c_F <w f(ΔF)> + c_S <w f(Δσ)>.
+    """L = c_E <w f(ΔE/N)> + c_F <w f(ΔF)> + c_S <w f(Δσ)> + c_G <w f(F + dE/dx)>.
 
     The mean goes over structures for energy, over force components and over the nine stress
     components; w is the weight of the structure and f the square, the absolute value or Huber's
@@ -26,6 +81,8 @@ class PotentialLoss:
         energy: c_E; errors in eV/atom, or in eV as ``energy_per`` says.
         forces: c_F; errors in eV/Å.
         stress: c_S; errors in eV/Å³.
+        gradient_forces: c_G; draws a force head to the gradient of the energy, which is held fixed
+            (FAENet's ``direct_with_gradient_target``). In training alone.
         pressure: Whether the trace of the stress counts. Labels from plane waves of a fixed cutoff
             carry the Pulay stress, a pressure that is no derivative of their energies; without the
             trace the loss does not see it.
@@ -38,6 +95,7 @@ class PotentialLoss:
     energy: float = 1.0
     forces: float = 10.0
     stress: float = 0.0
+    gradient_forces: float = 0.0
     pressure: bool = True
     kind: Literal["mse", "mae", "huber", "l2mae"] = "mse"
     huber_delta: float = 0.01
@@ -46,17 +104,25 @@ class PotentialLoss:
 
     def __post_init__(self) -> None:
         coefficients = (self.energy, self.forces, self.stress)
-        if min(coefficients) < 0 or max(coefficients) == 0:
+        if min(*coefficients, self.gradient_forces) < 0 or max(coefficients) == 0:
             raise ValueError(
                 f"loss coefficients are >= 0 and not all zero; got energy={self.energy}, "
-                f"forces={self.forces}, stress={self.stress}"
+                f"forces={self.forces}, stress={self.stress}, "
+                f"gradient_forces={self.gradient_forces}"
             )
-        if self.kind == "huber" and self.huber_delta <= 0:
-            raise ValueError(f"huber_delta must be positive, got {self.huber_delta}")
+        if self.gradient_forces and not self.forces:
+            raise ValueError("gradient_forces are a target beside the labels: set forces above 0")
+        _refuse_delta(self.kind, self.huber_delta)
 
     @property
     def properties(self) -> tuple[PropertyKey, ...]:
         """What the loss needs of the potential."""
+        target: tuple[PropertyKey, ...] = ("gradient_forces",) if self.gradient_forces else ()
+        return (*self.labels, *target)
+
+    @property
+    def labels(self) -> tuple[PropertyKey, ...]:
+        """What it needs labels of."""
         keys: tuple[PropertyKey, ...] = ("energy", "forces", "stress")
         return tuple(key for key in keys if getattr(self, key) > 0)
 
@@ -66,21 +132,31 @@ class PotentialLoss:
         """Compute the loss of a batch.
 
         Args:
-            prediction: Properties from the potential, at least :attr:`properties`.
+            prediction: Properties from the potential, at least :attr:`labels`; where there are no
+                ``gradient_forces``, as in validation, their term is left out.
             graph: The batch with its labels.
 
         Returns:
             ``loss`` and the mean error of each property before its coefficient, all scalars.
         """
-        terms = {key: self._term(key, prediction[key], graph) for key in self.properties}
+        terms = {
+            key: self._term(key, prediction, graph) for key in self.properties if key in prediction
+        }
         loss = torch.stack([getattr(self, key) * term for key, term in terms.items()]).sum()
         return {"loss": loss, **terms}
 
-    def _term(self, key: str, predicted: Tensor, graph: AtomGraph) -> Tensor:
-        error, known = label_error(key, predicted, graph)
+    def _term(
+        self, key: PropertyKey, prediction: Mapping[PropertyKey, Tensor], graph: AtomGraph
+    ) -> Tensor:
+        if key == "gradient_forces":
+            error = prediction["forces"] - prediction[key]
+            known = torch.ones_like(error, dtype=torch.bool)
+        else:
+            error, known = label_error(key, prediction[key], graph)
         if key == "energy" and self.energy_per == "structure":
             error = error * graph.natoms
-        if key == "forces":
+        of_atoms = key in ("forces", "gradient_forces")
+        if of_atoms:
             if self.free_atoms_only and "fixed" in graph:
                 known = known & ~graph["fixed"].bool()[:, None]
             if self.kind == "l2mae":
@@ -88,18 +164,24 @@ class PotentialLoss:
                 error = torch.linalg.vector_norm(error, dim=1, keepdim=True)  # (n_atoms, 1)
         if key == "stress" and not self.pressure:
             error = without_trace(error)
-        cost = self._cost(error)
-        weight = graph.weight[graph.batch] if key == "forces" else graph.weight
+        cost = _cost(error, self.kind, self.huber_delta)
+        weight = graph.weight[graph.batch] if of_atoms else graph.weight
         weight = weight.to(cost.dtype).reshape(-1, *[1] * (cost.ndim - 1))
         return (weight * cost * known).sum() / known.sum().clamp(min=1)
 
-    def _cost(self, error: Tensor) -> Tensor:
-        if self.kind == "mse":
-            return error.square()
-        if self.kind in ("mae", "l2mae"):
-            return error.abs()
-        zero = torch.zeros_like(error)
-        return torch.nn.functional.huber_loss(error, zero, reduction="none", delta=self.huber_delta)
+
+def _refuse_delta(kind: str, huber_delta: float) -> None:
+    if kind == "huber" and huber_delta <= 0:
+        raise ValueError(f"huber_delta must be positive, got {huber_delta}")
+
+
+def _cost(error: Tensor, kind: str, huber_delta: float) -> Tensor:
+    if kind == "mse":
+        return error.square()
+    if kind in ("mae", "l2mae"):
+        return error.abs()
+    zero = torch.zeros_like(error)
+    return torch.nn.functional.huber_loss(error, zero, reduction="none", delta=huber_delta)
 
 
 def without_trace(stress: Tensor) -> Tensor:
@@ -112,8 +194,8 @@ def label_error(key: str, predicted: Tensor, graph: AtomGraph) -> tuple[Tensor, 
     """Return prediction minus label and where the label is known.
 
     Args:
-        key: ``energy`` (per atom), ``forces`` or ``stress``.
-        predicted: (n_graphs,) eV, (n_atoms, 3) eV/Å or (n_graphs, 3, 3) eV/Å³.
+        key: ``energy`` (per atom), ``forces``, ``stress`` or ``scalar``.
+        predicted: (n_graphs,) eV, (n_atoms, 3) eV/Å, (n_graphs, 3, 3) eV/Å³, or (n_graphs,).
         graph: The batch with its labels.
 
     Returns:

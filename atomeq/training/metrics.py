@@ -1,4 +1,4 @@
-"""MAE and RMSE of energy, forces and stress over a whole set, exact however it is batched."""
+"""MAE and RMSE over a whole set, exact however it is batched."""
 
 from collections.abc import Mapping
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from atomeq.data.targets import ScalarTarget
 from atomeq.graph.atom_graph import AtomGraph
 from atomeq.training.losses import label_error
 from atomeq.typing import PropertyKey
@@ -42,14 +43,76 @@ class ErrorMetric(Metric):
         raise NotImplementedError
 
 
-class PotentialErrors(ErrorMetric):
-    """Errors of a potential: sums are kept in float64, and each label counts once.
+class SummedErrors(ErrorMetric):
+    """MAE and RMSE from sums in float64, in which each label counts once.
+
+    Args:
+        factors: Name -> what an error is multiplied by before it is shown.
+    """
+
+    full_state_update = False
+
+    def __init__(self, factors: Mapping[str, float]) -> None:
+        super().__init__()
+        self.factors = dict(factors)
+        for name in self.factors:
+            for moment in ("absolute", "squared", "count"):
+                self.add_state(
+                    f"{name}_{moment}",
+                    default=torch.zeros((), dtype=torch.float64),
+                    dist_reduce_fx="sum",
+                )
+
+    def compute(self) -> dict[str, Tensor]:
+        """Return the errors of what was added; labels that never occurred are absent."""
+        errors: dict[str, Tensor] = {}
+        for name, factor in self.factors.items():
+            count = getattr(self, f"{name}_count")
+            if count == 0:
+                continue
+            errors[f"{name}_mae"] = factor * getattr(self, f"{name}_absolute") / count
+            errors[f"{name}_rmse"] = factor * (getattr(self, f"{name}_squared") / count).sqrt()
+        return errors
+
+    def add(self, name: str, error: Tensor, known: Tensor) -> None:
+        """Add errors, those that are known."""
+        error = error.to(torch.float64)
+        for moment, value in (
+            ("absolute", error.abs().sum()),
+            ("squared", error.square().sum()),
+            ("count", known.sum()),
+        ):
+            state = getattr(self, f"{name}_{moment}")
+            setattr(self, f"{name}_{moment}", state + value)
+
+
+class ScalarErrors(SummedErrors):
+    """Errors of a predicted scalar, ``<name>_mae`` and ``<name>_rmse`` in the target's unit.
+
+    Args:
+        target: What is predicted.
+    """
+
+    def __init__(self, target: ScalarTarget) -> None:
+        super().__init__({target.name: 1.0})
+        self.target = target
+        self.columns = {
+            f"{target.name}_{kind}": (f"{target.name} {kind.upper()}", target.unit)
+            for kind in ("mae", "rmse")
+        }
+
+    def update(self, prediction: Mapping[PropertyKey, Tensor], graph: AtomGraph) -> None:
+        """Add a batch."""
+        if getattr(graph, "scalar", None) is not None:
+            self.add(self.target.name, *label_error("scalar", prediction["scalar"].detach(), graph))
+
+
+class PotentialErrors(SummedErrors):
+    """Errors of a potential.
 
     ``energy`` [eV per structure], ``energy_per_atom`` [meV/atom], ``forces`` [meV/Å, components]
     and ``stress`` [GPa, nine components], each as ``<name>_mae`` and ``<name>_rmse``.
     """
-
-    full_state_update = False
 
     columns: Mapping[str, tuple[str, str]] = {
         f"{name}_{kind}": (f"{_TITLES[name]} {kind.upper()}", unit)
@@ -58,14 +121,7 @@ class PotentialErrors(ErrorMetric):
     }
 
     def __init__(self) -> None:
-        super().__init__()
-        for name in UNITS:
-            for moment in ("absolute", "squared", "count"):
-                self.add_state(
-                    f"{name}_{moment}",
-                    default=torch.zeros((), dtype=torch.float64),
-                    dist_reduce_fx="sum",
-                )
+        super().__init__(_FACTORS)
 
     def update(self, prediction: Mapping[PropertyKey, Tensor], graph: AtomGraph) -> None:
         """Add a batch.
@@ -79,27 +135,6 @@ class PotentialErrors(ErrorMetric):
                 continue
             error, known = label_error(key, prediction[key].detach(), graph)
             if key == "energy":
-                self._add("energy_per_atom", error, known)
+                self.add("energy_per_atom", error, known)
                 error = error * graph.natoms
-            self._add(key, error, known)
-
-    def compute(self) -> dict[str, Tensor]:
-        """Return the errors of what was added; labels that never occurred are absent."""
-        errors: dict[str, Tensor] = {}
-        for name, factor in _FACTORS.items():
-            count = getattr(self, f"{name}_count")
-            if count == 0:
-                continue
-            errors[f"{name}_mae"] = factor * getattr(self, f"{name}_absolute") / count
-            errors[f"{name}_rmse"] = factor * (getattr(self, f"{name}_squared") / count).sqrt()
-        return errors
-
-    def _add(self, name: str, error: Tensor, known: Tensor) -> None:
-        error = error.to(torch.float64)
-        for moment, value in (
-            ("absolute", error.abs().sum()),
-            ("squared", error.square().sum()),
-            ("count", known.sum()),
-        ):
-            state = getattr(self, f"{name}_{moment}")
-            setattr(self, f"{name}_{moment}", state + value)
+            self.add(key, error, known)

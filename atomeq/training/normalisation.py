@@ -4,7 +4,7 @@ import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -12,17 +12,23 @@ from torch import Tensor
 from atomeq.data.ase_files import DataError, atomic_number, read_isolated_atoms
 from atomeq.data.batching import GraphDataset
 from atomeq.data.datamodule import DataFile
-from atomeq.potential.checkpoint import load_potential
-from atomeq.potential.potential import Potential
+from atomeq.data.targets import ScalarTarget
+from atomeq.potential.checkpoint import load_predictor
+from atomeq.potential.predictor import Predictor
 from atomeq.potential.references import AtomicReferences, least_squares_shift
 
 logger = logging.getLogger(__name__)
+
+_PLURAL = {"energy": "energies", "scalar": "labels of the target"}
+
+#: Where the shift per element comes from.
+Shift: TypeAlias = Literal["least_squares", "none", "atoms"] | DataFile | Mapping[str, float]
 
 
 def fit_references(
     dataset: GraphDataset,
     *,
-    shift: Literal["least_squares", "none"] | DataFile | Mapping[str, float] = "least_squares",
+    shift: Shift = "least_squares",
     scale: Literal["forces", "energy"] | float = "forces",
     offset: float = 0.0,
 ) -> AtomicReferences:
@@ -37,15 +43,66 @@ def fit_references(
     Raises:
         DataError: Labels that the fit needs are missing, or an element has no isolated atom.
     """
-    elements = dataset.elements
-    table = _shift(dataset, shift, elements)
+    if shift == "atoms":
+        raise DataError("references 'atoms' are those of a known target; name one, or a file")
+    table = _shift(dataset, shift, dataset.elements)
     factor = _scale(dataset, scale, table)
     shown = ", ".join(f"Z={z}: {e:.4f}" for z, e in table.items())
     logger.info("references: %s eV; scale %.5g", shown, factor)
     return AtomicReferences(table, scale=factor, offset=offset)
 
 
-def take_weights(potential: Potential, source: str | Path) -> None:
+def fit_scalar_references(
+    dataset: GraphDataset,
+    target: ScalarTarget,
+    *,
+    shift: Shift | None = None,
+    scale: float | None = None,
+    own_readout: bool = False,
+) -> AtomicReferences:
+    """Return references of a scalar target, fitted to training structures alone.
+
+    Where atoms are summed over a shift per element the result is extensive and has no offset;
+    otherwise the offset is the mean of what the shift leaves of the labels.
+
+    Args:
+        dataset: The training structures with labels.
+        target: What is learned.
+        shift: As for energies, or ``atoms``: what the data set publishes of them. By default least
+            squares for a sum, none for a mean.
+        scale: Of the network's output; by default the rms of what shift and offset leave, for a sum
+            per atom.
+        own_readout: Whether the network gives one number for each structure.
+
+    Raises:
+        DataError: Labels or references are missing, or do not fit the readout.
+    """
+    if shift is None:
+        shift = "least_squares" if target.readout == "sum" else "none"
+    if shift == "atoms":
+        if not target.atoms:
+            raise DataError(f"there are no values of isolated atoms for {target.name}")
+        shift = target.atoms
+    if shift != "none" and target.readout == "mean":
+        raise DataError(f"{target.name} is a mean over atoms: set references to 'none'")
+    table = _shift(dataset, shift, dataset.elements, label="scalar")
+    graphs = list(dataset.sample())
+    residual = torch.cat([_residual(graph, table, "scalar") for graph in graphs])
+    n_atoms = torch.tensor([graph.n_atoms for graph in graphs])
+    known = torch.isfinite(residual)
+    if not bool(known.any()):
+        raise DataError(f"no training structure has a label for {target.name}")
+    residual, n_atoms = residual[known] * n_atoms[known], n_atoms[known]
+    extensive = target.readout == "sum" and not own_readout
+    offset = 0.0 if extensive and shift != "none" else float(residual.mean())
+    left = (residual - offset) / (n_atoms if extensive else 1)
+    if scale is None:
+        scale = _spread(left)
+    logger.info("%s: offset %.5g, scale %.5g %s", target.name, offset, scale, target.unit)
+    return AtomicReferences(table, scale=scale, offset=offset)
+
+
+def take_weights(potential: Predictor, source: str | Path) -> None:
     """Give a potential the weights and references of another with the same model.
 
     Args:
@@ -56,7 +113,7 @@ def take_weights(potential: Potential, source: str | Path) -> None:
         CheckpointError: There is no such potential.
         DataError: It has another model.
     """
-    other = load_potential(source)
+    other = load_predictor(source)
     try:
         potential.model.load_state_dict(other.model.state_dict())
     except RuntimeError as error:
@@ -68,9 +125,7 @@ def take_weights(potential: Potential, source: str | Path) -> None:
 
 
 def _shift(
-    dataset: GraphDataset,
-    source: Literal["least_squares", "none"] | DataFile | Mapping[str, float],
-    elements: list[int],
+    dataset: GraphDataset, source: Shift, elements: list[int], label: str = "energy"
 ) -> dict[int, float]:
     if isinstance(source, Mapping):
         given = {atomic_number(symbol): float(energy) for symbol, energy in source.items()}
@@ -78,13 +133,15 @@ def _shift(
     if source == "none":
         return dict.fromkeys(elements, 0.0)
     if source == "least_squares":
-        labelled = [g for g in dataset.sample() if bool(torch.isfinite(_label(g, "energy")).all())]
+        labelled = [g for g in dataset.sample() if bool(torch.isfinite(_label(g, label)).all())]
         if not labelled:
-            raise DataError("references by least squares need energies; none of the structures has")
+            raise DataError(
+                f"references by least squares need {_PLURAL[label]}; none of the structures has"
+            )
         fitted = least_squares_shift(
-            [graph.atomic_numbers for graph in labelled], [float(g.energy) for g in labelled]
+            [graph.atomic_numbers for graph in labelled], [float(g[label]) for g in labelled]
         )
-        return _covering(fitted, elements, "the energies that the references are fitted to")
+        return _covering(fitted, elements, "the labels that the references are fitted to")
     return _covering(read_isolated_atoms(source), elements, f"the isolated atoms of {source}")
 
 
@@ -110,14 +167,18 @@ def _scale(
     joined = joined[torch.isfinite(joined)]
     if not len(joined):
         raise DataError(f"scale={source!r} needs {source} labels; none of the structures has them")
-    rms = float(joined.square().mean().sqrt())
-    # A set of one kind of perfect crystals has no spread; its network then works in eV.
+    return _spread(joined)
+
+
+def _spread(values: Tensor) -> float:
+    rms = float(values.square().mean().sqrt())
+    # A set of one kind of perfect crystals has no spread; its network then works in the unit.
     return rms if rms > 1e-8 else 1.0
 
 
-def _residual(graph: object, shift: dict[int, float]) -> Tensor:
+def _residual(graph: object, shift: dict[int, float], label: str = "energy") -> Tensor:
     numbers = graph.atomic_numbers.tolist()  # pyright: ignore[reportAttributeAccessIssue]
-    return (_label(graph, "energy") - sum(shift[z] for z in numbers)) / len(numbers)
+    return (_label(graph, label) - sum(shift[z] for z in numbers)) / len(numbers)
 
 
 def _label(graph: object, key: str) -> Tensor:

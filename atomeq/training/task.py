@@ -1,4 +1,4 @@
-"""AtomisticTask: what Lightning trains, a potential with its loss, optimizer and errors."""
+"""AtomisticTask: what Lightning trains, a predictor with its loss, optimizer and errors."""
 
 import logging
 import random
@@ -15,13 +15,17 @@ from torchmetrics import MeanMetric
 from atomeq.data.ase_files import DataError, expand_data_path
 from atomeq.data.batching import GraphDataset
 from atomeq.data.datamodule import AtomisticDataModule, DataFile
+from atomeq.data.targets import ScalarTarget, known_target
 from atomeq.graph.atom_graph import AtomGraph
 from atomeq.graph.convert import Structures
 from atomeq.models.base import AtomisticModel
 from atomeq.potential.potential import Potential
-from atomeq.training.losses import PotentialLoss
-from atomeq.training.metrics import ErrorMetric, PotentialErrors
-from atomeq.training.normalisation import fit_references, take_weights
+from atomeq.potential.predictor import Predictor
+from atomeq.potential.references import AtomicReferences
+from atomeq.potential.scalar import ScalarPredictor
+from atomeq.training.losses import Loss, PotentialLoss, ScalarLoss
+from atomeq.training.metrics import ErrorMetric, PotentialErrors, ScalarErrors
+from atomeq.training.normalisation import fit_references, fit_scalar_references, take_weights
 from atomeq.training.parameters import Decay, parameter_groups
 from atomeq.training.schedules import RunSchedule
 from atomeq.typing import PropertyKey
@@ -30,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 
 class AtomisticTask(LightningModule):
-    """Train an interatomic potential on energies, forces and stresses.
+    """Train an interatomic potential on energies, forces and stresses, or a scalar of molecules.
 
     Args:
         model: The network.
@@ -40,15 +44,20 @@ class AtomisticTask(LightningModule):
             each validation where it is Lightning's ``ReduceLROnPlateau``.
         decay: What the optimizer's weight decay acts on: ``all`` parameters, or ``weights`` but
             neither biases nor normalisations.
-        loss: Coefficients and kind of the loss.
-        references: Shift per element: fitted to the training energies by ``least_squares``, read
-            from a file of isolated atoms, given in eV by element symbol, or ``none``.
+        loss: Coefficients and kind of the loss of a potential.
+        scalar_loss: Kind of the loss of a target.
+        target: A scalar to learn in place of a potential, by name (``gap``, ``alpha``, ...) or
+            spelled out with its unit and readout.
+        references: Shift per element: fitted to the training labels by ``least_squares``, read
+            from a file of isolated atoms, given by element symbol, ``none``, or, for a known
+            target, the published ``atoms``. By default least squares, and for a mean none.
         scale: eV per unit of the network's output: ``forces`` is the rms of the training force
             components, ``energy`` the rms per atom of what the shift leaves of the energies, a
-            number is taken as it is.
+            number is taken as it is. By default the forces; a target is scaled by its own spread.
         offset: eV of every structure, whatever its size: the mean of OC20's energies, by which its
             models are normalised. Not extensive, so zero for any other data.
-        metrics: What validation and tests report; :class:`PotentialErrors` by default.
+        metrics: What validation and tests report; by default :class:`PotentialErrors`, or
+            :class:`ScalarErrors` of a target.
         start_from: Name or folder of a potential with the same model, whose weights and references
             training starts from (fine-tuning); ``references``, ``scale`` and ``offset`` are not
             looked at then.
@@ -65,28 +74,34 @@ class AtomisticTask(LightningModule):
         optimizer: OptimizerCallable = torch.optim.AdamW,
         scheduler: LRSchedulerCallable | None = None,
         decay: Decay = "all",
+        target: str | ScalarTarget | None = None,
         loss: PotentialLoss | None = None,
-        references: Literal["least_squares", "none"]
+        scalar_loss: ScalarLoss | None = None,
+        references: Literal["least_squares", "none", "atoms"]
         | DataFile
-        | dict[str, float] = "least_squares",
-        scale: float | Literal["forces", "energy"] = "forces",
+        | dict[str, float]
+        | None = None,
+        scale: float | Literal["forces", "energy"] | None = None,
         offset: float = 0.0,
         metrics: ErrorMetric | None = None,
         start_from: DataFile | None = None,
     ) -> None:
         super().__init__()
-        self.potential = Potential(model)
+        self.target = known_target(target) if target is not None else None
+        self.potential: Predictor = (
+            Potential(model) if self.target is None else ScalarPredictor(model, self.target)
+        )
         self.start_from = start_from
         if start_from is not None:  # here, before the averaged weights are copied
             take_weights(self.potential, expand_data_path(start_from))
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.decay: Decay = decay
-        self.loss = loss if loss is not None else PotentialLoss()
+        self.loss = _loss_of(self.target, loss, scalar_loss)
         self.reference_source = references
-        self.scale_source: float | Literal["forces", "energy"] = scale
+        self.scale_source: float | Literal["forces", "energy"] | None = scale
         self.offset = offset
-        self.metrics = metrics if metrics is not None else PotentialErrors()
+        self.metrics = metrics or _errors_of(self.target)
         self.errors = nn.ModuleDict({"val": self.metrics.clone()})
         self.test_results: dict[str, dict[str, float]] = {}
         self.val_results: dict[str, float] = {}
@@ -111,12 +126,7 @@ class AtomisticTask(LightningModule):
             self._refuse_missing_labels(data.train_set)
             # A checkpoint, loaded after this, replaces what is fitted here.
             if self.start_from is None:
-                self.potential.references = fit_references(
-                    data.train_set,
-                    shift=self.reference_source,
-                    scale=self.scale_source,
-                    offset=self.offset,
-                )
+                self.potential.references = self._fit_references(data.train_set)
         sets = {"val": data.val_set, **{f"test/{n}": s for n, s in data.test_sets.items()}}
         for name, dataset in sets.items():
             if dataset is not None:
@@ -138,7 +148,7 @@ class AtomisticTask(LightningModule):
     def validation_step(self, batch: AtomGraph, batch_idx: int) -> None:
         """Add a batch to the validation errors."""
         prediction = self._evaluate(batch, "val")
-        if set(self.loss.properties) <= set(prediction):
+        if set(self.loss.labels) <= set(prediction):
             loss = self.loss(prediction, batch)["loss"].detach()
             self.val_loss.update(loss, weight=batch.n_graphs)
 
@@ -149,7 +159,7 @@ class AtomisticTask(LightningModule):
             results["loss"] = self.val_loss.compute()
             self.val_loss.reset()
         for name, value in results.items():
-            shown = name in ("loss", "energy_per_atom_mae", "forces_mae")
+            shown = name in ("loss", "energy_per_atom_mae", "forces_mae") or self.target is not None
             self.log(f"val/{name}", value, prog_bar=shown)
         self.val_results = {name: float(value) for name, value in results.items()}
         if self._plateau is not None and self.trainer.state.fn == "fit":
@@ -181,9 +191,10 @@ class AtomisticTask(LightningModule):
     def predict_step(
         self, batch: AtomGraph, batch_idx: int, dataloader_idx: int = 0
     ) -> tuple[AtomGraph, dict[PropertyKey, Tensor]]:
-        """Return a batch and its energies and forces."""
+        """Return a batch and its energies and forces, or its scalar."""
+        properties = ("energy", "forces") if self.target is None else ("scalar",)
         with torch.enable_grad():
-            prediction = self.potential(batch, ("energy", "forces"), create_graph=False)
+            prediction = self.potential(batch, properties, create_graph=False)
         return batch, prediction
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -284,13 +295,38 @@ class AtomisticTask(LightningModule):
     def _evaluated(self, dataset: GraphDataset) -> tuple[PropertyKey, ...]:
         """Return what is computed for a set: what it has labels for and the potential gives."""
         labels = set(dataset.labels)
+        if self.target is not None:
+            return ("scalar",)
         if not self.potential.conservative:
             labels.discard("stress")
         keys: tuple[PropertyKey, ...] = ("energy", "forces", "stress")
         return tuple(key for key in keys if key in labels)
 
+    def _fit_references(self, dataset: GraphDataset) -> AtomicReferences:
+        if self.target is None:
+            return fit_references(
+                dataset,
+                shift=self.reference_source or "least_squares",
+                scale=self.scale_source or "forces",
+                offset=self.offset,
+            )
+        if isinstance(self.scale_source, str):
+            raise DataError(f"scale {self.scale_source!r} is of potentials; leave it out")
+        return fit_scalar_references(
+            dataset,
+            self.target,
+            shift=self.reference_source,
+            scale=self.scale_source,
+            own_readout="scalar" in self.potential.model.outputs,
+        )
+
     def _refuse_missing_labels(self, dataset: GraphDataset) -> None:
-        missing = [key for key in self.loss.properties if key not in dataset.labels]
+        missing = [key for key in self.loss.labels if key not in dataset.labels]
+        if missing and self.target is not None:
+            raise DataError(
+                f"no training structure has a label for the target {self.target.name!r}; name the "
+                "file's key in data.labels.scalar"
+            )
         if missing:
             raise DataError(
                 f"the loss trains on {missing[0]}, but no training structure has that label; name "
@@ -309,6 +345,22 @@ class AtomisticTask(LightningModule):
             raise ValueError(
                 "these weights were never trained; give the checkpoint of a fit with --ckpt_path"
             )
+
+
+def _errors_of(target: ScalarTarget | None) -> ErrorMetric:
+    return PotentialErrors() if target is None else ScalarErrors(target)
+
+
+def _loss_of(
+    target: ScalarTarget | None, loss: PotentialLoss | None, scalar_loss: ScalarLoss | None
+) -> Loss:
+    if target is None:
+        if scalar_loss is not None:
+            raise ValueError("scalar_loss is of a target, and a potential is trained; set target")
+        return loss or PotentialLoss()
+    if loss is not None:
+        raise ValueError(f"loss is of potentials; for the target {target.name} set scalar_loss")
+    return scalar_loss or ScalarLoss()
 
 
 def _key(name: str) -> str:
