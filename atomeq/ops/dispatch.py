@@ -12,14 +12,14 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
 from importlib import import_module
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
-import torch
 from torch import Tensor
 
 from atomeq.ops.edge_frame import EdgeFrame
 from atomeq.ops.harmonic_polynomials import Normalization
 from atomeq.ops.paths import Mode, Path
+from atomeq.ops.specification import OpSpec
 from atomeq.ops.sphere_grid import SphereGrid
 
 logger = logging.getLogger(__name__)
@@ -30,18 +30,6 @@ AUTO_ORDER: tuple[str, ...] = ("reference",)  # the fastest first
 ENVIRONMENT_VARIABLE = "ATOMEQ_BACKEND"
 
 _chosen: ContextVar[str | None] = ContextVar("atomeq_backend", default=None)
-
-
-class OpSpec(NamedTuple):
-    """What a backend must know to say whether it serves a call."""
-
-    op: str
-    lmax: int
-    mmax: int
-    channels: int
-    n_edges: int
-    dtype: torch.dtype
-    device: torch.device
 
 
 @runtime_checkable
