@@ -115,3 +115,19 @@ class EdgeLayer:
 def relative(value: Tensor, expected: Tensor) -> float:
     scale = expected.norm().clamp(min=torch.finfo(expected.dtype).tiny)
     return ((value - expected).norm() / scale).item()
+
+
+def kept_bytes_of_an_edge(layer: EdgeLayer, *, recompute: bool = False) -> float:
+    """Return the bytes kept per edge between the passes, without the frame layers share."""
+    frame = layer.frame()
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        layer("cpu", recompute=recompute, frame=frame)
+    pointers = {t.data_ptr() for t in (frame.wigner, frame.source, frame.target, frame.vectors)}
+    of_edges = [t for at, t in kept.items() if at not in pointers and len(t) == layer.n_edges]
+    return sum(t.numel() * t.element_size() for t in of_edges) / layer.n_edges

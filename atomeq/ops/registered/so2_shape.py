@@ -1,5 +1,6 @@
 """The sizes of an SO(2) map and where its parts lie in a row of numbers, one row per edge."""
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -42,17 +43,22 @@ class SO2Shape(NamedTuple):
     @property
     def blocks(self) -> list[Block]:
         """One for each order."""
-        found, start, scales, first = [], 0, 0, self.n_scalars
-        for m in range(self.mmax + 1):
-            step, step_out = (self.lmax + 1 - m) * self.c_in, (self.lmax + 1 - m) * self.c_out
-            signs = range(1 if m == 0 else 2)
-            inputs = tuple(slice(start + i * step, start + (i + 1) * step) for i in signs)
-            outputs = tuple(slice(first + i * step_out, first + (i + 1) * step_out) for i in signs)
-            if m == 0:
-                outputs = (slice(0, outputs[0].stop),)
-            found.append(Block(m, inputs, slice(scales, scales + step), outputs))
-            start, scales, first = inputs[-1].stop, scales + step, outputs[-1].stop
-        return found
+        return _blocks(self)
+
+
+@cache
+def _blocks(shape: SO2Shape) -> list[Block]:
+    found, start, scales, first = [], 0, 0, shape.n_scalars
+    for m in range(shape.mmax + 1):
+        step, step_out = (shape.lmax + 1 - m) * shape.c_in, (shape.lmax + 1 - m) * shape.c_out
+        signs = range(1 if m == 0 else 2)
+        inputs = tuple(slice(start + i * step, start + (i + 1) * step) for i in signs)
+        outputs = tuple(slice(first + i * step_out, first + (i + 1) * step_out) for i in signs)
+        if m == 0:
+            outputs = (slice(0, outputs[0].stop),)
+        found.append(Block(m, inputs, slice(scales, scales + step), outputs))
+        start, scales, first = inputs[-1].stop, scales + step, outputs[-1].stop
+    return found
 
 
 def scale_rows_(rows: Tensor, scale: Tensor, shape: SO2Shape) -> Tensor:

@@ -122,18 +122,21 @@ def _number(value: int) -> ctypes.c_int64:
 @constant_table
 def _generator_values(lmax: int) -> Tensor:
     """Return the elements of the three generators that are not zero, one generator at a time."""
-    table = generators(lmax)
-    return table[table != 0]
+    return generators(lmax)[_exist(lmax)]
 
 
 @constant_table
 def _generator_places(lmax: int) -> Tensor:
     """Return row and column of each of these elements, (n, 2)."""
-    return (generators(lmax) != 0).nonzero()[:, 1:].contiguous()
+    return _exist(lmax).nonzero()[:, 1:].contiguous()
 
 
 @constant_table
 def _generator_counts(lmax: int) -> Tensor:
     """Return where the elements of each generator start, and where the last ones end, (4,)."""
-    counts = (generators(lmax) != 0).flatten(1).sum(1)
+    counts = _exist(lmax).flatten(1).sum(1)
     return torch.cat((counts.new_zeros(1), counts.cumsum(0)))
+
+
+def _exist(lmax: int) -> Tensor:
+    return generators(lmax).abs() > 1e-9  # the others are rounding

@@ -22,9 +22,9 @@ INLINE int row_of(int l, int k) {
 INLINE int scale_of(int l, int k) { return SCALE_START((k + 1) / 2) + l - (k + 1) / 2; }
 INLINE int n_rows_of(int l) { return 2 * (l < MMAX ? l : MMAX) + 1; }
 
-/* Channels are worked on 64 bytes at a time, those left over one by one: V is a vector or REAL. */
-typedef REAL LANES __attribute__((vector_size(64), aligned(sizeof(REAL)), may_alias));
-#define N_LANES ((int64_t)(64 / sizeof(REAL)))
+/* Channels are worked on 32 bytes at a time, those left over one by one: V is a vector or REAL. */
+typedef REAL LANES __attribute__((vector_size(32), aligned(sizeof(REAL)), may_alias));
+#define N_LANES ((int64_t)(32 / sizeof(REAL)))
 #define UNROLL _Pragma("GCC unroll 16")
 
 #define ROTATIONS(V)                                                                              \
