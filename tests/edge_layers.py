@@ -84,10 +84,12 @@ class EdgeLayer:
         radial_map = None
         if "radial_weight" in leaves:
             radial_map = (leaves["radial_weight"], leaves["radial_bias"])
+        if frame is None:
+            frame = self.frame()
         with use_backend(backend):
             return escn_conv(
                 leaves["x"],
-                frame if frame is not None else self.frame(),
+                frame,
                 [leaves[f"first.{m}"] for m in range(self.mmax + 1)],
                 [leaves[f"second.{m}"] for m in range(self.mmax + 1)],
                 radial=leaves.get("radial"),
@@ -100,8 +102,7 @@ class EdgeLayer:
         """Return the value, every gradient, and every gradient of a loss on all gradients."""
         generator = torch.Generator().manual_seed(1)
         inputs = list(self.leaves.values())
-        with use_backend("auto"):
-            frame = self.frame()
+        frame = self.frame()
         out = self(backend, recompute=recompute, frame=frame)
         weights = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.dtype)
         energy = (out * weights).sum() + out.square().sum()
