@@ -12,37 +12,27 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
 from importlib import import_module
-from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
-import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from atomeq.ops.sphere import SphereGrid
-    from atomeq.ops.spherical_harmonics import Normalization
-    from atomeq.ops.tensor_product import Mode, Path
-    from atomeq.ops.wigner import EdgeFrame
+from atomeq.ops.edge_frame import EdgeFrame
+from atomeq.ops.harmonic_polynomials import Normalization
+from atomeq.ops.paths import Mode, Path
+from atomeq.ops.specification import OpSpec
+from atomeq.ops.sphere_grid import SphereGrid
 
 logger = logging.getLogger(__name__)
 
 # Where each backend lives, "module:class"; it is imported when first asked for.
-BACKENDS: dict[str, str] = {"reference": "atomeq.ops.backends.reference:ReferenceBackend"}
-AUTO_ORDER: tuple[str, ...] = ("reference",)  # the fastest first
+BACKENDS: dict[str, str] = {
+    "cpu": "atomeq.ops.backends.kernel_backend:CPUBackend",
+    "reference": "atomeq.ops.backends.reference:ReferenceBackend",
+}
+AUTO_ORDER: tuple[str, ...] = ("cpu", "reference")  # the fastest first
 ENVIRONMENT_VARIABLE = "ATOMEQ_BACKEND"
 
 _chosen: ContextVar[str | None] = ContextVar("atomeq_backend", default=None)
-
-
-class OpSpec(NamedTuple):
-    """What a backend must know to say whether it serves a call."""
-
-    op: str
-    lmax: int
-    mmax: int
-    channels: int
-    n_edges: int
-    dtype: torch.dtype
-    device: torch.device
 
 
 @runtime_checkable
@@ -61,7 +51,7 @@ class Backend(Protocol):
         ...
 
     def spherical_harmonics(
-        self, vectors: Tensor, lmax: int, normalization: "Normalization"
+        self, vectors: Tensor, lmax: int, normalization: Normalization
     ) -> Tensor:
         """Evaluate the homogeneous harmonics, (*, 3) -> (*, n_sph)."""
         ...
@@ -70,12 +60,12 @@ class Backend(Protocol):
         """Return the Wigner rows that take edges to +y, (n_edges, n_rows, n_sph)."""
         ...
 
-    def rotate_to_edge(self, x: Tensor, frame: "EdgeFrame", indices: tuple[Tensor, ...]) -> Tensor:
+    def rotate_to_edge(self, x: Tensor, frame: EdgeFrame, indices: tuple[Tensor, ...]) -> Tensor:
         """Gather by each index, join the channels, rotate into the edge frames."""
         ...
 
     def rotate_from_edge(
-        self, y: Tensor, frame: "EdgeFrame", envelope: Tensor | None, total: bool
+        self, y: Tensor, frame: EdgeFrame, envelope: Tensor | None, total: bool
     ) -> Tensor:
         """Rotate back to the lab frame and, if total, sum on the targets."""
         ...
@@ -91,13 +81,28 @@ class Backend(Protocol):
         """Mix degrees and channels within each order; return rows and extra scalars."""
         ...
 
+    def escn_conv(
+        self,
+        x: Tensor,
+        frame: EdgeFrame,
+        first: list[Tensor],
+        second: list[Tensor],
+        radial: Tensor | None,
+        radial_weight: Tensor | None,
+        radial_bias: Tensor | None,
+        envelope: Tensor | None,
+        recompute: bool,
+    ) -> Tensor:
+        """Return a whole edge layer: both atoms, map, gate, map, sum on the targets."""
+        ...
+
     def tensor_product(
         self,
         x: Tensor,
         y: Tensor,
         weights: Tensor | None,
-        paths: "tuple[Path, ...]",
-        mode: "Mode",
+        paths: tuple[Path, ...],
+        mode: Mode,
         stacked: bool,
     ) -> Tensor:
         """Couple two features by Clebsch-Gordan paths."""
@@ -110,15 +115,15 @@ class Backend(Protocol):
         weights: Tensor | None,
         edge_index: Tensor,
         n_atoms: int,
-        paths: "tuple[Path, ...]",
-        mode: "Mode",
+        paths: tuple[Path, ...],
+        mode: Mode,
         stacked: bool,
     ) -> Tensor:
         """Gather x on the sources, couple it with y, sum on the targets."""
         ...
 
     def sphere_pointwise(
-        self, x: Tensor, fn: Callable[[Tensor], Tensor], grid: "SphereGrid"
+        self, x: Tensor, fn: Callable[[Tensor], Tensor], grid: SphereGrid
     ) -> Tensor:
         """Apply a function to the values on the points of a grid."""
         ...
@@ -139,7 +144,7 @@ def use_backend(name: str) -> Iterator[None]:
     The choice belongs to the current thread or task, and ends with the block.
 
     Args:
-        name: ``reference`` (plain torch) or ``auto``.
+        name: ``cpu`` (C kernels), ``reference`` (plain torch) or ``auto``.
 
     Raises:
         ValueError: If no backend has this name.

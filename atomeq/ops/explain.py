@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 
 from atomeq.ops.costs import MACHINES, cost
-from atomeq.ops.dispatch import AUTO_ORDER, BACKENDS, OpSpec, chosen_backend, load_backend
+from atomeq.ops.dispatch import AUTO_ORDER, BACKENDS, chosen_backend, load_backend
+from atomeq.ops.specification import OpSpec
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def explain(
         >>> report = explain("so2_linear", lmax=2, mmax=2, channels=16, n_edges=1000,
         ...                  dtype=torch.float32, device="cpu")
         >>> report.backend
-        'reference'
+        'cpu'
     """
     spec = OpSpec(op, lmax, mmax, channels, n_edges, dtype, torch.device(device))
     work = cost(spec)

@@ -1,0 +1,148 @@
+"""Kernel sets: raw functions, tensors in and tensors out, that the registered operations call.
+
+A set knows nothing of autograd. It is named by a string, since that is what an operation of a
+traced graph can carry, and found here when first asked for. A set need not have every topic.
+"""
+
+from collections.abc import Sequence
+from functools import cache
+from importlib import import_module
+from typing import Protocol, cast
+
+from torch import Tensor
+
+from atomeq.ops.registered.so2_shape import SO2Shape
+from atomeq.ops.specification import OpSpec
+
+# (topic, set) -> "module:class"
+KERNELS: dict[tuple[str, str], str] = {
+    ("edge", "cpu"): "atomeq.ops.backends.cpu.edge:CPUEdgeKernels",
+}
+
+
+class SO2Map(Protocol):
+    """A linear map of an edge's rows, one matrix for each order; see :class:`SO2Shape`."""
+
+    def forward(self, rows: Tensor, out: Tensor) -> Tensor:
+        """Write M rows, (n_edges, n_rows * c_in) -> (n_edges, width), to ``out``; return it."""
+        ...
+
+    def transposed(self, grad: Tensor, out: Tensor) -> Tensor:
+        """Write M^T grad, (n_edges, width) -> (n_edges, n_rows * c_in), to ``out``; return it."""
+        ...
+
+
+class GateKernel(Protocol):
+    """SiLU on l = 0, sigmoid gates on l > 0: value a(y), Jacobian J and second derivative."""
+
+    def value(self) -> Tensor:
+        """Return a, (n_edges, n_rows * channels)."""
+        ...
+
+    def gradient(self, grad: Tensor) -> Tensor:
+        """Return J^T grad, like y."""
+        ...
+
+    def second(self, moved: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+        """Return J moved, like a, and the gradient of <moved, J^T grad> in y, like y."""
+        ...
+
+
+class EdgeKernels(Protocol):
+    """Rotation of features into and out of the edge frames, for one kernel set.
+
+    ``wigner`` (n_edges, n_rows, n_sph) holds the rows |m| <= mmax of each edge's rotation W in
+    m-primary order, block diagonal in l; multiplied by an infinitesimal rotation from the right it
+    is still that. G x joins the atoms at ``indices`` along the channels: S indices make rows of
+    S * channels; no index means that x belongs to the edges already. ``segments`` holds, for each
+    index, the start of every atom's edges in a sorted list (n_atoms + 1,) and that list (n_edges,);
+    it is empty unless ``wants_segments``.
+    """
+
+    wants_segments: bool
+
+    def refusal(self, spec: OpSpec) -> str | None:
+        """Return None if these kernels serve the call, else the reason why not."""
+        ...
+
+    def gather_rotate(
+        self,
+        x: Tensor,
+        wigner: Tensor,
+        indices: Sequence[Tensor],
+        *,
+        lmax: int,
+        mmax: int,
+        scale: Tensor | None = None,
+    ) -> Tensor:
+        """Return scale * W G x, (n_edges, n_rows, S * channels).
+
+        ``scale`` (n_edges, sum over m of (lmax - m + 1) * S * channels) has m ascending; +m and -m
+        share theirs.
+        """
+        ...
+
+    def rotate_scatter(
+        self,
+        rows: Tensor,
+        wigner: Tensor,
+        indices: Sequence[Tensor],
+        segments: Sequence[Tensor],
+        n_atoms: int,
+        *,
+        lmax: int,
+        mmax: int,
+        factor: Tensor | None = None,
+        total: Tensor | None = None,
+    ) -> Tensor:
+        """Return G^T W^T (factor * rows), (n_atoms, n_sph, channels).
+
+        ``factor`` is (n_edges,). Without indices the result is (n_edges, n_sph, channels). With
+        ``total`` the result is added to it.
+        """
+        ...
+
+    def torque(
+        self,
+        x: Tensor,
+        rows: Tensor,
+        wigner: Tensor,
+        indices: Sequence[Tensor],
+        *,
+        lmax: int,
+        mmax: int,
+    ) -> Tensor:
+        """Return <W^T rows, X_k G x> for the three generators X_k, (n_edges, 3)."""
+        ...
+
+    def so2_map(self, weights: list[Tensor], shape: SO2Shape) -> SO2Map:
+        """Return the map M of some weights, which may be prepared for many calls."""
+        ...
+
+    def add_weight_gradients(
+        self, rows: Tensor, grad: Tensor, into: list[Tensor], shape: SO2Shape
+    ) -> None:
+        """Add the gradients of <grad, M rows> with respect to the weights to ``into``."""
+        ...
+
+    def gate(self, y: Tensor, lmax: int, mmax: int, channels: int) -> GateKernel:
+        """Return the gate of edges, (n_edges, lmax * channels + n_rows * channels).
+
+        The gates of l = 1..lmax come first, then the rows.
+        """
+        ...
+
+    def edges_at_once(self, first: SO2Shape) -> int:
+        """Return how many edges a layer works on at a time."""
+        ...
+
+
+@cache
+def edge_kernels(name: str) -> EdgeKernels:
+    """Return the edge kernels of a set, importing them when first asked for."""
+    return cast(EdgeKernels, _load("edge", name))
+
+
+def _load(topic: str, name: str) -> object:
+    module, _, attribute = KERNELS[topic, name].partition(":")
+    return getattr(import_module(module), attribute)()

@@ -1,0 +1,106 @@
+import pytest
+import torch
+from edge_layers import EdgeLayer, kept_bytes_of_an_edge, relative
+
+from atomeq.ops.backends.cpu import native_edge
+from atomeq.ops.registered.escn_conv import escn_conv
+from atomeq.ops.wigner import edge_quaternion, rotation_matrix
+
+EXACT = 1e-12  # float64 rounding through second derivatives
+
+
+@pytest.fixture(params=["C", "torch"])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run a test with the C kernels, and as on a machine without a compiler."""
+    if request.param == "torch":
+        monkeypatch.setattr(native_edge, "available", lambda: False)
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize(
+    ("lmax", "mmax", "chiral", "radial", "recompute"),
+    [
+        (2, 2, False, "map", False),
+        (2, 2, True, "map", True),
+        (3, 1, True, "factors", False),
+        (4, 2, False, "none", True),
+        (2, 0, False, "factors", True),
+        (0, 0, False, "map", False),
+    ],
+)
+def test_layer_agrees_with_the_reference_in_value_and_both_derivatives(
+    lmax: int, mmax: int, chiral: bool, radial: str, recompute: bool
+) -> None:
+    layer = EdgeLayer(lmax, mmax, chiral=chiral, radial=radial)
+    found = layer.derivatives("cpu", recompute=recompute)
+    expected = layer.derivatives("reference")
+    errors = {name: relative(found[name], expected[name]) for name in expected}
+    assert max(errors.values()) <= EXACT, errors
+
+
+SINGLE = 2e-6  # float32
+KEPT = {2: 6000, 4: 13000, 6: 21000}  # bytes of an edge, without the frame that layers share
+
+
+@pytest.mark.usefixtures("kernels")
+def test_single_precision_is_as_good_as_its_rounding() -> None:
+    layer = EdgeLayer(4, 2, channels=16, hidden=16, n_edges=40)
+    exact = layer("cpu")
+    single = EdgeLayer(4, 2, channels=16, hidden=16, n_edges=40, dtype=torch.float32)
+    assert relative(single("cpu").double(), exact) <= SINGLE
+
+
+@pytest.mark.parametrize("lmax", list(KEPT))
+def test_layer_keeps_little_of_an_edge_for_the_backward_pass(lmax: int) -> None:
+    layer = EdgeLayer(lmax, 2, channels=128, hidden=128, n_edges=50, dtype=torch.float32)
+    layer.leaves["radial"] = torch.randn(50, 64, requires_grad=True)
+    n_scales = len(layer.leaves["radial_bias"])
+    layer.leaves["radial_weight"] = torch.randn(n_scales, 64, requires_grad=True)
+    assert kept_bytes_of_an_edge(layer) <= KEPT[lmax]
+    assert kept_bytes_of_an_edge(layer, recompute=True) <= 500
+
+
+def test_graph_without_edges_gives_zeros_and_gradients() -> None:
+    layer = EdgeLayer(2, 1, n_edges=0)
+    out = layer("cpu")
+    assert out.shape == layer.leaves["x"].shape
+    assert out.eq(0).all()
+    assert all(g.eq(0).all() for g in torch.autograd.grad(out.sum(), list(layer.leaves.values())))
+
+
+def test_inference_mode_serves() -> None:
+    layer = EdgeLayer(2, 2)
+    with torch.inference_mode():
+        inferred = layer("cpu")
+    assert torch.equal(inferred.clone(), layer("cpu").detach())
+
+
+def test_roll_of_the_frame_changes_nothing() -> None:
+    layer = EdgeLayer(4, 2, chiral=True)
+    vectors = layer.leaves["vectors"].detach()
+    unit = vectors / vectors.norm(dim=1, keepdim=True)
+    angles = torch.rand(len(unit), dtype=torch.float64) * 3
+    zero = torch.zeros_like(angles)
+    roll = rotation_matrix(torch.stack([angles.cos(), zero, angles.sin(), zero], dim=1))
+    rolled = layer.frame(rotation=roll @ rotation_matrix(edge_quaternion(unit)))
+    assert relative(layer("cpu", frame=rolled), layer("cpu")) <= EXACT
+
+
+def test_traced_operation_gives_the_same_value_and_gradient() -> None:
+    layer = EdgeLayer(2, 1)
+    frame, leaves = layer.frame(), layer.leaves
+
+    def energy() -> torch.Tensor:
+        names = ("radial", "radial_weight", "radial_bias", "envelope")
+        total, _ = escn_conv(
+            *(leaves["x"], leaves["vectors"], frame.wigner, *(leaves[name] for name in names)),
+            *([leaves[f"{name}.{m}"] for m in range(2)] for name in ("first", "second")),
+            *(frame.source, frame.target, [], 2, 1, True, "cpu"),
+        )
+        return total.square().sum()
+
+    inputs = list(leaves.values())
+    traced = torch.compile(energy, backend="aot_eager", fullgraph=True)
+    found = torch.autograd.grad(traced(), inputs)
+    expected = torch.autograd.grad(energy(), inputs)
+    assert max(map(relative, found, expected)) <= EXACT
