@@ -11,11 +11,13 @@ from typing import Protocol, cast
 
 from torch import Tensor
 
+from atomeq.ops.clebsch_gordan import Form
 from atomeq.ops.specification import OpSpec
 
 # (topic, set) -> "module:class"
 KERNELS: dict[tuple[str, str], str] = {
     ("edge", "cpu"): "atomeq.ops.backends.cpu.edge:CPUEdgeKernels",
+    ("coupling", "cpu"): "atomeq.ops.backends.cpu.coupling:CPUCouplingKernels",
 }
 
 
@@ -85,10 +87,44 @@ class EdgeKernels(Protocol):
         ...
 
 
+class CouplingKernels(Protocol):
+    """The Clebsch-Gordan form F(x, y, w, z), for one kernel set."""
+
+    def refusal(self, spec: OpSpec) -> str | None:
+        """Return None if these kernels serve the call, else the reason why not."""
+        ...
+
+    def partials(
+        self,
+        x: Tensor,
+        y: Tensor,
+        weights: Tensor | None,
+        z: Tensor | None,
+        ends: Sequence[Tensor],
+        n_targets: int,
+        wanted: tuple[str, ...],
+        form: Form,
+    ) -> list[Tensor]:
+        """Return dF/ds for each argument s that is wanted, in its shape.
+
+        ``x`` is (n_sources, n1, U), ``y`` (n_edges, n2) or (n_edges, n2, channels), ``weights``
+        ([n_edges,] n_paths, ...) or None for weights of 1, ``z`` (n_targets, rows, channels) or
+        None if ``wanted`` is ("z",). ``ends`` has the source and the target of each edge; it is
+        empty if x and z belong to the edges. Rows of x or y that no path reads get zeros.
+        """
+        ...
+
+
 @cache
 def edge_kernels(name: str) -> EdgeKernels:
     """Return the edge kernels of a set, importing them when first asked for."""
     return cast(EdgeKernels, _load("edge", name))
+
+
+@cache
+def coupling_kernels(name: str) -> CouplingKernels:
+    """Return the Clebsch-Gordan kernels of a set, importing them when first asked for."""
+    return cast(CouplingKernels, _load("coupling", name))
 
 
 def _load(topic: str, name: str) -> object:
