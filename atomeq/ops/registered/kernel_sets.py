@@ -12,12 +12,14 @@ from typing import Protocol, cast
 from torch import Tensor
 
 from atomeq.ops.clebsch_gordan import Form
+from atomeq.ops.harmonic_polynomials import Normalization
 from atomeq.ops.specification import OpSpec
 
 # (topic, set) -> "module:class"
 KERNELS: dict[tuple[str, str], str] = {
     ("edge", "cpu"): "atomeq.ops.backends.cpu.edge:CPUEdgeKernels",
     ("coupling", "cpu"): "atomeq.ops.backends.cpu.coupling:CPUCouplingKernels",
+    ("harmonics", "cpu"): "atomeq.ops.backends.native.harmonics:CPUHarmonicsKernels",
 }
 
 
@@ -115,6 +117,34 @@ class CouplingKernels(Protocol):
         ...
 
 
+class HarmonicsKernels(Protocol):
+    """Spherical harmonics Y and the form G(g, h, Y) = sum_i h_i <g, A_i Y>, for one kernel set."""
+
+    def refusal(self, spec: OpSpec) -> str | None:
+        """Return None if these kernels serve the call, else the reason why not."""
+        ...
+
+    def harmonics(
+        self, vectors: Tensor, lmax: int, normalization: Normalization, normalize: bool
+    ) -> Tensor:
+        """Return Y of the vectors (n, 3), or of their directions, (n, n_sph)."""
+        ...
+
+    def form(
+        self,
+        g: Tensor | None,
+        h: Tensor | None,
+        values: Tensor | None,
+        wanted: tuple[str, ...],
+        normalization: Normalization,
+    ) -> list[Tensor]:
+        """Return dG/ds for each s that is wanted: g and Y are (n, n_sph), h is (n, 3).
+
+        An argument may be None where only its own derivative is wanted.
+        """
+        ...
+
+
 @cache
 def edge_kernels(name: str) -> EdgeKernels:
     """Return the edge kernels of a set, importing them when first asked for."""
@@ -125,6 +155,12 @@ def edge_kernels(name: str) -> EdgeKernels:
 def coupling_kernels(name: str) -> CouplingKernels:
     """Return the Clebsch-Gordan kernels of a set, importing them when first asked for."""
     return cast(CouplingKernels, _load("coupling", name))
+
+
+@cache
+def harmonics_kernels(name: str) -> HarmonicsKernels:
+    """Return the kernels for harmonics of a set, importing them when first asked for."""
+    return cast(HarmonicsKernels, _load("harmonics", name))
 
 
 def _load(topic: str, name: str) -> object:
