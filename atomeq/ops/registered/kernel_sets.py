@@ -118,7 +118,11 @@ class CouplingKernels(Protocol):
 
 
 class HarmonicsKernels(Protocol):
-    """Spherical harmonics Y and the form G(g, h, Y) = sum_i h_i <g, A_i Y>, for one kernel set."""
+    """Spherical harmonics Y with J = dY/dv, for one kernel set.
+
+    ``vectors`` are (n, 3), ``g`` (n, n_sph), ``h`` (n, 3); with ``normalize`` the harmonics are
+    those of the directions.
+    """
 
     def refusal(self, spec: OpSpec) -> str | None:
         """Return None if these kernels serve the call, else the reason why not."""
@@ -127,21 +131,30 @@ class HarmonicsKernels(Protocol):
     def harmonics(
         self, vectors: Tensor, lmax: int, normalization: Normalization, normalize: bool
     ) -> Tensor:
-        """Return Y of the vectors (n, 3), or of their directions, (n, n_sph)."""
+        """Return Y, (n, n_sph)."""
         ...
 
-    def form(
+    def slope(
         self,
-        g: Tensor | None,
-        h: Tensor | None,
-        values: Tensor | None,
-        wanted: tuple[str, ...],
+        vectors: Tensor,
+        g: Tensor,
+        lmax: int,
         normalization: Normalization,
-    ) -> list[Tensor]:
-        """Return dG/ds for each s that is wanted: g and Y are (n, n_sph), h is (n, 3).
+        normalize: bool,
+    ) -> Tensor:
+        """Return J^T g, (n, 3)."""
+        ...
 
-        An argument may be None where only its own derivative is wanted.
-        """
+    def second(
+        self,
+        vectors: Tensor,
+        g: Tensor,
+        h: Tensor,
+        lmax: int,
+        normalization: Normalization,
+        normalize: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the derivatives of <h, J^T g>: by g, (n, n_sph), and by the vectors, (n, 3)."""
         ...
 
 

@@ -1,7 +1,8 @@
-/* Spherical harmonics by recursion, and the form that all their derivatives are made of.
+/* Spherical harmonics by recursion, with their first and second derivative.
 
-   REAL is float or double. WIDTH vectors are worked on side by side; an operation of this file is
-   one of all of them. */
+   REAL is float or double of so many BYTES, LMAX the highest degree. WIDTH vectors are worked on side by side: a
+   column holds one number of each. Derivatives need no recursion of their own, for they are
+   harmonics of one degree less: dY/dv_i = A_i Y, with few nonzero elements in A_i. */
 
 #include <stdint.h>
 #include <string.h>
@@ -11,96 +12,198 @@
 #else
 #define VECTOR_BYTES 32
 #endif
-#define WIDTH ((int)(VECTOR_BYTES / sizeof(REAL)))
+#define NUMBERS (VECTOR_BYTES / BYTES) /* for the preprocessor, which knows no sizeof */
+#define WIDTH ((int)NUMBERS)
+#define N (LMAX + 1)
+#define N_SPH (N * N)
+#define INLINE static inline __attribute__((always_inline))
 
-typedef REAL vec __attribute__((vector_size(VECTOR_BYTES)));
+typedef REAL vec __attribute__((vector_size(VECTOR_BYTES), may_alias));
+typedef REAL loose __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(REAL)), may_alias));
 
 typedef struct {
-    int32_t row, axis, lower; /* d Y_row / d v_axis has coefficient * Y_lower */
+    int32_t row, axis, lower; /* of an element of A_axis */
 } slope_t;
 
-static REAL root(REAL x) { return sizeof(REAL) == 4 ? __builtin_sqrtf(x) : __builtin_sqrt(x); }
+typedef struct {
+    vec unit[3], inverse; /* of the length; with homogeneous harmonics the vector itself, and 1 */
+    int normalize;
+} place_t;
 
-/* From rows of numbers to vectors of them, and back. */
-static void read_rows(const REAL *rows, int size, int count, vec *columns) {
-    for (int s = 0; s < size; s++) columns[s] = (vec){0};
+INLINE REAL root(REAL x) { return sizeof(REAL) == 4 ? __builtin_sqrtf(x) : __builtin_sqrt(x); }
+
+INLINE void read_rows(const REAL *rows, const int size, int64_t count, vec *columns) {
+    REAL *numbers = (REAL *)columns;
+    if (count >= WIDTH) {
+        for (int e = 0; e < WIDTH; e++)
+            for (int s = 0; s < size; s++) numbers[s * WIDTH + e] = rows[e * size + s];
+        return;
+    }
+    memset(columns, 0, size * sizeof(vec));
     for (int e = 0; e < count; e++)
-        for (int s = 0; s < size; s++) columns[s][e] = rows[e * size + s];
+        for (int s = 0; s < size; s++) numbers[s * WIDTH + e] = rows[e * size + s];
 }
 
-static void write_rows(const vec *columns, int size, int count, REAL *rows) {
+#ifdef __has_builtin
+#if __has_builtin(__builtin_shufflevector)
+#define SHUFFLES
+#endif
+#endif
+
+#ifdef SHUFFLES
+#if NUMBERS == 4
+#define LOW 0, 4, 1, 5
+#define HIGH 2, 6, 3, 7
+#elif NUMBERS == 8
+#define LOW 0, 8, 1, 9, 2, 10, 3, 11
+#define HIGH 4, 12, 5, 13, 6, 14, 7, 15
+#else
+#define LOW 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
+#define HIGH 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
+#endif
+
+/* A square block of columns becomes rows: the halves are interleaved until each has moved home. */
+INLINE void write_block(const vec *columns, int stride, REAL *rows) {
+    vec now[WIDTH], next[WIDTH];
+#pragma GCC unroll 16
+    for (int i = 0; i < WIDTH; i++) now[i] = columns[i];
+#pragma GCC unroll 4
+    for (int step = 1; step < WIDTH; step *= 2) {
+#pragma GCC unroll 8
+        for (int i = 0; i < WIDTH / 2; i++) {
+            next[2 * i] = __builtin_shufflevector(now[i], now[i + WIDTH / 2], LOW);
+            next[2 * i + 1] = __builtin_shufflevector(now[i], now[i + WIDTH / 2], HIGH);
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < WIDTH; i++) now[i] = next[i];
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < WIDTH; i++) *(loose *)(rows + i * stride) = now[i];
+}
+#endif
+
+INLINE void write_rows(const vec *columns, const int size, int64_t count, REAL *rows) {
     const REAL *numbers = (const REAL *)columns;
-    for (int e = 0; e < count; e++)
-        for (int s = 0; s < size; s++) rows[e * size + s] = numbers[s * WIDTH + e];
+    int first = 0;
+#ifdef SHUFFLES
+    if (count >= WIDTH)
+        for (; first + WIDTH <= size; first += WIDTH) write_block(columns + first, size, rows + first);
+#endif
+    for (int e = 0; e < (count < WIDTH ? count : WIDTH); e++)
+        for (int s = first; s < size; s++) rows[e * size + s] = numbers[s * WIDTH + e];
 }
 
-/* start[m], then step[l][m] and back[l][m] of the recursion in l, then scale[l] of a degree. */
-static void columns_of(vec x, vec y, vec z, int lmax, const REAL *table, vec *columns) {
-    const int n = lmax + 1;
-    const REAL *start = table, *step = start + n, *back = step + n * n, *scale = back + n * n;
-    const vec squared = x * x + y * y + z * z;
+INLINE vec dot(const vec *a, const vec *b) { return a[0] * b[0] + a[1] * b[1] + a[2] * b[2]; }
+
+INLINE place_t place_of(const REAL *vectors, int64_t count, int normalize) {
+    place_t p;
+    p.normalize = normalize;
+    p.inverse = (vec){0} + 1;
+    read_rows(vectors, 3, count, p.unit);
+    if (normalize) {
+        vec length = dot(p.unit, p.unit);
+        REAL *numbers = (REAL *)&length;
+        for (int e = 0; e < WIDTH; e++) numbers[e] = numbers[e] == 0 ? 1 : root(numbers[e]);
+        p.inverse = 1 / length;
+        for (int i = 0; i < 3; i++) p.unit[i] /= length;
+    }
+    return p;
+}
+
+/* The table: start[m], then step[l][m] and back[l][m] of the recursion in l, then scale[l]. */
+INLINE void values_of(const place_t *p, const REAL *table, vec *values) {
+    const REAL *start = table, *step = start + N, *back = step + N * N, *scale = back + N * N;
+    const vec x = p->unit[0], y = p->unit[1], z = p->unit[2], squared = dot(p->unit, p->unit);
     vec cosine = (vec){0} + 1, sine = (vec){0}; /* Re, Im of (z + i x)^m */
-    for (int m = 0; m <= lmax; m++) {
+#pragma GCC unroll 16
+    for (int m = 0; m <= LMAX; m++) {
         if (m > 0) {
             const vec turned = cosine * z - sine * x;
             sine = cosine * x + sine * z;
             cosine = turned;
         }
         vec before = (vec){0}, legendre = (vec){0} + start[m];
-        for (int l = m; l <= lmax; l++) {
+#pragma GCC unroll 16
+        for (int l = m; l <= LMAX; l++) {
             if (l > m) {
-                const vec next = y * step[l * n + m] * legendre - back[l * n + m] * squared * before;
+                const vec next = y * step[l * N + m] * legendre - back[l * N + m] * squared * before;
                 before = legendre;
                 legendre = next;
             }
             const vec scaled = legendre * scale[l];
-            columns[l * l + l + m] = scaled * cosine;
-            if (m > 0) columns[l * l + l - m] = scaled * sine;
+            values[l * l + l + m] = scaled * cosine;
+            if (m > 0) values[l * l + l - m] = scaled * sine;
         }
     }
 }
 
-void harmonics(const REAL *vectors, REAL *result, int64_t n, int lmax, const REAL *table,
-               int normalize, int n_threads) {
-    const int n_sph = (lmax + 1) * (lmax + 1);
+/* d(direction)/dv is symmetric, (1 - u u^T) / r: apply it to a. */
+INLINE void turn(const place_t *p, const vec *a, vec *result) {
+    const vec along = p->normalize ? dot(p->unit, a) : (vec){0};
+    for (int i = 0; i < 3; i++) result[i] = (a[i] - p->unit[i] * along) * p->inverse;
+}
+
+void harmonics(const REAL *vectors, REAL *result, int64_t n, const REAL *table, int normalize,
+               int n_threads) {
 #pragma omp parallel for num_threads(n_threads) schedule(static) if (n_threads > 1)
     for (int64_t at = 0; at < n; at += WIDTH) {
-        const int count = n - at < WIDTH ? (int)(n - at) : WIDTH;
-        vec v[3], columns[n_sph];
-        read_rows(vectors + 3 * at, 3, count, v);
-        if (normalize) {
-            const vec squared = v[0] * v[0] + v[1] * v[1] + v[2] * v[2];
-            vec length;
-            for (int e = 0; e < WIDTH; e++) length[e] = squared[e] == 0 ? 1 : root(squared[e]);
-            for (int i = 0; i < 3; i++) v[i] /= length;
-        }
-        columns_of(v[0], v[1], v[2], lmax, table, columns);
-        write_rows(columns, n_sph, count, result + at * n_sph);
+        const place_t p = place_of(vectors + 3 * at, n - at, normalize);
+        vec values[N_SPH];
+        values_of(&p, table, values);
+        write_rows(values, N_SPH, n - at, result + at * N_SPH);
     }
 }
 
-/* G(g, h, Y) = sum g_row h_axis coefficient Y_lower; its derivatives that have a place. */
-void harmonics_form(const REAL *g, const REAL *h, const REAL *values, REAL *to_g, REAL *to_h,
-                    REAL *to_values, int64_t n, int n_sph, const slope_t *slopes, int n_slopes,
-                    const REAL *coefficients, int n_threads) {
+/* J^T g, with J = dY/dv. */
+void harmonics_slope(const REAL *vectors, const REAL *g, REAL *result, int64_t n, const REAL *table,
+                     const slope_t *slopes, const REAL *coefficients, int n_slopes, int normalize,
+                     int n_threads) {
 #pragma omp parallel for num_threads(n_threads) schedule(static) if (n_threads > 1)
     for (int64_t at = 0; at < n; at += WIDTH) {
-        const int count = n - at < WIDTH ? (int)(n - at) : WIDTH;
-        vec left[n_sph], axes[3], right[n_sph], sum_g[n_sph], sum_h[3], sum_values[n_sph];
-        if (g) read_rows(g + at * n_sph, n_sph, count, left);
-        if (h) read_rows(h + at * 3, 3, count, axes);
-        if (values) read_rows(values + at * n_sph, n_sph, count, right);
-        if (to_g) memset(sum_g, 0, sizeof sum_g);
-        if (to_h) memset(sum_h, 0, sizeof sum_h);
-        if (to_values) memset(sum_values, 0, sizeof sum_values);
+        const place_t p = place_of(vectors + 3 * at, n - at, normalize);
+        vec values[N_SPH], left[N_SPH], sum[3] = {{0}, {0}, {0}}, turned[3];
+        values_of(&p, table, values);
+        read_rows(g + at * N_SPH, N_SPH, n - at, left);
+        for (int s = 0; s < n_slopes; s++)
+            sum[slopes[s].axis] += coefficients[s] * left[slopes[s].row] * values[slopes[s].lower];
+        turn(&p, sum, turned);
+        write_rows(turned, 3, n - at, result + at * 3);
+    }
+}
+
+/* The derivatives of <h, J^T g>: by g, which is J h, and by the vectors. */
+void harmonics_second(const REAL *vectors, const REAL *g, const REAL *h, REAL *to_g,
+                      REAL *to_vectors, int64_t n, const REAL *table, const slope_t *slopes,
+                      const REAL *coefficients, int n_slopes, int normalize, int n_threads) {
+#pragma omp parallel for num_threads(n_threads) schedule(static) if (n_threads > 1)
+    for (int64_t at = 0; at < n; at += WIDTH) {
+        const place_t p = place_of(vectors + 3 * at, n - at, normalize);
+        vec values[N_SPH], left[N_SPH], moved[N_SPH], back[N_SPH], axes[3], turned[3];
+        vec slope[3] = {{0}, {0}, {0}}, second[3] = {{0}, {0}, {0}}, result[3];
+        values_of(&p, table, values);
+        read_rows(g + at * N_SPH, N_SPH, n - at, left);
+        read_rows(h + at * 3, 3, n - at, axes);
+        turn(&p, axes, turned);
+        memset(moved, 0, sizeof moved);
+        memset(back, 0, sizeof back);
         for (int s = 0; s < n_slopes; s++) {
             const slope_t k = slopes[s];
-            if (to_g) sum_g[k.row] += coefficients[s] * axes[k.axis] * right[k.lower];
-            if (to_h) sum_h[k.axis] += coefficients[s] * left[k.row] * right[k.lower];
-            if (to_values) sum_values[k.lower] += coefficients[s] * axes[k.axis] * left[k.row];
+            const vec factor = coefficients[s] * turned[k.axis];
+            moved[k.row] += factor * values[k.lower];
+            back[k.lower] += factor * left[k.row];
+            slope[k.axis] += coefficients[s] * left[k.row] * values[k.lower];
         }
-        if (to_g) write_rows(sum_g, n_sph, count, to_g + at * n_sph);
-        if (to_h) write_rows(sum_h, 3, count, to_h + at * 3);
-        if (to_values) write_rows(sum_values, n_sph, count, to_values + at * n_sph);
+        for (int s = 0; s < n_slopes; s++)
+            second[slopes[s].axis] += coefficients[s] * back[slopes[s].row] * values[slopes[s].lower];
+        turn(&p, second, result);
+        if (p.normalize) { /* the direction itself turns less the longer the vector */
+            const vec along_h = dot(p.unit, axes), along_slope = dot(p.unit, slope);
+            const vec across = dot(axes, slope) - 3 * along_h * along_slope;
+            for (int i = 0; i < 3; i++)
+                result[i] -= (p.unit[i] * across + axes[i] * along_slope + slope[i] * along_h) *
+                             p.inverse * p.inverse;
+        }
+        write_rows(moved, N_SPH, n - at, to_g + at * N_SPH);
+        write_rows(result, 3, n - at, to_vectors + at * 3);
     }
 }

@@ -36,60 +36,74 @@ class CPUHarmonicsKernels:
     def harmonics(
         self, vectors: Tensor, lmax: int, normalization: Normalization, normalize: bool
     ) -> Tensor:
-        """Evaluate the harmonics."""
+        """Return Y."""
         vectors = vectors.contiguous()
-        values = vectors.new_empty(len(vectors), (lmax + 1) ** 2)
+        n = len(vectors)
+        values = vectors.new_empty(n, (lmax + 1) ** 2)
         table = table_like(_recursion, lmax, normalization, like=vectors)
-        _library(vectors.dtype).harmonics(
-            vectors.data_ptr(), values.data_ptr(), len(vectors), lmax, table.data_ptr(),
-            normalize, _threads(len(vectors)),
-        )  # fmt: skip
+        _library(vectors.dtype, lmax).harmonics(
+            vectors.data_ptr(), values.data_ptr(), n, table.data_ptr(), normalize, _threads(n)
+        )
         return values
 
-    def form(
+    def slope(
         self,
-        g: Tensor | None,
-        h: Tensor | None,
-        values: Tensor | None,
-        wanted: tuple[str, ...],
+        vectors: Tensor,
+        g: Tensor,
+        lmax: int,
         normalization: Normalization,
-    ) -> list[Tensor]:
-        """Return the partial derivatives of G."""
-        given = {
-            name: None if part is None else part.contiguous()
-            for name, part in {"g": g, "h": h, "values": values}.items()
-        }
-        like = given["g"] if given["g"] is not None else given["values"]
-        assert like is not None  # one argument may be missing
-        n, n_sph = like.shape
-        results = {
-            name: like.new_empty(n, 3) if name == "h" else torch.empty_like(like) for name in wanted
-        }
-        lmax = round(n_sph**0.5) - 1
-        places = _slope_places(lmax)
-        coefficients = table_like(_slope_coefficients, lmax, normalization, like=like)
-        _library(like.dtype).harmonics_form(
-            *(_at(given[name]) for name in ("g", "h", "values")),
-            *(_at(results.get(name)) for name in ("g", "h", "values")),
-            n, n_sph, places.data_ptr(), len(places), coefficients.data_ptr(), _threads(n),
-        )  # fmt: skip
-        return [results[name] for name in wanted]
+        normalize: bool,
+    ) -> Tensor:
+        """Return J^T g."""
+        vectors, g = vectors.contiguous(), g.contiguous()
+        result = torch.empty_like(vectors)
+        _library(vectors.dtype, lmax).harmonics_slope(
+            *(tensor.data_ptr() for tensor in (vectors, g, result)),
+            *_constants(len(vectors), lmax, normalization, vectors),
+            *(normalize, _threads(len(vectors))),
+        )
+        return result
 
-
-def _library(dtype: torch.dtype) -> ctypes.CDLL:
-    return _declared(load(source_of("harmonics.c", {"REAL": REALS[dtype]})))
+    def second(
+        self,
+        vectors: Tensor,
+        g: Tensor,
+        h: Tensor,
+        lmax: int,
+        normalization: Normalization,
+        normalize: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the derivatives of <h, J^T g>."""
+        vectors, g, h = vectors.contiguous(), g.contiguous(), h.contiguous()
+        results = torch.empty_like(g), torch.empty_like(vectors)
+        _library(vectors.dtype, lmax).harmonics_second(
+            *(tensor.data_ptr() for tensor in (vectors, g, h, *results)),
+            *_constants(len(vectors), lmax, normalization, vectors),
+            *(normalize, _threads(len(vectors))),
+        )
+        return results
 
 
 @functools.cache
-def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
+def _library(dtype: torch.dtype, lmax: int) -> ctypes.CDLL:
+    macros = {"REAL": REALS[dtype], "BYTES": dtype.itemsize, "LMAX": lmax}
+    library = load(source_of("harmonics.c", macros))
     pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    library.harmonics.argtypes = (pointer, pointer, size, number, pointer, number, number)
-    library.harmonics.restype = None
-    library.harmonics_form.argtypes = (
-        *(pointer,) * 6, size, number, pointer, number, pointer, number,
-    )  # fmt: skip
-    library.harmonics_form.restype = None
+    constants = (size, pointer, pointer, pointer, number, number, number)
+    library.harmonics.argtypes = (pointer, pointer, size, pointer, number, number)
+    library.harmonics_slope.argtypes = (*(pointer,) * 3, *constants)
+    library.harmonics_second.argtypes = (*(pointer,) * 5, *constants)
+    for function in (library.harmonics, library.harmonics_slope, library.harmonics_second):
+        function.restype = None
     return library
+
+
+def _constants(n: int, lmax: int, normalization: Normalization, like: Tensor) -> tuple[int, ...]:
+    """Return what the derivatives read besides: n, the recursion and the elements of A_i."""
+    table = table_like(_recursion, lmax, normalization, like=like)
+    coefficients = table_like(_slope_coefficients, lmax, normalization, like=like)
+    places = _slope_places(lmax)
+    return n, table.data_ptr(), places.data_ptr(), coefficients.data_ptr(), len(places)
 
 
 @constant_table
@@ -149,7 +163,3 @@ def _slope_coefficients(lmax: int, normalization: Normalization) -> Tensor:
 
 def _threads(n: int) -> int:
     return max(1, min(n_threads(), n // _VECTORS_PER_THREAD))
-
-
-def _at(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
