@@ -13,14 +13,44 @@ from torch import Tensor
 
 from atomeq.ops.clebsch_gordan import Form
 from atomeq.ops.harmonic_polynomials import Normalization
+from atomeq.ops.registered.so2_shape import SO2Shape
 from atomeq.ops.specification import OpSpec
 
 # (topic, set) -> "module:class"
 KERNELS: dict[tuple[str, str], str] = {
     ("edge", "cpu"): "atomeq.ops.backends.cpu.edge:CPUEdgeKernels",
     ("coupling", "cpu"): "atomeq.ops.backends.cpu.coupling:CPUCouplingKernels",
+    ("segment", "cpu"): "atomeq.ops.backends.native.segments:CPUSegmentKernels",
     ("harmonics", "cpu"): "atomeq.ops.backends.native.harmonics:CPUHarmonicsKernels",
 }
+
+
+class SO2Map(Protocol):
+    """A linear map of an edge's rows, one matrix for each order; see :class:`SO2Shape`."""
+
+    def forward(self, rows: Tensor, out: Tensor) -> Tensor:
+        """Write M rows, (n_edges, n_rows * c_in) -> (n_edges, width), to ``out``; return it."""
+        ...
+
+    def transposed(self, grad: Tensor, out: Tensor) -> Tensor:
+        """Write M^T grad, (n_edges, width) -> (n_edges, n_rows * c_in), to ``out``; return it."""
+        ...
+
+
+class GateKernel(Protocol):
+    """SiLU on l = 0, sigmoid gates on l > 0: value a(y), Jacobian J and second derivative."""
+
+    def value(self) -> Tensor:
+        """Return a, (n_edges, n_rows * channels)."""
+        ...
+
+    def gradient(self, grad: Tensor) -> Tensor:
+        """Return J^T grad, like y."""
+        ...
+
+    def second(self, moved: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+        """Return J moved, like a, and the gradient of <moved, J^T grad> in y, like y."""
+        ...
 
 
 class EdgeKernels(Protocol):
@@ -68,10 +98,12 @@ class EdgeKernels(Protocol):
         lmax: int,
         mmax: int,
         factor: Tensor | None = None,
+        total: Tensor | None = None,
     ) -> Tensor:
         """Return G^T W^T (factor * rows), (n_atoms, n_sph, channels).
 
-        ``factor`` is (n_edges,). Without indices the result is (n_edges, n_sph, channels).
+        ``factor`` is (n_edges,). Without indices the result is (n_edges, n_sph, channels). With
+        ``total`` the result is added to it.
         """
         ...
 
@@ -86,6 +118,27 @@ class EdgeKernels(Protocol):
         mmax: int,
     ) -> Tensor:
         """Return <W^T rows, X_k G x> for the three generators X_k, (n_edges, 3)."""
+        ...
+
+    def so2_map(self, weights: list[Tensor], shape: SO2Shape) -> SO2Map:
+        """Return the map M of some weights, which may be prepared for many calls."""
+        ...
+
+    def add_weight_gradients(
+        self, rows: Tensor, grad: Tensor, into: list[Tensor], shape: SO2Shape
+    ) -> None:
+        """Add the gradients of <grad, M rows> with respect to the weights to ``into``."""
+        ...
+
+    def gate(self, y: Tensor, lmax: int, mmax: int, channels: int) -> GateKernel:
+        """Return the gate of edges, (n_edges, lmax * channels + n_rows * channels).
+
+        The gates of l = 1..lmax come first, then the rows.
+        """
+        ...
+
+    def edges_at_once(self, first: SO2Shape) -> int:
+        """Return how many edges a layer works on at a time."""
         ...
 
 
@@ -158,6 +211,22 @@ class HarmonicsKernels(Protocol):
         ...
 
 
+class SegmentKernels(Protocol):
+    """Sums and softmax over segments, for one kernel set; ``index`` may have any order."""
+
+    def refusal(self, spec: OpSpec) -> str | None:
+        """Return None if these kernels serve the call, else the reason why not."""
+        ...
+
+    def total(self, x: Tensor, index: Tensor, n_segments: int) -> Tensor:
+        """Return the sums of the members of each segment, (n_segments, ...)."""
+        ...
+
+    def softmax(self, logits: Tensor, index: Tensor, n_segments: int) -> Tensor:
+        """Return positive weights that sum to 1 in each segment, (n_members, ...)."""
+        ...
+
+
 @cache
 def edge_kernels(name: str) -> EdgeKernels:
     """Return the edge kernels of a set, importing them when first asked for."""
@@ -174,6 +243,25 @@ def coupling_kernels(name: str) -> CouplingKernels:
 def harmonics_kernels(name: str) -> HarmonicsKernels:
     """Return the kernels for harmonics of a set, importing them when first asked for."""
     return cast(HarmonicsKernels, _load("harmonics", name))
+
+
+@cache
+def segment_kernels(name: str) -> SegmentKernels:
+    """Return the segment kernels of a set, importing them when first asked for."""
+    return cast(SegmentKernels, _load("segment", name))
+
+
+def refusal(topic: str, name: str, spec: OpSpec) -> str | None:
+    """Return why a kernel set does not serve a call, or None if it does."""
+    loaders = {
+        "edge": edge_kernels,
+        "coupling": coupling_kernels,
+        "harmonics": harmonics_kernels,
+        "segment": segment_kernels,
+    }
+    if (topic, name) not in KERNELS:
+        return f"the kernel set {name} has no kernels for it"
+    return loaders[topic](name).refusal(spec)
 
 
 def _load(topic: str, name: str) -> object:

@@ -1,0 +1,218 @@
+/* Rotation of edge features into and out of their frames, the torque on them, and the gate.
+
+   Before this file: REAL (float or double), LMAX, MMAX. Features are (*, N_SPH, channels), rows
+   (n_edges, N_ROWS, channels) in m-primary order, wigner (n_edges, N_ROWS, N_SPH) block diagonal in
+   l. */
+
+#include <stdint.h>
+#include <string.h>
+
+#define N_SPH ((LMAX + 1) * (LMAX + 1))
+#define ROW_START(m) ((m) == 0 ? 0 : (LMAX + 1) + ((m) - 1) * (2 * LMAX + 2 - (m)))
+#define N_ROWS (ROW_START(MMAX) + (MMAX == 0 ? LMAX + 1 : 2 * (LMAX + 1 - MMAX)))
+#define N_SCALES ((MMAX + 1) * (LMAX + 1) - (MMAX * (MMAX + 1)) / 2)
+#define SCALE_START(m) ((m) * (LMAX + 1) - ((m) * ((m) - 1)) / 2)
+#define INLINE static inline __attribute__((always_inline))
+
+/* Rows of degree l: m = 0, then +1, -1, +2, -2, ...; 2 * min(l, MMAX) + 1 of them. */
+INLINE int row_of(int l, int k) {
+  int m = (k + 1) / 2;
+  return ROW_START(m) + (l - m) + (k > 0 && k % 2 == 0 ? LMAX + 1 - m : 0);
+}
+INLINE int scale_of(int l, int k) { return SCALE_START((k + 1) / 2) + l - (k + 1) / 2; }
+INLINE int n_rows_of(int l) { return 2 * (l < MMAX ? l : MMAX) + 1; }
+
+/* Channels are worked on 64 bytes at a time, those left over one by one: V is a vector or REAL. */
+typedef REAL LANES __attribute__((vector_size(64), aligned(sizeof(REAL)), may_alias));
+#define N_LANES ((int64_t)(64 / sizeof(REAL)))
+#define UNROLL _Pragma("GCC unroll 16")
+
+#define ROTATIONS(V)                                                                              \
+  INLINE void rotate_##V(const REAL *x, int64_t x_stride, const REAL *w, REAL *rows,              \
+                         int64_t row_stride, const REAL *scale, int64_t scale_stride) {           \
+    UNROLL for (int l = 0; l <= LMAX; l++) {                                                      \
+      V in[2 * LMAX + 1];                                                                         \
+      UNROLL for (int i = 0; i < 2 * l + 1; i++) in[i] = *(const V *)(x + (l * l + i) * x_stride); \
+      UNROLL for (int k = 0; k < n_rows_of(l); k++) {                                             \
+        const REAL *element = w + row_of(l, k) * N_SPH + l * l;                                   \
+        V sum = element[0] * in[0];                                                               \
+        UNROLL for (int i = 1; i < 2 * l + 1; i++) sum += element[i] * in[i];                     \
+        if (scale) sum *= *(const V *)(scale + scale_of(l, k) * scale_stride);                    \
+        *(V *)(rows + row_of(l, k) * row_stride) = sum;                                           \
+      }                                                                                           \
+    }                                                                                             \
+  }                                                                                               \
+  /* One degree of W^T rows. */                                                                   \
+  INLINE void unrotate_##V(const REAL *rows, int64_t row_stride, const REAL *w, int l, V *lab) {  \
+    V in[2 * MMAX + 1];                                                                           \
+    UNROLL for (int k = 0; k < n_rows_of(l); k++)                                                 \
+      in[k] = *(const V *)(rows + row_of(l, k) * row_stride);                                     \
+    UNROLL for (int i = 0; i < 2 * l + 1; i++) {                                                  \
+      V sum = w[row_of(l, 0) * N_SPH + l * l + i] * in[0];                                        \
+      UNROLL for (int k = 1; k < n_rows_of(l); k++)                                               \
+        sum += w[row_of(l, k) * N_SPH + l * l + i] * in[k];                                       \
+      lab[i] = sum;                                                                               \
+    }                                                                                             \
+  }                                                                                               \
+  INLINE void rotate_back_##V(const REAL *rows, int64_t row_stride, const REAL *w, REAL factor,   \
+                              REAL *x, int64_t x_stride) {                                        \
+    UNROLL for (int l = 0; l <= LMAX; l++) {                                                      \
+      V lab[2 * LMAX + 1];                                                                        \
+      unrotate_##V(rows, row_stride, w, l, lab);                                                  \
+      UNROLL for (int i = 0; i < 2 * l + 1; i++)                                                  \
+        *(V *)(x + (l * l + i) * x_stride) += factor * lab[i];                                    \
+    }                                                                                             \
+  }                                                                                               \
+  INLINE void torque_##V(const REAL *rows, int64_t row_stride, const REAL *w, const REAL *x,      \
+                         int64_t x_stride, const REAL *value, const int64_t *place,               \
+                         const int64_t *count, V *sum) {                                          \
+    V lab[N_SPH];                                                                                 \
+    UNROLL for (int l = 0; l <= LMAX; l++)                                                        \
+      unrotate_##V(rows, row_stride, w, l, lab + l * l);                                          \
+    for (int k = 0; k < 3; k++) {                                                                 \
+      V torque = sum[k];                                                                          \
+      for (int64_t n = count[k]; n < count[k + 1]; n++)                                           \
+        torque += value[n] * lab[place[2 * n]] * *(const V *)(x + place[2 * n + 1] * x_stride);   \
+      sum[k] = torque;                                                                            \
+    }                                                                                             \
+  }
+
+ROTATIONS(LANES)
+ROTATIONS(REAL)
+
+/* index: n_sides pointers to the atoms of each edge; 0 sides: x belongs to the edges. */
+void gather_rotate(const REAL *x, const REAL *wigner, const int64_t **index, int64_t n_sides,
+                   const REAL *scale, REAL *rows, int64_t n_edges, int64_t channels) {
+  int64_t joined = channels * (n_sides ? n_sides : 1);
+  for (int64_t e = 0; e < n_edges; e++)
+    for (int64_t s = 0; s < (n_sides ? n_sides : 1); s++) {
+      const REAL *from = x + (n_sides ? index[s][e] : e) * N_SPH * channels;
+      const REAL *w = wigner + e * N_ROWS * N_SPH;
+      REAL *to = rows + e * N_ROWS * joined + s * channels;
+      const REAL *by = scale ? scale + e * N_SCALES * joined + s * channels : 0;
+      int64_t c = 0;
+      for (; c + N_LANES <= channels; c += N_LANES)
+        rotate_LANES(from + c, channels, w, to + c, joined, by ? by + c : 0, joined);
+      for (; c < channels; c++)
+        rotate_REAL(from + c, channels, w, to + c, joined, by ? by + c : 0, joined);
+    }
+}
+
+/* Adds to total. factor is (n_edges,) or null. */
+void rotate_scatter(const REAL *rows, const REAL *wigner, const int64_t **index, int64_t n_sides,
+                    const REAL *factor, REAL *total, int64_t n_edges, int64_t channels) {
+  int64_t joined = channels * (n_sides ? n_sides : 1);
+  for (int64_t e = 0; e < n_edges; e++)
+    for (int64_t s = 0; s < (n_sides ? n_sides : 1); s++) {
+      REAL *to = total + (n_sides ? index[s][e] : e) * N_SPH * channels;
+      const REAL *w = wigner + e * N_ROWS * N_SPH;
+      const REAL *from = rows + e * N_ROWS * joined + s * channels;
+      REAL f = factor ? factor[e] : 1;
+      int64_t c = 0;
+      for (; c + N_LANES <= channels; c += N_LANES)
+        rotate_back_LANES(from + c, joined, w, f, to + c, channels);
+      for (; c < channels; c++) rotate_back_REAL(from + c, joined, w, f, to + c, channels);
+    }
+}
+
+/* The elements of X_k are value[n] at row place[2n], column place[2n + 1], count[k] <= n <
+   count[k + 1]. */
+void torque(const REAL *x, const REAL *rows, const REAL *wigner, const int64_t **index,
+            int64_t n_sides, const REAL *value, const int64_t *place, const int64_t *count,
+            REAL *result, int64_t n_edges, int64_t channels) {
+  int64_t joined = channels * (n_sides ? n_sides : 1);
+  for (int64_t e = 0; e < n_edges; e++) {
+    LANES wide[3] = {{0}, {0}, {0}};
+    REAL sum[3] = {0};
+    const REAL *w = wigner + e * N_ROWS * N_SPH;
+    for (int64_t s = 0; s < (n_sides ? n_sides : 1); s++) {
+      const REAL *from = x + (n_sides ? index[s][e] : e) * N_SPH * channels;
+      const REAL *row = rows + e * N_ROWS * joined + s * channels;
+      int64_t c = 0;
+      for (; c + N_LANES <= channels; c += N_LANES)
+        torque_LANES(row + c, joined, w, from + c, channels, value, place, count, wide);
+      for (; c < channels; c++)
+        torque_REAL(row + c, joined, w, from + c, channels, value, place, count, sum);
+    }
+    for (int k = 0; k < 3; k++)
+      for (int v = 0; v < N_LANES; v++) sum[k] += wide[k][v];
+    memcpy(result + 3 * e, sum, sizeof sum);
+  }
+}
+
+/* The gate. y holds LMAX * channels gates, then the rows; sigma holds the sigmoids of the gates and
+   of the row l = 0. The value of l = 0 is y sigma, of a row of degree l > 0 y sigma(gate of l). */
+#define EACH_CHANNEL _Pragma("GCC ivdep") for (int64_t c = 0; c < channels; c++)
+#define WIDTH_Y ((LMAX + N_ROWS) * channels)
+#define WIDTH_S ((LMAX + 1) * channels)
+
+void gate(const REAL *y, const REAL *sigma, REAL *value, int64_t n_edges, int64_t channels) {
+  for (int64_t e = 0; e < n_edges; e++) {
+    const REAL *in = y + e * WIDTH_Y + LMAX * channels, *s = sigma + e * WIDTH_S;
+    REAL *out = value + e * N_ROWS * channels;
+    for (int l = 0; l <= LMAX; l++) {
+      const REAL *by = s + (l ? l - 1 : LMAX) * channels;
+      for (int k = 0; k < n_rows_of(l); k++) {
+        int64_t row = row_of(l, k) * channels;
+        EACH_CHANNEL out[row + c] = in[row + c] * by[c];
+      }
+    }
+  }
+}
+
+/* gy = J^T g; may not alias. */
+void gate_gradient(const REAL *y, const REAL *sigma, const REAL *g, REAL *gy, int64_t n_edges,
+                   int64_t channels) {
+  for (int64_t e = 0; e < n_edges; e++) {
+    const REAL *in = y + e * WIDTH_Y + LMAX * channels, *s = sigma + e * WIDTH_S;
+    const REAL *h = g + e * N_ROWS * channels;
+    REAL *gates = gy + e * WIDTH_Y, *out = gates + LMAX * channels;
+    const REAL *own = s + LMAX * channels;
+    EACH_CHANNEL
+      out[c] = h[c] * own[c] * (1 + in[c] * (1 - own[c]));
+    for (int l = 1; l <= LMAX; l++) {
+      const REAL *by = s + (l - 1) * channels;
+      REAL *into = gates + (l - 1) * channels;
+      EACH_CHANNEL into[c] = 0;
+      for (int k = 0; k < n_rows_of(l); k++) {
+        int64_t row = row_of(l, k) * channels;
+        EACH_CHANNEL {
+          out[row + c] = h[row + c] * by[c];
+          into[c] += h[row + c] * in[row + c];
+        }
+      }
+      EACH_CHANNEL into[c] *= by[c] * (1 - by[c]);
+    }
+  }
+}
+
+/* dvalue = J dy and d2 = d/dy <dy, J^T g>. */
+void gate_second(const REAL *y, const REAL *sigma, const REAL *dy, const REAL *g, REAL *dvalue,
+                 REAL *d2, int64_t n_edges, int64_t channels) {
+  for (int64_t e = 0; e < n_edges; e++) {
+    const REAL *in = y + e * WIDTH_Y + LMAX * channels, *s = sigma + e * WIDTH_S;
+    const REAL *dgates = dy + e * WIDTH_Y, *din = dgates + LMAX * channels;
+    const REAL *h = g + e * N_ROWS * channels, *own = s + LMAX * channels;
+    REAL *out = dvalue + e * N_ROWS * channels;
+    REAL *gates = d2 + e * WIDTH_Y, *curved = gates + LMAX * channels;
+    EACH_CHANNEL {
+      REAL p = own[c], slope = p * (1 - p);
+      out[c] = din[c] * p * (1 + in[c] * (1 - p));
+      curved[c] = h[c] * din[c] * slope * (2 + in[c] * (1 - 2 * p));
+    }
+    for (int l = 1; l <= LMAX; l++) {
+      const REAL *by = s + (l - 1) * channels, *moved = dgates + (l - 1) * channels;
+      REAL *into = gates + (l - 1) * channels;
+      EACH_CHANNEL into[c] = 0;
+      for (int k = 0; k < n_rows_of(l); k++) {
+        int64_t row = row_of(l, k) * channels;
+        EACH_CHANNEL {
+          REAL p = by[c], slope = p * (1 - p), bent = slope * (1 - 2 * p);
+          out[row + c] = p * din[row + c] + slope * in[row + c] * moved[c];
+          curved[row + c] = slope * moved[c] * h[row + c];
+          into[c] += h[row + c] * (slope * din[row + c] + bent * in[row + c] * moved[c]);
+        }
+      }
+    }
+  }
+}
