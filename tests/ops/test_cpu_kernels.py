@@ -28,14 +28,15 @@ Function = Callable[..., Tensor]
 
 
 def derivatives(function: Function, inputs: Sequence[Tensor]) -> list[Tensor]:
-    """Return the value, its gradients along a fixed direction and those of their squares."""
+    """Return the value, the gradients of a function of it and those of their squares."""
     inputs = [tensor.clone().requires_grad_() for tensor in inputs]
     value = function(*inputs)
     direction = torch.linspace(-1, 1, value.numel(), dtype=value.dtype).view_as(value)
-    first = torch.autograd.grad((direction * value).sum(), inputs, create_graph=True)
+    first = torch.autograd.grad(
+        (direction * value + value.square()).sum(), inputs, create_graph=True
+    )
     square = sum(part.square().sum() for part in first)
-    second = torch.autograd.grad(square, inputs, allow_unused=True)
-    return [value, *first, *(part for part in second if part is not None)]
+    return [value, *first, *torch.autograd.grad(square, inputs)]
 
 
 def assert_same_as_reference(function: Function, inputs: Sequence[Tensor]) -> None:
@@ -126,7 +127,7 @@ def test_convolution_is_equivariant_to_rotations_and_reflections(dtype: torch.dt
     assert (found - expected).norm() <= EQUIVARIANCE[dtype] * expected.norm()
 
 
-def test_threads_and_the_order_of_edges_change_rounding_alone() -> None:
+def test_threads_change_rounding_alone_and_their_results_are_repeatable() -> None:
     paths = tensor_product_paths(2, 2, 2)
     n_edges = 300
     inputs = [torch.randn(N_SOURCES, 9, 20), torch.randn(n_edges, 9)]
@@ -148,7 +149,6 @@ def test_threads_and_the_order_of_edges_change_rounding_alone() -> None:
     for one, other, repeated in zip(found, expected, again, strict=True):
         torch.testing.assert_close(one, other)
         assert torch.equal(one, repeated)
-    assert torch.equal(found[0], expected[0])  # every atom is one thread's, in one order
 
 
 def test_strides_modes_and_empty_graphs_are_served() -> None:

@@ -2,7 +2,8 @@
 
    Per edge and channel F = sum_p w_p sum_ijk C^p_ijk a_i y_j b_k. Both a and b live on atoms: the
    edge's two ends. The edges are taken in the order of the atom of b, which owns its row of the
-   result, so no two threads write to one place and every sum has one order.
+   result, so no two threads write to one place and, for one number of threads, every sum has one
+   order.
 
    REAL is float or double. As many edges are taken together as a vector has numbers (WIDTH): M^p_ik = sum_j C^p_ijk y_j is made for all of them at once, and so is the way
    back from N^p_ik = sum_c w_p a_i b_k to the gradient of y. */
