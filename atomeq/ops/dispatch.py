@@ -51,9 +51,9 @@ class Backend(Protocol):
         ...
 
     def spherical_harmonics(
-        self, vectors: Tensor, lmax: int, normalization: Normalization
+        self, vectors: Tensor, lmax: int, normalization: Normalization, normalize: bool
     ) -> Tensor:
-        """Evaluate the homogeneous harmonics, (*, 3) -> (*, n_sph)."""
+        """Evaluate the harmonics of vectors or of their directions, (*, 3) -> (*, n_sph)."""
         ...
 
     def edge_wigner(self, vectors: Tensor, lmax: int, mmax: int) -> Tensor:

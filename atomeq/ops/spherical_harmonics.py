@@ -7,7 +7,6 @@ Y_lm is proportional to P_l^|m|(y) times the real (m >= 0) or imaginary (m < 0) 
 
 from typing import get_args
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -46,9 +45,6 @@ def spherical_harmonics(
     if normalization not in get_args(Normalization):
         allowed = ", ".join(get_args(Normalization))
         raise ValueError(f"normalization {normalization!r} is unknown; choose one of {allowed}")
-    if normalize:
-        squared = vectors.square().sum(-1, keepdim=True)
-        vectors = vectors / torch.where(squared > 0, squared, 1.0).sqrt()
     backend = select(
         "spherical_harmonics",
         lmax=lmax,
@@ -57,4 +53,4 @@ def spherical_harmonics(
         n_edges=vectors[..., 0].numel(),
         like=vectors,
     )
-    return backend.spherical_harmonics(vectors, lmax, normalization)
+    return backend.spherical_harmonics(vectors, lmax, normalization, normalize)

@@ -3,16 +3,18 @@
 import torch
 from torch import Tensor
 
+from atomeq.ops.backends.atom_operations import ATOM_TOPICS, AtomOperations
 from atomeq.ops.edge_frame import EdgeFrame
 from atomeq.ops.registered import edge_rotation, escn_conv, so2_map
-from atomeq.ops.registered.kernel_sets import KERNELS, edge_kernels
+from atomeq.ops.registered.kernel_sets import edge_kernels, refusal
 from atomeq.ops.registered.so2_shape import SO2Shape, scale_by_row
 from atomeq.ops.specification import OpSpec
 
 _EDGE_OPS = ("rotate_to_edge", "rotate_from_edge", "so2_linear", "escn_conv")
+_TOPICS = dict.fromkeys(_EDGE_OPS, "edge") | ATOM_TOPICS
 
 
-class KernelBackend:
+class KernelBackend(AtomOperations):
     """The operations of one kernel set; see :class:`~atomeq.ops.dispatch.Backend`.
 
     Args:
@@ -20,13 +22,11 @@ class KernelBackend:
     """
 
     def __init__(self, kernels: str) -> None:
-        self.name = kernels
+        super().__init__(kernels)
 
     def refusal(self, spec: OpSpec) -> str | None:
         """Ask the kernels; a set need not have those of every operation."""
-        if spec.op in _EDGE_OPS and ("edge", self.name) in KERNELS:
-            return edge_kernels(self.name).refusal(spec)
-        return f"the kernel set {self.name} has no kernels for it"
+        return refusal(_TOPICS.get(spec.op, spec.op), self.name, spec)
 
     def rotate_to_edge(self, x: Tensor, frame: EdgeFrame, indices: tuple[Tensor, ...]) -> Tensor:
         """Gather by each index, join the channels, rotate into the edge frames."""

@@ -11,12 +11,17 @@ from typing import Protocol, cast
 
 from torch import Tensor
 
+from atomeq.ops.clebsch_gordan import Form
+from atomeq.ops.harmonic_polynomials import Normalization
 from atomeq.ops.registered.so2_shape import SO2Shape
 from atomeq.ops.specification import OpSpec
 
 # (topic, set) -> "module:class"
 KERNELS: dict[tuple[str, str], str] = {
     ("edge", "cpu"): "atomeq.ops.backends.cpu.edge:CPUEdgeKernels",
+    ("coupling", "cpu"): "atomeq.ops.backends.cpu.coupling:CPUCouplingKernels",
+    ("segment", "cpu"): "atomeq.ops.backends.native.segments:CPUSegmentKernels",
+    ("harmonics", "cpu"): "atomeq.ops.backends.native.harmonics:CPUHarmonicsKernels",
 }
 
 
@@ -137,10 +142,126 @@ class EdgeKernels(Protocol):
         ...
 
 
+class CouplingKernels(Protocol):
+    """The Clebsch-Gordan form F(x, y, w, z), for one kernel set."""
+
+    def refusal(self, spec: OpSpec) -> str | None:
+        """Return None if these kernels serve the call, else the reason why not."""
+        ...
+
+    def partials(
+        self,
+        x: Tensor,
+        y: Tensor,
+        weights: Tensor | None,
+        z: Tensor | None,
+        ends: Sequence[Tensor],
+        n_targets: int,
+        wanted: tuple[str, ...],
+        form: Form,
+    ) -> list[Tensor]:
+        """Return dF/ds for each argument s that is wanted, in its shape.
+
+        ``x`` is (n_sources, n1, U), ``y`` (n_edges, n2) or (n_edges, n2, channels), ``weights``
+        ([n_edges,] n_paths, ...) or None for weights of 1, ``z`` (n_targets, rows, channels) or
+        None if ``wanted`` is ("z",). ``ends`` has the source and the target of each edge; it is
+        empty if x and z belong to the edges. Rows of x or y that no path reads get zeros.
+        """
+        ...
+
+
+class HarmonicsKernels(Protocol):
+    """Spherical harmonics Y with J = dY/dv, for one kernel set.
+
+    ``vectors`` are (n, 3), ``g`` (n, n_sph), ``h`` (n, 3); with ``normalize`` the harmonics are
+    those of the directions.
+    """
+
+    def refusal(self, spec: OpSpec) -> str | None:
+        """Return None if these kernels serve the call, else the reason why not."""
+        ...
+
+    def harmonics(
+        self, vectors: Tensor, lmax: int, normalization: Normalization, normalize: bool
+    ) -> Tensor:
+        """Return Y, (n, n_sph)."""
+        ...
+
+    def slope(
+        self,
+        vectors: Tensor,
+        g: Tensor,
+        lmax: int,
+        normalization: Normalization,
+        normalize: bool,
+    ) -> Tensor:
+        """Return J^T g, (n, 3)."""
+        ...
+
+    def second(
+        self,
+        vectors: Tensor,
+        g: Tensor,
+        h: Tensor,
+        lmax: int,
+        normalization: Normalization,
+        normalize: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the derivatives of <h, J^T g>: by g, (n, n_sph), and by the vectors, (n, 3)."""
+        ...
+
+
+class SegmentKernels(Protocol):
+    """Sums and softmax over segments, for one kernel set; ``index`` may have any order."""
+
+    def refusal(self, spec: OpSpec) -> str | None:
+        """Return None if these kernels serve the call, else the reason why not."""
+        ...
+
+    def total(self, x: Tensor, index: Tensor, n_segments: int) -> Tensor:
+        """Return the sums of the members of each segment, (n_segments, ...)."""
+        ...
+
+    def softmax(self, logits: Tensor, index: Tensor, n_segments: int) -> Tensor:
+        """Return positive weights that sum to 1 in each segment, (n_members, ...)."""
+        ...
+
+
 @cache
 def edge_kernels(name: str) -> EdgeKernels:
     """Return the edge kernels of a set, importing them when first asked for."""
     return cast(EdgeKernels, _load("edge", name))
+
+
+@cache
+def coupling_kernels(name: str) -> CouplingKernels:
+    """Return the Clebsch-Gordan kernels of a set, importing them when first asked for."""
+    return cast(CouplingKernels, _load("coupling", name))
+
+
+@cache
+def harmonics_kernels(name: str) -> HarmonicsKernels:
+    """Return the kernels for harmonics of a set, importing them when first asked for."""
+    return cast(HarmonicsKernels, _load("harmonics", name))
+
+
+@cache
+def segment_kernels(name: str) -> SegmentKernels:
+    """Return the segment kernels of a set, importing them when first asked for."""
+    return cast(SegmentKernels, _load("segment", name))
+
+
+def refusal(topic: str, name: str, spec: OpSpec) -> str | None:
+    """Return why a kernel set does not serve a call, or None if it does."""
+    loaders = {
+        "edge": edge_kernels,
+        "coupling": coupling_kernels,
+        "harmonics": harmonics_kernels,
+        "segment": segment_kernels,
+    }
+    if (topic, name) not in KERNELS:
+        return f"the kernel set {name} has no kernels for it"
+    return loaders[topic](name).refusal(spec)
 
 
 def _load(topic: str, name: str) -> object:

@@ -1,0 +1,82 @@
+"""Operations without edge frames in a backend of kernels: coupling, harmonics, segments."""
+
+from torch import Tensor
+
+from atomeq.ops.clebsch_gordan import Form
+from atomeq.ops.harmonic_polynomials import Normalization
+from atomeq.ops.paths import Mode, Path
+from atomeq.ops.registered.coupling import couple
+from atomeq.ops.registered.harmonics import harmonics
+from atomeq.ops.registered.segments import segment_softmax, segment_total
+
+# Which kernels serve an operation.
+ATOM_TOPICS = {
+    "tensor_product": "coupling",
+    "cg_conv": "coupling",
+    "spherical_harmonics": "harmonics",
+    "segment_sum": "segment",
+    "segment_softmax": "segment",
+}
+
+
+class AtomOperations:
+    """See :class:`~atomeq.ops.dispatch.Backend`.
+
+    Args:
+        kernels: Name of the kernel set.
+    """
+
+    def __init__(self, kernels: str) -> None:
+        self.name = kernels
+
+    def spherical_harmonics(
+        self, vectors: Tensor, lmax: int, normalization: Normalization, normalize: bool
+    ) -> Tensor:
+        """Evaluate the harmonics of vectors or of their directions."""
+        flat = vectors.reshape(-1, 3)
+        values = harmonics(flat, lmax, normalization, normalize, self.name)
+        return values.unflatten(0, vectors.shape[:-1]) if vectors.ndim != 2 else values
+
+    def tensor_product(
+        self,
+        x: Tensor,
+        y: Tensor,
+        weights: Tensor | None,
+        paths: tuple[Path, ...],
+        mode: Mode,
+        stacked: bool,
+    ) -> Tensor:
+        """Couple two features by Clebsch-Gordan paths."""
+        batch = x.shape[:-2]
+        n_edges = batch.numel()
+        # By itself a batch has axes of any number; the form has edges.
+        flat_x = x.reshape(n_edges, *x.shape[-2:])
+        flat_y = y.reshape(n_edges, *y.shape[len(batch) :])
+        if weights is not None and weights.ndim > (4 if mode == "uvw" else 2):
+            weights = weights.reshape(n_edges, *weights.shape[len(batch) :])
+        form = Form(paths, mode, stacked)
+        product = couple(flat_x, flat_y, weights, None, n_edges, form, self.name)
+        return product.reshape(*batch, *product.shape[1:])
+
+    def cg_conv(
+        self,
+        x: Tensor,
+        y: Tensor,
+        weights: Tensor | None,
+        edge_index: Tensor,
+        n_atoms: int,
+        paths: tuple[Path, ...],
+        mode: Mode,
+        stacked: bool,
+    ) -> Tensor:
+        """Gather x on the sources, couple it with y, sum on the targets."""
+        ends = (edge_index[0], edge_index[1])
+        return couple(x, y, weights, ends, n_atoms, Form(paths, mode, stacked), self.name)
+
+    def segment_sum(self, x: Tensor, index: Tensor, n_segments: int) -> Tensor:
+        """Sum the members of each segment."""
+        return segment_total(x, index, n_segments, self.name)
+
+    def segment_softmax(self, logits: Tensor, index: Tensor, n_segments: int) -> Tensor:
+        """Normalise the members of each segment."""
+        return segment_softmax(logits, index, n_segments, self.name)
