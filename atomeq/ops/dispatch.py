@@ -26,15 +26,32 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # Where each backend lives, "module:class"; it is imported when first asked for.
-BACKENDS: dict[str, str] = {"reference": "atomeq.ops.backends.reference:ReferenceBackend"}
-AUTO_ORDER: tuple[str, ...] = ("reference",)  # the fastest first
+BACKENDS: dict[str, str] = {
+    "reference": "atomeq.ops.backends.reference:ReferenceBackend",
+    "e3nn": "atomeq.ops.backends.e3nn:E3nnBackend",
+    "cuequivariance": "atomeq.ops.backends.cuequivariance:CuEquivarianceBackend",
+    "openequivariance": "atomeq.ops.backends.openequivariance:OpenEquivarianceBackend",
+}
+AUTO_ORDER: tuple[str, ...] = ("reference",)  # the fastest first; the others serve when named
 ENVIRONMENT_VARIABLE = "ATOMEQ_BACKEND"
 
 _chosen: ContextVar[str | None] = ContextVar("atomeq_backend", default=None)
 
 
 class OpSpec(NamedTuple):
-    """What a backend must know to say whether it serves a call."""
+    """What a backend must know to say whether it serves a call.
+
+    Attributes:
+        op: Name of the operation.
+        lmax: Highest degree.
+        mmax: Highest order.
+        channels: Number of channels.
+        n_edges: Number of rows the operation works on, edges mostly.
+        dtype: Dtype of the features.
+        device: Device of the features.
+        mode: How channels couple, in Clebsch-Gordan products.
+        weighted: Whether the paths of a Clebsch-Gordan product have weights.
+    """
 
     op: str
     lmax: int
@@ -43,6 +60,8 @@ class OpSpec(NamedTuple):
     n_edges: int
     dtype: torch.dtype
     device: torch.device
+    mode: str = "uvu"
+    weighted: bool = True
 
 
 @runtime_checkable
@@ -51,7 +70,7 @@ class Backend(Protocol):
 
     The functions of ``atomeq.ops`` check the arguments first, so a backend may trust them. Every
     method is differentiable any number of times in its floating-point arguments, except
-    ``edge_wigner``.
+    ``edge_wigner``. A backend that refuses an operation in any form may lack its method.
     """
 
     name: str
@@ -170,7 +189,17 @@ def chosen_backend() -> str:
     return name
 
 
-def select(op: str, *, lmax: int, mmax: int, channels: int, n_edges: int, like: Tensor) -> Backend:
+def select(
+    op: str,
+    *,
+    lmax: int,
+    mmax: int,
+    channels: int,
+    n_edges: int,
+    like: Tensor,
+    mode: str = "uvu",
+    weighted: bool = True,
+) -> Backend:
     """Return the backend that serves a call.
 
     Args:
@@ -180,12 +209,14 @@ def select(op: str, *, lmax: int, mmax: int, channels: int, n_edges: int, like: 
         channels: Number of channels.
         n_edges: Number of rows the operation works on, edges mostly.
         like: A tensor with the dtype and device of the call.
+        mode: How channels couple, in Clebsch-Gordan products.
+        weighted: Whether the paths of such a product have weights.
 
     Raises:
         NotImplementedError: If the backend asked for by name does not serve this call.
         ValueError: If the environment asks for a backend that does not exist.
     """
-    spec = OpSpec(op, lmax, mmax, channels, n_edges, like.dtype, like.device)
+    spec = OpSpec(op, lmax, mmax, channels, n_edges, like.dtype, like.device, mode, weighted)
     name = chosen_backend()
     if name == "auto":
         return _first_serving(spec)

@@ -117,7 +117,8 @@ def test_auto_passes_on_to_the_next_backend(monkeypatch: pytest.MonkeyPatch) -> 
 def test_explain_names_who_serves_and_why_not_others() -> None:
     options = {"lmax": 2, "mmax": 2, "channels": 16, "n_edges": 4500, "device": "cpu"}
     report = explain("so2_linear", dtype=torch.float64, **options)
-    assert report.refusals == {"picky": "it has no torch.float64"}
+    assert report.refusals["picky"] == "it has no torch.float64"
+    assert set(report.refusals) == set(dispatch.BACKENDS) - {"reference"}
     assert "served by   reference (asked for: auto)" in str(report)
     assert "not by      picky: it has no torch.float64" in str(report)
     with use_backend("picky"):
