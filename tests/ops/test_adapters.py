@@ -14,8 +14,9 @@ from atomeq.ops import dispatch
 from atomeq.ops.backends import cuequivariance, openequivariance
 from atomeq.ops.backends.irreps import from_mul_ir, to_mul_ir
 from atomeq.ops.dispatch import Backend, OpSpec, load_backend, use_backend
+from atomeq.ops.paths import Mode, tensor_product_paths
 from atomeq.ops.spherical_harmonics import spherical_harmonics
-from atomeq.ops.tensor_product import Mode, cg_conv, tensor_product, tensor_product_paths
+from atomeq.ops.tensor_product import cg_conv, tensor_product
 
 EXACT = 1e-11  # float64 rounding, through two derivatives of sums over some hundred terms
 GPU_SINGLE = 5e-6  # float32, relative to the largest number

@@ -18,8 +18,9 @@ from atomeq.ops.backends.irreps import (
     to_mul_ir,
 )
 from atomeq.ops.dispatch import OpSpec
-from atomeq.ops.spherical_harmonics import Normalization
-from atomeq.ops.tensor_product import Mode, Path, clebsch_gordan
+from atomeq.ops.harmonic_polynomials import Normalization
+from atomeq.ops.paths import Mode, Path
+from atomeq.ops.tensor_product import clebsch_gordan
 
 SERVED = ("spherical_harmonics", "tensor_product", "cg_conv")
 HIGHEST_DEGREE = 11  # of e3nn's harmonics and of its tables of 3j symbols

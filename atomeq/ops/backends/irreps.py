@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from atomeq.ops.tensor_product import Mode, Path
+from atomeq.ops.paths import Mode, Path
 
 Instruction = tuple[int, int, int, str, bool]
 

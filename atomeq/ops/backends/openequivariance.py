@@ -14,7 +14,7 @@ from torch import Tensor
 
 from atomeq.ops.backends.irreps import highest_degree, product_problem
 from atomeq.ops.dispatch import OpSpec
-from atomeq.ops.tensor_product import Mode, Path
+from atomeq.ops.paths import Mode, Path
 
 if TYPE_CHECKING:
     from openequivariance import TensorProductConv
