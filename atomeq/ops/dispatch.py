@@ -12,14 +12,14 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
 from importlib import import_module
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
-import torch
 from torch import Tensor
 
 from atomeq.ops.edge_frame import EdgeFrame
 from atomeq.ops.harmonic_polynomials import Normalization
 from atomeq.ops.paths import Mode, Path
+from atomeq.ops.specification import OpSpec
 from atomeq.ops.sphere_grid import SphereGrid
 
 logger = logging.getLogger(__name__)
@@ -35,32 +35,6 @@ AUTO_ORDER: tuple[str, ...] = ("reference",)  # the fastest first; the others se
 ENVIRONMENT_VARIABLE = "ATOMEQ_BACKEND"
 
 _chosen: ContextVar[str | None] = ContextVar("atomeq_backend", default=None)
-
-
-class OpSpec(NamedTuple):
-    """What a backend must know to say whether it serves a call.
-
-    Attributes:
-        op: Name of the operation.
-        lmax: Highest degree.
-        mmax: Highest order.
-        channels: Number of channels.
-        n_edges: Number of rows the operation works on, edges mostly.
-        dtype: Dtype of the features.
-        device: Device of the features.
-        mode: How channels couple, in Clebsch-Gordan products.
-        weighted: Whether the paths of a Clebsch-Gordan product have weights.
-    """
-
-    op: str
-    lmax: int
-    mmax: int
-    channels: int
-    n_edges: int
-    dtype: torch.dtype
-    device: torch.device
-    mode: str = "uvu"
-    weighted: bool = True
 
 
 @runtime_checkable
@@ -196,7 +170,7 @@ def select(
     channels: int,
     n_edges: int,
     like: Tensor,
-    mode: str = "uvu",
+    mode: Mode = "uvu",
     weighted: bool = True,
 ) -> Backend:
     """Return the backend that serves a call.

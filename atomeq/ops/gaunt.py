@@ -11,6 +11,7 @@ cost (Luo, Chen, Krishnapriyan, 2024, arXiv:2401.10216). What it can not express
 """
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from atomeq.ops.harmonic_polynomials import harmonic_polynomials
+from atomeq.ops.registered.registration import registered
 from atomeq.ops.tables import constant_table, table_like
 
 
@@ -55,34 +57,28 @@ def gaunt_product(
         )
     exact = lmax1 + lmax2 + lmax
     tables = [table_like(_grid_values, l, exact, like=x) for l in (lmax1, lmax2, lmax)]
-    return _pointwise_product(x, y, *tables)
+    return pointwise_product(x, y, *tables)
 
 
-@torch.library.custom_op("atomeq::pointwise_product", mutates_args=())
-def _pointwise_product(x: Tensor, y: Tensor, left: Tensor, right: Tensor, out: Tensor) -> Tensor:
-    """Return out^T ((left x) * (right y)), each table of size (n_points, its rows)."""
-    return out.mT @ ((left @ x) * (right @ y))
-
-
-@_pointwise_product.register_fake
-def _(x: Tensor, y: Tensor, left: Tensor, right: Tensor, out: Tensor) -> Tensor:
+def _like_product(x: Tensor, y: Tensor, left: Tensor, right: Tensor, out: Tensor) -> Tensor:
     return x.new_empty(*x.shape[:-2], out.shape[1], x.shape[-1])
 
 
-def _keep_factors(ctx, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _transpose(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+def _exchanged(saved: SimpleNamespace, wanted: set[str], grad: Tensor) -> dict[str, Tensor]:
     """Exchange the output for one of the factors: the form is symmetric in all three."""
-    x, y, left, right, out = ctx.saved_tensors
-    to_x, to_y = ctx.needs_input_grad[:2]
-    grad_x = _pointwise_product(gradient, y, out, right, left) if to_x else None
-    grad_y = _pointwise_product(gradient, x, out, left, right) if to_y else None
-    return grad_x, grad_y, None, None, None
+    x, y, left, right, out = saved.x, saved.y, saved.left, saved.right, saved.out
+    gradients = {}
+    if "x" in wanted:
+        gradients["x"] = pointwise_product(grad, y, out, right, left)
+    if "y" in wanted:
+        gradients["y"] = pointwise_product(grad, x, out, left, right)
+    return gradients
 
 
-_pointwise_product.register_autograd(_transpose, setup_context=_keep_factors)
+@registered(fake=_like_product, gradient=_exchanged)
+def pointwise_product(x: Tensor, y: Tensor, left: Tensor, right: Tensor, out: Tensor) -> Tensor:
+    """Return out^T ((left x) * (right y)), each table of size (n_points, its rows)."""
+    return out.mT @ ((left @ x) * (right @ y))
 
 
 @constant_table

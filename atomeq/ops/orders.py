@@ -30,6 +30,16 @@ def m_primary_rows(lmax: int, mmax: int) -> Tensor:
     return torch.from_numpy(np.array(m_primary_order(lmax, mmax)))
 
 
+@constant_table
+def radial_rows(lmax: int, mmax: int) -> Tensor:
+    """Return, for each m-primary row, the number of its (l, |m|), m ascending: +m and -m share."""
+    numbers, start = list(range(lmax + 1)), lmax + 1
+    for m in range(1, mmax + 1):
+        numbers += 2 * list(range(start, start + lmax - m + 1))
+        start += lmax - m + 1
+    return torch.from_numpy(np.array(numbers))
+
+
 def check_orders(lmax: int, mmax: int) -> None:
     """Refuse orders above the degree with a ValueError."""
     if not 0 <= mmax <= lmax:

@@ -1,7 +1,7 @@
 """Pointwise functions on the sphere: coefficients to grid values, a function, and back.
 
-A function between the two steps is only as equivariant as the grid is fine: it raises the bandwidth,
-and what lies above is aliased.
+A function between the two steps is only as equivariant as the grid is fine: it raises the
+bandwidth, and what lies above is aliased.
 """
 
 import math

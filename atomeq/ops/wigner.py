@@ -233,6 +233,12 @@ def generators(lmax: int) -> Tensor:
     return table
 
 
+@constant_table
+def flat_generators(lmax: int) -> Tensor:
+    """Return the three generators as columns, (n_sph * n_sph, 3) float64."""
+    return generators(lmax).flatten(1).T.contiguous()
+
+
 def _y_rotation(angle: Tensor, l: int) -> Tensor:
     """Return X_l(t), the matrix of the rotation about y: cos(m t) and, on (m, -m), -sin(m t)."""
     orders = torch.arange(-l, l + 1, dtype=angle.dtype, device=angle.device)

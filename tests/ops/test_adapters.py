@@ -13,8 +13,9 @@ from torch import Tensor
 from atomeq.ops import dispatch
 from atomeq.ops.backends import cuequivariance, openequivariance
 from atomeq.ops.backends.irreps import from_mul_ir, to_mul_ir
-from atomeq.ops.dispatch import Backend, OpSpec, load_backend, use_backend
+from atomeq.ops.dispatch import Backend, load_backend, use_backend
 from atomeq.ops.paths import Mode, tensor_product_paths
+from atomeq.ops.specification import OpSpec
 from atomeq.ops.spherical_harmonics import spherical_harmonics
 from atomeq.ops.tensor_product import cg_conv, tensor_product
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from atomeq.ops.backends.irreps import highest_degree, output_channels, output_degrees
-from atomeq.ops.dispatch import OpSpec
 from atomeq.ops.harmonic_polynomials import Normalization
 from atomeq.ops.paths import Mode, Path
+from atomeq.ops.specification import OpSpec
 from atomeq.ops.tables import constant_table, table_like
 from atomeq.ops.tensor_product import clebsch_gordan
 

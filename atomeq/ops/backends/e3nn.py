@@ -17,9 +17,9 @@ from atomeq.ops.backends.irreps import (
     product_problem,
     to_mul_ir,
 )
-from atomeq.ops.dispatch import OpSpec
 from atomeq.ops.harmonic_polynomials import Normalization
 from atomeq.ops.paths import Mode, Path
+from atomeq.ops.specification import OpSpec
 from atomeq.ops.tensor_product import clebsch_gordan
 
 SERVED = ("spherical_harmonics", "tensor_product", "cg_conv")

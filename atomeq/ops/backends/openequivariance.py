@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from atomeq.ops.backends.irreps import highest_degree, product_problem
-from atomeq.ops.dispatch import OpSpec
 from atomeq.ops.paths import Mode, Path
+from atomeq.ops.specification import OpSpec
 
 if TYPE_CHECKING:
     from openequivariance import TensorProductConv

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from atomeq.ops.backends.blocks import blocks
 from atomeq.ops.backends.edge_rotation import gather_rotate, rotate_back, rotate_scatter
-from atomeq.ops.dispatch import OpSpec
 from atomeq.ops.edge_frame import EdgeFrame
 from atomeq.ops.harmonic_polynomials import Normalization, harmonic_polynomials
 from atomeq.ops.paths import Mode, Path
+from atomeq.ops.specification import OpSpec
 from atomeq.ops.sphere_grid import SphereGrid
 from atomeq.ops.tables import table_like
 from atomeq.ops.tensor_product import Coupling, coupling_table, couplings
