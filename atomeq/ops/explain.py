@@ -117,7 +117,7 @@ def explain(
 
 
 def kernels_here() -> dict[str, str]:
-    """Return what runs kernels on this machine: ``C compiler`` and ``CUDA``, or why there is none."""
+    """Return what this machine runs kernels by: a C compiler and CUDA, or why it has none."""
     compiler = unavailable()
     cuda = "torch sees no CUDA device"
     if torch.cuda.is_available():
