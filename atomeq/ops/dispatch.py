@@ -26,12 +26,13 @@ logger = logging.getLogger(__name__)
 
 # Where each backend lives, "module:class"; it is imported when first asked for.
 BACKENDS: dict[str, str] = {
+    "cpu": "atomeq.ops.backends.kernel_backend:CPUBackend",
     "reference": "atomeq.ops.backends.reference:ReferenceBackend",
     "e3nn": "atomeq.ops.backends.e3nn:E3nnBackend",
     "cuequivariance": "atomeq.ops.backends.cuequivariance:CuEquivarianceBackend",
     "openequivariance": "atomeq.ops.backends.openequivariance:OpenEquivarianceBackend",
 }
-AUTO_ORDER: tuple[str, ...] = ("reference",)  # the fastest first; the others serve when named
+AUTO_ORDER: tuple[str, ...] = ("cpu", "reference")  # the fastest first; others serve when named
 ENVIRONMENT_VARIABLE = "ATOMEQ_BACKEND"
 
 _chosen: ContextVar[str | None] = ContextVar("atomeq_backend", default=None)
@@ -83,6 +84,21 @@ class Backend(Protocol):
         """Mix degrees and channels within each order; return rows and extra scalars."""
         ...
 
+    def escn_conv(
+        self,
+        x: Tensor,
+        frame: EdgeFrame,
+        first: list[Tensor],
+        second: list[Tensor],
+        radial: Tensor | None,
+        radial_weight: Tensor | None,
+        radial_bias: Tensor | None,
+        envelope: Tensor | None,
+        recompute: bool,
+    ) -> Tensor:
+        """Return a whole edge layer: both atoms, map, gate, map, sum on the targets."""
+        ...
+
     def tensor_product(
         self,
         x: Tensor,
@@ -131,7 +147,7 @@ def use_backend(name: str) -> Iterator[None]:
     The choice belongs to the current thread or task, and ends with the block.
 
     Args:
-        name: ``reference`` (plain torch) or ``auto``.
+        name: ``cpu`` (C kernels), ``reference`` (plain torch) or ``auto``.
 
     Raises:
         ValueError: If no backend has this name.
