@@ -6,9 +6,11 @@ neither its irreps nor its normalisation enter. Where the tensors are on a CPU i
 """
 
 import math
+from collections.abc import Callable
 from functools import lru_cache
+from importlib import import_module
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,10 +22,9 @@ from atomeq.ops.specification import OpSpec
 from atomeq.ops.tables import constant_table, table_like
 from atomeq.ops.tensor_product import clebsch_gordan
 
-if TYPE_CHECKING:
-    from cuequivariance import SegmentedPolynomial as Polynomial
-    from cuequivariance_torch import SegmentedPolynomial
-
+Polynomial = Any  # cuequivariance.SegmentedPolynomial
+Module = Callable[..., list[Tensor]]  # cuequivariance_torch.SegmentedPolynomial
+CUEQUIVARIANCE = "cuequivariance"  # by a string: type checkers take the name for this very file
 SERVED = ("spherical_harmonics", "tensor_product", "cg_conv")
 DTYPES = (torch.float32, torch.float64)
 HIGHEST_HARMONIC = 5
@@ -140,7 +141,7 @@ def _coupling(
     paths: tuple[Path, ...],
     mode: Mode,
     stacked: bool,
-) -> "SegmentedPolynomial":
+) -> Module:
     degrees = (highest_degree(x.shape[-2]), highest_degree(y.shape[-1 if mode == "uvu" else -2]))
     channels2 = 1 if mode == "uvu" else y.shape[-1]
     channels = (x.shape[-1], channels2, output_channels(x, weights, mode))
@@ -155,7 +156,7 @@ def _module(
     mode: Mode,
     stacked: bool,
     device: torch.device,
-) -> "SegmentedPolynomial":
+) -> Module:
     import cuequivariance_torch
 
     polynomial = product_polynomial(paths, degrees, channels, mode, stacked=stacked)
@@ -169,7 +170,7 @@ def product_polynomial(
     mode: Mode,
     *,
     stacked: bool,
-) -> "Polynomial":
+) -> Polynomial:
     """Return a product as a polynomial of weights, x and y, with our layout and coefficients.
 
     Args:
@@ -179,8 +180,7 @@ def product_polynomial(
         mode: How channels couple.
         stacked: Each path has an output of its own; else paths of equal l3 share one.
     """
-    import cuequivariance
-
+    cuequivariance = import_module(CUEQUIVARIANCE)
     product = cuequivariance.SegmentedTensorProduct.from_subscripts(SUBSCRIPTS[mode])
     u, v, w = channels
     for _ in paths:
@@ -202,9 +202,10 @@ def product_polynomial(
 
 
 @lru_cache(maxsize=16)
-def _harmonics(lmax: int, device: torch.device) -> "SegmentedPolynomial":
-    import cuequivariance
+def _harmonics(lmax: int, device: torch.device) -> Module:
     import cuequivariance_torch
+
+    cuequivariance = import_module(CUEQUIVARIANCE)
 
     described = cuequivariance.descriptors.spherical_harmonics(
         cuequivariance.SO3(1), list(range(lmax + 1))

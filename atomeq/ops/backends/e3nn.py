@@ -5,6 +5,7 @@ and served only when asked for by name.
 """
 
 from functools import lru_cache
+from importlib import import_module
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from atomeq.ops.paths import Mode, Path
 from atomeq.ops.specification import OpSpec
 from atomeq.ops.tensor_product import clebsch_gordan
 
+E3NN = "e3nn.o3"  # by a string: type checkers take the plain name for this very file
 SERVED = ("spherical_harmonics", "tensor_product", "cg_conv")
 HIGHEST_DEGREE = 11  # of e3nn's harmonics and of its tables of 3j symbols
 
@@ -46,10 +48,11 @@ class E3nnBackend:
     ) -> Tensor:
         """Evaluate the homogeneous harmonics by e3nn's generated polynomials."""
         # Imported here because it takes seconds and most models do not need it.
-        from e3nn.o3 import spherical_harmonics
-
+        o3 = import_module(E3NN)
         degrees = list(range(lmax + 1))
-        return spherical_harmonics(degrees, vectors, normalize=False, normalization=normalization)
+        return o3.spherical_harmonics(
+            degrees, vectors, normalize=False, normalization=normalization
+        )
 
     def tensor_product(
         self,
@@ -109,19 +112,21 @@ def _product(
     dtype: torch.dtype,
     device: torch.device,
 ) -> torch.nn.Module:
-    from e3nn.o3 import TensorProduct
-
     problem = product_problem(paths, degrees, channels, mode, stacked=stacked, weighted=weighted)
-    product = TensorProduct(
-        problem.irreps1,
-        problem.irreps2,
-        problem.irreps_out,
-        problem.instructions,
-        irrep_normalization="component",
-        path_normalization="element",
-        shared_weights=shared,
-        internal_weights=False,
-    ).to(device=device, dtype=dtype)
+    product = (
+        import_module(E3NN)
+        .TensorProduct(
+            problem.irreps1,
+            problem.irreps2,
+            problem.irreps_out,
+            problem.instructions,
+            irrep_normalization="component",
+            path_normalization="element",
+            shared_weights=shared,
+            internal_weights=False,
+        )
+        .to(device=device, dtype=dtype)
+    )
     # e3nn makes its 3j symbols in torch's default dtype: in float64 they would be good to 1e-7.
     for name, symbols in product.named_buffers():
         *_, symbol = name.split("_w3j_")

@@ -4,9 +4,10 @@ It takes our layout as it is (ir_mul) and its weights in our order; kernels for 
 derivatives come with it. It has no CPU path, so whatever is not on a GPU is refused.
 """
 
+from collections.abc import Callable
 from functools import lru_cache
+from importlib import import_module
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,9 +17,7 @@ from atomeq.ops.backends.irreps import highest_degree, product_problem
 from atomeq.ops.paths import Mode, Path
 from atomeq.ops.specification import OpSpec
 
-if TYPE_CHECKING:
-    from openequivariance import TensorProductConv
-
+OPENEQUIVARIANCE = "openequivariance"  # by a string: type checkers take the name for this file
 DTYPES: dict[torch.dtype, type[np.floating]] = {
     torch.float32: np.float32,
     torch.float64: np.float64,
@@ -98,8 +97,7 @@ def _condition_refusal(spec: OpSpec) -> str | None:
         return "there is nothing to launch a kernel for"
     if torch.are_deterministic_algorithms_enabled():
         return "this adapter lets it sum in any order, and torch is asked for repeatable sums"
-    import openequivariance
-
+    openequivariance = import_module(OPENEQUIVARIANCE)
     if not openequivariance.BUILT_EXTENSION:
         return f"its extension was not built: {openequivariance.BUILT_EXTENSION_ERROR}"
     return None
@@ -113,13 +111,12 @@ def _convolution(
     stacked: bool,
     dtype: torch.dtype,
     device: torch.device,  # part of the key: the workspace lives there
-) -> "TensorProductConv":
-    from openequivariance import TensorProductConv, TPProblem
-
+) -> Callable[..., Tensor]:
+    openequivariance = import_module(OPENEQUIVARIANCE)
     problem = product_problem(
         paths, degrees, (channels, 1, channels), "uvu", stacked=stacked, weighted=True
     )
-    described = TPProblem(
+    described = openequivariance.TPProblem(
         problem.irreps1,
         problem.irreps2,
         problem.irreps_out,
@@ -130,4 +127,4 @@ def _convolution(
         weight_dtype=DTYPES[dtype],
         layout="ir_mul",
     )
-    return TensorProductConv(described, deterministic=False)
+    return openequivariance.TensorProductConv(described, deterministic=False)
