@@ -27,7 +27,8 @@ from atomeq.calculators.laws import CalculatorFactory, Law, LawResult
 from atomeq.cli.structures import read_structures, versions
 from atomeq.cli.terminal import Meter, Parser, say
 from atomeq.files import refuse_unwritable, write_atomically
-from atomeq.ops.dispatch import AUTO_ORDER, BACKENDS, chosen_backend, load_backend
+from atomeq.ops.dispatch import AUTO_ORDER, BACKENDS, Backend, chosen_backend, load_backend
+from atomeq.ops.explain import kernels_here
 from atomeq.ops.specification import OpSpec
 from atomeq.potential.checkpoint import find_potential, load_potential, shipped_potentials
 
@@ -60,6 +61,16 @@ _OPTIONAL = {
     "rdkit": "molecules",
     "torch_dftd": "dispersion",
 }
+
+#: One operation of each kind: what serves it serves its relatives.
+_OPERATIONS = (
+    "spherical_harmonics",
+    "so2_linear",
+    "tensor_product",
+    "cg_conv",
+    "sphere_pointwise",
+    "segment_sum",
+)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -207,6 +218,8 @@ def doctor() -> int:
     say(f"backends, by preference; chosen: {chosen_backend()}")
     for line in _backends():
         say(line)
+    for name, found in kernels_here().items():
+        say(f"  {name:<22} {found}")
     say("extras")
     for module, purpose in _OPTIONAL.items():
         say(f"  {module:<22} {_installed(module)}, {purpose}")
@@ -257,12 +270,18 @@ def _backends() -> Iterator[str]:
         except ImportError as error:
             yield f"  {name:<22} absent: {error}"
             continue
-        serves = []
         for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
-            spec = OpSpec("so2_linear", 2, 2, 64, 1000, torch.float32, torch.device(device))
-            refusal = backend.refusal(spec)
-            serves.append(f"{device}: {refusal or 'serves'}")
-        yield f"  {name:<22} {'; '.join(serves)}"
+            yield f"  {name:<22} {device}: {_served(backend, torch.device(device))}"
+
+
+def _served(backend: Backend, device: torch.device) -> str:
+    """Say which operations a backend serves, or why none."""
+    specs = [OpSpec(op, 2, 2, 64, 1000, torch.float32, device) for op in _OPERATIONS]
+    refusals = {spec.op: backend.refusal(spec) for spec in specs}
+    served = [op for op, refusal in refusals.items() if refusal is None]
+    if len(served) == len(refusals):
+        return "serves everything"
+    return f"serves {', '.join(served)}" if served else f"{refusals['cg_conv']}"
 
 
 def _installed(module: str) -> str:

@@ -28,8 +28,11 @@ logger = logging.getLogger(__name__)
 BACKENDS: dict[str, str] = {
     "cpu": "atomeq.ops.backends.kernel_backend:CPUBackend",
     "reference": "atomeq.ops.backends.reference:ReferenceBackend",
+    "e3nn": "atomeq.ops.backends.e3nn:E3nnBackend",
+    "cuequivariance": "atomeq.ops.backends.cuequivariance:CuEquivarianceBackend",
+    "openequivariance": "atomeq.ops.backends.openequivariance:OpenEquivarianceBackend",
 }
-AUTO_ORDER: tuple[str, ...] = ("cpu", "reference")  # the fastest first
+AUTO_ORDER: tuple[str, ...] = ("cpu", "reference")  # the fastest first; others serve when named
 ENVIRONMENT_VARIABLE = "ATOMEQ_BACKEND"
 
 _chosen: ContextVar[str | None] = ContextVar("atomeq_backend", default=None)
@@ -41,7 +44,7 @@ class Backend(Protocol):
 
     The functions of ``atomeq.ops`` check the arguments first, so a backend may trust them. Every
     method is differentiable any number of times in its floating-point arguments, except
-    ``edge_wigner``.
+    ``edge_wigner``. A backend that refuses an operation in any form may lack its method.
     """
 
     name: str
@@ -175,7 +178,17 @@ def chosen_backend() -> str:
     return name
 
 
-def select(op: str, *, lmax: int, mmax: int, channels: int, n_edges: int, like: Tensor) -> Backend:
+def select(
+    op: str,
+    *,
+    lmax: int,
+    mmax: int,
+    channels: int,
+    n_edges: int,
+    like: Tensor,
+    mode: Mode = "uvu",
+    weighted: bool = True,
+) -> Backend:
     """Return the backend that serves a call.
 
     Args:
@@ -185,12 +198,14 @@ def select(op: str, *, lmax: int, mmax: int, channels: int, n_edges: int, like: 
         channels: Number of channels.
         n_edges: Number of rows the operation works on, edges mostly.
         like: A tensor with the dtype and device of the call.
+        mode: How channels couple, in Clebsch-Gordan products.
+        weighted: Whether the paths of such a product have weights.
 
     Raises:
         NotImplementedError: If the backend asked for by name does not serve this call.
         ValueError: If the environment asks for a backend that does not exist.
     """
-    spec = OpSpec(op, lmax, mmax, channels, n_edges, like.dtype, like.device)
+    spec = OpSpec(op, lmax, mmax, channels, n_edges, like.dtype, like.device, mode, weighted)
     name = chosen_backend()
     if name == "auto":
         return _first_serving(spec)

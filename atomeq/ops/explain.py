@@ -4,8 +4,10 @@ from dataclasses import dataclass
 
 import torch
 
+from atomeq.ops.backends.native.builder import unavailable
 from atomeq.ops.costs import MACHINES, cost
 from atomeq.ops.dispatch import AUTO_ORDER, BACKENDS, chosen_backend, load_backend
+from atomeq.ops.paths import Mode
 from atomeq.ops.specification import OpSpec
 
 
@@ -16,8 +18,10 @@ class Explanation:
     Attributes:
         spec: The call.
         asked_for: The name asked for, or ``auto``.
+        auto: What ``auto`` chooses.
         backend: The name of the backend that serves it; None if the one asked for does not.
         refusals: Why each of the other backends does not.
+        kernels: What this machine has to run kernels by, see :func:`kernels_here`.
         flops: Arithmetic of one forward call.
         bytes: Memory traffic of a fused kernel.
         floor: Least time on ``machine``, s.
@@ -26,8 +30,10 @@ class Explanation:
 
     spec: OpSpec
     asked_for: str
+    auto: str | None
     backend: str | None
     refusals: dict[str, str]
+    kernels: dict[str, str]
     flops: int
     bytes: int
     floor: float
@@ -40,7 +46,10 @@ class Explanation:
             f"n_edges={spec.n_edges} {spec.dtype} on {spec.device}",
             f"  served by   {self.backend or 'none'} (asked for: {self.asked_for})",
         ]
+        if self.asked_for != "auto":
+            lines.append(f"  auto takes  {self.auto or 'none'}")
         lines += [f"  not by      {name}: {reason}" for name, reason in self.refusals.items()]
+        lines += [f"  {name:<11} {found}" for name, found in self.kernels.items()]
         lines.append(f"  arithmetic  {self.flops / 1e6:.3g} MFLOP")
         lines.append(f"  traffic     {self.bytes / 1e6:.3g} MB, if fused")
         lines.append(f"  floor       {self.floor * 1e6:.3g} µs on {self.machine} (assumed)")
@@ -56,6 +65,8 @@ def explain(
     n_edges: int,
     dtype: torch.dtype,
     device: torch.device | str,
+    mode: Mode = "uvu",
+    weighted: bool = True,
 ) -> Explanation:
     """Report which backend would serve a call here, why the others would not, and the least cost.
 
@@ -67,6 +78,8 @@ def explain(
         n_edges: Number of edges, or of rows where the operation has no edges.
         dtype: Dtype of the features.
         device: Device of the features.
+        mode: How channels couple, in Clebsch-Gordan products.
+        weighted: Whether the paths of such a product have weights.
 
     Raises:
         ValueError: If the operation is unknown.
@@ -77,24 +90,44 @@ def explain(
         >>> report.backend
         'cpu'
     """
-    spec = OpSpec(op, lmax, mmax, channels, n_edges, dtype, torch.device(device))
+    spec = OpSpec(op, lmax, mmax, channels, n_edges, dtype, torch.device(device), mode, weighted)
     work = cost(spec)
     asked_for = chosen_backend()
-    candidates = AUTO_ORDER if asked_for == "auto" else (asked_for,)
     reasons = {name: load_backend(name).refusal(spec) for name in BACKENDS}
-    backend = next((name for name in candidates if reasons[name] is None), None)
+    auto = next((name for name in AUTO_ORDER if reasons[name] is None), None)
+    named = asked_for if asked_for != "auto" and reasons[asked_for] is None else None
+    backend = auto if asked_for == "auto" else named
     machine = MACHINES["cuda" if spec.device.type == "cuda" else "cpu"]
     return Explanation(
         spec=spec,
         asked_for=asked_for,
+        auto=auto,
         backend=backend,
         refusals={
-            name: reason or f"it could, but {backend} comes first"
+            name: reason or _passed_over(name, asked_for, auto)
             for name, reason in reasons.items()
             if name != backend
         },
+        kernels=kernels_here(),
         flops=work.flops,
         bytes=work.bytes,
         floor=work.floor(machine, dtype),
         machine=machine.name,
     )
+
+
+def kernels_here() -> dict[str, str]:
+    """Return what this machine runs kernels by: a C compiler and CUDA, or why it has none."""
+    compiler = unavailable()
+    cuda = "torch sees no CUDA device"
+    if torch.cuda.is_available():
+        cuda = torch.cuda.get_device_name()
+    return {"C compiler": "there" if compiler is None else compiler, "CUDA": cuda}
+
+
+def _passed_over(name: str, asked_for: str, auto: str | None) -> str:
+    if asked_for != "auto":
+        return f"it could, but {asked_for} was asked for"
+    if name not in AUTO_ORDER:
+        return "it could, but serves only when asked for by name"
+    return f"it could, but {auto} comes first"

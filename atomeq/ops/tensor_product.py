@@ -60,6 +60,8 @@ def tensor_product(
         channels=x.shape[-1],
         n_edges=math.prod(x.shape[:-2]),
         like=x,
+        mode=mode,
+        weighted=weights is not None,
     )
     return backend.tensor_product(x, y, weights, paths, mode, output == "paths")
 
@@ -112,6 +114,8 @@ def cg_conv(
         channels=x.shape[-1],
         n_edges=edge_index.shape[1],
         like=x,
+        mode=mode,
+        weighted=weights is not None,
     )
     stacked = output == "paths"
     return backend.cg_conv(x, y, weights, edge_index, n_atoms, paths, mode, stacked)

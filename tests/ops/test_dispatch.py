@@ -120,6 +120,7 @@ def test_explain_names_who_serves_and_why_not_others() -> None:
     options = {"lmax": 2, "mmax": 2, "channels": 16, "n_edges": 4500, "device": "cpu"}
     report = explain("so2_linear", dtype=torch.float64, **options)
     assert report.refusals["picky"] == "it has no torch.float64"
+    assert set(report.refusals) == set(dispatch.BACKENDS) - {"cpu"}
     assert report.refusals["reference"] == "it could, but cpu comes first"
     assert "served by   cpu (asked for: auto)" in str(report)
     assert "not by      picky: it has no torch.float64" in str(report)
@@ -141,3 +142,22 @@ def test_explain_refuses_unknown_operations() -> None:
         explain(
             "so3_linear", lmax=2, mmax=2, channels=8, n_edges=1, dtype=torch.float32, device="cpu"
         )
+
+
+def test_explain_says_what_auto_would_take_and_what_this_machine_has() -> None:
+    options = {"lmax": 2, "mmax": 2, "channels": 8, "n_edges": 9}
+    with use_backend("e3nn"):
+        report = explain("cg_conv", dtype=torch.float64, device="cpu", mode="uvw", **options)
+    assert report.backend == "e3nn"
+    assert report.auto in dispatch.AUTO_ORDER
+    assert report.refusals["reference"] == "it could, but e3nn was asked for"
+    assert f"auto takes  {report.auto}" in str(report)
+    assert "C compiler" in str(report)
+    assert ("no CUDA device" in str(report)) is not torch.cuda.is_available()
+
+
+def test_explain_tells_backends_that_wait_to_be_asked() -> None:
+    report = explain(
+        "cg_conv", lmax=2, mmax=2, channels=8, n_edges=9, dtype=torch.float64, device="cpu"
+    )
+    assert report.refusals["e3nn"] == "it could, but serves only when asked for by name"

@@ -1,0 +1,65 @@
+#!/usr/bin/env bash
+# The CUDA tests and the CUDA benchmark on a machine with one NVIDIA GPU, in under nine minutes.
+#   bash scripts/gpu_check.sh          results go to $OUT if that is set, else to scripts/results/
+# It needs torch with CUDA in the system's Python ($PYTHON, python3.12, python3); what else atomeq
+# imports is taken from there, or installed beside it into .venv-gpu from whatever pip can find.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+out=${OUT:-scripts/results}
+mkdir -p "$out"
+export OMP_NUM_THREADS=4
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+needed="import torch, ase, e3nn, jaxtyping, numpy, scipy, pytest"
+
+find_python() {
+  local candidate
+  for candidate in ${PYTHON:+"$PYTHON"} .venv-gpu/bin/python python3.12 python3 .venv/bin/python; do
+    if "$candidate" -c "import torch; assert torch.cuda.is_available()" 2>/dev/null; then
+      echo "$candidate"
+      return
+    fi
+  done
+  echo "gpu_check: no Python here has a torch that sees a GPU; name one: PYTHON=/path/to/python3" >&2
+  return 1
+}
+
+python=$(find_python)
+if ! "$python" -c "$needed" 2>/dev/null; then
+  echo "gpu_check: installing what atomeq needs into .venv-gpu, beside the torch of $python"
+  "$python" -m venv --system-site-packages .venv-gpu
+  python=.venv-gpu/bin/python
+  # torch stays the system's: a constraint keeps pip from bringing another one
+  "$python" -c "import torch; print('torch==' + torch.__version__)" >.venv-gpu/constraints
+  timeout 90 "$python" -m pip install --quiet --disable-pip-version-check \
+    --constraint .venv-gpu/constraints ase e3nn jaxtyping "numpy<3" scipy pytest ||
+    echo "gpu_check: pip found not all of it; going on with what is there"
+  "$python" -c "$needed"
+fi
+"$python" -c "import torch, sys; print('gpu_check:', sys.version.split()[0], 'torch', \
+torch.__version__, torch.cuda.get_device_name(), file=sys.stderr)"
+
+# Each step has its own limit, so that a slow one leaves the results of the others.
+failed=()
+step() {
+  local name=$1 limit=$2
+  shift 2
+  echo "gpu_check: $name (at most $limit s)"
+  local code=0
+  timeout --kill-after=5 "$limit" "$@" >"$out/gpu_$name.log" 2>&1 || code=$?
+  tail -n 40 "$out/gpu_$name.log"
+  if [ "$code" -ne 0 ]; then
+    failed+=("$name: exit code $code$([ "$code" -eq 124 ] && echo ', out of time' || true)")
+  fi
+}
+# Plain collection of tests/ops: the rest of the suite needs packages that a GPU machine may lack.
+step tests 170 "$python" -m pytest tests/ops -m gpu -q -p no:cacheprovider \
+  --junitxml "$out/gpu_tests.xml"
+step benchmark 230 "$python" scripts/benchmark_tensor_product.py --device cuda --quick \
+  --out "$out/tensor_product_cuda.json"
+
+if [ ${#failed[@]} -gt 0 ]; then
+  printf 'gpu_check: FAILED: %s\n' "${failed[@]}" >&2
+  exit 1
+fi
+echo "gpu_check: passed; results are in $out"
