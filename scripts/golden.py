@@ -27,8 +27,9 @@ from torch import Tensor, nn
 from atomeq.graph.atom_graph import AtomGraph
 from atomeq.models.equiformer_v2 import EquiformerV2
 from atomeq.models.escn_published import ENERGY_SCALE, PublishedESCN
+from atomeq.ops.orders import coefficient_index, m_primary_order
 from atomeq.ops.segment import segment_sum
-from atomeq.ops.wigner import EdgeFrame, coefficient_index, m_primary_order
+from atomeq.ops.wigner import build_edge_frame
 from atomeq.potential.official_names import build_official, official_weights
 
 TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-4}
@@ -188,7 +189,7 @@ def raw_energies(model: Any, graph: AtomGraph, energies: Tensor) -> Tensor:
 def full_wigner(model: Any, graph: AtomGraph, rotation: Tensor, n_sph: int) -> Tensor:
     """Return all rows of the Wigner matrices of the first edges, sorted by degree."""
     lmax = math.isqrt(n_sph) - 1
-    frame = EdgeFrame.build(
+    frame = build_edge_frame(
         graph.edge_vectors()[:4].to(model.dtype), graph.edge_index[:, :4], n_atoms=graph.n_atoms,
         lmax=lmax, mmax=lmax, rotation=rotation[:4],
     )  # fmt: skip

@@ -27,7 +27,8 @@ from atomeq.calculators.laws import CalculatorFactory, Law, LawResult
 from atomeq.cli.structures import read_structures, versions
 from atomeq.cli.terminal import Meter, Parser, say
 from atomeq.files import refuse_unwritable, write_atomically
-from atomeq.ops.dispatch import AUTO_ORDER, BACKENDS, OpSpec, chosen_backend, load_backend
+from atomeq.ops.dispatch import AUTO_ORDER, BACKENDS, chosen_backend, load_backend
+from atomeq.ops.specification import OpSpec
 from atomeq.potential.checkpoint import find_potential, load_potential, shipped_potentials
 
 _CHECK = """\

@@ -40,7 +40,8 @@ from atomeq.nn.feed_forward import FeedForward, Nonlinearity
 from atomeq.nn.norms import NormName, equivariant_norm
 from atomeq.nn.radial import BesselBasis, GaussianBasis, PolynomialEnvelope
 from atomeq.nn.sphere import SphereBlock, with_scalars
-from atomeq.ops.wigner import EdgeFrame
+from atomeq.ops.edge_frame import EdgeFrame
+from atomeq.ops.wigner import build_edge_frame
 from atomeq.typing import NodeFeatures, PropertyKey
 
 GAUSSIAN_WIDTH = 2.0  # of the grid spacing, as published
@@ -201,7 +202,7 @@ class EquiformerV2(AtomisticModel):
             ``energies`` (n_atoms,), and ``forces`` (n_atoms, 3) if they have a head.
         """
         numbers = graph.atomic_numbers
-        frame = EdgeFrame.build(
+        frame = build_edge_frame(
             graph.edge_vectors().to(self.dtype),
             graph.edge_index,
             n_atoms=graph.n_atoms,

@@ -28,8 +28,10 @@ from atomeq.nn.mlp import MLP
 from atomeq.nn.norms import EquivariantRMSNorm
 from atomeq.nn.radial import BesselBasis, PolynomialEnvelope
 from atomeq.nn.so3 import Gate, SO2Convolution, SO3Linear
+from atomeq.ops.edge_frame import EdgeFrame
+from atomeq.ops.orders import m_primary_order
 from atomeq.ops.so2 import rotate_from_edge, rotate_to_edge
-from atomeq.ops.wigner import EdgeFrame, m_primary_order
+from atomeq.ops.wigner import build_edge_frame
 from atomeq.typing import NodeFeatures, PropertyKey
 
 
@@ -106,7 +108,7 @@ class ESCN(AtomisticModel):
         """Return the scalars of the last layer, normalised, (n_atoms, sphere_channels)."""
         source, target = graph.edge_index
         numbers = graph.atomic_numbers
-        frame = EdgeFrame.build(
+        frame = build_edge_frame(
             graph.edge_vectors().to(self.dtype),
             graph.edge_index,
             n_atoms=graph.n_atoms,

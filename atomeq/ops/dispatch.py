@@ -12,16 +12,15 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
 from importlib import import_module
-from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
-import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from atomeq.ops.sphere import SphereGrid
-    from atomeq.ops.spherical_harmonics import Normalization
-    from atomeq.ops.tensor_product import Mode, Path
-    from atomeq.ops.wigner import EdgeFrame
+from atomeq.ops.edge_frame import EdgeFrame
+from atomeq.ops.harmonic_polynomials import Normalization
+from atomeq.ops.paths import Mode, Path
+from atomeq.ops.specification import OpSpec
+from atomeq.ops.sphere_grid import SphereGrid
 
 logger = logging.getLogger(__name__)
 
@@ -31,18 +30,6 @@ AUTO_ORDER: tuple[str, ...] = ("reference",)  # the fastest first
 ENVIRONMENT_VARIABLE = "ATOMEQ_BACKEND"
 
 _chosen: ContextVar[str | None] = ContextVar("atomeq_backend", default=None)
-
-
-class OpSpec(NamedTuple):
-    """What a backend must know to say whether it serves a call."""
-
-    op: str
-    lmax: int
-    mmax: int
-    channels: int
-    n_edges: int
-    dtype: torch.dtype
-    device: torch.device
 
 
 @runtime_checkable
@@ -61,7 +48,7 @@ class Backend(Protocol):
         ...
 
     def spherical_harmonics(
-        self, vectors: Tensor, lmax: int, normalization: "Normalization"
+        self, vectors: Tensor, lmax: int, normalization: Normalization
     ) -> Tensor:
         """Evaluate the homogeneous harmonics, (*, 3) -> (*, n_sph)."""
         ...
@@ -70,12 +57,12 @@ class Backend(Protocol):
         """Return the Wigner rows that take edges to +y, (n_edges, n_rows, n_sph)."""
         ...
 
-    def rotate_to_edge(self, x: Tensor, frame: "EdgeFrame", indices: tuple[Tensor, ...]) -> Tensor:
+    def rotate_to_edge(self, x: Tensor, frame: EdgeFrame, indices: tuple[Tensor, ...]) -> Tensor:
         """Gather by each index, join the channels, rotate into the edge frames."""
         ...
 
     def rotate_from_edge(
-        self, y: Tensor, frame: "EdgeFrame", envelope: Tensor | None, total: bool
+        self, y: Tensor, frame: EdgeFrame, envelope: Tensor | None, total: bool
     ) -> Tensor:
         """Rotate back to the lab frame and, if total, sum on the targets."""
         ...
@@ -96,8 +83,8 @@ class Backend(Protocol):
         x: Tensor,
         y: Tensor,
         weights: Tensor | None,
-        paths: "tuple[Path, ...]",
-        mode: "Mode",
+        paths: tuple[Path, ...],
+        mode: Mode,
         stacked: bool,
     ) -> Tensor:
         """Couple two features by Clebsch-Gordan paths."""
@@ -110,15 +97,15 @@ class Backend(Protocol):
         weights: Tensor | None,
         edge_index: Tensor,
         n_atoms: int,
-        paths: "tuple[Path, ...]",
-        mode: "Mode",
+        paths: tuple[Path, ...],
+        mode: Mode,
         stacked: bool,
     ) -> Tensor:
         """Gather x on the sources, couple it with y, sum on the targets."""
         ...
 
     def sphere_pointwise(
-        self, x: Tensor, fn: Callable[[Tensor], Tensor], grid: "SphereGrid"
+        self, x: Tensor, fn: Callable[[Tensor], Tensor], grid: SphereGrid
     ) -> Tensor:
         """Apply a function to the values on the points of a grid."""
         ...

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 
 from atomeq.ops.costs import MACHINES, cost
-from atomeq.ops.dispatch import AUTO_ORDER, BACKENDS, OpSpec, chosen_backend, load_backend
+from atomeq.ops.dispatch import AUTO_ORDER, BACKENDS, chosen_backend, load_backend
+from atomeq.ops.specification import OpSpec
 
 
 @dataclass(frozen=True)

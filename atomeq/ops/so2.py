@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from atomeq.ops.dispatch import Backend, select
-from atomeq.ops.wigner import EdgeFrame
+from atomeq.ops.edge_frame import EdgeFrame
 from atomeq.typing import NodeFeatures
 
 Side = Literal["source", "target", "both"]

@@ -6,119 +6,78 @@ one matrix product. That is a polynomial in R: no Euler angle, so no singular gr
 """
 
 import math
-from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from atomeq.ops.dispatch import select
-from atomeq.ops.spherical_harmonics import harmonic_polynomials
+from atomeq.ops.edge_frame import EdgeFrame
+from atomeq.ops.harmonic_polynomials import harmonic_polynomials
+from atomeq.ops.orders import check_orders, m_primary_order, m_primary_rows
 from atomeq.ops.tables import constant_table, table_like
-from atomeq.typing import EdgeIndex, EdgeLengths, EdgeVectors
+from atomeq.typing import EdgeIndex, EdgeVectors
 
 Quaternion = Float[Tensor, "*batch 4"]  # (w, x, y, z), unit length
 Rotation = Float[Tensor, "*batch 3 3"]
 
 
-@dataclass(frozen=True, slots=True)
-class EdgeFrame:
-    """The edges of one graph with the rotation that takes each of them to +y.
+def build_edge_frame(
+    edge_vectors: EdgeVectors,
+    edge_index: EdgeIndex,
+    *,
+    n_atoms: int,
+    lmax: int,
+    mmax: int,
+    rotation: Float[Tensor, "n_edges 3 3"] | None = None,
+) -> EdgeFrame:
+    """Build the frame; the roll about each edge is free and chosen deterministically.
 
-    Built once per forward pass and shared by all layers. ``wigner`` never requires a gradient:
-    the derivative with respect to ``vectors`` comes from the torque identity inside
-    :func:`~atomeq.ops.so2.rotate_to_edge` and :func:`~atomeq.ops.so2.rotate_from_edge`, exact
-    as long as what happens between the two is equivariant to rotations about the edge.
+    Args:
+        edge_vectors: r_j - r_i, none of them zero, (n_edges, 3), Å.
+        edge_index: Row 0 is the neighbour j, row 1 the centre i, (2, n_edges); any order.
+        n_atoms: Number of atoms.
+        lmax: Highest degree of the features.
+        mmax: Highest order kept in the edge frame, at most lmax.
+        rotation: Rotations taking each edge to +y, to fix the roll too; (n_edges, 3, 3).
 
-    Attributes:
-        source: Neighbour j of each edge, (n_edges,).
-        target: Centre i of each edge, (n_edges,).
-        vectors: r_j - r_i, (n_edges, 3), Å; carries the gradient.
-        lengths: (n_edges,), Å; carries the gradient.
-        wigner: Rows |m| <= mmax in m-primary order, (n_edges, n_rows, n_sph); detached.
-        n_atoms: Number of atoms the edges connect.
-        lmax: Highest degree.
-        mmax: Highest order kept in the edge frame.
+    Raises:
+        ValueError: If mmax exceeds lmax or the shapes do not belong together.
     """
-
-    source: Int[Tensor, " n_edges"]
-    target: Int[Tensor, " n_edges"]
-    vectors: EdgeVectors
-    lengths: EdgeLengths
-    wigner: Float[Tensor, "n_edges n_rows n_sph"]
-    n_atoms: int
-    lmax: int
-    mmax: int
-
-    @classmethod
-    def build(
-        cls,
-        edge_vectors: EdgeVectors,
-        edge_index: EdgeIndex,
-        *,
-        n_atoms: int,
-        lmax: int,
-        mmax: int,
-        rotation: Float[Tensor, "n_edges 3 3"] | None = None,
-    ) -> "EdgeFrame":
-        """Build the frame; the roll about each edge is free and chosen deterministically.
-
-        Args:
-            edge_vectors: r_j - r_i, none of them zero, (n_edges, 3), Å.
-            edge_index: Row 0 is the neighbour j, row 1 the centre i, (2, n_edges); any order.
-            n_atoms: Number of atoms.
-            lmax: Highest degree of the features.
-            mmax: Highest order kept in the edge frame, at most lmax.
-            rotation: Rotations taking each edge to +y, to fix the roll too; (n_edges, 3, 3).
-
-        Raises:
-            ValueError: If mmax exceeds lmax or the shapes do not belong together.
-        """
-        _check_orders(lmax, mmax)
-        n_edges = edge_vectors.shape[0]
-        if edge_vectors.shape != (n_edges, 3) or edge_index.shape != (2, n_edges):
-            raise ValueError(
-                f"edge_vectors {tuple(edge_vectors.shape)} and edge_index "
-                f"{tuple(edge_index.shape)} must be (n_edges, 3) and (2, n_edges)"
-            )
-        if rotation is not None and rotation.shape != (n_edges, 3, 3):
-            raise ValueError(f"rotation is {tuple(rotation.shape)}; expected ({n_edges}, 3, 3)")
-        with torch.no_grad():
-            if rotation is None:
-                backend = select(
-                    "edge_wigner",
-                    lmax=lmax,
-                    mmax=mmax,
-                    channels=1,
-                    n_edges=n_edges,
-                    like=edge_vectors,
-                )
-                wigner = backend.edge_wigner(edge_vectors.detach(), lmax, mmax)
-            else:
-                full = block_diagonal(wigner_from_matrix(rotation.to(edge_vectors), lmax))
-                wigner = full.index_select(1, table_like(_m_primary_rows, lmax, mmax, like=full))
-        return cls(
-            source=edge_index[0],
-            target=edge_index[1],
-            vectors=edge_vectors,
-            lengths=torch.linalg.vector_norm(edge_vectors, dim=-1),
-            wigner=wigner,
-            n_atoms=n_atoms,
-            lmax=lmax,
-            mmax=mmax,
+    check_orders(lmax, mmax)
+    n_edges = edge_vectors.shape[0]
+    if edge_vectors.shape != (n_edges, 3) or edge_index.shape != (2, n_edges):
+        raise ValueError(
+            f"edge_vectors {tuple(edge_vectors.shape)} and edge_index "
+            f"{tuple(edge_index.shape)} must be (n_edges, 3) and (2, n_edges)"
         )
-
-    def truncated(self, mmax: int) -> "EdgeFrame":
-        """Return the same frame with the orders up to ``mmax`` alone, the first of its rows."""
-        _check_orders(self.mmax, mmax)
-        n_rows = len(m_primary_order(self.lmax, mmax))
-        return replace(self, wigner=self.wigner[:, :n_rows], mmax=mmax)
-
-    @property
-    def n_edges(self) -> int:
-        """Number of edges."""
-        return self.vectors.shape[0]
+    if rotation is not None and rotation.shape != (n_edges, 3, 3):
+        raise ValueError(f"rotation is {tuple(rotation.shape)}; expected ({n_edges}, 3, 3)")
+    with torch.no_grad():
+        if rotation is None:
+            backend = select(
+                "edge_wigner",
+                lmax=lmax,
+                mmax=mmax,
+                channels=1,
+                n_edges=n_edges,
+                like=edge_vectors,
+            )
+            wigner = backend.edge_wigner(edge_vectors.detach(), lmax, mmax)
+        else:
+            full = block_diagonal(wigner_from_matrix(rotation.to(edge_vectors), lmax))
+            wigner = full.index_select(1, table_like(m_primary_rows, lmax, mmax, like=full))
+    return EdgeFrame(
+        source=edge_index[0],
+        target=edge_index[1],
+        vectors=edge_vectors,
+        lengths=torch.linalg.vector_norm(edge_vectors, dim=-1),
+        wigner=wigner,
+        n_atoms=n_atoms,
+        lmax=lmax,
+        mmax=mmax,
+    )
 
 
 def wigner_matrices(quaternion: Quaternion, lmax: int) -> list[Float[Tensor, "*batch _ _"]]:
@@ -248,23 +207,6 @@ def block_diagonal(
     return torch.cat(padded, dim=-2)
 
 
-def coefficient_index(lmax: int, mmax: int) -> list[int]:
-    """Return the l-primary rows l*l + l + m with |m| <= mmax."""
-    _check_orders(lmax, mmax)
-    orders = [(l, m) for l in range(lmax + 1) for m in range(-min(l, mmax), min(l, mmax) + 1)]
-    return [l * l + l + m for l, m in orders]
-
-
-def m_primary_order(lmax: int, mmax: int) -> list[int]:
-    """Return the l-primary rows sorted by order: m = 0 (l ascending), then +1, -1, +2, -2, ..."""
-    _check_orders(lmax, mmax)
-    rows = [l * l + l for l in range(lmax + 1)]
-    for m in range(1, mmax + 1):
-        rows += [l * l + l + m for l in range(m, lmax + 1)]
-        rows += [l * l + l - m for l in range(m, lmax + 1)]
-    return rows
-
-
 @constant_table
 def jd_matrix(l: int) -> Tensor:
     """Return J_l, the matrix of (x, y, z) -> (-y, -x, z) on degree l, (2l + 1, 2l + 1) float64.
@@ -289,6 +231,12 @@ def generators(lmax: int) -> Tensor:
         degree = slice(l * l, (l + 1) ** 2)
         table[:, degree, degree] = torch.from_numpy(np.stack((about_x, about_y, about_z)))
     return table
+
+
+@constant_table
+def flat_generators(lmax: int) -> Tensor:
+    """Return the three generators as columns, (n_sph * n_sph, 3) float64."""
+    return generators(lmax).flatten(1).T.contiguous()
 
 
 def _y_rotation(angle: Tensor, l: int) -> Tensor:
@@ -377,11 +325,6 @@ def _negated_signs(lmax: int) -> Tensor:
 
 
 @constant_table
-def _m_primary_rows(lmax: int, mmax: int) -> Tensor:
-    return torch.from_numpy(np.array(m_primary_order(lmax, mmax)))
-
-
-@constant_table
 def _quadrature_points(lmax: int) -> Tensor:
     return _quadrature(lmax)[0]
 
@@ -411,8 +354,3 @@ def _quadrature(lmax: int) -> tuple[Tensor, Tensor]:
     ).reshape(-1, 3)
     repeated = np.repeat(weights / 2 / angles.size, angles.size)
     return torch.from_numpy(points), torch.from_numpy(repeated)
-
-
-def _check_orders(lmax: int, mmax: int) -> None:
-    if not 0 <= mmax <= lmax:
-        raise ValueError(f"mmax is {mmax} and lmax {lmax}; need 0 <= mmax <= lmax")

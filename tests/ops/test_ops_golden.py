@@ -11,16 +11,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from atomeq.ops.sphere import SphereGrid
+from atomeq.ops.orders import coefficient_index, m_primary_order
+from atomeq.ops.sphere_grid import SphereGrid
 from atomeq.ops.spherical_harmonics import spherical_harmonics
-from atomeq.ops.wigner import (
-    EdgeFrame,
-    block_diagonal,
-    coefficient_index,
-    jd_matrix,
-    m_primary_order,
-    wigner_from_matrix,
-)
+from atomeq.ops.wigner import block_diagonal, build_edge_frame, jd_matrix, wigner_from_matrix
 
 pytestmark = pytest.mark.golden
 FILE = Path(__file__).parents[1] / "golden" / "oc20_models" / "ops_f64.safetensors"
@@ -45,7 +39,7 @@ def test_wigner_matrices(golden: dict[str, Tensor]) -> None:
 def test_frame_of_a_published_rotation(golden: dict[str, Tensor]) -> None:
     vectors, rotation = golden["frame.edge_vec"], golden["frame.edge_rot_mat_fixed_gauge"]
     edge_index = torch.zeros(2, len(vectors), dtype=torch.long)
-    frame = EdgeFrame.build(vectors, edge_index, n_atoms=1, lmax=4, mmax=2, rotation=rotation)
+    frame = build_edge_frame(vectors, edge_index, n_atoms=1, lmax=4, mmax=2, rotation=rotation)
     aligned = frame.wigner @ spherical_harmonics(vectors, 4).unsqueeze(-1)
     pole = spherical_harmonics(torch.tensor([0.0, 1.0, 0.0], dtype=torch.float64), 4)
     error = aligned.squeeze(-1) - pole[m_primary_order(4, 2)]

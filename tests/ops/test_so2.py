@@ -5,12 +5,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from atomeq.ops.orders import m_primary_order
 from atomeq.ops.so2 import rotate_from_edge, rotate_to_edge, so2_linear, so2_linear_with_scalars
 from atomeq.ops.wigner import (
-    EdgeFrame,
     block_diagonal,
+    build_edge_frame,
     edge_quaternion,
-    m_primary_order,
     rotation_matrix,
     wigner_from_matrix,
     wigner_matrices,
@@ -51,7 +51,7 @@ class Layer:
         return y * torch.sigmoid(scalars)[:, :, None]
 
     def __call__(self, x: Tensor, vectors: Tensor) -> Tensor:
-        frame = EdgeFrame.build(
+        frame = build_edge_frame(
             vectors, self.edge_index, n_atoms=self.n_atoms, lmax=self.lmax, mmax=self.mmax
         )
         y = self.message(rotate_to_edge(x, frame, side="both"), frame.lengths)
@@ -105,7 +105,7 @@ def test_gradients_are_those_of_finite_differences_in_the_vectors() -> None:
 @pytest.mark.parametrize("side", ["source", "target", "both"])
 def test_operations_pass_gradcheck_and_gradgradcheck_in_the_features(side: str) -> None:
     layer = Layer(2, 1)
-    frame = EdgeFrame.build(layer.vectors, layer.edge_index, n_atoms=5, lmax=2, mmax=1)
+    frame = build_edge_frame(layer.vectors, layer.edge_index, n_atoms=5, lmax=2, mmax=1)
     x = layer.x[:, :, :1].clone().requires_grad_()
     y = torch.randn(13, 7, 1, dtype=torch.float64, requires_grad=True)
     envelope = torch.rand(13, dtype=torch.float64, requires_grad=True)
@@ -133,7 +133,7 @@ def test_torque_has_no_component_along_the_edge() -> None:
     about_y = wigner_matrices(torch.stack([half.cos(), zero, half.sin(), zero], dim=1), 3)
     rows = m_primary_order(3, 2)
     roll = block_diagonal(about_y)[:, rows][:, :, rows]
-    frame = EdgeFrame.build(layer.vectors, layer.edge_index, n_atoms=5, lmax=3, mmax=2)
+    frame = build_edge_frame(layer.vectors, layer.edge_index, n_atoms=5, lmax=3, mmax=2)
     y = layer.message(roll @ rotate_to_edge(layer.x, frame, side="both"), frame.lengths)
     out = rotate_from_edge(roll.mT @ y, frame)
     (along,) = torch.autograd.grad(out.square().sum() + out.sum(), rolls)
@@ -149,7 +149,7 @@ def test_roll_of_the_frame_changes_nothing() -> None:
     roll = rotation_matrix(torch.stack([(angles / 2).cos(), zero, (angles / 2).sin(), zero], dim=1))
     outputs = []
     for given in (None, rotation, roll @ rotation):
-        frame = EdgeFrame.build(
+        frame = build_edge_frame(
             layer.vectors, layer.edge_index, n_atoms=5, lmax=4, mmax=2, rotation=given
         )
         y = layer.message(rotate_to_edge(layer.x, frame, side="both"), frame.lengths)
@@ -182,14 +182,14 @@ def test_map_without_imaginary_weights_commutes_with_reflections(lmax: int) -> N
 
 def test_there_and_back_is_the_identity() -> None:
     layer = Layer(3, 3)
-    frame = EdgeFrame.build(layer.vectors, layer.edge_index, n_atoms=5, lmax=3, mmax=3)
+    frame = build_edge_frame(layer.vectors, layer.edge_index, n_atoms=5, lmax=3, mmax=3)
     back = rotate_from_edge(rotate_to_edge(layer.x, frame), frame, reduce="none")
     torch.testing.assert_close(back, layer.x[frame.source])
 
 
 def test_sum_is_over_the_edges_of_each_target() -> None:
     layer = Layer(2, 2)
-    frame = EdgeFrame.build(layer.vectors, layer.edge_index, n_atoms=7, lmax=2, mmax=2)
+    frame = build_edge_frame(layer.vectors, layer.edge_index, n_atoms=7, lmax=2, mmax=2)
     y = torch.randn(13, 9, 2, dtype=torch.float64)
     envelope = torch.rand(13, dtype=torch.float64)
     edges = rotate_from_edge(y, frame, envelope=envelope, reduce="none")
@@ -220,7 +220,7 @@ def test_so2_linear_is_the_formula() -> None:
 def test_backward_saves_no_edge_feature_in_the_lab_frame() -> None:
     """What is kept between forward and backward grows with the atoms, not with edges x n_sph."""
     layer = Layer(2, 2)
-    frame = EdgeFrame.build(
+    frame = build_edge_frame(
         layer.vectors.requires_grad_(), layer.edge_index, n_atoms=5, lmax=2, mmax=2
     )
     saved: list[Tensor] = []
@@ -237,7 +237,9 @@ def test_backward_saves_no_edge_feature_in_the_lab_frame() -> None:
 
 def test_graph_without_edges_gives_zeros_and_gradients() -> None:
     vectors = torch.zeros(0, 3, requires_grad=True)
-    frame = EdgeFrame.build(vectors, torch.zeros(2, 0, dtype=torch.long), n_atoms=3, lmax=2, mmax=1)
+    frame = build_edge_frame(
+        vectors, torch.zeros(2, 0, dtype=torch.long), n_atoms=3, lmax=2, mmax=1
+    )
     x = torch.randn(3, 9, 4, requires_grad=True)
     out = rotate_from_edge(rotate_to_edge(x, frame), frame)
     assert out.shape == (3, 9, 4)
@@ -248,7 +250,7 @@ def test_graph_without_edges_gives_zeros_and_gradients() -> None:
 
 def test_refuses_features_that_do_not_belong_to_the_frame() -> None:
     layer = Layer(2, 1)
-    frame = EdgeFrame.build(layer.vectors, layer.edge_index, n_atoms=5, lmax=2, mmax=1)
+    frame = build_edge_frame(layer.vectors, layer.edge_index, n_atoms=5, lmax=2, mmax=1)
     with pytest.raises(ValueError, match=r"needs \(5, 9, channels\)"):
         rotate_to_edge(layer.x[:, :4], frame)
     with pytest.raises(TypeError, match="float32 but the edge vectors"):

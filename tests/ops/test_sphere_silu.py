@@ -5,7 +5,8 @@ import torch
 from torch.nn.functional import silu
 
 from atomeq.ops.backends.blocks import blocks
-from atomeq.ops.sphere import SphereGrid, sphere_pointwise, sphere_silu
+from atomeq.ops.sphere import sphere_pointwise, sphere_silu
+from atomeq.ops.sphere_grid import SphereGrid
 
 GRID = SphereGrid(2, 1, n_beta=8, n_alpha=8, normalization="component", rescale=True, order="m")
 

@@ -4,15 +4,15 @@ import pytest
 import torch
 from e3nn import o3
 
+from atomeq.ops.edge_frame import EdgeFrame
+from atomeq.ops.orders import coefficient_index, m_primary_order
 from atomeq.ops.spherical_harmonics import spherical_harmonics
 from atomeq.ops.wigner import (
-    EdgeFrame,
     block_diagonal,
-    coefficient_index,
+    build_edge_frame,
     edge_quaternion,
     generators,
     jd_matrix,
-    m_primary_order,
     quaternion_from_matrix,
     rotation_matrix,
     wigner_from_euler,
@@ -56,7 +56,7 @@ def act(matrices: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
 
 def frame_of(vectors: torch.Tensor, lmax: int, mmax: int, **options: torch.Tensor) -> EdgeFrame:
     edge_index = torch.zeros(2, len(vectors), dtype=torch.long)
-    return EdgeFrame.build(vectors, edge_index, n_atoms=1, lmax=lmax, mmax=mmax, **options)
+    return build_edge_frame(vectors, edge_index, n_atoms=1, lmax=lmax, mmax=mmax, **options)
 
 
 @pytest.mark.usefixtures("double_by_default")
@@ -210,7 +210,7 @@ def test_frame_refuses_what_does_not_fit() -> None:
     with pytest.raises(ValueError, match="mmax is 3 and lmax 2"):
         frame_of(torch.randn(4, 3), 2, 3)
     with pytest.raises(ValueError, match="n_edges, 3"):
-        EdgeFrame.build(
+        build_edge_frame(
             torch.randn(4, 3), torch.zeros(2, 5, dtype=torch.long), n_atoms=1, lmax=1, mmax=1
         )
     with pytest.raises(ValueError, match="rotation is"):

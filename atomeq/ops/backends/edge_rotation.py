@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.autograd import Function
 
 from atomeq.ops.backends.blocks import blocks
-from atomeq.ops.tables import constant_table, table_like
-from atomeq.ops.wigner import generators
+from atomeq.ops.tables import table_like
+from atomeq.ops.wigner import flat_generators
 
 
 def gather_rotate(
@@ -184,13 +184,13 @@ class _Torque(Function):
         ctx.lmax = lmax
         ctx.save_for_backward(h, x)
         outer = torch.bmm(h, x.mT)  # (n_edges, n_sph, n_sph)
-        return outer.flatten(1) @ table_like(_flat_generators, lmax, like=x)
+        return outer.flatten(1) @ table_like(flat_generators, lmax, like=x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         h, x = ctx.saved_tensors
-        turning = grad @ table_like(_flat_generators, ctx.lmax, like=x).T
+        turning = grad @ table_like(flat_generators, ctx.lmax, like=x).T
         turning = turning.unflatten(1, (x.shape[1], x.shape[1]))  # sum_k g_k X_k, antisymmetric
         grad_h = torch.bmm(turning, x) if ctx.needs_input_grad[0] else None
         grad_x = -torch.bmm(turning, h) if ctx.needs_input_grad[1] else None
@@ -200,8 +200,3 @@ class _Torque(Function):
 def _turn(torque: Tensor, vectors: Tensor) -> Tensor:
     """Return the derivative with respect to the edge vector: only its direction feels a torque."""
     return torch.linalg.cross(torque, vectors) / vectors.square().sum(-1, keepdim=True)
-
-
-@constant_table
-def _flat_generators(lmax: int) -> Tensor:
-    return generators(lmax).flatten(1).T.contiguous()

@@ -10,12 +10,14 @@ from torch import Tensor
 
 from atomeq.ops.backends.blocks import blocks
 from atomeq.ops.backends.edge_rotation import gather_rotate, rotate_back, rotate_scatter
-from atomeq.ops.dispatch import OpSpec
-from atomeq.ops.sphere import SphereGrid
-from atomeq.ops.spherical_harmonics import Normalization, harmonic_polynomials
+from atomeq.ops.edge_frame import EdgeFrame
+from atomeq.ops.harmonic_polynomials import Normalization, harmonic_polynomials
+from atomeq.ops.paths import Mode, Path
+from atomeq.ops.specification import OpSpec
+from atomeq.ops.sphere_grid import SphereGrid
 from atomeq.ops.tables import table_like
-from atomeq.ops.tensor_product import Coupling, Mode, Path, coupling_table, couplings
-from atomeq.ops.wigner import EdgeFrame, edge_wigner
+from atomeq.ops.tensor_product import Coupling, coupling_table, couplings
+from atomeq.ops.wigner import edge_wigner
 
 
 class ReferenceBackend:

@@ -5,7 +5,7 @@ keep its values for the backward pass is what makes training run out of memory. 
 again instead, a block that fits into the processor's cache at a time.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,19 +13,17 @@ from torch.autograd import Function
 from torch.nn.functional import silu
 
 from atomeq.ops.backends.blocks import blocks
-
-if TYPE_CHECKING:
-    from atomeq.ops.sphere import SphereGrid
+from atomeq.ops.sphere_grid import SphereGrid
 
 
-def silu_on_grid(x: Tensor, grid: "SphereGrid") -> Tensor:
+def silu_on_grid(x: Tensor, grid: SphereGrid) -> Tensor:
     """Apply SiLU to the values of ``x`` (n, n_rows, channels) on every point of the sphere."""
     return _SphereSiLU.apply(x, grid)  # type: ignore[no-any-return]
 
 
 class _SphereSiLU(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, grid: "SphereGrid") -> Tensor:
+    def forward(ctx: Any, x: Tensor, grid: SphereGrid) -> Tensor:
         ctx.grid = grid
         ctx.save_for_backward(x)
         to_grid, from_grid = grid.to_matrix(like=x), grid.from_matrix(like=x)
@@ -47,7 +45,7 @@ class _SphereSiLU(Function):
         return result, None
 
 
-def _gradient(x: Tensor, grad: Tensor, grid: "SphereGrid") -> Tensor:
+def _gradient(x: Tensor, grad: Tensor, grid: SphereGrid) -> Tensor:
     to_grid, from_grid = grid.to_matrix(like=x), grid.from_matrix(like=x)
     values = to_grid @ x
     steepness = torch.sigmoid(values)

@@ -1,0 +1,1 @@
+"""The kernels of the ``cpu`` set: cache-sized blocks, few copies."""

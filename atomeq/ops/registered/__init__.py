@@ -1,0 +1,1 @@
+"""Operations registered with torch: opaque to torch.compile, closed under differentiation."""
