@@ -4,7 +4,6 @@ No tile is tuned at run time: another tile would sum in another order, and a res
 from one process to the next. The sizes are functions of the shapes alone and are written here.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,11 +11,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from atomeq.ops.specification import OpSpec
+
 # Fixed when the kernels are decorated, which is when their modules are imported.
 INTERPRETING: bool = triton.knobs.runtime.interpret
 
 _REGISTER_TILE = 8192  # accumulators of one program: 64 per thread with 4 warps
 _WIDEST = 128  # channels of one program
+_CHANNEL_STEP = 16  # whole lines of memory, and the smallest side of a tensor-core product
+HIGHEST_DEGREE = 6
+DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 
 def launch(
@@ -56,11 +60,6 @@ def slots(lmax: int, mmax: int) -> tuple[int, ...]:
     return tuple(triton.next_power_of_2(2 * (min(l, mmax) + 1)) for l in range(lmax + 1))
 
 
-def orders(lmax: int, mmax: int) -> tuple[int, ...]:
-    """Return for each degree the padded number of orders m = 0 ... mmax."""
-    return tuple(triton.next_power_of_2(min(l, mmax) + 1) for l in range(lmax + 1))
-
-
 def degrees(lmax: int) -> tuple[int, ...]:
     """Return for each degree the padded number of its coefficients."""
     return tuple(triton.next_power_of_2(2 * l + 1) for l in range(lmax + 1))
@@ -71,4 +70,28 @@ def contiguous(tensor: Tensor) -> Tensor:
     return tensor if tensor.is_contiguous() else tensor.contiguous()
 
 
-Grid = Callable[[dict[str, Any]], tuple[int, ...]]
+def product_precision(dtype: torch.dtype) -> str:
+    """Return how the tensor cores multiply: single precision as torch is set to do it.
+
+    Three TF32 products make one as accurate as single precision, which tensor cores do not have.
+    """
+    if dtype != torch.float32 or INTERPRETING:
+        return "ieee"
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+
+
+def refusal(spec: OpSpec) -> str | None:
+    """Return why these kernels do not serve a call, or None."""
+    if spec.device.type != "cuda" and not INTERPRETING:
+        return (
+            f"Triton's kernels need CUDA, but the tensors are on {spec.device} "
+            f"(CUDA is {'' if torch.cuda.is_available() else 'not '}available here); "
+            f"TRITON_INTERPRET=1 runs them on a CPU, for tests"
+        )
+    if spec.dtype not in DTYPES:
+        return f"it has {', '.join(map(str, DTYPES))}, not {spec.dtype}"
+    if spec.lmax > HIGHEST_DEGREE:
+        return f"lmax is {spec.lmax}; its kernels were made and tested up to {HIGHEST_DEGREE}"
+    if spec.channels % _CHANNEL_STEP:
+        return f"{spec.channels} channels are no multiple of {_CHANNEL_STEP}"
+    return None

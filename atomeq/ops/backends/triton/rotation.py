@@ -4,11 +4,9 @@ Every kernel works on tiles (edges, rows of one degree, channels). The matrix of
 features of one degree as a sum of outer products, so each feature is read once, in whole lines of
 channels, and nothing but the result is written. All sums are in single precision (double for
 double), whatever the features are.
-
-Where an edge turns with an angular velocity omega, the derivative of its matrix is W (omega . X) with
-the generators X_a of so(3). :func:`turned` makes it, an eighth of the features' size at most, and the
-same kernels then serve the derivatives.
 """
+
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -22,58 +20,53 @@ from atomeq.ops.backends.triton.launch import (
     degrees,
     edge_tile,
     launch,
-    orders,
     slots,
 )
 from atomeq.ops.tables import constant_table, table_like
-from atomeq.ops.wigner import generators, m_primary_order
+from atomeq.ops.wigner import generators
 
-TERMS = (1, 0, 0, 2, 2)  # the axis of each of the five terms of a column of omega . X
-_FLAT = 1024  # elements of one program where they are all alike
+# X_x, X_y and X_z have at most 2, 1 and 2 nonzeros in a column: the axes of these five terms.
+TERMS = (1, 0, 0, 2, 2)
 _COEFFICIENT = 1e-9  # below this an element of a generator is rounding
 
 
 def gather_rotate(
     x: Tensor,
     wigner: Tensor,
-    indices: tuple[Tensor, ...],
+    indices: Sequence[Tensor],
     *,
     lmax: int,
     mmax: int,
     scale: Tensor | None = None,
-    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Gather atoms by each index, join along the channels, rotate into the edge frames, scale.
+    """Return scale * W G x; see :class:`~atomeq.ops.registered.kernel_sets.EdgeKernels`.
 
     Args:
-        x: Features of atoms, (n_atoms, n_sph, channels).
+        x: Features of atoms, (n_atoms, n_sph, channels), or of edges if there are no indices.
         wigner: (n_edges, n_rows, n_sph).
-        indices: Atoms of the edges, one index or two, (n_edges,).
+        indices: Atoms of the edges, (n_edges,) each; joined along the channels.
         lmax: Highest degree.
         mmax: Highest order.
-        scale: Factors by order and degree, shared by +m and -m, (n_edges, sum over m of
-            (lmax - m + 1) * len(indices) * channels).
-        dtype: Dtype of the result; that of x if not given.
+        scale: Factors shared by +m and -m, (n_edges, sum over m of (lmax - m + 1) * S * channels).
 
     Returns:
-        Rows in m-primary order, (n_edges, n_rows, len(indices) * channels).
+        (n_edges, n_rows, S * channels).
     """
     x, wigner = contiguous(x), contiguous(wigner)
     n_edges, n_rows, _ = wigner.shape
     channels = x.shape[2]
-    width = len(indices) * channels
-    result = x.new_empty(n_edges, n_rows, width, dtype=dtype or x.dtype)
+    width = max(1, len(indices)) * channels
+    result = x.new_empty(n_edges, n_rows, width)
     sizes = slots(lmax, mmax)
     block_c = channel_tile(channels)
     block_e = edge_tile(max(sizes), block_c)
-    grid = (triton.cdiv(n_edges, block_e), triton.cdiv(channels, block_c))
-    for side, index in enumerate(indices):
+    for side, index in enumerate(indices or (None,)):
         launch(
             _gather_rotate,
-            grid,
+            (triton.cdiv(n_edges, block_e), triton.cdiv(channels, block_c)),
             x,
             wigner,
-            contiguous(index),
+            None if index is None else contiguous(index),
             None if scale is None else contiguous(scale),
             result,
             like=x,
@@ -83,9 +76,10 @@ def gather_rotate(
             CHANNELS=channels,
             LMAX=lmax,
             MMAX=mmax,
-            N_ROWS=wigner.shape[1],
+            N_ROWS=n_rows,
             N_SCALES=sum(lmax - m + 1 for m in range(mmax + 1)),
             SLOTS=sizes,
+            GATHERED=index is not None,
             SCALED=scale is not None,
             SUM=accumulator(x.dtype),
             BLOCK_E=block_e,
@@ -94,170 +88,105 @@ def gather_rotate(
     return result
 
 
-def scale_gradient(
-    x: Tensor,
-    wigner: Tensor,
-    indices: tuple[Tensor, ...],
-    grad: Tensor,
-    *,
-    lmax: int,
-    mmax: int,
-) -> Tensor:
-    """Return the derivative of <grad, gather_rotate(x, ...)> with respect to its scale.
-
-    The rotated features are made again, and only their products with the gradient are written.
-
-    Args:
-        x: As in :func:`gather_rotate`; so are the other arguments.
-        wigner: (n_edges, n_rows, n_sph).
-        indices: Atoms of the edges.
-        grad: (n_edges, n_rows, len(indices) * channels).
-        lmax: Highest degree.
-        mmax: Highest order.
-
-    Returns:
-        (n_edges, sum over m of (lmax - m + 1) * len(indices) * channels).
-    """
-    x, wigner, grad = contiguous(x), contiguous(wigner), contiguous(grad)
-    n_edges, channels, width = wigner.shape[0], x.shape[2], grad.shape[2]
-    n_scales = sum(lmax - m + 1 for m in range(mmax + 1))
-    result = grad.new_empty(n_edges, n_scales * width)
-    sizes = orders(lmax, mmax)
-    block_c = channel_tile(channels)
-    block_e = edge_tile(max(sizes), block_c, share=2)
-    grid = (triton.cdiv(n_edges, block_e), triton.cdiv(channels, block_c))
-    for side, index in enumerate(indices):
-        launch(
-            _scale_gradient,
-            grid,
-            x,
-            wigner,
-            contiguous(index),
-            grad,
-            result,
-            like=x,
-            n_edges=n_edges,
-            FIRST=side * channels,
-            WIDTH=width,
-            CHANNELS=channels,
-            LMAX=lmax,
-            MMAX=mmax,
-            N_ROWS=wigner.shape[1],
-            N_SCALES=n_scales,
-            ORDERS=sizes,
-            SUM=accumulator(x.dtype),
-            BLOCK_E=block_e,
-            BLOCK_C=block_c,
-        )
-    return result
-
-
 def rotate_scatter(
-    y: Tensor,
+    rows: Tensor,
     wigner: Tensor,
-    pointers: tuple[Tensor, ...],
-    edges: tuple[Tensor | None, ...],
+    indices: Sequence[Tensor],
+    segments: Sequence[Tensor],
+    n_atoms: int,
     *,
     lmax: int,
     mmax: int,
-    envelope: Tensor | None = None,
+    factor: Tensor | None = None,
+    total: Tensor | None = None,
 ) -> Tensor:
-    """Rotate edge features back to the lab frame, scale them and sum them on atoms.
+    """Return G^T W^T (factor * rows); see :class:`~atomeq.ops.registered.kernel_sets.EdgeKernels`.
 
     One program owns one degree of one atom and adds its edges in their order: no atomics, and the
     same bits every time.
 
     Args:
-        y: Rows in m-primary order, (n_edges, n_rows, len(pointers) * channels).
+        rows: Rows in m-primary order, (n_edges, n_rows, S * channels).
         wigner: (n_edges, n_rows, n_sph).
-        pointers: Where the edges of each atom begin and end, (n_atoms + 1,), for each part of the
-            channels; the sums of the parts are added.
-        edges: The edges sorted by that atom, (n_edges,), or None where they are sorted already.
+        indices: Atoms of the edges for each part of the channels; none for a result per edge.
+        segments: For each index where the edges of every atom begin, (n_atoms + 1,), in the list
+            of edges sorted by that atom, (n_edges,), which follows.
+        n_atoms: Number of atoms.
         lmax: Highest degree.
         mmax: Highest order.
-        envelope: Factors, (n_edges,).
+        factor: (n_edges,).
+        total: The result is added to it, in place.
 
     Returns:
-        (n_atoms, n_sph, channels).
+        (n_atoms, n_sph, channels), or (n_edges, n_sph, channels).
     """
-    y, wigner = contiguous(y), contiguous(wigner)
-    width = y.shape[2]
-    channels = width // len(pointers)
-    n_atoms = pointers[0].shape[0] - 1
-    result = y.new_empty(n_atoms, (lmax + 1) ** 2, channels)
-    sizes = degrees(lmax)
+    rows, wigner = contiguous(rows), contiguous(wigner)
+    factor = None if factor is None else contiguous(factor)
+    if not indices:
+        return _rotate_back_into(rows, wigner, factor, total, (lmax, mmax))
+    channels = rows.shape[2] // len(indices)
+    adding = total is not None
+    result = rows.new_empty(n_atoms, (lmax + 1) ** 2, channels) if total is None else total
     block_c = channel_tile(channels)
-    grid = (n_atoms, lmax + 1, triton.cdiv(channels, block_c))
-    for side, (pointer, order) in enumerate(zip(pointers, edges, strict=True)):
+    for side in range(len(indices)):
         launch(
             _rotate_scatter,
-            grid,
-            y,
+            (n_atoms, lmax + 1, triton.cdiv(channels, block_c)),
+            rows,
             wigner,
-            contiguous(pointer),
-            None if order is None else contiguous(order),
-            None if envelope is None else contiguous(envelope),
+            contiguous(segments[2 * side]),
+            contiguous(segments[2 * side + 1]),
+            factor,
             result,
-            like=y,
+            like=rows,
             FIRST=side * channels,
-            WIDTH=width,
+            WIDTH=rows.shape[2],
             CHANNELS=channels,
             LMAX=lmax,
             MMAX=mmax,
             N_ROWS=wigner.shape[1],
-            DEGREES=sizes,
-            SORTED=order is None,
-            WEIGHTED=envelope is not None,
-            ADDING=side > 0,
-            SUM=accumulator(y.dtype),
-            BLOCK_E=edge_tile(max(sizes), block_c, share=2),
+            DEGREES=degrees(lmax),
+            WEIGHTED=factor is not None,
+            ADDING=adding or side > 0,
+            SUM=accumulator(rows.dtype),
+            BLOCK_E=2,  # two edges on two warps: 128 registers at lmax = 2, none spilled at 6
             BLOCK_C=block_c,
+            num_warps=2,
         )
     return result
 
 
-def rotate_back(
-    y: Tensor,
+def _rotate_back_into(
+    rows: Tensor,
     wigner: Tensor,
-    *,
-    lmax: int,
-    mmax: int,
-    envelope: Tensor | None = None,
+    factor: Tensor | None,
+    total: Tensor | None,
+    orders: tuple[int, int],
 ) -> Tensor:
-    """Rotate edge features back to the lab frame, one result per edge.
-
-    Args:
-        y: Rows in m-primary order, (n_edges, n_rows, channels).
-        wigner: (n_edges, n_rows, n_sph).
-        lmax: Highest degree.
-        mmax: Highest order.
-        envelope: Factors, (n_edges,).
-
-    Returns:
-        (n_edges, n_sph, channels).
-    """
-    y, wigner = contiguous(y), contiguous(wigner)
-    n_edges, _, channels = y.shape
-    result = y.new_empty(n_edges, (lmax + 1) ** 2, channels)
+    """Return W^T (factor * rows) of every edge, added to the total if there is one."""
+    n_edges, n_rows, channels = rows.shape
+    lmax, mmax = orders
+    result = rows.new_empty(n_edges, (lmax + 1) ** 2, channels) if total is None else total
     sizes = degrees(lmax)
     block_c = channel_tile(channels)
     block_e = edge_tile(max(sizes), block_c)
     launch(
         _rotate_back,
         (triton.cdiv(n_edges, block_e), triton.cdiv(channels, block_c)),
-        y,
+        rows,
         wigner,
-        None if envelope is None else contiguous(envelope),
+        factor,
         result,
-        like=y,
+        like=rows,
         n_edges=n_edges,
         CHANNELS=channels,
         LMAX=lmax,
         MMAX=mmax,
-        N_ROWS=wigner.shape[1],
+        N_ROWS=n_rows,
         DEGREES=sizes,
-        WEIGHTED=envelope is not None,
-        SUM=accumulator(y.dtype),
+        WEIGHTED=factor is not None,
+        ADDING=total is not None,
+        SUM=accumulator(rows.dtype),
         BLOCK_E=block_e,
         BLOCK_C=block_c,
     )
@@ -266,50 +195,39 @@ def rotate_back(
 
 def torque(
     x: Tensor,
-    y: Tensor,
+    rows: Tensor,
     wigner: Tensor,
-    indices: tuple[Tensor, ...] | None,
+    indices: Sequence[Tensor],
     *,
     lmax: int,
     mmax: int,
 ) -> Tensor:
-    """Return <x, X_a W^T y> of every edge for the three generators X_a.
+    """Return <W^T rows, X_k G x> of every edge for the three generators X_k, (n_edges, 3).
 
-    Neither the gathered nor the rotated features are written: three numbers per edge are.
-
-    Args:
-        x: Features in the lab frame: of atoms, (n_atoms, n_sph, channels), or of edges.
-        y: Rows in m-primary order, (n_edges, n_rows, len(indices) * channels).
-        wigner: (n_edges, n_rows, n_sph).
-        indices: Atoms of the edges for each part of the channels; None if x belongs to the edges.
-        lmax: Highest degree.
-        mmax: Highest order.
-
-    Returns:
-        (n_edges, 3), in the dtype of the matrices.
+    Neither the gathered nor the rotated features are written. Arguments as in
+    :func:`rotate_scatter` and :func:`gather_rotate`.
     """
-    x, y, wigner = contiguous(x), contiguous(y), contiguous(wigner)
+    x, rows, wigner = contiguous(x), contiguous(rows), contiguous(wigner)
     n_edges, channels = wigner.shape[0], x.shape[2]
     result = wigner.new_empty(n_edges, 3)
     sizes = degrees(lmax)
     block_c = channel_tile(channels)
     block_e = edge_tile(max(sizes), block_c, share=2)
-    neighbours, coefficients = _columns_like(lmax, like=wigner)
-    for side, index in enumerate((None,) if indices is None else indices):
+    for side, index in enumerate(indices or (None,)):
         launch(
             _torque,
             (triton.cdiv(n_edges, block_e),),
             x,
-            y,
+            rows,
             wigner,
             None if index is None else contiguous(index),
-            neighbours,
-            coefficients,
+            table_like(_neighbours, lmax, like=wigner),
+            table_like(_coefficients, lmax, like=wigner),
             result,
             like=x,
             n_edges=n_edges,
             FIRST=side * channels,
-            WIDTH=y.shape[2],
+            WIDTH=rows.shape[2],
             CHANNELS=channels,
             LMAX=lmax,
             MMAX=mmax,
@@ -325,55 +243,19 @@ def torque(
     return result
 
 
-def turned(wigner: Tensor, omega: Tensor, *, lmax: int) -> Tensor:
-    """Return W (omega . X), the derivative of the matrices of edges that turn.
-
-    Args:
-        wigner: (n_edges, n_rows, n_sph).
-        omega: Angular velocities, (n_edges, 3).
-        lmax: Highest degree.
-
-    Returns:
-        (n_edges, n_rows, n_sph).
-    """
-    wigner = contiguous(wigner)
-    result = torch.empty_like(wigner)
-    launch(
-        _turned,
-        (triton.cdiv(wigner.numel(), _FLAT),),
-        wigner,
-        contiguous(omega),
-        *_columns_like(lmax, like=wigner),
-        result,
-        like=wigner,
-        n_elements=wigner.numel(),
-        N_ROWS=wigner.shape[1],
-        N_SPH=wigner.shape[2],
-        TERMS=TERMS,
-        SUM=accumulator(wigner.dtype),
-        BLOCK=_FLAT,
-    )
-    return result
-
-
-def _columns_like(lmax: int, *, like: Tensor) -> tuple[Tensor, Tensor]:
-    return (
-        table_like(_neighbours, lmax, like=like),
-        table_like(_coefficients, lmax, like=like),
-    )
-
-
 @constant_table
 def _neighbours(lmax: int) -> Tensor:
-    """Return the rows that the five terms of each column of omega . X stand in, (n_sph, 5)."""
-    return torch.tensor([[row for row, _ in column] for column in _columns(lmax)], dtype=torch.int32)
+    """Return the rows that the five terms of each column stand in, (n_sph, 5)."""
+    return torch.tensor(
+        [[row for row, _ in column] for column in _columns(lmax)], dtype=torch.int32
+    )
 
 
 @constant_table
 def _coefficients(lmax: int) -> Tensor:
-    """Return the five terms of each column of omega . X, (n_sph, 5)."""
+    """Return the five terms of each column of the generators, (n_sph, 5)."""
     terms = [[value for _, value in column] for column in _columns(lmax)]
-    return torch.tensor(terms, dtype=torch.float64)
+    return torch.tensor(terms, dtype=torch.float64, device="cpu")
 
 
 def _columns(lmax: int) -> list[list[tuple[int, float]]]:
@@ -391,11 +273,6 @@ def _columns(lmax: int) -> list[list[tuple[int, float]]]:
     return columns
 
 
-def n_rows(lmax: int, mmax: int) -> int:
-    """Return the number of m-primary rows."""
-    return len(m_primary_order(lmax, mmax))
-
-
 # What follows runs on the device. Offsets of edges and atoms are 64-bit, those within one are not.
 
 
@@ -407,38 +284,18 @@ def _row(l, m, minus, LMAX: tl.constexpr):
 
 
 @triton.jit
-def _turned(wigner, omega, neighbours, coefficients, result, n_elements, N_ROWS: tl.constexpr,
-            N_SPH: tl.constexpr, TERMS: tl.constexpr, SUM: tl.constexpr,
-            BLOCK: tl.constexpr):  # fmt: skip
-    element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    there = element < n_elements
-    column = element % N_SPH
-    first = element - column
-    velocity = omega + element // (N_ROWS * N_SPH) * 3
-    total = tl.zeros((BLOCK,), dtype=SUM)
-    for q in tl.static_range(5):
-        neighbour = tl.load(neighbours + column * 5 + q)
-        factor = tl.load(coefficients + column * 5 + q).to(SUM)
-        speed = tl.load(velocity + TERMS[q], mask=there, other=0.0).to(SUM)
-        total += tl.load(wigner + first + neighbour, mask=there, other=0.0).to(SUM) * (
-            factor * speed
-        )
-    tl.store(result + element, total, mask=there)
-
-
-@triton.jit
 def _gather_rotate(x, wigner, index, scale, result, n_edges,
                    FIRST: tl.constexpr, WIDTH: tl.constexpr, CHANNELS: tl.constexpr,
                    LMAX: tl.constexpr, MMAX: tl.constexpr, N_ROWS: tl.constexpr,
                    N_SCALES: tl.constexpr, SLOTS: tl.constexpr,
-                   SCALED: tl.constexpr, SUM: tl.constexpr,
+                   GATHERED: tl.constexpr, SCALED: tl.constexpr, SUM: tl.constexpr,
                    BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
     N_SPH: tl.constexpr = (LMAX + 1) * (LMAX + 1)
     edge = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     there = edge < n_edges
     edge = edge.to(tl.int64)
-    atom = tl.load(index + edge, mask=there, other=0).to(tl.int64)
+    atom = tl.load(index + edge, mask=there, other=0).to(tl.int64) if GATHERED else edge
     inside = there[:, None] & (channel < CHANNELS)[None, :]
     features = x + (atom * (N_SPH * CHANNELS))[:, None] + channel[None, :]
     matrix = (wigner + edge * (N_ROWS * N_SPH))[:, None]
@@ -457,53 +314,13 @@ def _gather_rotate(x, wigner, index, scale, result, n_edges,
         kept = inside[:, None, :] & real[None, :, None]
         if SCALED:
             number = m * (LMAX + 1) - (m * (m - 1)) // 2 + l - m
-            factor = (scale + edge * (N_SCALES * WIDTH))[:, None, None] + FIRST + (
-                number[None, :, None] * WIDTH + channel[None, None, :]
+            factor = (
+                (scale + edge * (N_SCALES * WIDTH))[:, None, None]
+                + FIRST
+                + (number[None, :, None] * WIDTH + channel[None, None, :])
             )
             total *= tl.load(factor, mask=kept, other=0.0).to(SUM)
         tl.store(out + (row * WIDTH)[None, :, None], total, mask=kept)
-
-
-@triton.jit
-def _scale_gradient(x, wigner, index, grad, result, n_edges,
-                    FIRST: tl.constexpr, WIDTH: tl.constexpr, CHANNELS: tl.constexpr,
-                    LMAX: tl.constexpr, MMAX: tl.constexpr, N_ROWS: tl.constexpr,
-                    N_SCALES: tl.constexpr, ORDERS: tl.constexpr,
-                    SUM: tl.constexpr,
-                    BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
-    N_SPH: tl.constexpr = (LMAX + 1) * (LMAX + 1)
-    edge = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
-    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    there = edge < n_edges
-    edge = edge.to(tl.int64)
-    atom = tl.load(index + edge, mask=there, other=0).to(tl.int64)
-    inside = there[:, None] & (channel < CHANNELS)[None, :]
-    features = x + (atom * (N_SPH * CHANNELS))[:, None] + channel[None, :]
-    matrix = (wigner + edge * (N_ROWS * N_SPH))[:, None]
-    grads = (grad + edge * (N_ROWS * WIDTH))[:, None, None] + (FIRST + channel)[None, None, :]
-    out = (result + edge * (N_SCALES * WIDTH))[:, None, None] + (FIRST + channel)[None, None, :]
-    for l in tl.static_range(LMAX + 1):
-        m = tl.arange(0, ORDERS[l])
-        real = (m <= l) & (m <= MMAX)
-        paired = real & (m > 0)
-        plus = tl.where(real, _row(l, m, 0, LMAX), 0)
-        minus = tl.where(paired, _row(l, m, 1, LMAX), 0)
-        upper = tl.zeros((BLOCK_E, tl.constexpr(ORDERS[l]), BLOCK_C), dtype=SUM)
-        lower = tl.zeros((BLOCK_E, tl.constexpr(ORDERS[l]), BLOCK_C), dtype=SUM)
-        for column in tl.static_range(l * l, (l + 1) * (l + 1)):
-            feature = tl.load(features + column * CHANNELS, mask=inside, other=0.0).to(SUM)
-            element = tl.load(matrix + (plus * N_SPH + column)[None, :], mask=there[:, None],
-                              other=0.0).to(SUM)  # fmt: skip
-            upper += element[:, :, None] * feature[:, None, :]
-            element = tl.load(matrix + (minus * N_SPH + column)[None, :], mask=there[:, None],
-                              other=0.0).to(SUM)  # fmt: skip
-            lower += element[:, :, None] * feature[:, None, :]
-        kept = inside[:, None, :] & real[None, :, None]
-        both = inside[:, None, :] & paired[None, :, None]
-        upper *= tl.load(grads + (plus * WIDTH)[None, :, None], mask=kept, other=0.0).to(SUM)
-        lower *= tl.load(grads + (minus * WIDTH)[None, :, None], mask=both, other=0.0).to(SUM)
-        number = m * (LMAX + 1) - (m * (m - 1)) // 2 + l - m
-        tl.store(out + (number * WIDTH)[None, :, None], upper + lower, mask=kept)
 
 
 @triton.jit
@@ -528,8 +345,7 @@ def _add_lab_rows(total, y, matrix, factor, present, inside, l: tl.constexpr, LM
 def _rotate_scatter(y, wigner, pointer, order, envelope, result,
                     FIRST: tl.constexpr, WIDTH: tl.constexpr, CHANNELS: tl.constexpr,
                     LMAX: tl.constexpr, MMAX: tl.constexpr, N_ROWS: tl.constexpr,
-                    DEGREES: tl.constexpr, SORTED: tl.constexpr,
-                    WEIGHTED: tl.constexpr, ADDING: tl.constexpr,
+                    DEGREES: tl.constexpr, WEIGHTED: tl.constexpr, ADDING: tl.constexpr,
                     SUM: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
     N_SPH: tl.constexpr = (LMAX + 1) * (LMAX + 1)
     atom = tl.program_id(0).to(tl.int64)
@@ -542,24 +358,22 @@ def _rotate_scatter(y, wigner, pointer, order, envelope, result,
             while begin < last:  # not range(): the interpreter has none over loaded numbers
                 edge = begin + tl.arange(0, BLOCK_E)
                 there = edge < last
-                if SORTED:
-                    edge = edge.to(tl.int64)
-                else:
-                    edge = tl.load(order + edge, mask=there, other=0).to(tl.int64)
+                edge = tl.load(order + edge, mask=there, other=0).to(tl.int64)
                 inside = there[:, None] & (channel < CHANNELS)[None, :]
                 rows = y + (edge * (N_ROWS * WIDTH))[:, None] + (FIRST + channel)[None, :]
                 matrix = (wigner + edge * (N_ROWS * N_SPH))[:, None]
+                factor = 1.0
                 if WEIGHTED:
                     factor = tl.load(envelope + edge, mask=there, other=0.0).to(SUM)[:, None]
-                else:
-                    factor = 1.0
                 total = _add_lab_rows(total, rows, matrix, factor, there[:, None], inside, l, LMAX,
                                       MMAX, WIDTH, DEGREES[l], SUM)  # fmt: skip
                 begin += BLOCK_E
             place = tl.arange(0, DEGREES[l])
             kept = (place < 2 * l + 1)[:, None] & (channel < CHANNELS)[None, :]
-            out = result + atom * (N_SPH * CHANNELS) + (
-                (l * l + place)[:, None] * CHANNELS + channel[None, :]
+            out = (
+                result
+                + atom * (N_SPH * CHANNELS)
+                + ((l * l + place)[:, None] * CHANNELS + channel[None, :])
             )
             summed = tl.sum(total, axis=0)
             if ADDING:
@@ -571,7 +385,7 @@ def _rotate_scatter(y, wigner, pointer, order, envelope, result,
 def _rotate_back(y, wigner, envelope, result, n_edges,
                  CHANNELS: tl.constexpr, LMAX: tl.constexpr, MMAX: tl.constexpr,
                  N_ROWS: tl.constexpr, DEGREES: tl.constexpr,
-                 WEIGHTED: tl.constexpr, SUM: tl.constexpr,
+                 WEIGHTED: tl.constexpr, ADDING: tl.constexpr, SUM: tl.constexpr,
                  BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
     N_SPH: tl.constexpr = (LMAX + 1) * (LMAX + 1)
     edge = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
@@ -582,17 +396,19 @@ def _rotate_back(y, wigner, envelope, result, n_edges,
     rows = y + (edge * (N_ROWS * CHANNELS))[:, None] + channel[None, :]
     matrix = (wigner + edge * (N_ROWS * N_SPH))[:, None]
     out = (result + edge * (N_SPH * CHANNELS))[:, None, None] + channel[None, None, :]
+    factor = 1.0
     if WEIGHTED:
         factor = tl.load(envelope + edge, mask=there, other=0.0).to(SUM)[:, None]
-    else:
-        factor = 1.0
     for l in tl.static_range(LMAX + 1):
         lab = tl.zeros((BLOCK_E, tl.constexpr(DEGREES[l]), BLOCK_C), dtype=SUM)
         lab = _add_lab_rows(lab, rows, matrix, factor, there[:, None], inside, l, LMAX, MMAX,
                             CHANNELS, DEGREES[l], SUM)  # fmt: skip
         place = tl.arange(0, DEGREES[l])
         kept = inside[:, None, :] & (place < 2 * l + 1)[None, :, None]
-        tl.store(out + ((l * l + place) * CHANNELS)[None, :, None], lab, mask=kept)
+        place_out = out + ((l * l + place) * CHANNELS)[None, :, None]
+        if ADDING:
+            lab += tl.load(place_out, mask=kept, other=0.0).to(SUM)
+        tl.store(place_out, lab, mask=kept)
 
 
 @triton.jit
