@@ -29,8 +29,7 @@ from atomeq.nn.norms import EquivariantRMSNorm
 from atomeq.nn.radial import BesselBasis, PolynomialEnvelope
 from atomeq.nn.so3 import Gate, SO2Convolution, SO3Linear
 from atomeq.ops.edge_frame import EdgeFrame
-from atomeq.ops.orders import m_primary_order
-from atomeq.ops.so2 import rotate_from_edge, rotate_to_edge
+from atomeq.ops.so2 import escn_conv, rotate_from_edge
 from atomeq.ops.wigner import build_edge_frame
 from atomeq.typing import NodeFeatures, PropertyKey
 
@@ -208,18 +207,21 @@ class ESCNMessage(nn.Module):
             (n_edge_scalars, edge_channels, edge_channels, self.first.n_radial_weights),
             layer_norm=True,
         )
-        degrees = torch.tensor([math.isqrt(i) for i in m_primary_order(lmax, mmax)])
-        self.gate = Gate(degrees)
         self.second = SO2Convolution(lmax, mmax, hidden_channels, sphere_channels)
 
     def forward(
         self, x: NodeFeatures, frame: EdgeFrame, edge_scalars: Tensor, envelope: Tensor
     ) -> NodeFeatures:
         """Return the sum of messages on each atom, (n_atoms, n_sph, C)."""
-        message = rotate_to_edge(x, frame, side="both")  # (n_edges, n_rows, 2C)
-        message, gates = self.first(message, self.radial(edge_scalars))  # (n_edges, n_rows, H)
-        message, _ = self.second(self.gate(message, gates))  # (n_edges, n_rows, C)
-        return rotate_from_edge(message, frame, envelope=envelope)  # (n_atoms, n_sph, C)
+        return escn_conv(
+            x,
+            frame,
+            list(self.first.weights),
+            list(self.second.weights),
+            radial=self.radial.hidden(edge_scalars),
+            radial_map=self.radial.last_linear,
+            envelope=envelope,
+        )  # (n_atoms, n_sph, C)
 
 
 class GatedUpdate(nn.Module):

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from itertools import pairwise
 
-from torch import nn
+from torch import Tensor, nn
 
 
 class MLP(nn.Sequential):
@@ -40,3 +40,16 @@ class MLP(nn.Sequential):
             if hidden or final_activation:
                 layers.append(nn.SiLU())
         super().__init__(*layers)
+        self._last_linear = max(i for i, layer in enumerate(layers) if isinstance(layer, nn.Linear))
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """Return what the last linear layer is given."""
+        for layer in list(self)[: self._last_linear]:
+            x = layer(x)
+        return x
+
+    @property
+    def last_linear(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of the last linear layer."""
+        layer = list(self)[self._last_linear]
+        return layer.weight, layer.bias

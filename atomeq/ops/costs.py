@@ -55,6 +55,7 @@ def cost(spec: OpSpec) -> Cost:
         "rotate_to_edge": _rotation,
         "rotate_from_edge": _rotation,
         "so2_linear": _so2,
+        "escn_conv": _layer,
         "tensor_product": _coupling,
         "cg_conv": _coupling,
         "sphere_pointwise": _sphere,
@@ -90,6 +91,14 @@ def _so2(spec: OpSpec) -> tuple[int, int, int]:
     products = sum(n * n * (1 if m == 0 else 4) for m, n in enumerate(degrees))
     n_rows = len(m_primary_order(spec.lmax, spec.mmax))
     return 2 * products * spec.channels**2, 2 * n_rows * spec.channels, weights
+
+
+def _layer(spec: OpSpec) -> tuple[int, int, int]:
+    """Count both atoms in, as many hidden channels, gates of every degree, and the sum out."""
+    rotation, map_ = _rotation(spec), _so2(spec)
+    gates = 2 * 2 * (spec.lmax + 1) * spec.lmax * spec.channels**2
+    flops = 3 * rotation[0] + 3 * map_[0] + gates
+    return flops, 2 * (spec.lmax + 1) ** 2 * spec.channels + _nonzeros(spec), 3 * map_[2]
 
 
 def _coupling(spec: OpSpec) -> tuple[int, int, int]:

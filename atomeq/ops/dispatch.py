@@ -25,8 +25,11 @@ from atomeq.ops.sphere_grid import SphereGrid
 logger = logging.getLogger(__name__)
 
 # Where each backend lives, "module:class"; it is imported when first asked for.
-BACKENDS: dict[str, str] = {"reference": "atomeq.ops.backends.reference:ReferenceBackend"}
-AUTO_ORDER: tuple[str, ...] = ("reference",)  # the fastest first
+BACKENDS: dict[str, str] = {
+    "cpu": "atomeq.ops.backends.kernel_backend:CPUBackend",
+    "reference": "atomeq.ops.backends.reference:ReferenceBackend",
+}
+AUTO_ORDER: tuple[str, ...] = ("cpu", "reference")  # the fastest first
 ENVIRONMENT_VARIABLE = "ATOMEQ_BACKEND"
 
 _chosen: ContextVar[str | None] = ContextVar("atomeq_backend", default=None)
@@ -78,6 +81,21 @@ class Backend(Protocol):
         """Mix degrees and channels within each order; return rows and extra scalars."""
         ...
 
+    def escn_conv(
+        self,
+        x: Tensor,
+        frame: EdgeFrame,
+        first: list[Tensor],
+        second: list[Tensor],
+        radial: Tensor | None,
+        radial_weight: Tensor | None,
+        radial_bias: Tensor | None,
+        envelope: Tensor | None,
+        recompute: bool,
+    ) -> Tensor:
+        """Return a whole edge layer: both atoms, map, gate, map, sum on the targets."""
+        ...
+
     def tensor_product(
         self,
         x: Tensor,
@@ -126,7 +144,7 @@ def use_backend(name: str) -> Iterator[None]:
     The choice belongs to the current thread or task, and ends with the block.
 
     Args:
-        name: ``reference`` (plain torch) or ``auto``.
+        name: ``cpu`` (C kernels), ``reference`` (plain torch) or ``auto``.
 
     Raises:
         ValueError: If no backend has this name.

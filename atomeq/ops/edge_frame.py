@@ -1,7 +1,9 @@
 """The edges of a graph with the frames in which each of them points to +y, as layers see them."""
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -9,7 +11,7 @@ from atomeq.ops.orders import check_orders, m_primary_order
 from atomeq.typing import EdgeLengths, EdgeVectors
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class EdgeFrame:
     """The edges of one graph with the rotation that takes each of them to +y.
 
@@ -44,7 +46,33 @@ class EdgeFrame:
         n_rows = len(m_primary_order(self.lmax, mmax))
         return replace(self, wigner=self.wigner[:, :n_rows], mmax=mmax)
 
+    def segments(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Return where each atom's edges start in a sorted list, and that list of edges.
+
+        Args:
+            index: ``source`` or ``target`` of this frame; sorted once for all layers.
+
+        Returns:
+            (n_atoms + 1,) and (n_edges,).
+        """
+        return self._by_source if index is self.source else self._by_target
+
+    @cached_property
+    def _by_source(self) -> tuple[Tensor, Tensor]:
+        return segments_of(self.source, self.n_atoms)
+
+    @cached_property
+    def _by_target(self) -> tuple[Tensor, Tensor]:
+        return segments_of(self.target, self.n_atoms)
+
     @property
     def n_edges(self) -> int:
         """Number of edges."""
         return self.vectors.shape[0]
+
+
+def segments_of(index: Tensor, n_atoms: int) -> tuple[Tensor, Tensor]:
+    """Return where each atom's edges start in a sorted list (n_atoms + 1,), and that list."""
+    order = torch.argsort(index, stable=True)
+    starts = torch.arange(n_atoms + 1, device=index.device)
+    return torch.searchsorted(index.index_select(0, order), starts), order

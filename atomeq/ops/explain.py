@@ -75,7 +75,7 @@ def explain(
         >>> report = explain("so2_linear", lmax=2, mmax=2, channels=16, n_edges=1000,
         ...                  dtype=torch.float32, device="cpu")
         >>> report.backend
-        'reference'
+        'cpu'
     """
     spec = OpSpec(op, lmax, mmax, channels, n_edges, dtype, torch.device(device))
     work = cost(spec)

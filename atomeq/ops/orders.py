@@ -31,6 +31,12 @@ def m_primary_rows(lmax: int, mmax: int) -> Tensor:
 
 
 @constant_table
+def row_degrees(lmax: int, mmax: int) -> Tensor:
+    """Return the degree l of each m-primary row."""
+    return torch.from_numpy(np.sqrt(m_primary_order(lmax, mmax)).astype(np.int64))
+
+
+@constant_table
 def radial_rows(lmax: int, mmax: int) -> Tensor:
     """Return, for each m-primary row, the number of its (l, |m|), m ascending: +m and -m share."""
     numbers, start = list(range(lmax + 1)), lmax + 1

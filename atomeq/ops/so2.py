@@ -168,6 +168,78 @@ def so2_linear_with_scalars(
     return backend.so2_linear(x, weights, c_out, bias, scale)
 
 
+def escn_conv(
+    x: NodeFeatures,
+    frame: EdgeFrame,
+    first: Sequence[Tensor],
+    second: Sequence[Tensor],
+    *,
+    radial: Float[Tensor, "n_edges n_radial"] | None = None,
+    radial_map: tuple[Tensor, Tensor | None] | None = None,
+    envelope: Float[Tensor, " n_edges"] | None = None,
+    recompute: bool = False,
+) -> Float[Tensor, "n_atoms n_sph c_out"]:
+    """Apply a whole edge layer: both atoms, SO(2) map, gate, SO(2) map, sum on the targets.
+
+    The same numbers as :func:`rotate_to_edge`, :func:`so2_linear_with_scalars`, SiLU on l = 0 with
+    sigmoid gates on l > 0, :func:`so2_linear` and :func:`rotate_from_edge` one after the other,
+    but next to nothing of an edge is kept for the backward pass. Differentiable twice.
+
+    Args:
+        x: Features of the atoms, (n_atoms, n_sph, channels).
+        frame: Frames of the edges.
+        first: Weights of the first map as in :func:`so2_linear`, from 2 * channels to the hidden
+            channels; the gates, lmax * hidden, are the top rows of W_0.
+        second: Weights of the second map, from the hidden channels to c_out.
+        radial: Factors of the first map's inputs, its ``scale``; or, with ``radial_map``, the
+            values that give them.
+        radial_map: Weight (n_scales, n_radial) and bias (n_scales,) of a last linear layer that
+            gives the factors, which are then never written out for all edges.
+        envelope: Factor of each edge's message, (n_edges,).
+        recompute: Do not even keep the output of the first map, at the price of computing it again.
+
+    Returns:
+        (n_atoms, n_sph, c_out).
+
+    Raises:
+        ValueError: If the shapes do not fit together.
+        TypeError: If the dtypes differ.
+    """
+    _check_features(x, frame, (frame.n_atoms, (frame.lmax + 1) ** 2), "atoms")
+    _check_layer(x, frame, first, second)
+    n_scales = first[0].shape[1] + sum(weight.shape[-1] for weight in first[1:])
+    weight, bias = radial_map if radial_map is not None else (None, None)
+    width = n_scales if weight is None else weight.shape[-1]
+    if radial is not None and radial.shape != (frame.n_edges, width):
+        raise ValueError(f"radial is {tuple(radial.shape)}; expected ({frame.n_edges}, {width})")
+    if weight is not None and (radial is None or weight.shape[0] != n_scales):
+        raise ValueError(
+            f"the weight of radial_map is {tuple(weight.shape)}; expected ({n_scales}, n_radial), "
+            f"and radial of that width"
+        )
+    if envelope is not None and envelope.shape != (frame.n_edges,):
+        raise ValueError(f"envelope is {tuple(envelope.shape)}; expected ({frame.n_edges},)")
+    return _backend("escn_conv", x, frame).escn_conv(
+        x, frame, list(first), list(second), radial, weight, bias, envelope, recompute
+    )
+
+
+def _check_layer(
+    x: Tensor, frame: EdgeFrame, first: Sequence[Tensor], second: Sequence[Tensor]
+) -> None:
+    """Refuse weights that do not fit the features or each other."""
+    lmax, mmax = frame.lmax, frame.mmax
+    hidden = second[0].shape[-1] // (lmax + 1)
+    rows = x.new_empty(0, frame.wigner.shape[1], 1)
+    _output_channels(rows.expand(-1, -1, 2 * x.shape[2]), first, lmax, mmax, lmax * hidden)
+    _output_channels(rows.expand(-1, -1, hidden), second, lmax, mmax, 0)
+    if first[0].shape[0] != (2 * lmax + 1) * hidden:
+        raise ValueError(
+            f"weights[0] of the first map is {tuple(first[0].shape)}; with {hidden} hidden "
+            f"channels it has {lmax * hidden} rows of gates and {(lmax + 1) * hidden} others"
+        )
+
+
 def _backend(op: str, x: Tensor, frame: EdgeFrame) -> Backend:
     return select(
         op, lmax=frame.lmax, mmax=frame.mmax, channels=x.shape[2], n_edges=frame.n_edges, like=x

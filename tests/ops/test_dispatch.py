@@ -40,9 +40,10 @@ def test_reference_serves_every_operation_of_the_protocol() -> None:
         if not name.startswith("_") and callable(value) and name != "refusal"
     }
     for op in operations:
-        report = explain(
-            op, lmax=2, mmax=2, channels=16, n_edges=100, dtype=torch.float32, device="cpu"
-        )
+        with use_backend("reference"):
+            report = explain(
+                op, lmax=2, mmax=2, channels=16, n_edges=100, dtype=torch.float32, device="cpu"
+            )
         assert report.backend == "reference"
         assert report.flops > 0
         assert report.bytes > 0
@@ -82,7 +83,7 @@ def test_choice_belongs_to_its_thread() -> None:
 
 def test_unknown_backend_is_refused_with_the_known_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     with (
-        pytest.raises(ValueError, match=r"'triton'; the backends are: auto, reference"),
+        pytest.raises(ValueError, match=r"'triton'; the backends are: auto, cpu, reference"),
         use_backend("triton"),
     ):
         pass
@@ -118,8 +119,9 @@ def test_auto_passes_on_to_the_next_backend(monkeypatch: pytest.MonkeyPatch) -> 
 def test_explain_names_who_serves_and_why_not_others() -> None:
     options = {"lmax": 2, "mmax": 2, "channels": 16, "n_edges": 4500, "device": "cpu"}
     report = explain("so2_linear", dtype=torch.float64, **options)
-    assert report.refusals == {"picky": "it has no torch.float64"}
-    assert "served by   reference (asked for: auto)" in str(report)
+    assert report.refusals["picky"] == "it has no torch.float64"
+    assert report.refusals["reference"] == "it could, but cpu comes first"
+    assert "served by   cpu (asked for: auto)" in str(report)
     assert "not by      picky: it has no torch.float64" in str(report)
     with use_backend("picky"):
         assert explain("so2_linear", dtype=torch.float64, **options).backend is None

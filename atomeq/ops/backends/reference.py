@@ -12,6 +12,7 @@ from atomeq.ops.backends.blocks import blocks
 from atomeq.ops.backends.edge_rotation import gather_rotate, rotate_back, rotate_scatter
 from atomeq.ops.edge_frame import EdgeFrame
 from atomeq.ops.harmonic_polynomials import Normalization, harmonic_polynomials
+from atomeq.ops.orders import row_degrees
 from atomeq.ops.paths import Mode, Path
 from atomeq.ops.specification import OpSpec
 from atomeq.ops.sphere_grid import SphereGrid
@@ -76,6 +77,33 @@ class ReferenceBackend:
         n_scalars = mixed[0].shape[1] - sizes[0] * c_out
         scalars, mixed[0] = mixed[0].split([n_scalars, sizes[0] * c_out], dim=1)
         return torch.cat(mixed, dim=1).unflatten(1, (sum(sizes), c_out)), scalars
+
+    def escn_conv(
+        self,
+        x: Tensor,
+        frame: EdgeFrame,
+        first: list[Tensor],
+        second: list[Tensor],
+        radial: Tensor | None,
+        radial_weight: Tensor | None,
+        radial_bias: Tensor | None,
+        envelope: Tensor | None,
+        recompute: bool,
+    ) -> Tensor:
+        """Return a whole edge layer; everything is kept for the backward pass."""
+        if radial is not None and radial_weight is not None:
+            radial = torch.nn.functional.linear(radial, radial_weight, radial_bias)
+        c_out, hidden = (size // (frame.lmax + 1) for size in second[0].shape)
+        rows = self.rotate_to_edge(x, frame, (frame.source, frame.target))
+        rows, gates = self.so2_linear(rows, first, hidden, None, radial)
+        gates = torch.sigmoid(gates.unflatten(1, (frame.lmax, hidden))) if frame.lmax else gates
+        scalars, higher = rows.split([1, rows.shape[1] - 1], dim=1)
+        degrees = table_like(row_degrees, frame.lmax, frame.mmax, like=x)[1:]
+        if frame.lmax:
+            higher = higher * gates.index_select(1, degrees - 1)
+        rows = torch.cat((torch.nn.functional.silu(scalars), higher), dim=1)
+        rows, _ = self.so2_linear(rows, second, c_out, None, None)
+        return self.rotate_from_edge(rows, frame, envelope, True)
 
     def tensor_product(
         self,

@@ -11,12 +11,41 @@ from typing import Protocol, cast
 
 from torch import Tensor
 
+from atomeq.ops.registered.so2_shape import SO2Shape
 from atomeq.ops.specification import OpSpec
 
 # (topic, set) -> "module:class"
 KERNELS: dict[tuple[str, str], str] = {
     ("edge", "cpu"): "atomeq.ops.backends.cpu.edge:CPUEdgeKernels",
 }
+
+
+class SO2Map(Protocol):
+    """A linear map of an edge's rows, one matrix for each order; see :class:`SO2Shape`."""
+
+    def forward(self, rows: Tensor, out: Tensor) -> Tensor:
+        """Write M rows, (n_edges, n_rows * c_in) -> (n_edges, width), to ``out``; return it."""
+        ...
+
+    def transposed(self, grad: Tensor, out: Tensor) -> Tensor:
+        """Write M^T grad, (n_edges, width) -> (n_edges, n_rows * c_in), to ``out``; return it."""
+        ...
+
+
+class GateKernel(Protocol):
+    """SiLU on l = 0, sigmoid gates on l > 0: value a(y), Jacobian J and second derivative."""
+
+    def value(self) -> Tensor:
+        """Return a, (n_edges, n_rows * channels)."""
+        ...
+
+    def gradient(self, grad: Tensor) -> Tensor:
+        """Return J^T grad, like y."""
+        ...
+
+    def second(self, moved: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+        """Return J moved, like a, and the gradient of <moved, J^T grad> in y, like y."""
+        ...
 
 
 class EdgeKernels(Protocol):
@@ -64,10 +93,12 @@ class EdgeKernels(Protocol):
         lmax: int,
         mmax: int,
         factor: Tensor | None = None,
+        total: Tensor | None = None,
     ) -> Tensor:
         """Return G^T W^T (factor * rows), (n_atoms, n_sph, channels).
 
-        ``factor`` is (n_edges,). Without indices the result is (n_edges, n_sph, channels).
+        ``factor`` is (n_edges,). Without indices the result is (n_edges, n_sph, channels). With
+        ``total`` the result is added to it.
         """
         ...
 
@@ -82,6 +113,27 @@ class EdgeKernels(Protocol):
         mmax: int,
     ) -> Tensor:
         """Return <W^T rows, X_k G x> for the three generators X_k, (n_edges, 3)."""
+        ...
+
+    def so2_map(self, weights: list[Tensor], shape: SO2Shape) -> SO2Map:
+        """Return the map M of some weights, which may be prepared for many calls."""
+        ...
+
+    def add_weight_gradients(
+        self, rows: Tensor, grad: Tensor, into: list[Tensor], shape: SO2Shape
+    ) -> None:
+        """Add the gradients of <grad, M rows> with respect to the weights to ``into``."""
+        ...
+
+    def gate(self, y: Tensor, lmax: int, mmax: int, channels: int) -> GateKernel:
+        """Return the gate of edges, (n_edges, lmax * channels + n_rows * channels).
+
+        The gates of l = 1..lmax come first, then the rows.
+        """
+        ...
+
+    def edges_at_once(self, first: SO2Shape) -> int:
+        """Return how many edges a layer works on at a time."""
         ...
 
 

@@ -1,16 +1,30 @@
-"""Edge rotations of the ``cpu`` set in plain torch, a block of edges at a time."""
+"""The edge kernels of the ``cpu`` set: in C where a compiler is at hand, else in plain torch.
 
+In plain torch a block of edges is worked on at a time, small enough for the processor's cache.
+"""
+
+import logging
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from atomeq.ops.backends.blocks import blocks
+from atomeq.ops.backends.cpu import native_edge
+from atomeq.ops.backends.cpu.gate import CPUGate
+from atomeq.ops.backends.cpu.so2 import CPUSO2Map, add_weight_gradients
+from atomeq.ops.backends.native.builder import unavailable
 from atomeq.ops.orders import radial_rows
-from atomeq.ops.registered.edge_rotation import gathered
+from atomeq.ops.registered.so2_shape import SO2Shape
 from atomeq.ops.specification import OpSpec
 from atomeq.ops.tables import table_like
 from atomeq.ops.wigner import flat_generators
+
+logger = logging.getLogger(__name__)
+
+_LAYER_BLOCK = 2**18  # numbers of the widest rows of an edge layer
+_LEAST_EDGES, _MOST_EDGES = 128, 1024  # matrix products want some rows
 
 
 class CPUEdgeKernels:
@@ -19,8 +33,13 @@ class CPUEdgeKernels:
     wants_segments = False  # atoms are added to one after the other, in the order of the edges
 
     def refusal(self, spec: OpSpec) -> str | None:
-        """Refuse other devices."""
-        return None if spec.device.type == "cpu" else "its kernels run on a CPU"
+        """Refuse other devices and half precision."""
+        if spec.device.type != "cpu":
+            return "its kernels run on a CPU"
+        if spec.dtype not in (torch.float32, torch.float64):
+            return f"its kernels take float32 and float64, not {spec.dtype}"
+        _say_what_serves()
+        return None
 
     def gather_rotate(
         self,
@@ -35,9 +54,15 @@ class CPUEdgeKernels:
         """Return scale * W G x."""
         channels = max(1, len(indices)) * x.shape[2]
         rows = x.new_empty(*wigner.shape[:2], channels)
+        if native_edge.serves(x):
+            given = [index.contiguous() for index in indices]
+            scale = None if scale is None else scale.contiguous()
+            native_edge.gather_rotate(
+                x.contiguous(), wigner.contiguous(), given, scale, rows, (lmax, mmax)
+            )
+            return rows
         for part in blocks(len(rows), x.shape[1] * channels, x.device):
-            members = gathered(x[part], []) if not indices else gathered(x, _part(indices, part))
-            torch.bmm(wigner[part], members, out=rows[part])
+            torch.bmm(wigner[part], _gathered(x, indices, part), out=rows[part])
             if scale is not None:
                 order = table_like(radial_rows, lmax, mmax, like=x)
                 rows[part].mul_(scale[part].unflatten(1, (-1, channels)).index_select(1, order))
@@ -54,17 +79,25 @@ class CPUEdgeKernels:
         lmax: int,
         mmax: int,
         factor: Tensor | None = None,
+        total: Tensor | None = None,
     ) -> Tensor:
         """Return G^T W^T (factor * rows)."""
         channels = rows.shape[2] // max(1, len(indices))
-        shape = (n_atoms if indices else len(rows), wigner.shape[2], channels)
-        total = rows.new_zeros(shape) if indices else rows.new_empty(shape)
+        if total is None:
+            total = rows.new_zeros(n_atoms if indices else len(rows), wigner.shape[2], channels)
+        if native_edge.serves(rows):
+            given = [index.contiguous() for index in indices]
+            factor = None if factor is None else factor.contiguous()
+            native_edge.rotate_scatter(
+                rows.contiguous(), wigner.contiguous(), given, factor, total, (lmax, mmax)
+            )
+            return total
         for part in blocks(len(rows), wigner.shape[2] * rows.shape[2], rows.device):
             lab = torch.bmm(wigner[part].mT, rows[part])
             if factor is not None:
                 lab.mul_(factor[part, None, None])
             if not indices:
-                total[part] = lab
+                total[part] += lab
             for index, members in zip(indices, lab.split(channels, dim=-1), strict=False):
                 total.index_add_(0, index[part], members)
         return total
@@ -81,13 +114,52 @@ class CPUEdgeKernels:
     ) -> Tensor:
         """Sum over the channels first: the size of what is left does not grow with them."""
         result = rows.new_empty(len(rows), 3)
+        if native_edge.serves(rows):
+            given = [index.contiguous() for index in indices]
+            native_edge.torque(
+                x.contiguous(),
+                rows.contiguous(),
+                wigner.contiguous(),
+                given,
+                result,
+                (lmax, mmax),
+            )
+            return result
         generators = table_like(flat_generators, lmax, like=x)
         for part in blocks(len(rows), wigner.shape[2] * rows.shape[2], x.device):
-            members = x[part] if not indices else gathered(x, _part(indices, part))
-            outer = torch.bmm(torch.bmm(wigner[part].mT, rows[part]), members.mT)
+            lab = torch.bmm(wigner[part].mT, rows[part])
+            outer = torch.bmm(lab, _gathered(x, indices, part).mT)
             torch.mm(outer.flatten(1), generators, out=result[part])
         return result
 
+    def so2_map(self, weights: list[Tensor], shape: SO2Shape) -> CPUSO2Map:
+        """Return the map of some weights."""
+        return CPUSO2Map(weights, shape)
 
-def _part(indices: Sequence[Tensor], part: slice) -> list[Tensor]:
-    return [index[part] for index in indices]
+    def add_weight_gradients(
+        self, rows: Tensor, grad: Tensor, into: list[Tensor], shape: SO2Shape
+    ) -> None:
+        """Add the gradients of <grad, M rows> with respect to the weights."""
+        add_weight_gradients(rows, grad, into, shape)
+
+    def gate(self, y: Tensor, lmax: int, mmax: int, channels: int) -> CPUGate:
+        """Return the gate of edges."""
+        return CPUGate(y, lmax, mmax, channels)
+
+    def edges_at_once(self, first: SO2Shape) -> int:
+        """Return how many edges keep a layer's rows in the cache."""
+        edges = _LAYER_BLOCK // max(1, first.n_rows * first.c_in)
+        return min(max(edges, _LEAST_EDGES), _MOST_EDGES)
+
+
+def _gathered(x: Tensor, indices: Sequence[Tensor], part: slice) -> Tensor:
+    if not indices:
+        return x[part]
+    members = [x.index_select(0, index[part]) for index in indices]
+    return members[0] if len(members) == 1 else torch.cat(members, dim=-1)
+
+
+@cache
+def _say_what_serves() -> None:
+    reason = unavailable()
+    logger.info("cpu kernels of edge layers: %s", f"plain torch ({reason})" if reason else "C")

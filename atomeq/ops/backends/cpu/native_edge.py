@@ -1,0 +1,125 @@
+"""The C kernels of the edge layer, called on contiguous tensors."""
+
+import ctypes
+from collections.abc import Sequence
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from atomeq.ops.backends.native.builder import load, source_of, unavailable
+from atomeq.ops.tables import constant_table, table_like
+from atomeq.ops.wigner import generators
+
+_REAL = {torch.float32: "float", torch.float64: "double"}
+
+
+def serves(tensor: Tensor) -> bool:
+    """Say whether there are C kernels for a tensor's dtype on this machine."""
+    return tensor.dtype in _REAL and tensor.device.type == "cpu" and available()
+
+
+@cache
+def available() -> bool:
+    """Say whether this machine builds C kernels."""
+    return unavailable() is None
+
+
+def gather_rotate(
+    x: Tensor,
+    wigner: Tensor,
+    indices: Sequence[Tensor],
+    scale: Tensor | None,
+    rows: Tensor,
+    degrees: tuple[int, int],
+) -> None:
+    """Write scale * W G x to ``rows``."""
+    _library(x.dtype, *degrees).gather_rotate(
+        _pointer(x),
+        _pointer(wigner),
+        *_index_array(indices),
+        _pointer(scale),
+        _pointer(rows),
+        _number(len(rows)),
+        _number(x.shape[2]),
+    )
+
+
+def rotate_scatter(
+    rows: Tensor,
+    wigner: Tensor,
+    indices: Sequence[Tensor],
+    factor: Tensor | None,
+    total: Tensor,
+    degrees: tuple[int, int],
+) -> None:
+    """Add G^T W^T (factor * rows) to ``total``."""
+    _library(rows.dtype, *degrees).rotate_scatter(
+        _pointer(rows),
+        _pointer(wigner),
+        *_index_array(indices),
+        _pointer(factor),
+        _pointer(total),
+        _number(len(rows)),
+        _number(total.shape[2]),
+    )
+
+
+def torque(
+    x: Tensor,
+    rows: Tensor,
+    wigner: Tensor,
+    indices: Sequence[Tensor],
+    result: Tensor,
+    degrees: tuple[int, int],
+) -> None:
+    """Write <W^T rows, X_k G x> to ``result``."""
+    table = table_like(_generator_blocks, degrees[0], like=rows)
+    _library(rows.dtype, *degrees).torque(
+        _pointer(x),
+        _pointer(rows),
+        _pointer(wigner),
+        *_index_array(indices),
+        _pointer(table),
+        _pointer(result),
+        _number(len(rows)),
+        _number(x.shape[2]),
+    )
+
+
+def gate(name: str, tensors: Sequence[Tensor], channels: int, degrees: tuple[int, int]) -> None:
+    """Call ``gate``, ``gate_gradient`` or ``gate_second``; the outputs are the last tensors."""
+    first = tensors[0]
+    function = getattr(_library(first.dtype, *degrees), name)
+    function(*map(_pointer, tensors), _number(len(first)), _number(channels))
+
+
+@cache
+def _library(dtype: torch.dtype, lmax: int, mmax: int) -> ctypes.CDLL:
+    return load(source_of("edge.c", {"REAL": _REAL[dtype], "LMAX": lmax, "MMAX": mmax}))
+
+
+def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
+    if tensor is None:
+        return ctypes.c_void_p()
+    if not tensor.is_contiguous():
+        raise ValueError(f"a C kernel was given strides {tensor.stride()}; pass .contiguous()")
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+def _index_array(indices: Sequence[Tensor]) -> tuple[ctypes.Array, ctypes.c_int64]:
+    pointers = (ctypes.c_void_p * max(1, len(indices)))(*(i.data_ptr() for i in indices))
+    return pointers, _number(len(indices))
+
+
+def _number(value: int) -> ctypes.c_int64:
+    return ctypes.c_int64(value)
+
+
+@constant_table
+def _generator_blocks(lmax: int) -> Tensor:
+    """Return X_k[i, j] of equal l as columns, in the order [l][j][i] of the C kernel."""
+    table = generators(lmax)
+    degrees = [slice(l * l, (l + 1) ** 2) for l in range(lmax + 1)]
+    blocks = [table[:, degree, degree].mT.flatten(1) for degree in degrees]
+    return torch.cat(blocks, dim=1).T.contiguous()

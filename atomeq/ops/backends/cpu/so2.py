@@ -1,0 +1,79 @@
+"""The matrix products of SO(2) maps: straight from strided rows into strided rows.
+
+A complex product costs three real ones: with s = x_+ + x_-,
+
+    y_+ = W_1 s - (W_1 + W_2) x_-,    y_- = W_1 s + (W_2 - W_1) x_+.
+"""
+
+import torch
+from torch import Tensor
+
+from atomeq.ops.registered.so2_shape import SO2Shape
+
+
+class CPUSO2Map:
+    """See :class:`~atomeq.ops.registered.kernel_sets.SO2Map`."""
+
+    def __init__(self, weights: list[Tensor], shape: SO2Shape) -> None:
+        self.shape = shape
+        self.weights = weights
+        self.parts = [_complex_parts(weight) for weight in weights]
+
+    def forward(self, rows: Tensor, out: Tensor) -> Tensor:
+        """Write M rows to ``out``."""
+        for block, weight, parts in zip(self.shape.blocks, self.weights, self.parts, strict=True):
+            inputs = [rows[:, columns] for columns in block.inputs]
+            outputs = [out[:, columns] for columns in block.outputs]
+            if parts is None:
+                for x, y in zip(inputs, outputs, strict=True):
+                    torch.mm(x, weight.T, out=y)
+            else:
+                _complex_product(inputs, [part.T for part in parts], outputs)
+        return out
+
+    def transposed(self, grad: Tensor, out: Tensor) -> Tensor:
+        """Write M^T grad to ``out``."""
+        for block, weight, parts in zip(self.shape.blocks, self.weights, self.parts, strict=True):
+            inputs = [out[:, columns] for columns in block.inputs]
+            outputs = [grad[:, columns] for columns in block.outputs]
+            if parts is None:
+                for x, y in zip(inputs, outputs, strict=True):
+                    torch.mm(y, weight, out=x)
+            else:  # W_2 changes its sign: the sum and the difference change places
+                real, total, difference = parts
+                _complex_product(outputs, [real, difference, total], inputs, sign=-1)
+        return out
+
+
+def add_weight_gradients(rows: Tensor, grad: Tensor, into: list[Tensor], shape: SO2Shape) -> None:
+    """Add grad rows^T, order by order, to the gradients of the weights."""
+    for block, gradient in zip(shape.blocks, into, strict=True):
+        inputs = [rows[:, columns] for columns in block.inputs]
+        outputs = [grad[:, columns] for columns in block.outputs]
+        if gradient.ndim == 2:
+            for x, y in zip(inputs, outputs, strict=True):
+                gradient.addmm_(y.T, x)
+        else:
+            _add_complex_gradient(inputs, outputs, gradient)
+
+
+def _complex_parts(weight: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+    if weight.ndim == 2:
+        return None
+    real, imaginary = weight.unbind(0)
+    return real, real + imaginary, imaginary - real
+
+
+def _complex_product(x: list[Tensor], parts: list[Tensor], y: list[Tensor], sign: int = 1) -> None:
+    real, total, difference = parts
+    torch.mm(x[0] + x[1], real, out=y[0])
+    y[1].copy_(y[0])
+    y[0].addmm_(x[1], total, alpha=-sign)
+    y[1].addmm_(x[0], difference, alpha=sign)
+
+
+def _add_complex_gradient(x: list[Tensor], y: list[Tensor], gradient: Tensor) -> None:
+    """(y_+ + i y_-)(x_+ - i x_-)^T by three products."""
+    common = (y[0] + y[1]).T @ x[0]
+    gradient[0].add_(common).addmm_(y[1].T, x[0] - x[1], alpha=-1)
+    gradient[1].add_(common).addmm_(y[0].T, x[0] + x[1], alpha=-1)
