@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 BACKENDS: dict[str, str] = {
     "cpu": "atomeq.ops.backends.kernel_backend:CPUBackend",
     "reference": "atomeq.ops.backends.reference:ReferenceBackend",
+    "triton": "atomeq.ops.backends.triton_backend:TritonBackend",
 }
 AUTO_ORDER: tuple[str, ...] = ("cpu", "reference")  # the fastest first
 ENVIRONMENT_VARIABLE = "ATOMEQ_BACKEND"

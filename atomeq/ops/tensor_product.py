@@ -7,15 +7,13 @@ inputs and weights have unit variance, so does every component of the output.
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple, get_args
+from typing import get_args
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from atomeq.ops.dispatch import select
 from atomeq.ops.paths import Mode, Output, Path
-from atomeq.ops.tables import constant_table
 from atomeq.typing import EdgeIndex, NodeFeatures
 
 Features = Float[Tensor, "*batch n_sph channels"]
@@ -117,59 +115,6 @@ def cg_conv(
     )
     stacked = output == "paths"
     return backend.cg_conv(x, y, weights, edge_index, n_atoms, paths, mode, stacked)
-
-
-class Coupling(NamedTuple):
-    """Paths computed together: those of one l1, and in uuu and uvw also of one l2."""
-
-    l1: int
-    rows2: tuple[int, int]  # the rows of y they read, from and to
-    numbers: tuple[int, ...]  # their places in the list of paths
-
-
-def couplings(paths: tuple[Path, ...], mode: Mode) -> list[Coupling]:
-    """Sort paths into groups: a few large products beat many small ones.
-
-    In uvu the single channel of y is contracted first, so one product serves every l2.
-    """
-    groups: dict[tuple[int, int | None], list[int]] = {}
-    for number, path in enumerate(paths):
-        groups.setdefault((path.l1, None if mode == "uvu" else path.l2), []).append(number)
-    n2 = (max(path.l2 for path in paths) + 1) ** 2
-    return [
-        Coupling(l1, (0, n2) if l2 is None else (l2 * l2, (l2 + 1) ** 2), tuple(numbers))
-        for (l1, l2), numbers in groups.items()
-    ]
-
-
-@constant_table
-def clebsch_gordan(l1: int, l2: int, l3: int) -> Tensor:
-    """Return the 3j symbols of real harmonics, (2 l1 + 1, 2 l2 + 1, 2 l3 + 1) float64, norm 1."""
-    # Imported here because it takes seconds and most models do not need it.
-    from e3nn.o3 import wigner_3j
-
-    return wigner_3j(l1, l2, l3, dtype=torch.float64, device="cpu")
-
-
-@constant_table
-def coupling_table(
-    paths: tuple[Path, ...], coupling: Coupling, n_terms: int, stacked: bool
-) -> Tensor:
-    """Return the normalised 3j symbols of a group of paths, (rows of y, rows of output, 2 l1 + 1).
-
-    The norm of a path is sqrt((2 l3 + 1) / (terms summed into one component of the output)), where
-    a path contributes n_terms and, unless the paths are stacked, all those of equal l3 are summed.
-    """
-    first, last = coupling.rows2
-    blocks = []
-    for number in coupling.numbers:
-        l1, l2, l3 = paths[number]
-        sharing = 1 if stacked else sum(path.l3 == l3 for path in paths)
-        symbols = clebsch_gordan(l1, l2, l3) * math.sqrt((2 * l3 + 1) / (sharing * n_terms))
-        block = torch.zeros(last - first, 2 * l3 + 1, 2 * l1 + 1, dtype=torch.float64, device="cpu")
-        block[l2 * l2 - first : (l2 + 1) ** 2 - first] = symbols.permute(1, 2, 0)
-        blocks.append(block)
-    return torch.cat(blocks, dim=1)
 
 
 def _checked(

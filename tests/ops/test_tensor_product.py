@@ -7,8 +7,9 @@ import torch
 from e3nn import o3
 from torch import Tensor
 
+from atomeq.ops.clebsch_gordan import clebsch_gordan
 from atomeq.ops.paths import Path, tensor_product_paths
-from atomeq.ops.tensor_product import cg_conv, clebsch_gordan, tensor_product
+from atomeq.ops.tensor_product import cg_conv, tensor_product
 from atomeq.ops.wigner import block_diagonal, rotation_matrix, wigner_from_matrix
 
 EXACT = 1e-12  # float64 rounding

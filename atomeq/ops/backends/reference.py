@@ -10,6 +10,7 @@ from torch import Tensor
 
 from atomeq.ops.backends.blocks import blocks
 from atomeq.ops.backends.edge_rotation import gather_rotate, rotate_back, rotate_scatter
+from atomeq.ops.clebsch_gordan import Coupling, Form, coupling_table, couplings
 from atomeq.ops.edge_frame import EdgeFrame
 from atomeq.ops.harmonic_polynomials import Normalization, harmonic_polynomials
 from atomeq.ops.orders import row_degrees
@@ -17,7 +18,6 @@ from atomeq.ops.paths import Mode, Path
 from atomeq.ops.specification import OpSpec
 from atomeq.ops.sphere_grid import SphereGrid
 from atomeq.ops.tables import table_like
-from atomeq.ops.tensor_product import Coupling, coupling_table, couplings
 from atomeq.ops.wigner import edge_wigner
 
 
@@ -115,10 +115,11 @@ class ReferenceBackend:
         stacked: bool,
     ) -> Tensor:
         """Couple groups of paths by one matrix each, weight them and sum those of equal l3."""
-        n_terms = x.shape[-1] * y.shape[-1] if mode == "uvw" else 1
+        form = Form(paths, mode, stacked)
+        n_terms = form.n_terms(x.shape[-1], y.shape[-1])
         products: dict[int, Tensor] = {}
         for coupling in couplings(paths, mode):
-            table = table_like(coupling_table, paths, coupling, n_terms, stacked, like=x)
+            table = table_like(coupling_table, form, coupling, n_terms, like=x)
             coupled = _coupled(x, y, table, coupling, mode)  # (*, rows of these paths, channels)
             sizes = [2 * paths[number].l3 + 1 for number in coupling.numbers]
             for number, part in zip(coupling.numbers, coupled.split(sizes, dim=-2), strict=True):

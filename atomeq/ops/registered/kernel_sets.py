@@ -11,12 +11,18 @@ from typing import Protocol, cast
 
 from torch import Tensor
 
+from atomeq.ops.clebsch_gordan import Form
+from atomeq.ops.harmonic_polynomials import Normalization
 from atomeq.ops.registered.so2_shape import SO2Shape
 from atomeq.ops.specification import OpSpec
 
 # (topic, set) -> "module:class"
 KERNELS: dict[tuple[str, str], str] = {
     ("edge", "cpu"): "atomeq.ops.backends.cpu.edge:CPUEdgeKernels",
+    ("edge", "triton"): "atomeq.ops.backends.triton.edge:TritonEdgeKernels",
+    ("coupling", "triton"): "atomeq.ops.backends.triton.coupling:TritonCouplingKernels",
+    ("coupling", "cpu"): "atomeq.ops.backends.cpu.coupling:CPUCouplingKernels",
+    ("harmonics", "cpu"): "atomeq.ops.backends.native.harmonics:CPUHarmonicsKernels",
 }
 
 
@@ -137,10 +143,78 @@ class EdgeKernels(Protocol):
         ...
 
 
+class CouplingKernels(Protocol):
+    """The Clebsch-Gordan form F(x, y, w, z), for one kernel set."""
+
+    def refusal(self, spec: OpSpec) -> str | None:
+        """Return None if these kernels serve the call, else the reason why not."""
+        ...
+
+    def partials(
+        self,
+        x: Tensor,
+        y: Tensor,
+        weights: Tensor | None,
+        z: Tensor | None,
+        ends: Sequence[Tensor],
+        n_targets: int,
+        wanted: tuple[str, ...],
+        form: Form,
+    ) -> list[Tensor]:
+        """Return dF/ds for each argument s that is wanted, in its shape.
+
+        ``x`` is (n_sources, n1, U), ``y`` (n_edges, n2) or (n_edges, n2, channels), ``weights``
+        ([n_edges,] n_paths, ...) or None for weights of 1, ``z`` (n_targets, rows, channels) or
+        None if ``wanted`` is ("z",). ``ends`` has the source and the target of each edge; it is
+        empty if x and z belong to the edges. Rows of x or y that no path reads get zeros.
+        """
+        ...
+
+
+class HarmonicsKernels(Protocol):
+    """Spherical harmonics Y and the form G(g, h, Y) = sum_i h_i <g, A_i Y>, for one kernel set."""
+
+    def refusal(self, spec: OpSpec) -> str | None:
+        """Return None if these kernels serve the call, else the reason why not."""
+        ...
+
+    def harmonics(
+        self, vectors: Tensor, lmax: int, normalization: Normalization, normalize: bool
+    ) -> Tensor:
+        """Return Y of the vectors (n, 3), or of their directions, (n, n_sph)."""
+        ...
+
+    def form(
+        self,
+        g: Tensor | None,
+        h: Tensor | None,
+        values: Tensor | None,
+        wanted: tuple[str, ...],
+        normalization: Normalization,
+    ) -> list[Tensor]:
+        """Return dG/ds for each s that is wanted: g and Y are (n, n_sph), h is (n, 3).
+
+        An argument may be None where only its own derivative is wanted.
+        """
+        ...
+
+
 @cache
 def edge_kernels(name: str) -> EdgeKernels:
     """Return the edge kernels of a set, importing them when first asked for."""
     return cast(EdgeKernels, _load("edge", name))
+
+
+@cache
+def coupling_kernels(name: str) -> CouplingKernels:
+    """Return the Clebsch-Gordan kernels of a set, importing them when first asked for."""
+    return cast(CouplingKernels, _load("coupling", name))
+
+
+@cache
+def harmonics_kernels(name: str) -> HarmonicsKernels:
+    """Return the kernels for harmonics of a set, importing them when first asked for."""
+    return cast(HarmonicsKernels, _load("harmonics", name))
 
 
 def _load(topic: str, name: str) -> object:

@@ -1,0 +1,131 @@
+"""The Clebsch-Gordan product and convolution as one registered operation closed under derivatives.
+
+    F(x, y, w, z) = sum over edges, paths and channels of w z (x . y)
+
+is linear in each of its four arguments: features x of the sources, y and w of the edges, z of the
+targets. The convolution of x with y is dF/dz. If h is the cotangent of dF/ds for one argument s,
+then <h, dF/ds> is F with h in the place of s: whatever is differentiated, partial derivatives of F
+come out, so one operation has derivatives of every order.
+"""
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+
+from torch import Tensor
+
+from atomeq.ops.clebsch_gordan import Form
+from atomeq.ops.paths import Mode, Path
+from atomeq.ops.registered.kernel_sets import coupling_kernels
+from atomeq.ops.registered.registration import registered
+
+ARGUMENTS = ("x", "y", "weights", "z")
+
+
+def couple(
+    x: Tensor,
+    y: Tensor,
+    weights: Tensor | None,
+    ends: tuple[Tensor, Tensor] | None,
+    n_targets: int,
+    form: Form,
+    kernels: str,
+) -> Tensor:
+    """Return dF/dz: the product, gathered by and summed over ends if there are any.
+
+    Args:
+        x: (n_sources, n1, U).
+        y: (n_edges, n2), or (n_edges, n2, channels).
+        weights: ([n_edges,] n_paths, ...); None for weights of 1.
+        ends: Source and target of each edge; None if x and the result belong to the edges.
+        n_targets: Number of targets.
+        form: What is coupled.
+        kernels: Name of the kernel set.
+
+    Returns:
+        (n_targets, rows, channels).
+    """
+    indices = [] if ends is None else [end.contiguous() for end in ends]
+    numbers = [l for path in form.paths for l in path]
+    (product,) = cg_partials(
+        x, y, weights, None, indices, n_targets, "z", numbers, form.mode, form.stacked, kernels
+    )
+    return product
+
+
+def _fake_partials(
+    x: Tensor,
+    y: Tensor,
+    weights: Tensor | None,
+    z: Tensor | None,
+    ends: list[Tensor],
+    n_targets: int,
+    arguments: str,
+    paths: Sequence[int],
+    mode: str,
+    stacked: bool,
+    kernels: str,
+) -> list[Tensor]:
+    channels = weights.shape[-1] if weights is not None and mode == "uvw" else x.shape[-1]
+    n_rows = _form(paths, mode, stacked).n_rows
+    shapes = {"x": x.shape, "y": y.shape, "z": (n_targets, n_rows, channels)}
+    if weights is not None:
+        shapes["weights"] = weights.shape
+    return [x.new_empty(shapes[argument]) for argument in arguments.split()]
+
+
+def _partials_gradient(
+    saved: SimpleNamespace, wanted: set[str], grads: list[Tensor | None]
+) -> dict[str, Tensor | list[Tensor] | None]:
+    given = {argument: getattr(saved, argument) for argument in ARGUMENTS}
+    found: dict[str, Tensor | list[Tensor] | None] = {}
+    for place, grad in zip(saved.arguments.split(), grads, strict=True):
+        others = [name for name in ARGUMENTS if name in wanted and name != place]
+        if grad is None or not others:
+            continue
+        partials = cg_partials(
+            **given | {place: grad},
+            ends=saved.ends,
+            n_targets=saved.n_targets,
+            arguments=" ".join(others),
+            paths=saved.paths,
+            mode=saved.mode,
+            stacked=saved.stacked,
+            kernels=saved.kernels,
+        )
+        for name, partial in zip(others, partials, strict=True):
+            found[name] = partial if name not in found else found[name] + partial
+    return found
+
+
+@registered(fake=_fake_partials, gradient=_partials_gradient)
+def cg_partials(
+    x: Tensor,
+    y: Tensor,
+    weights: Tensor | None,
+    z: Tensor | None,
+    ends: list[Tensor],
+    n_targets: int,
+    arguments: str,
+    paths: Sequence[int],
+    mode: str,
+    stacked: bool,
+    kernels: str,
+) -> list[Tensor]:
+    """Return the partial derivatives of F by the named arguments, in the shapes of these.
+
+    ``z`` may be missing where only its own derivative is asked for; ``ends`` is empty or has the
+    sources and the targets.
+    """
+    form = _form(paths, mode, stacked)
+    wanted = tuple(arguments.split())
+    return coupling_kernels(kernels).partials(x, y, weights, z, ends, n_targets, wanted, form)
+
+
+def _form(paths: Sequence[int], mode: str, stacked: bool) -> Form:
+    numbers = iter(paths)
+    triples = zip(numbers, numbers, numbers, strict=True)
+    return Form(tuple(Path(*triple) for triple in triples), _mode(mode), stacked)
+
+
+def _mode(name: str) -> Mode:
+    return "uvu" if name == "uvu" else "uuu" if name == "uuu" else "uvw"
