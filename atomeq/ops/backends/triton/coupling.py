@@ -10,6 +10,7 @@ written for an edge.
 """
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -80,7 +81,7 @@ class _Block(NamedTuple):
     first: int
     size: int
     padded: int
-    passes: tuple[tuple[int, ...], ...]
+    passes: tuple[_Pass, ...]
 
 
 class _Call:
@@ -132,6 +133,8 @@ class _Call:
         if self.ends:
             pointer, order = segments(self.ends[1 - end], len(result))
         block_c = channel_tile(self.channels)
+        passes = [each for block in blocks for each in block.passes]
+        lasts = list(accumulate(len(block.passes) for block in blocks))
         launch(
             _couple_and_sum,
             (len(result), len(blocks), triton.cdiv(self.channels, block_c)),
@@ -147,7 +150,11 @@ class _Call:
             IN_ROWS=features.shape[1],
             OUT_ROWS=result.shape[1],
             TABLE=self.table.shape[1],
-            BLOCKS=tuple(tuple(block) for block in blocks),
+            BLOCKS=tuple(
+                (*block[:3], last - len(block.passes), last)
+                for block, last in zip(blocks, lasts, strict=True)
+            ),
+            PASSES=tuple(map(tuple, passes)),  # Triton knows tuples of tuples, no deeper ones
             **self._weighting(),
             SEGMENTED=bool(self.ends),
             SUM=accumulator(self.x.dtype),
@@ -246,7 +253,7 @@ def _blocks(form: Form, *, back: bool) -> tuple[_Block, ...]:
         strides = (1, n1) if back else (n1, 1)
         found.setdefault(key, []).append(_Pass(number, *reads, place, *strides))
     return tuple(
-        _Block(first, size, triton.next_power_of_2(size), tuple(map(tuple, passes)))
+        _Block(first, size, triton.next_power_of_2(size), tuple(passes))
         for (first, size), passes in found.items()
     )
 
@@ -254,8 +261,8 @@ def _blocks(form: Form, *, back: bool) -> tuple[_Block, ...]:
 @triton.jit
 def _couple_and_sum(features, table, weights, end, pointer, order, result,
                     CHANNELS: tl.constexpr, IN_ROWS: tl.constexpr, OUT_ROWS: tl.constexpr,
-                    TABLE: tl.constexpr, BLOCKS: tl.constexpr, WEIGHTED: tl.constexpr,
-                    STRIDE: tl.constexpr, SEGMENTED: tl.constexpr, SUM: tl.constexpr,
+                    TABLE: tl.constexpr, BLOCKS: tl.constexpr, PASSES: tl.constexpr,
+                    WEIGHTED: tl.constexpr, STRIDE: tl.constexpr, SEGMENTED: tl.constexpr, SUM: tl.constexpr,
                     BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
     atom = tl.program_id(0).to(tl.int64)
     channel = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -279,17 +286,17 @@ def _couple_and_sum(features, table, weights, end, pointer, order, result,
                 inside = there[:, None] & (channel < CHANNELS)[None, :]
                 read = features + (atom_in * (IN_ROWS * CHANNELS))[:, None] + channel[None, :]
                 element = table + (edge * TABLE)[:, None]
-                for p in tl.static_range(len(BLOCKS[b][3])):
+                for p in tl.static_range(BLOCKS[b][3], BLOCKS[b][4]):
                     weight = tl.full((BLOCK_E, BLOCK_C), 1.0, dtype=SUM)
                     if WEIGHTED:
                         at = weights + (edge * STRIDE)[:, None] + channel[None, :]
-                        weight = tl.load(at + BLOCKS[b][3][p][0] * CHANNELS, mask=inside,
+                        weight = tl.load(at + PASSES[p][0] * CHANNELS, mask=inside,
                                          other=0.0).to(SUM)  # fmt: skip
-                    for i in range(BLOCKS[b][3][p][2]):
-                        feature = tl.load(read + (BLOCKS[b][3][p][1] + i) * CHANNELS, mask=inside,
+                    for i in range(PASSES[p][2]):
+                        feature = tl.load(read + (PASSES[p][1] + i) * CHANNELS, mask=inside,
                                           other=0.0).to(SUM)  # fmt: skip
-                        at = BLOCKS[b][3][p][3] + column * BLOCKS[b][3][p][4]
-                        symbol = tl.load(element + (at + i * BLOCKS[b][3][p][5])[None, :],
+                        at = PASSES[p][3] + column * PASSES[p][4]
+                        symbol = tl.load(element + (at + i * PASSES[p][5])[None, :],
                                          mask=there[:, None], other=0.0).to(SUM)  # fmt: skip
                         total += symbol[:, :, None] * (weight * feature)[:, None, :]
                 begin += BLOCK_E

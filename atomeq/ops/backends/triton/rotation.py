@@ -25,7 +25,7 @@ from atomeq.ops.backends.triton.launch import (
 from atomeq.ops.tables import constant_table, table_like
 from atomeq.ops.wigner import generators
 
-# X_x, X_y and X_z have at most 2, 1 and 2 nonzeros in a column: the axes of these five terms.
+# X_x, X_y and X_z have at most 2, 1 and 2 nonzeros in a row: the axes of these five terms.
 TERMS = (1, 0, 0, 2, 2)
 _COEFFICIENT = 1e-9  # below this an element of a generator is rounding
 
@@ -245,32 +245,32 @@ def torque(
 
 @constant_table
 def _neighbours(lmax: int) -> Tensor:
-    """Return the rows that the five terms of each column stand in, (n_sph, 5)."""
+    """Return the columns that the five terms of each row stand in, (n_sph, 5)."""
     return torch.tensor(
-        [[row for row, _ in column] for column in _columns(lmax)], dtype=torch.int32
+        [[column for column, _ in terms] for terms in _terms(lmax)], dtype=torch.int32
     )
 
 
 @constant_table
 def _coefficients(lmax: int) -> Tensor:
-    """Return the five terms of each column of the generators, (n_sph, 5)."""
-    terms = [[value for _, value in column] for column in _columns(lmax)]
+    """Return the five terms of each row of the generators, (n_sph, 5)."""
+    terms = [[value for _, value in terms] for terms in _terms(lmax)]
     return torch.tensor(terms, dtype=torch.float64, device="cpu")
 
 
-def _columns(lmax: int) -> list[list[tuple[int, float]]]:
+def _terms(lmax: int) -> list[list[tuple[int, float]]]:
+    """Return column and value of the five terms of each row."""
     table = generators(lmax)
-    columns = []
-    for column in range(table.shape[2]):
+    found = []
+    for row in range(table.shape[1]):
         terms: list[tuple[int, float]] = []
         for axis in (1, 0, 2):
-            entries = table[axis, :, column]
-            found = [(row, entries[row].item()) for row in range(len(entries))]
-            found = [(row, value) for row, value in found if abs(value) > _COEFFICIENT]
-            absent = [(column, 0.0)] * (TERMS.count(axis) - len(found))
-            terms += found + absent
-        columns.append(terms)
-    return columns
+            entries = table[axis, row]  # <z, X x>: rows belong to z, columns to x
+            columns = (entries.abs() > _COEFFICIENT).nonzero().flatten().tolist()
+            terms += [(column, entries[column].item()) for column in columns]
+            terms += [(row, 0.0)] * (TERMS.count(axis) - len(columns))
+        found.append(terms)
+    return found
 
 
 # What follows runs on the device. Offsets of edges and atoms are 64-bit, those within one are not.

@@ -142,17 +142,13 @@ def _launch_groups(
 
 
 def _groups(weights: list[Tensor], shape: SO2Shape, back: bool) -> tuple[list[_Group], Tensor]:
-    """Return the products of a map, and their weights one after the other, (outputs, inputs).
-
-    In bfloat16 a complex product takes four multiplications: the sums that save one would be
-    rounded once more.
-    """
+    """Return the products of a map, and their weights one after the other, (outputs, inputs)."""
     groups: list[_Group] = []
     parts: list[Tensor] = []
     for block, weight in zip(shape.blocks, weights, strict=True):
         reads, writes = (block.outputs, block.inputs) if back else (block.inputs, block.outputs)
         place = sum(part.numel() for part in parts)
-        if weight.ndim == 3 and weight.dtype == torch.bfloat16:
+        if weight.ndim == 3 and not _three_products(weight.dtype):
             matrices, pairs = [_square(weight)], [((_span(reads),), (_span(writes),))]
         elif weight.ndim == 3:
             real, imaginary = weight.unbind(0)
@@ -183,6 +179,15 @@ def _groups(weights: list[Tensor], shape: SO2Shape, back: bool) -> tuple[list[_G
     return groups, torch.cat(parts)
 
 
+def _three_products(dtype: torch.dtype) -> bool:
+    """Whether a complex product may take three multiplications, and not those of its square matrix.
+
+    The sums that save one would be rounded once more in bfloat16; three TF32 products for each of
+    them need more registers than there are.
+    """
+    return dtype != torch.bfloat16 and product_precision(dtype) != "tf32x3"
+
+
 def _flat(group: _Group) -> tuple[int, ...]:
     return (
         int(group.complex_),
@@ -211,25 +216,24 @@ def _grouped_products(rows, weights, out, n_edges, READ_WIDTH: tl.constexpr,
     there = (edge < n_edges)[:, None]
     edge = edge.to(tl.int64)
     for g in tl.static_range(len(GROUPS)):
-        group: tl.constexpr = GROUPS[g]
-        if (tl.program_id(1) >= group[8]) & (tl.program_id(1) < group[9]):
-            output = (tl.program_id(1) - group[8]) * TILE + tl.arange(0, TILE)
-            wanted = output < group[6]
+        if (tl.program_id(1) >= GROUPS[g][8]) & (tl.program_id(1) < GROUPS[g][9]):
+            output = (tl.program_id(1) - GROUPS[g][8]) * TILE + tl.arange(0, TILE)
+            wanted = output < GROUPS[g][6]
             plus = tl.zeros((TILE, TILE), dtype=SUM)
             minus = tl.zeros((TILE, TILE), dtype=SUM)
             shared = tl.zeros((TILE, TILE), dtype=SUM)
             read = rows + (edge * READ_WIDTH)[:, None]
-            for start in range(0, group[3], TILE):
+            for start in range(0, GROUPS[g][3], TILE):
                 inner = start + tl.arange(0, TILE)
-                kept = there & (inner < group[3])[None, :]
-                weight = weights + group[7] + output[None, :] * group[3] + inner[:, None]
-                used = (inner < group[3])[:, None] & wanted[None, :]
-                upper = _tile(read + (group[1] + inner)[None, :], kept, UPCAST)
+                kept = there & (inner < GROUPS[g][3])[None, :]
+                weight = weights + GROUPS[g][7] + output[None, :] * GROUPS[g][3] + inner[:, None]
+                used = (inner < GROUPS[g][3])[:, None] & wanted[None, :]
+                upper = _tile(read + (GROUPS[g][1] + inner)[None, :], kept, UPCAST)
                 matrix = _tile(weight, used, UPCAST)
-                if group[0]:
-                    lower = _tile(read + (group[2] + inner)[None, :], kept, UPCAST)
-                    total = _tile(weight + group[6] * group[3], used, UPCAST)
-                    difference = _tile(weight + 2 * group[6] * group[3], used, UPCAST)
+                if GROUPS[g][0]:
+                    lower = _tile(read + (GROUPS[g][2] + inner)[None, :], kept, UPCAST)
+                    total = _tile(weight + GROUPS[g][6] * GROUPS[g][3], used, UPCAST)
+                    difference = _tile(weight + 2 * GROUPS[g][6] * GROUPS[g][3], used, UPCAST)
                     shared = tl.dot(upper + lower, matrix, shared, input_precision=PRECISION)
                     plus = tl.dot(lower, total, plus, input_precision=PRECISION)
                     minus = tl.dot(upper, difference, minus, input_precision=PRECISION)
@@ -237,8 +241,8 @@ def _grouped_products(rows, weights, out, n_edges, READ_WIDTH: tl.constexpr,
                     shared = tl.dot(upper, matrix, shared, input_precision=PRECISION)
             write = out + (edge * WRITE_WIDTH)[:, None] + output[None, :]
             kept = there & wanted[None, :]
-            if group[0]:
-                tl.store(write + group[4], shared - SIGN * plus, mask=kept)
-                tl.store(write + group[5], shared + SIGN * minus, mask=kept)
+            if GROUPS[g][0]:
+                tl.store(write + GROUPS[g][4], shared - SIGN * plus, mask=kept)
+                tl.store(write + GROUPS[g][5], shared + SIGN * minus, mask=kept)
             else:
-                tl.store(write + group[4], shared, mask=kept)
+                tl.store(write + GROUPS[g][4], shared, mask=kept)
