@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from atomeq.ops.backends.kernel_backend import KernelBackend
+from atomeq.ops.backends.reference import ReferenceBackend
 from atomeq.ops.clebsch_gordan import Form
 from atomeq.ops.paths import Mode, Path
 from atomeq.ops.registered import coupling
@@ -15,6 +16,8 @@ from atomeq.ops.specification import OpSpec
 from atomeq.typing import EdgeIndex
 
 _COUPLINGS = ("tensor_product", "cg_conv")
+# Made once for all layers, a few hundredths of the time of one: plain torch serves them.
+_PLAIN = ("edge_wigner",)
 
 
 class TritonBackend(KernelBackend):
@@ -32,9 +35,15 @@ class TritonBackend(KernelBackend):
             )
         if find_spec("triton") is None:
             return "Triton is not installed: pip install atomeq[cuda]"
+        if spec.op in _PLAIN:
+            return None
         if spec.op in _COUPLINGS:
             return coupling_kernels(self.name).refusal(spec)
         return super().refusal(spec)
+
+    def edge_wigner(self, vectors: Tensor, lmax: int, mmax: int) -> Tensor:
+        """Return the Wigner rows that take edges to +y."""
+        return ReferenceBackend().edge_wigner(vectors, lmax, mmax)
 
     def tensor_product(
         self,

@@ -262,8 +262,9 @@ def _blocks(form: Form, *, back: bool) -> tuple[_Block, ...]:
 def _couple_and_sum(features, table, weights, end, pointer, order, result,
                     CHANNELS: tl.constexpr, IN_ROWS: tl.constexpr, OUT_ROWS: tl.constexpr,
                     TABLE: tl.constexpr, BLOCKS: tl.constexpr, PASSES: tl.constexpr,
-                    WEIGHTED: tl.constexpr, STRIDE: tl.constexpr, SEGMENTED: tl.constexpr, SUM: tl.constexpr,
-                    BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
+                    WEIGHTED: tl.constexpr, STRIDE: tl.constexpr, SEGMENTED: tl.constexpr,
+                    SUM: tl.constexpr, BLOCK_E: tl.constexpr,
+                    BLOCK_C: tl.constexpr):  # fmt: skip
     atom = tl.program_id(0).to(tl.int64)
     channel = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
     begin, last = atom, atom + 1
@@ -286,7 +287,7 @@ def _couple_and_sum(features, table, weights, end, pointer, order, result,
                 inside = there[:, None] & (channel < CHANNELS)[None, :]
                 read = features + (atom_in * (IN_ROWS * CHANNELS))[:, None] + channel[None, :]
                 element = table + (edge * TABLE)[:, None]
-                for p in tl.static_range(BLOCKS[b][3], BLOCKS[b][4]):
+                for p in tl.static_range(tl.constexpr(BLOCKS[b][3]), tl.constexpr(BLOCKS[b][4])):
                     weight = tl.full((BLOCK_E, BLOCK_C), 1.0, dtype=SUM)
                     if WEIGHTED:
                         at = weights + (edge * STRIDE)[:, None] + channel[None, :]
