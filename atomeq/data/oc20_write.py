@@ -85,11 +85,11 @@ def convert(
         counted = _counted(itertools.chain([first], piece), n_atoms, elements, len(frames), report)
         path = folder / suffixes[file_format].format(shard)
         if file_format == "lmdb":
-            _write_lmdb(path, counted, energy)
+            write_lmdb(path, counted, energy)
         elif file_format == "aselmdb":
             _write_aselmdb(path, counted)
         else:
-            _write_raw(path, counted)
+            write_raw(path, counted)
     _save_metadata(folder / METADATA, n_atoms, elements)
     return len(n_atoms)
 
@@ -173,7 +173,14 @@ def _shard(path: Path) -> Iterator[Callable[[str, bytes], None]]:
             environment.close()
 
 
-def _write_lmdb(path: Path, frames: Iterable[OC20Frame], energy: EnergyKind) -> None:
+def write_lmdb(path: Path, frames: Iterable[OC20Frame], energy: EnergyKind = "stored") -> None:
+    """Write one shard of pickled records.
+
+    Args:
+        path: The file.
+        frames: What is in it.
+        energy: Which energy it gets.
+    """
     n_frames = 0
     with _shard(path) as put:
         for frame in frames:
@@ -249,7 +256,16 @@ def _row(frame: OC20Frame, index: int) -> dict[str, Any]:
     return row
 
 
-def _write_raw(path: Path, frames: Iterable[OC20Frame]) -> None:
+def write_raw(path: Path, frames: Iterable[OC20Frame]) -> None:
+    """Write structures, and their identities and references in the file beside.
+
+    Args:
+        path: ``<name>.extxyz.xz``; ``<name>.txt.xz`` stands beside it.
+        frames: With total energy, reference and forces.
+
+    Raises:
+        DataError: A frame lacks one of them.
+    """
     beside = path.with_name(path.name.replace(".extxyz", ".txt"))
     with (
         write_atomically(path) as partial,

@@ -168,6 +168,12 @@ def model_card(name: str, official: OfficialCheckpoint, potential: Potential) ->
     scale, offset = float(references.scale), float(references.offset)
     forces = "the gradient of the energy" if potential.conservative else "a head of their own"
     options = "\n".join(f"| {key} | {value} |" for key, value in sorted(official.options.items()))
+    images = "periodic images where a structure has them"
+    if official.options.get("use_pbc") is False:
+        images = (
+            "trained without periodic images (use_pbc is False), its capped neighbours not always "
+            "the nearest: give it structures without pbc"
+        )
     return f"""# {name}
 
 Converted from the published checkpoint `{origin["file"]}` by `atomeq convert`
@@ -178,6 +184,7 @@ Converted from the published checkpoint `{origin["file"]}` by `atomeq convert`
 | model | {official.model}, {n_parameters:,} parameters |
 | trained on | {origin["dataset"] or "not said"}, epoch {origin["epoch"]}, step {origin["step"]} |
 | graph | {potential.model.graph_builder()!r} |
+| neighbours | {images} |
 | energy | output · {scale:.8g} eV + {offset:.8g} eV per structure |
 | forces | {forces}, · {float(references.force_scale):.8g} eV/Å |
 | elements | atomic numbers up to {max(potential.elements)} |

@@ -1,6 +1,7 @@
 """Learning-rate schedules that know the length of the run."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -8,20 +9,20 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 
-class WarmupCosine(LRScheduler):
-    """Linear warm-up, then half a cosine down to a final fraction, over the steps of the run.
+class RunSchedule(LRScheduler):
+    """A linear warm-up and what follows it, stepped with the optimizer over the whole run.
 
     Args:
         optimizer: Its learning rates are the peak.
         warmup: Part of the run that warms up.
-        final: Learning rate at the end, as a fraction of the peak.
+        start: Learning rate from which it does, as a fraction of the peak.
     """
 
-    def __init__(self, optimizer: Optimizer, warmup: float = 0.02, final: float = 0.01) -> None:
-        if not (0 <= warmup < 1 and 0 <= final <= 1):
-            raise ValueError(f"warmup is in [0, 1) and final in [0, 1]; got {warmup} and {final}")
+    def __init__(self, optimizer: Optimizer, *, warmup: float, start: float) -> None:
+        if not (0 <= warmup < 1 and 0 <= start <= 1):
+            raise ValueError(f"warmup is in [0, 1) and start in [0, 1]; got {warmup} and {start}")
         self.warmup = warmup
-        self.final = final
+        self.start = start
         self.total_steps = 1
         super().__init__(optimizer)
 
@@ -44,6 +45,66 @@ class WarmupCosine(LRScheduler):
     def _factor(self, step: int) -> float:
         n_warmup = round(self.warmup * self.total_steps)
         if step < n_warmup:
-            return (step + 1) / (n_warmup + 1)
+            return self.start + (1 - self.start) * (step + 1) / (n_warmup + 1)
+        return self._after_warmup(step, n_warmup)
+
+    def _after_warmup(self, step: int, n_warmup: int) -> float:
+        """Return the fraction of the peak at a step behind the warm-up."""
+        raise NotImplementedError(f"{type(self).__name__} does not define _after_warmup()")
+
+
+class WarmupCosine(RunSchedule):
+    """Linear warm-up, then half a cosine down to a final fraction, over the steps of the run.
+
+    Args:
+        optimizer: Its learning rates are the peak.
+        warmup: Part of the run that warms up.
+        final: Learning rate at the end, as a fraction of the peak.
+        start: Learning rate from which it warms up, as a fraction of the peak.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        warmup: float = 0.02,
+        final: float = 0.01,
+        start: float = 0.0,
+    ) -> None:
+        if not 0 <= final <= 1:
+            raise ValueError(f"final is in [0, 1], not {final}")
+        self.final = final
+        super().__init__(optimizer, warmup=warmup, start=start)
+
+    def _after_warmup(self, step: int, n_warmup: int) -> float:
         progress = min(1.0, (step - n_warmup) / max(1, self.total_steps - n_warmup))
         return self.final + (1 - self.final) * (1 + math.cos(math.pi * progress)) / 2
+
+
+class WarmupSteps(RunSchedule):
+    """Linear warm-up, then a constant rate that is multiplied at milestones of the run.
+
+    Args:
+        optimizer: Its learning rates are the peak.
+        milestones: Where the rate changes, as fractions of the run.
+        gamma: What multiplies it there.
+        warmup: Part of the run that warms up.
+        start: Learning rate from which it warms up, as a fraction of the peak.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        milestones: Sequence[float],
+        gamma: float = 0.3,
+        warmup: float = 0.0,
+        start: float = 0.0,
+    ) -> None:
+        if not all(0 < milestone <= 1 for milestone in milestones):
+            raise ValueError(f"milestones are fractions of the run, not {list(milestones)}")
+        self.milestones = tuple(milestones)
+        self.gamma = gamma
+        super().__init__(optimizer, warmup=warmup, start=start)
+
+    def _after_warmup(self, step: int, n_warmup: int) -> float:
+        passed = sum(step >= round(part * self.total_steps) for part in self.milestones)
+        return self.gamma**passed

@@ -22,7 +22,8 @@ from atomeq.potential.potential import Potential
 from atomeq.training.losses import PotentialLoss
 from atomeq.training.metrics import ErrorMetric, PotentialErrors
 from atomeq.training.normalisation import fit_references, take_weights
-from atomeq.training.schedules import WarmupCosine
+from atomeq.training.parameters import Decay, parameter_groups
+from atomeq.training.schedules import RunSchedule
 from atomeq.typing import PropertyKey
 
 logger = logging.getLogger(__name__)
@@ -35,8 +36,10 @@ class AtomisticTask(LightningModule):
         model: The network.
         optimizer: Makes the optimizer from the parameters.
         scheduler: Makes the learning-rate schedule from the optimizer; stepped each epoch, or each
-            step where it is a :class:`~atomeq.training.schedules.WarmupCosine`, or at the end of
+            step where it is a :class:`~atomeq.training.schedules.RunSchedule`, or at the end of
             each validation where it is Lightning's ``ReduceLROnPlateau``.
+        decay: What the optimizer's weight decay acts on: ``all`` parameters, or ``weights`` but
+            neither biases nor normalisations.
         loss: Coefficients and kind of the loss.
         references: Shift per element: fitted to the training energies by ``least_squares``, read
             from a file of isolated atoms, given in eV by element symbol, or ``none``.
@@ -61,6 +64,7 @@ class AtomisticTask(LightningModule):
         *,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         scheduler: LRSchedulerCallable | None = None,
+        decay: Decay = "all",
         loss: PotentialLoss | None = None,
         references: Literal["least_squares", "none"]
         | DataFile
@@ -77,6 +81,7 @@ class AtomisticTask(LightningModule):
             take_weights(self.potential, expand_data_path(start_from))
         self.optimizer = optimizer
         self.scheduler = scheduler
+        self.decay: Decay = decay
         self.loss = loss if loss is not None else PotentialLoss()
         self.reference_source = references
         self.scale_source: float | Literal["forces", "energy"] = scale
@@ -183,7 +188,7 @@ class AtomisticTask(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Make the optimizer and its schedule."""
-        optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
+        optimizer = self.optimizer(parameter_groups(self, self.decay))
         if self.scheduler is None:
             return optimizer
         scheduler = self.scheduler(optimizer)
@@ -192,7 +197,7 @@ class AtomisticTask(LightningModule):
             if self._plateau_state is not None:
                 scheduler.load_state_dict(self._plateau_state)
             return optimizer
-        per_step = isinstance(scheduler, WarmupCosine)
+        per_step = isinstance(scheduler, RunSchedule)
         if per_step:
             scheduler.set_total_steps(self._total_steps())
         return {
@@ -220,7 +225,7 @@ class AtomisticTask(LightningModule):
             limits.append(trainer.max_epochs * -(-n_batches // trainer.accumulate_grad_batches))
         if not limits:
             raise ValueError(
-                "WarmupCosine needs an end: set trainer.max_epochs or trainer.max_steps"
+                "this schedule needs an end: set trainer.max_epochs or trainer.max_steps"
             )
         return min(limits)
 

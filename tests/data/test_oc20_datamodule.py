@@ -12,7 +12,7 @@ from atomeq.data.ase_files import DataError
 from atomeq.data.batching import BudgetBatchSampler
 from atomeq.data.oc20 import open_frames
 from atomeq.data.oc20_datamodule import FrameDataset, OC20DataModule, graph_of_frames
-from atomeq.data.oc20_write import _write_lmdb, write_metadata
+from atomeq.data.oc20_write import write_lmdb, write_metadata
 from atomeq.graph.builders import NearestNeighborGraph, RadiusGraph
 
 N_FRAMES = 5
@@ -22,7 +22,7 @@ N_FRAMES = 5
 def folder(tmp_path: Path) -> Path:
     folder = tmp_path / "lmdb"
     folder.mkdir()
-    _write_lmdb(folder / "data.0000.lmdb", slab_frames(N_FRAMES), "referenced")
+    write_lmdb(folder / "data.0000.lmdb", slab_frames(N_FRAMES), "referenced")
     return folder
 
 

@@ -6,9 +6,8 @@ import shutil
 import pytest
 import torch
 from golden_cases import GOLDEN, SLAB, case_graph, case_model, script
-from scipy.spatial.transform import Rotation
-
-from atomeq.graph.atom_graph import AtomGraph
+from grid_resolution import main as grid_table
+from grid_resolution import rotation_errors
 
 pytestmark = pytest.mark.golden
 
@@ -43,22 +42,6 @@ def test_builder_finds_the_edges_of_the_reference():
         assert note == "edges built here: 280, 0 other than the reference's"
 
 
-def rotated(graph: AtomGraph, rotation: torch.Tensor) -> AtomGraph:
-    """Turn a structure, edges kept."""
-    return graph.replace(pos=graph.pos @ rotation.T, cell=graph.cell @ rotation.T)
-
-
-def rotation_error(model, graph: AtomGraph) -> float:
-    """Return how far forces do not turn with the structure, over 4 rotations, relative to them."""
-    forces = model(graph)["forces"]
-    errors = []
-    for matrix in Rotation.random(4, random_state=0).as_matrix():
-        rotation = torch.from_numpy(matrix)
-        turned = model(rotated(graph, rotation))["forces"]
-        errors.append(turned - forces @ rotation.T.to(forces))
-    return float(torch.stack(errors).square().mean().sqrt() / forces.square().mean().sqrt())
-
-
 @pytest.mark.parametrize(
     ("grid_resolution", "expected"),
     # Of this case's weights in float32; other weights, other figures, the same steep fall.
@@ -67,8 +50,14 @@ def rotation_error(model, graph: AtomGraph) -> float:
 def test_equivariance_error_falls_with_the_grid(grid_resolution, expected):
     model = case_model(SLAB)
     model.set_grid_resolution(grid_resolution)
-    error = rotation_error(model, case_graph(SLAB))
+    error, _ = rotation_errors(model, case_graph(SLAB))
     assert expected / 2 < error < 2 * expected
+
+
+def test_the_table_of_grids_is_printed(capsys):
+    assert grid_table([str(SLAB), "--grids", "18", "32"]) == 0
+    coarse, fine = (float(line.split()[1]) for line in capsys.readouterr().out.splitlines()[1:])
+    assert fine < coarse / 20
 
 
 def test_grid_resolution_can_be_changed_at_inference_and_is_remembered():

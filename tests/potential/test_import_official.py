@@ -215,6 +215,37 @@ def test_verb_writes_a_folder_with_a_card(tmp_path, capsys):
     assert potential.model.config()["init_args"]["grid_resolution"] == 24
 
 
+def test_card_says_that_a_network_never_saw_periodic_images(tmp_path):
+    document = legacy()
+    assert "periodic images where" in (converted(document, tmp_path) / "README.md").read_text()
+    attributes = {**CONFIG, "use_pbc": False}
+    document["config"] = {**document["config"], "model_attributes": attributes}
+    card = (converted(document, tmp_path) / "README.md").read_text()
+    assert "trained without periodic images" in card
+
+
+def test_options_of_published_runs_become_ours(slab, tmp_path):
+    """Energy alone, neighbours that tie, and how weights once began."""
+    document = legacy()
+    document["state_dict"] = {
+        name: tensor for name, tensor in document["state_dict"].items() if "force_block" not in name
+    }
+    changes = {
+        "regress_forces": False,
+        "enforce_max_neighbors_strictly": False,
+        "weight_init": "normal",
+    }
+    document["config"] = {**document["config"], "model_attributes": {**CONFIG, **changes}}
+    potential = load_potential(converted(document, tmp_path))
+    assert potential.conservative
+    assert potential.model.outputs == {"energies"}
+    builder = potential.model.graph_builder()
+    assert "strict=False" in repr(builder)
+    whole = load_potential(converted(legacy(), tmp_path))
+    graph = whole.build_graph(slab)
+    assert torch.equal(potential(graph, ("energy",))["energy"], whole(graph)["energy"])
+
+
 def test_published_sizes():
     """The number of parameters of eq2_31M_ec4_allmd and of eSCN L6M2, 12 layers."""
     large = {

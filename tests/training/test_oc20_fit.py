@@ -7,12 +7,16 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from golden_cases import SLAB, published_checkpoint
 from oc20 import slab_frames
 
 from atomeq.cli import main
-from atomeq.data.oc20_write import _write_lmdb
+from atomeq.data.oc20_datamodule import graph_of_frames
+from atomeq.data.oc20_write import write_lmdb
 from atomeq.potential.checkpoint import load_potential
 
+CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "experiment"
+LARGEST_CHANGE = 1e-3  # AdamW moves a weight by its learning rate, 5e-5, in each of a few steps
 MODEL = {
     "class_path": "atomeq.models.egnn.EGNN",
     "init_args": {"cutoff": 4.0, "num_layers": 1, "hidden_channels": 8},
@@ -22,7 +26,7 @@ MODEL = {
 @pytest.fixture
 def experiment(tmp_path: Path) -> Path:
     for name, is2re in (("s2ef", False), ("is2re", True)):
-        _write_lmdb(tmp_path / f"{name}.lmdb", slab_frames(6, is2re=is2re), "stored")
+        write_lmdb(tmp_path / f"{name}.lmdb", slab_frames(6, is2re=is2re), "stored")
     data = str(tmp_path / "s2ef.lmdb")
     document = {
         "trainer": {
@@ -94,6 +98,34 @@ def test_fine_tuning_of_another_model_is_refused(
         main(["fit", "-c", str(experiment), *words, "--model.model.init_args.hidden_channels=16"])
     assert exit_.value.code == 2
     assert "do not fit the EGNN" in capsys.readouterr().err
+
+
+@pytest.mark.golden
+def test_fine_tuning_of_a_converted_checkpoint(tmp_path: Path):
+    torch.save(published_checkpoint(SLAB), tmp_path / "published.pt")
+    start, run = tmp_path / "converted", tmp_path / "run"
+    main(["convert", str(tmp_path / "published.pt"), str(start)])
+    before = load_potential(start)
+    node = tmp_path / "model.yaml"
+    node.write_text(yaml.safe_dump(before.model.config()))
+    write_lmdb(tmp_path / "s2ef.lmdb", slab_frames(4), "referenced")
+    data = str(tmp_path / "s2ef.lmdb")
+    words = ["fit", "-c", str(CONFIGS / "oc20_finetune_equiformer_v2_31m.yaml")]
+    words += [f"--model.model={node}", f"--model.start_from={start}", f"--data.train={data}"]
+    words += [f"--data.val={data}", f"--trainer.default_root_dir={run}"]
+    main([*words, "--trainer.max_epochs=1", "--trainer.accelerator=cpu"])
+    after = load_potential(run / "potential")
+    assert after.model.config() == before.model.config()
+    assert float(after.references.scale) == float(before.references.scale)
+    assert float(after.references.offset) == pytest.approx(-0.75)
+    frames = graph_of_frames(slab_frames(1))
+    energies = [float(p(p.build_graph(frames))["energy"]) for p in (before, after)]
+    assert energies[0] != energies[1]
+    changes = [
+        float((old - new).abs().max())
+        for old, new in zip(before.parameters(), after.parameters(), strict=True)
+    ]
+    assert 0 < max(changes) < LARGEST_CHANGE
 
 
 def test_is2re_is_trained_on_relaxed_energies(experiment: Path, tmp_path: Path):

@@ -15,9 +15,10 @@ from atomeq.cli import main as command
 from atomeq.cli.training import main
 from atomeq.data.datamodule import AtomisticDataModule, Split
 from atomeq.models.egnn import EGNN
+from atomeq.models.equiformer_v2 import EquiformerV2
 from atomeq.potential.checkpoint import load_potential
 from atomeq.training.losses import PotentialLoss
-from atomeq.training.schedules import WarmupCosine
+from atomeq.training.schedules import RunSchedule, WarmupCosine, WarmupSteps
 from atomeq.training.task import AtomisticTask
 
 
@@ -123,20 +124,65 @@ def test_wandb_logs_offline(tmp_path: Path, experiment: Path, monkeypatch):
     assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
 
 
-def test_the_cosine_warms_up_and_ends():
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    schedule = WarmupCosine(optimizer, warmup=0.1, final=0.05)
+def rates_of(schedule: RunSchedule) -> list[float]:
+    """Return the learning rates of a run of 100 steps."""
     schedule.set_total_steps(100)
     rates = []
     for _ in range(101):
-        rates.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
+        rates.append(schedule.optimizer.param_groups[0]["lr"])
+        schedule.optimizer.step()
         schedule.step()
+    return rates
+
+
+def test_the_cosine_warms_up_and_ends():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    rates = rates_of(WarmupCosine(optimizer, warmup=0.1, final=0.05))
     assert 0 < rates[0] < rates[5] < rates[10] == 1.0
     assert rates[10:] == sorted(rates[10:], reverse=True)
     assert rates[100] == pytest.approx(0.05)
     with pytest.raises(ValueError, match="warmup"):
         WarmupCosine(optimizer, warmup=1.5)
+
+
+def test_rates_fall_at_milestones_after_a_warm_up_that_starts_high():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    rates = rates_of(WarmupSteps(optimizer, (0.5, 0.8), gamma=0.1, warmup=0.1, start=0.2))
+    assert 0.2 < rates[0] < rates[9] < rates[10] == 1.0
+    assert rates[49] == 1.0
+    assert rates[50] == rates[79] == pytest.approx(0.1)
+    assert rates[80] == pytest.approx(0.01)
+    with pytest.raises(ValueError, match="fractions of the run"):
+        WarmupSteps(optimizer, (145833,))
+
+
+def test_biases_and_normalisations_can_be_kept_from_weight_decay():
+    # The parameters that the published code of EquiformerV2 keeps from it, by our names.
+    model = EquiformerV2(4.0, lmax=1, mmax=1, num_layers=1, sphere_channels=4, num_elements=2)
+    task = AtomisticTask(model, decay="weights")
+    decayed, kept = task.configure_optimizers().param_groups
+    assert decayed["weight_decay"] > 0
+    assert kept["weight_decay"] == 0
+    chosen = {id(parameter) for parameter in kept["params"]}
+    names = {name for name, parameter in model.named_parameters() if id(parameter) in chosen}
+    assert {n for n, _ in model.named_parameters() if n.endswith("bias")} <= names
+    assert {
+        "norm_out.weight",
+        "blocks.0.norm_1.weight",
+        "blocks.0.attention.logit_norm.weight",
+        "blocks.0.attention.radial.layers.1.weight",
+    } <= names
+    assert not names & {
+        "embedding.weight",
+        "blocks.0.attention.logit_weight",
+        "blocks.0.attention.radial.elements.source.weight",
+        "blocks.0.attention.first.weights.0",
+        "blocks.0.feed_forward.first.weight",
+    }
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert len(decayed["params"]) + len(kept["params"]) == len(trained)
+    with pytest.raises(ValueError, match="decay is all or weights"):
+        AtomisticTask(model, decay="biases").configure_optimizers()
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *words: str) -> str:

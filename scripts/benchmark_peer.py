@@ -1,0 +1,115 @@
+"""Runs fairchem-core 1.10.0 for benchmark_models.py, in a Python that has it; see there.
+
+It reads one request as JSON from each line of standard input and answers with one line on standard
+output. torch_scatter, which only models of no concern here call, huggingface_hub, which downloads
+weights, and a function that SciPy has dropped are replaced by placeholders.
+"""
+
+import json
+import resource
+import sys
+import time
+from typing import Any
+from unittest.mock import MagicMock
+
+import numpy as np
+import scipy.special
+import torch
+from torch_geometric.data import Batch, Data
+
+CLASSES = {
+    "escn": ("fairchem.core.models.escn.escn", "eSCN"),
+    "equiformer_v2": (
+        "fairchem.core.models.equiformer_v2.equiformer_v2_deprecated",
+        "EquiformerV2",
+    ),
+}
+
+
+class Peer:
+    """One model of fairchem-core, the structures it is given and the edges it makes of them."""
+
+    def __init__(self) -> None:
+        self.model: Any = None
+        self.batch: Any = None
+        self.edges: dict[str, np.ndarray] = {}
+
+    def build(self, *, model: str, config: dict[str, Any], weights: str) -> dict[str, Any]:
+        """Build a model with random weights and save them."""
+        for name in ("torch_scatter", "huggingface_hub"):
+            sys.modules.setdefault(name, MagicMock())
+        if not hasattr(scipy.special, "sph_harm"):
+            scipy.special.sph_harm = None
+        module, name = CLASSES[model]
+        torch.manual_seed(0)
+        built = getattr(__import__(module, fromlist=[name]), name)(**config)
+        self.model = built.eval().requires_grad_(False)
+        self._watch_edges()
+        torch.save(dict(self.model.state_dict()), weights)
+        return {"parameters": sum(p.numel() for p in self.model.parameters())}
+
+    def take(self, *, structures: str) -> dict[str, Any]:
+        """Read structures, one after the other in an .npz file."""
+        with np.load(structures, allow_pickle=False) as file:
+            ends = np.cumsum(file["natoms"])
+            self.batch = Batch.from_data_list(
+                [
+                    Data(
+                        pos=torch.from_numpy(file["pos"][end - n : end]).float(),
+                        atomic_numbers=torch.from_numpy(file["numbers"][end - n : end]),
+                        cell=torch.from_numpy(cell).float()[None],
+                        natoms=torch.tensor([int(n)]),
+                    )
+                    for n, end, cell in zip(file["natoms"], ends, file["cell"], strict=True)
+                ]
+            )
+        return {}
+
+    def compute(self, *, results: str | None = None, trainable: bool = False) -> dict[str, Any]:
+        """Compute energies and forces; return CPU seconds and the peak of this process so far.
+
+        Its forward switches gradients on for any model with forces, so as shipped, with
+        ``trainable`` weights, it keeps what they need; with frozen ones it does not.
+        """
+        self.model.requires_grad_(trainable)
+        start = time.process_time()
+        with torch.no_grad():
+            outputs = self.model(self.batch)
+        seconds = time.process_time() - start
+        if results is not None:
+            found = {key: outputs[key].detach().numpy() for key in ("energy", "forces")}
+            np.savez(results, **found, **self.edges)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return {"cpu_s": seconds, "peak_bytes": peak}
+
+    def _watch_edges(self) -> None:
+        """Keep the edges and their frames, whose roll is random, so that ours can be the same."""
+        make_graph, make_frames = self.model.generate_graph, self.model._init_edge_rot_mat
+
+        def graph(*given: Any, **options: Any) -> Any:
+            made = make_graph(*given, **options)
+            self.edges["edge_index"] = made.edge_index.numpy()
+            self.edges["cell_offsets"] = made.cell_offsets.numpy()
+            return made
+
+        def frames(*given: Any, **options: Any) -> torch.Tensor:
+            made = make_frames(*given, **options)
+            self.edges["rotation"] = made.detach().numpy()
+            return made
+
+        self.model.generate_graph, self.model._init_edge_rot_mat = graph, frames
+
+
+def main() -> None:
+    """Answer requests until there are no more."""
+    answers, sys.stdout = sys.stdout, sys.stderr  # the package prints
+    torch.set_num_threads(1)
+    peer = Peer()
+    for line in sys.stdin:
+        request = json.loads(line)
+        answer = getattr(peer, request.pop("do"))(**request)
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""The benchmarks run, add up and write what they print; the example data train an experiment."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from benchmark_loader import main as benchmark_loader
+from benchmark_models import main as benchmark_models
+from benchmark_models import slab
+from benchmark_stages import stage_shares
+from golden_cases import SLAB, case_graph, case_model
+from oc20_example import main as oc20_example
+
+from atomeq.cli import main as command
+from atomeq.data.oc20 import open_frames
+from atomeq.potential.potential import Potential
+from atomeq.potential.references import AtomicReferences
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+
+
+def test_the_slab_is_that_of_the_published_times():
+    atoms = slab()
+    assert len(atoms) == 86
+    assert atoms.get_chemical_formula() == "CH4OPt80"
+
+
+@pytest.mark.golden
+def test_stages_add_up_and_leave_the_model_alone():
+    references = AtomicReferences(dict.fromkeys(range(1, 90), 0.0))
+    potential = Potential(case_model(SLAB), references)
+    graph = case_graph(SLAB)
+    before = potential(graph)["energy"]
+    shares = stage_shares(potential, graph)
+    assert sum(shares.values()) == pytest.approx(1.0)
+    expected = {"graph", "edge frames", "rotations", "SO(2) maps", "edge activation", "norms"}
+    assert expected | {"attention", "radial networks", "atom update"} <= set(shares)
+    assert torch.equal(potential(graph)["energy"], before)
+    assert not any(module._forward_hooks for module in potential.modules())
+
+
+def test_models_are_timed_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    out = tmp_path / "models.json"
+    n_threads = torch.get_num_threads()
+    assert benchmark_models(["--models", "egnn,segno", "--quick", "--out", str(out)]) == 0
+    torch.set_num_threads(n_threads)
+    document = json.loads(out.read_text())
+    assert set(document) == {"egnn", "segno"}
+    assert document["egnn"]["cpu_s"] > 0
+    assert document["segno"]["machine"]["torch"] == torch.__version__
+    assert f"{document['egnn']['parameters']:,}" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="no model 'egn'"):
+        benchmark_models(["--models", "egn", "--out", str(out)])
+
+
+def test_the_loader_is_timed_over_the_run(tmp_path: Path):
+    out = tmp_path / "loader.json"
+    n_threads = torch.get_num_threads()
+    benchmark_loader(["--frames=3", "--structures=20", "--batch=2", "--out", str(out)])
+    torch.set_num_threads(n_threads)
+    document = json.loads(out.read_text())
+    assert sum(row["structures"] for row in document["tenths"]) == 20
+    assert {row["edges_per_structure"] for row in document["tenths"]} == {80 * 20}
+    assert document["structures_per_cpu_s"] > 0
+
+
+def test_example_data_train_an_experiment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    oc20_example([str(tmp_path / "example"), "--frames=6"])
+    raw, lmdb = (open_frames(tmp_path / "example" / n) for n in ("s2ef_raw", "s2ef_lmdb_train_ref"))
+    for with_both, stored in zip(raw, lmdb, strict=True):
+        assert stored.target() == pytest.approx(with_both.target("referenced"))
+        assert with_both.fixed.any()
+    monkeypatch.setenv("ATOMEQ_FORMATS", str(tmp_path / "example"))
+    experiment = str(CONFIGS / "experiment" / "oc20_s2ef_equiformer_v2.yaml")
+    words = ["-c", experiment, f"--trainer.default_root_dir={tmp_path}"]
+    command(["fit", *words, "--trainer.max_epochs=1", "--trainer.accelerator=cpu"])
+    best = f"--ckpt_path={tmp_path / 'checkpoints' / 'best.ckpt'}"
+    command(["test", *words, best, "--trainer.accelerator=cpu"])
+    assert "EFwT" in capsys.readouterr().out
