@@ -74,13 +74,16 @@ def torque(
     degrees: tuple[int, int],
 ) -> None:
     """Write <W^T rows, X_k G x> to ``result``."""
-    table = table_like(_generator_blocks, degrees[0], like=rows)
+    lmax = degrees[0]
+    values = table_like(_generator_values, lmax, like=rows)
     _library(rows.dtype, *degrees).torque(
         _pointer(x),
         _pointer(rows),
         _pointer(wigner),
         *_index_array(indices),
-        _pointer(table),
+        _pointer(values),
+        _pointer(_generator_places(lmax)),
+        _pointer(_generator_counts(lmax)),
         _pointer(result),
         _number(len(rows)),
         _number(x.shape[2]),
@@ -117,9 +120,20 @@ def _number(value: int) -> ctypes.c_int64:
 
 
 @constant_table
-def _generator_blocks(lmax: int) -> Tensor:
-    """Return X_k[i, j] of equal l as columns, in the order [l][j][i] of the C kernel."""
+def _generator_values(lmax: int) -> Tensor:
+    """Return the elements of the three generators that are not zero, one generator at a time."""
     table = generators(lmax)
-    degrees = [slice(l * l, (l + 1) ** 2) for l in range(lmax + 1)]
-    blocks = [table[:, degree, degree].mT.flatten(1) for degree in degrees]
-    return torch.cat(blocks, dim=1).T.contiguous()
+    return table[table != 0]
+
+
+@constant_table
+def _generator_places(lmax: int) -> Tensor:
+    """Return row and column of each of these elements, (n, 2)."""
+    return (generators(lmax) != 0).nonzero()[:, 1:].contiguous()
+
+
+@constant_table
+def _generator_counts(lmax: int) -> Tensor:
+    """Return where the elements of each generator start, and where the last ones end, (4,)."""
+    counts = (generators(lmax) != 0).flatten(1).sum(1)
+    return torch.cat((counts.new_zeros(1), counts.cumsum(0)))

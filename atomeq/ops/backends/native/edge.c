@@ -2,7 +2,7 @@
 
    Before this file: REAL (float or double), LMAX, MMAX. Features are (*, N_SPH, channels), rows
    (n_edges, N_ROWS, channels) in m-primary order, wigner (n_edges, N_ROWS, N_SPH) block diagonal in
-   l. Channels are worked on in tiles that stay in registers. */
+   l. */
 
 #include <stdint.h>
 #include <string.h>
@@ -12,7 +12,6 @@
 #define N_ROWS (ROW_START(MMAX) + (MMAX == 0 ? LMAX + 1 : 2 * (LMAX + 1 - MMAX)))
 #define N_SCALES ((MMAX + 1) * (LMAX + 1) - (MMAX * (MMAX + 1)) / 2)
 #define SCALE_START(m) ((m) * (LMAX + 1) - ((m) * ((m) - 1)) / 2)
-#define TILE 16
 #define INLINE static inline __attribute__((always_inline))
 
 /* Rows of degree l: m = 0, then +1, -1, +2, -2, ...; 2 * min(l, MMAX) + 1 of them. */
@@ -23,48 +22,63 @@ INLINE int row_of(int l, int k) {
 INLINE int scale_of(int l, int k) { return SCALE_START((k + 1) / 2) + l - (k + 1) / 2; }
 INLINE int n_rows_of(int l) { return 2 * (l < MMAX ? l : MMAX) + 1; }
 
-INLINE void rotate_tile(const REAL *x, int64_t x_stride, const REAL *w, REAL *rows,
-                        int64_t row_stride, const REAL *scale, int64_t scale_stride, int width) {
-#pragma GCC unroll 7
-  for (int l = 0; l <= LMAX; l++) {
-    REAL in[2 * LMAX + 1][TILE];
-    for (int i = 0; i < 2 * l + 1; i++)
-      for (int c = 0; c < width; c++) in[i][c] = x[(l * l + i) * x_stride + c];
-    for (int k = 0; k < n_rows_of(l); k++) {
-      int row = row_of(l, k);
-      REAL sum[TILE] = {0};
-      for (int i = 0; i < 2 * l + 1; i++) {
-        REAL factor = w[row * N_SPH + l * l + i];
-        for (int c = 0; c < width; c++) sum[c] += factor * in[i][c];
-      }
-      REAL *out = rows + row * row_stride;
-      if (scale) {
-        const REAL *s = scale + scale_of(l, k) * scale_stride;
-        for (int c = 0; c < width; c++) out[c] = sum[c] * s[c];
-      } else
-        for (int c = 0; c < width; c++) out[c] = sum[c];
-    }
-  }
-}
+/* Channels are worked on 64 bytes at a time, those left over one by one: V is a vector or REAL. */
+typedef REAL LANES __attribute__((vector_size(64), aligned(sizeof(REAL)), may_alias));
+#define N_LANES ((int64_t)(64 / sizeof(REAL)))
+#define UNROLL _Pragma("GCC unroll 16")
 
-INLINE void rotate_back_tile(const REAL *rows, int64_t row_stride, const REAL *w, REAL factor,
-                             REAL *x, int64_t x_stride, int width) {
-#pragma GCC unroll 7
-  for (int l = 0; l <= LMAX; l++) {
-    REAL in[2 * LMAX + 1][TILE];
-    for (int k = 0; k < n_rows_of(l); k++)
-      for (int c = 0; c < width; c++) in[k][c] = factor * rows[row_of(l, k) * row_stride + c];
-    for (int i = 0; i < 2 * l + 1; i++) {
-      REAL sum[TILE] = {0};
-      for (int k = 0; k < n_rows_of(l); k++) {
-        REAL element = w[row_of(l, k) * N_SPH + l * l + i];
-        for (int c = 0; c < width; c++) sum[c] += element * in[k][c];
-      }
-      REAL *out = x + (l * l + i) * x_stride;
-      for (int c = 0; c < width; c++) out[c] += sum[c];
-    }
+#define ROTATIONS(V)                                                                              \
+  INLINE void rotate_##V(const REAL *x, int64_t x_stride, const REAL *w, REAL *rows,              \
+                         int64_t row_stride, const REAL *scale, int64_t scale_stride) {           \
+    UNROLL for (int l = 0; l <= LMAX; l++) {                                                      \
+      V in[2 * LMAX + 1];                                                                         \
+      UNROLL for (int i = 0; i < 2 * l + 1; i++) in[i] = *(const V *)(x + (l * l + i) * x_stride); \
+      UNROLL for (int k = 0; k < n_rows_of(l); k++) {                                             \
+        const REAL *element = w + row_of(l, k) * N_SPH + l * l;                                   \
+        V sum = element[0] * in[0];                                                               \
+        UNROLL for (int i = 1; i < 2 * l + 1; i++) sum += element[i] * in[i];                     \
+        if (scale) sum *= *(const V *)(scale + scale_of(l, k) * scale_stride);                    \
+        *(V *)(rows + row_of(l, k) * row_stride) = sum;                                           \
+      }                                                                                           \
+    }                                                                                             \
+  }                                                                                               \
+  /* One degree of W^T rows. */                                                                   \
+  INLINE void unrotate_##V(const REAL *rows, int64_t row_stride, const REAL *w, int l, V *lab) {  \
+    V in[2 * MMAX + 1];                                                                           \
+    UNROLL for (int k = 0; k < n_rows_of(l); k++)                                                 \
+      in[k] = *(const V *)(rows + row_of(l, k) * row_stride);                                     \
+    UNROLL for (int i = 0; i < 2 * l + 1; i++) {                                                  \
+      V sum = w[row_of(l, 0) * N_SPH + l * l + i] * in[0];                                        \
+      UNROLL for (int k = 1; k < n_rows_of(l); k++)                                               \
+        sum += w[row_of(l, k) * N_SPH + l * l + i] * in[k];                                       \
+      lab[i] = sum;                                                                               \
+    }                                                                                             \
+  }                                                                                               \
+  INLINE void rotate_back_##V(const REAL *rows, int64_t row_stride, const REAL *w, REAL factor,   \
+                              REAL *x, int64_t x_stride) {                                        \
+    UNROLL for (int l = 0; l <= LMAX; l++) {                                                      \
+      V lab[2 * LMAX + 1];                                                                        \
+      unrotate_##V(rows, row_stride, w, l, lab);                                                  \
+      UNROLL for (int i = 0; i < 2 * l + 1; i++)                                                  \
+        *(V *)(x + (l * l + i) * x_stride) += factor * lab[i];                                    \
+    }                                                                                             \
+  }                                                                                               \
+  INLINE void torque_##V(const REAL *rows, int64_t row_stride, const REAL *w, const REAL *x,      \
+                         int64_t x_stride, const REAL *value, const int64_t *place,               \
+                         const int64_t *count, V *sum) {                                          \
+    V lab[N_SPH];                                                                                 \
+    UNROLL for (int l = 0; l <= LMAX; l++)                                                        \
+      unrotate_##V(rows, row_stride, w, l, lab + l * l);                                          \
+    for (int k = 0; k < 3; k++) {                                                                 \
+      V torque = sum[k];                                                                          \
+      for (int64_t n = count[k]; n < count[k + 1]; n++)                                           \
+        torque += value[n] * lab[place[2 * n]] * *(const V *)(x + place[2 * n + 1] * x_stride);   \
+      sum[k] = torque;                                                                            \
+    }                                                                                             \
   }
-}
+
+ROTATIONS(LANES)
+ROTATIONS(REAL)
 
 /* index: n_sides pointers to the atoms of each edge; 0 sides: x belongs to the edges. */
 void gather_rotate(const REAL *x, const REAL *wigner, const int64_t **index, int64_t n_sides,
@@ -77,10 +91,10 @@ void gather_rotate(const REAL *x, const REAL *wigner, const int64_t **index, int
       REAL *to = rows + e * N_ROWS * joined + s * channels;
       const REAL *by = scale ? scale + e * N_SCALES * joined + s * channels : 0;
       int64_t c = 0;
-      for (; c + TILE <= channels; c += TILE)
-        rotate_tile(from + c, channels, w, to + c, joined, by ? by + c : 0, joined, TILE);
-      if (c < channels)
-        rotate_tile(from + c, channels, w, to + c, joined, by ? by + c : 0, joined, channels - c);
+      for (; c + N_LANES <= channels; c += N_LANES)
+        rotate_LANES(from + c, channels, w, to + c, joined, by ? by + c : 0, joined);
+      for (; c < channels; c++)
+        rotate_REAL(from + c, channels, w, to + c, joined, by ? by + c : 0, joined);
     }
 }
 
@@ -95,70 +109,40 @@ void rotate_scatter(const REAL *rows, const REAL *wigner, const int64_t **index,
       const REAL *from = rows + e * N_ROWS * joined + s * channels;
       REAL f = factor ? factor[e] : 1;
       int64_t c = 0;
-      for (; c + TILE <= channels; c += TILE)
-        rotate_back_tile(from + c, joined, w, f, to + c, channels, TILE);
-      if (c < channels) rotate_back_tile(from + c, joined, w, f, to + c, channels, channels - c);
+      for (; c + N_LANES <= channels; c += N_LANES)
+        rotate_back_LANES(from + c, joined, w, f, to + c, channels);
+      for (; c < channels; c++) rotate_back_REAL(from + c, joined, w, f, to + c, channels);
     }
 }
 
-/* outer[e] = sum over channels of (W^T rows) x^T, its blocks of equal l only, the others untouched;
-   blocks lie one after the other, (2l+1) x (2l+1) each. */
-INLINE void outer_tile(const REAL *rows, int64_t row_stride, const REAL *w, const REAL *x,
-                       int64_t x_stride, REAL *outer, int width) {
-#pragma GCC unroll 7
-  for (int l = 0; l <= LMAX; l++) {
-    REAL lab[2 * LMAX + 1][TILE];
-    for (int i = 0; i < 2 * l + 1; i++) {
-      for (int c = 0; c < width; c++) lab[i][c] = 0;
-      for (int k = 0; k < n_rows_of(l); k++) {
-        REAL element = w[row_of(l, k) * N_SPH + l * l + i];
-        const REAL *row = rows + row_of(l, k) * row_stride;
-        for (int c = 0; c < width; c++) lab[i][c] += element * row[c];
-      }
-    }
-    for (int j = 0; j < 2 * l + 1; j++) {
-      const REAL *in = x + (l * l + j) * x_stride;
-      for (int i = 0; i < 2 * l + 1; i++) {
-        REAL part[8] = {0};
-        int c = 0;
-        for (; c + 8 <= width; c += 8)
-          for (int v = 0; v < 8; v++) part[v] += lab[i][c + v] * in[c + v];
-        for (; c < width; c++) part[0] += lab[i][c] * in[c];
-        *outer += ((part[0] + part[1]) + (part[2] + part[3])) +
-                  ((part[4] + part[5]) + (part[6] + part[7]));
-        outer++;
-      }
-    }
-  }
-}
-
-/* generators (n_blocks, 3), n_blocks = sum of (2l+1)^2, in the order of outer_tile: [l][j][i]. */
+/* The elements of X_k are value[n] at row place[2n], column place[2n + 1], count[k] <= n <
+   count[k + 1]. */
 void torque(const REAL *x, const REAL *rows, const REAL *wigner, const int64_t **index,
-            int64_t n_sides, const REAL *generators, REAL *result, int64_t n_edges,
-            int64_t channels) {
-  enum { N_BLOCKS = (LMAX + 1) * (2 * LMAX + 1) * (2 * LMAX + 3) / 3 };
+            int64_t n_sides, const REAL *value, const int64_t *place, const int64_t *count,
+            REAL *result, int64_t n_edges, int64_t channels) {
   int64_t joined = channels * (n_sides ? n_sides : 1);
   for (int64_t e = 0; e < n_edges; e++) {
-    REAL outer[N_BLOCKS];
-    memset(outer, 0, sizeof outer);
+    LANES wide[3] = {{0}, {0}, {0}};
+    REAL sum[3] = {0};
     const REAL *w = wigner + e * N_ROWS * N_SPH;
     for (int64_t s = 0; s < (n_sides ? n_sides : 1); s++) {
       const REAL *from = x + (n_sides ? index[s][e] : e) * N_SPH * channels;
       const REAL *row = rows + e * N_ROWS * joined + s * channels;
       int64_t c = 0;
-      for (; c + TILE <= channels; c += TILE)
-        outer_tile(row + c, joined, w, from + c, channels, outer, TILE);
-      if (c < channels) outer_tile(row + c, joined, w, from + c, channels, outer, channels - c);
+      for (; c + N_LANES <= channels; c += N_LANES)
+        torque_LANES(row + c, joined, w, from + c, channels, value, place, count, wide);
+      for (; c < channels; c++)
+        torque_REAL(row + c, joined, w, from + c, channels, value, place, count, sum);
     }
-    REAL sum[3] = {0};
-    for (int b = 0; b < N_BLOCKS; b++)
-      for (int k = 0; k < 3; k++) sum[k] += outer[b] * generators[3 * b + k];
+    for (int k = 0; k < 3; k++)
+      for (int v = 0; v < N_LANES; v++) sum[k] += wide[k][v];
     memcpy(result + 3 * e, sum, sizeof sum);
   }
 }
 
 /* The gate. y holds LMAX * channels gates, then the rows; sigma holds the sigmoids of the gates and
    of the row l = 0. The value of l = 0 is y sigma, of a row of degree l > 0 y sigma(gate of l). */
+#define EACH_CHANNEL _Pragma("GCC ivdep") for (int64_t c = 0; c < channels; c++)
 #define WIDTH_Y ((LMAX + N_ROWS) * channels)
 #define WIDTH_S ((LMAX + 1) * channels)
 
@@ -170,7 +154,7 @@ void gate(const REAL *y, const REAL *sigma, REAL *value, int64_t n_edges, int64_
       const REAL *by = s + (l ? l - 1 : LMAX) * channels;
       for (int k = 0; k < n_rows_of(l); k++) {
         int64_t row = row_of(l, k) * channels;
-        for (int64_t c = 0; c < channels; c++) out[row + c] = in[row + c] * by[c];
+        EACH_CHANNEL out[row + c] = in[row + c] * by[c];
       }
     }
   }
@@ -184,20 +168,20 @@ void gate_gradient(const REAL *y, const REAL *sigma, const REAL *g, REAL *gy, in
     const REAL *h = g + e * N_ROWS * channels;
     REAL *gates = gy + e * WIDTH_Y, *out = gates + LMAX * channels;
     const REAL *own = s + LMAX * channels;
-    for (int64_t c = 0; c < channels; c++)
+    EACH_CHANNEL
       out[c] = h[c] * own[c] * (1 + in[c] * (1 - own[c]));
     for (int l = 1; l <= LMAX; l++) {
       const REAL *by = s + (l - 1) * channels;
       REAL *into = gates + (l - 1) * channels;
-      for (int64_t c = 0; c < channels; c++) into[c] = 0;
+      EACH_CHANNEL into[c] = 0;
       for (int k = 0; k < n_rows_of(l); k++) {
         int64_t row = row_of(l, k) * channels;
-        for (int64_t c = 0; c < channels; c++) {
+        EACH_CHANNEL {
           out[row + c] = h[row + c] * by[c];
           into[c] += h[row + c] * in[row + c];
         }
       }
-      for (int64_t c = 0; c < channels; c++) into[c] *= by[c] * (1 - by[c]);
+      EACH_CHANNEL into[c] *= by[c] * (1 - by[c]);
     }
   }
 }
@@ -211,7 +195,7 @@ void gate_second(const REAL *y, const REAL *sigma, const REAL *dy, const REAL *g
     const REAL *h = g + e * N_ROWS * channels, *own = s + LMAX * channels;
     REAL *out = dvalue + e * N_ROWS * channels;
     REAL *gates = d2 + e * WIDTH_Y, *curved = gates + LMAX * channels;
-    for (int64_t c = 0; c < channels; c++) {
+    EACH_CHANNEL {
       REAL p = own[c], slope = p * (1 - p);
       out[c] = din[c] * p * (1 + in[c] * (1 - p));
       curved[c] = h[c] * din[c] * slope * (2 + in[c] * (1 - 2 * p));
@@ -219,10 +203,10 @@ void gate_second(const REAL *y, const REAL *sigma, const REAL *dy, const REAL *g
     for (int l = 1; l <= LMAX; l++) {
       const REAL *by = s + (l - 1) * channels, *moved = dgates + (l - 1) * channels;
       REAL *into = gates + (l - 1) * channels;
-      for (int64_t c = 0; c < channels; c++) into[c] = 0;
+      EACH_CHANNEL into[c] = 0;
       for (int k = 0; k < n_rows_of(l); k++) {
         int64_t row = row_of(l, k) * channels;
-        for (int64_t c = 0; c < channels; c++) {
+        EACH_CHANNEL {
           REAL p = by[c], slope = p * (1 - p), bent = slope * (1 - 2 * p);
           out[row + c] = p * din[row + c] + slope * in[row + c] * moved[c];
           curved[row + c] = slope * moved[c] * h[row + c];
