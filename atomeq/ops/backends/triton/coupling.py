@@ -290,8 +290,8 @@ def _couple_and_sum(features, table, weights, end, pointer, order, result,
                 for p in tl.static_range(tl.constexpr(BLOCKS[b][3]), tl.constexpr(BLOCKS[b][4])):
                     weight = tl.full((BLOCK_E, BLOCK_C), 1.0, dtype=SUM)
                     if WEIGHTED:
-                        at = weights + (edge * STRIDE)[:, None] + channel[None, :]
-                        weight = tl.load(at + PASSES[p][0] * CHANNELS, mask=inside,
+                        own = weights + (edge * STRIDE)[:, None] + channel[None, :]
+                        weight = tl.load(own + PASSES[p][0] * CHANNELS, mask=inside,
                                          other=0.0).to(SUM)  # fmt: skip
                     for i in range(PASSES[p][2]):
                         feature = tl.load(read + (PASSES[p][1] + i) * CHANNELS, mask=inside,
