@@ -12,6 +12,10 @@ from ase.build import add_adsorbate, bulk, fcc111, molecule
 from ase.constraints import FixAtoms
 from structures import rattled_molecule
 
+# Triton decides as it is imported whether its kernels are compiled or interpreted.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 ROOT = Path(__file__).resolve().parents[1]
 
 

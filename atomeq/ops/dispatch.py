@@ -31,6 +31,7 @@ BACKENDS: dict[str, str] = {
     "e3nn": "atomeq.ops.backends.e3nn:E3nnBackend",
     "cuequivariance": "atomeq.ops.backends.cuequivariance:CuEquivarianceBackend",
     "openequivariance": "atomeq.ops.backends.openequivariance:OpenEquivarianceBackend",
+    "triton": "atomeq.ops.backends.triton_backend:TritonBackend",
 }
 AUTO_ORDER: tuple[str, ...] = ("cpu", "reference")  # the fastest first; others serve when named
 ENVIRONMENT_VARIABLE = "ATOMEQ_BACKEND"

@@ -19,6 +19,8 @@ from atomeq.ops.specification import OpSpec
 # (topic, set) -> "module:class"
 KERNELS: dict[tuple[str, str], str] = {
     ("edge", "cpu"): "atomeq.ops.backends.cpu.edge:CPUEdgeKernels",
+    ("edge", "triton"): "atomeq.ops.backends.triton.edge:TritonEdgeKernels",
+    ("coupling", "triton"): "atomeq.ops.backends.triton.coupling:TritonCouplingKernels",
     ("coupling", "cpu"): "atomeq.ops.backends.cpu.coupling:CPUCouplingKernels",
     ("segment", "cpu"): "atomeq.ops.backends.native.segments:CPUSegmentKernels",
     ("harmonics", "cpu"): "atomeq.ops.backends.native.harmonics:CPUHarmonicsKernels",

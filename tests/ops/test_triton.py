@@ -1,0 +1,312 @@
+"""The Triton kernels against the reference: interpreted on a CPU, compiled where there is CUDA."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from edge_layers import EdgeLayer, relative
+
+from atomeq.ops.dispatch import use_backend
+from atomeq.ops.paths import tensor_product_paths
+from atomeq.ops.registered.so2_shape import SO2Shape
+from atomeq.ops.tensor_product import cg_conv, tensor_product
+
+pytest.importorskip("triton", reason="Triton is not installed: pip install atomeq[cuda]")
+
+pytestmark = pytest.mark.triton
+
+SINGLE = 5e-6  # the bar of the kernels in float32, second derivatives included
+DOUBLE = 1e-12
+SHARED_MEMORY = 232448  # bytes a block may use on a Hopper GPU
+HALF = 5e-3  # bfloat16 has 8 bits; one rounding of operands and one of results
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SHAPES = [(1, 0), (1, 1), (2, 1)]
+SLOW_SHAPES = [(2, 0), (2, 2), (3, 1), (3, 3), (4, 2), (4, 4), (5, 2), (6, 2), (6, 6)]
+
+
+def on_device(layer: EdgeLayer) -> EdgeLayer:
+    layer.edge_index = layer.edge_index.to(DEVICE)
+    layer.leaves = {
+        name: leaf.detach().to(DEVICE).requires_grad_() for name, leaf in layer.leaves.items()
+    }
+    return layer
+
+
+def layer_errors(lmax: int, mmax: int, dtype: torch.dtype, **options) -> dict[str, float]:
+    def build(precision: torch.dtype) -> EdgeLayer:
+        layer = EdgeLayer(lmax, mmax, channels=16, hidden=16, dtype=dtype, **options)
+        layer.leaves = {
+            name: leaf.detach().to(precision).requires_grad_()
+            for name, leaf in layer.leaves.items()
+        }
+        return on_device(layer)
+
+    found = build(dtype).derivatives("triton")
+    expected = build(torch.float64).derivatives("reference")
+    return {name: relative(found[name].double(), expected[name]) for name in expected}
+
+
+def check_layer(lmax: int, mmax: int) -> None:
+    errors = layer_errors(lmax, mmax, torch.float32, chiral=mmax != 1)
+    assert max(errors.values()) <= SINGLE, errors
+
+
+@pytest.mark.parametrize(("lmax", "mmax"), SHAPES)
+def test_layer_agrees_with_the_reference_in_value_and_both_derivatives(
+    lmax: int, mmax: int
+) -> None:
+    check_layer(lmax, mmax)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("lmax", "mmax"), SLOW_SHAPES)
+def test_layer_of_higher_degree_agrees_with_the_reference(lmax: int, mmax: int) -> None:
+    check_layer(lmax, mmax)
+
+
+def test_layer_in_double_precision_agrees_to_rounding() -> None:
+    errors = layer_errors(2, 1, torch.float64, chiral=True, radial="factors")
+    assert max(errors.values()) <= DOUBLE, errors
+
+
+def test_recomputing_changes_no_bit() -> None:
+    layer = on_device(EdgeLayer(1, 1, channels=16, hidden=16, dtype=torch.float32))
+    kept, made_again = (layer.derivatives("triton", recompute=again) for again in (False, True))
+    assert all(torch.equal(kept[name], made_again[name]) for name in kept)
+
+
+@pytest.mark.parametrize("lmax", [4, 6])
+def test_rotations_of_high_degree_agree_with_the_reference(lmax: int) -> None:
+    from atomeq.ops.backends.cpu.edge import CPUEdgeKernels
+    from atomeq.ops.backends.triton.edge import TritonEdgeKernels
+    from atomeq.ops.wigner import edge_wigner
+
+    mmax, n_edges, channels = 2, 8, 16
+    wigner = edge_wigner(torch.randn(n_edges, 3, dtype=torch.float64), lmax, mmax)
+    x = torch.randn(3, (lmax + 1) ** 2, channels, dtype=torch.float64)
+    rows = torch.randn(n_edges, wigner.shape[1], channels, dtype=torch.float64)
+    target = torch.tensor([0, 2, 0, 2, 2, 0, 2, 2])  # the atom between has no edges
+    segments = list(sorted_edges(target, 3))
+    size = {"lmax": lmax, "mmax": mmax}
+
+    def results(kernels, dtype: torch.dtype, device: str) -> list[torch.Tensor]:
+        w, a, r = (t.to(device, dtype) for t in (wigner, x, rows))
+        index, parts = [target.to(device)], [part.to(device) for part in segments]
+        return [
+            kernels.gather_rotate(a, w, index, **size),
+            kernels.rotate_scatter(r, w, index, parts, 3, **size),
+            kernels.rotate_scatter(r, w, [], [], 3, **size),
+            kernels.torque(a, r, w, index, **size),
+        ]
+
+    expected = results(CPUEdgeKernels(), torch.float64, "cpu")
+    for dtype, bar in ((torch.float32, SINGLE), (torch.bfloat16, 2 * HALF)):
+        found = results(TritonEdgeKernels(), dtype, DEVICE)
+        errors = [relative(f.cpu().double(), e) for f, e in zip(found, expected, strict=True)]
+        assert max(errors) <= bar, (dtype, errors)
+
+
+def sorted_edges(index: torch.Tensor, n_atoms: int) -> tuple[torch.Tensor, torch.Tensor]:
+    ordered, order = index.sort(stable=True)
+    return torch.searchsorted(ordered, torch.arange(n_atoms + 1)), order
+
+
+@pytest.mark.parametrize("many", [False, True], ids=["grouped", "cublas"])
+@pytest.mark.parametrize(
+    ("dtype", "bar"),
+    [(torch.float32, SINGLE), (torch.bfloat16, HALF), (torch.float64, DOUBLE)],
+    ids=["float32", "bfloat16", "float64"],
+)
+def test_so2_products_agree_with_one_dense_matrix(
+    dtype: torch.dtype, bar: float, many: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from atomeq.ops.backends.triton import so2
+
+    monkeypatch.setattr(so2, "_MANY_EDGES", 0 if many else 100)
+    shape = SO2Shape(2, 2, 32, 16, 16)
+    weights = [
+        torch.randn(*((2,) if block.order == 1 else ()), *sizes(block), device=DEVICE).to(dtype)
+        for block in shape.blocks
+    ]
+    dense = torch.zeros(shape.width, shape.n_rows * shape.c_in, dtype=torch.float64, device=DEVICE)
+    for block, weight in zip(shape.blocks, weights, strict=True):
+        for place, (out, into) in enumerate(zip(block.outputs, block.inputs, strict=True)):
+            dense[out, into] = (weight[0] if weight.ndim == 3 else weight).double()
+            if weight.ndim == 3:
+                other = block.inputs[1 - place]
+                dense[out, other] = (weight[1] if place else -weight[1]).double()
+    rows = torch.randn(21, dense.shape[1], device=DEVICE).to(dtype)
+    grad = torch.randn(21, dense.shape[0], device=DEVICE).to(dtype)
+    so2_map = so2.TritonSO2Map(weights, shape)
+    forward = so2_map.forward(rows, rows.new_empty(21, dense.shape[0]))
+    back = so2_map.transposed(grad, rows.new_empty(21, dense.shape[1]))
+    assert relative(forward.double(), rows.double() @ dense.T) <= bar
+    assert relative(back.double(), grad.double() @ dense) <= bar
+
+
+def sizes(block) -> tuple[int, int]:
+    return tuple(part[0].stop - part[0].start for part in (block.outputs, block.inputs))
+
+
+def coupling_derivatives(backend: str, dtype: torch.dtype, output: str, shared: bool):
+    generator = torch.Generator().manual_seed(0)
+
+    def leaf(*shape: int) -> torch.Tensor:
+        values = torch.randn(shape, generator=generator, dtype=torch.float64)
+        return values.to(DEVICE, dtype).requires_grad_()
+
+    paths = tensor_product_paths(2, 1, 2, pseudotensors=True)
+    edges = torch.randint(0, 3, (2, 9), generator=generator).to(DEVICE)  # atom 3 has none
+    weights = leaf(len(paths), 16) if shared else leaf(9, len(paths), 16)
+    leaves = [leaf(4, 9, 16), leaf(9, 4), weights]
+    with use_backend(backend):
+        out = cg_conv(*leaves, edges, 4, paths, output=output)
+        first = torch.autograd.grad(out.square().sum() + out.sum(), leaves, create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
+    return [out, *first, *second]
+
+
+@pytest.mark.parametrize(("output", "shared"), [("sum", False), ("paths", True)])
+def test_convolution_agrees_with_the_reference_in_value_and_both_derivatives(
+    output: str, shared: bool
+) -> None:
+    expected = coupling_derivatives("reference", torch.float64, output, shared)
+    found = coupling_derivatives("triton", torch.float32, output, shared)
+    errors = [relative(f.double(), e) for f, e in zip(found, expected, strict=True)]
+    assert max(errors) <= SINGLE, errors
+
+
+def test_product_without_atoms_agrees_with_the_reference() -> None:
+    paths = tensor_product_paths(1, 1, 1)
+    x, y = torch.randn(2, 3, 4, 16, device=DEVICE), torch.randn(2, 3, 4, device=DEVICE)
+    weights = torch.randn(2, 3, len(paths), 16, device=DEVICE)
+    results = []
+    for backend in ("triton", "reference"):
+        with use_backend(backend):
+            results.append(tensor_product(x, y, weights, paths))
+    assert relative(*results) <= SINGLE
+
+
+def test_no_edge_gives_zeros() -> None:
+    layer = on_device(EdgeLayer(1, 1, channels=16, hidden=16, n_edges=0, dtype=torch.float32))
+    assert not layer("triton").any()
+
+
+def test_segment_kernels_agree_with_the_reference() -> None:
+    from atomeq.ops.backends.triton.segment import (
+        segment_softmax,
+        segment_softmax_gradient,
+        segment_sum,
+    )
+
+    index = torch.tensor([3, 0, 0, 3, 1] + [0] * 20, device=DEVICE)  # more than one block of 0
+    x = 3 * torch.randn(25, 3, 2, dtype=torch.float64, device=DEVICE)
+    grad = torch.randn_like(x)
+    total = x.new_zeros(5, 3, 2).index_add(0, index, x)
+    assert relative(segment_sum(x, index, 5), total) <= DOUBLE
+    weights = torch.zeros_like(x)
+    pulled = torch.zeros_like(x)
+    for segment in range(5):
+        members = index == segment
+        leaf = x[members].requires_grad_()
+        softmax = leaf.softmax(0)
+        weights[members] = softmax.detach()
+        (pulled[members],) = torch.autograd.grad(softmax, leaf, grad[members])
+    found = segment_softmax(x, index, 5)
+    assert relative(found, weights) <= DOUBLE
+    assert relative(segment_softmax_gradient(found, grad, index, 5), pulled) <= DOUBLE
+
+
+@pytest.mark.parametrize(
+    ("channels", "lmax", "dtype", "reason"),
+    [
+        (24, 2, torch.float32, "24 channels are no multiple of 16"),
+        (16, 7, torch.float32, "lmax is 7"),
+        (16, 2, torch.float16, "not torch.float16"),
+    ],
+)
+def test_what_is_not_served_is_refused_with_the_reason(
+    channels: int, lmax: int, dtype: torch.dtype, reason: str
+) -> None:
+    from atomeq.ops.explain import explain
+
+    with use_backend("triton"):
+        report = explain(
+            "rotate_to_edge",
+            lmax=lmax,
+            mmax=1,
+            channels=channels,
+            n_edges=4,
+            dtype=dtype,
+            device=DEVICE,
+        )
+    assert report.backend is None
+    assert reason in report.refusals["triton"]
+
+
+def run_without_interpreter(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env=kept | {"CUDA_VISIBLE_DEVICES": ""} | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_machine_without_cuda_is_told_so() -> None:
+    code = """
+import torch
+from atomeq.ops.tensor_product import tensor_product
+tensor_product(torch.ones(3, 1, 16), torch.ones(3, 1), None, [(0, 0, 0)])
+"""
+    result = run_without_interpreter(code, ATOMEQ_BACKEND="triton")
+    assert result.returncode != 0
+    assert "'triton' was asked for" in result.stderr
+    assert "need CUDA, which this machine has not" in result.stderr
+
+
+def test_triton_is_not_imported_before_its_backend_is_used() -> None:
+    code = """
+import sys
+import atomeq, atomeq.ops.so2, atomeq.ops.dispatch, atomeq.ops.backends.triton_backend
+print("triton" in sys.modules)
+"""
+    assert run_without_interpreter(code).stdout.strip() == "False"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("degrees", [("2", "2"), ("4", "2")])
+def test_every_kernel_compiles_for_an_h200_without_spilling(degrees: tuple[str, str]) -> None:
+    code = "import runpy, sys; sys.argv[1:] = {!r}; runpy.run_path({!r}, run_name='__main__')"
+    script = Path(__file__).parents[1] / "triton_compile.py"
+    result = run_without_interpreter(code.format(list(degrees), str(script)))
+    assert result.returncode == 0, result.stderr
+    kernels = [json.loads(line) for line in result.stdout.splitlines()]
+    assert len({kernel["kernel"] for kernel in kernels}) >= 14
+    assert not [kernel for kernel in kernels if kernel["stack"] or kernel["shared"] > SHARED_MEMORY]
+
+
+@pytest.mark.gpu
+def test_results_on_cuda_are_the_same_to_the_bit_every_time() -> None:
+    options = {"channels": 32, "hidden": 32, "n_edges": 300, "n_atoms": 20, "chiral": True}
+    layer = on_device(EdgeLayer(2, 2, dtype=torch.float32, **options))
+    runs = [layer.derivatives("triton") for _ in range(3)]
+    assert all(torch.equal(run[name], runs[0][name]) for run in runs for name in run)
+    convolutions = [
+        coupling_derivatives("triton", torch.float32, "sum", shared=False) for _ in range(3)
+    ]
+    for run in convolutions:
+        assert all(torch.equal(a, b) for a, b in zip(run, convolutions[0], strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("lmax", "mmax"), [*SHAPES, *SLOW_SHAPES])
+def test_layer_on_cuda_agrees_with_the_reference(lmax: int, mmax: int) -> None:
+    check_layer(lmax, mmax)

@@ -1,0 +1,112 @@
+"""Compile the Triton kernels for an H200 on a machine without one: python tests/triton_compile.py
+
+Prints a line of JSON for each kernel: registers per thread, bytes spilled, shared memory.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from atomeq.ops.backends.triton import coupling, gate, rotation, segment, so2
+from atomeq.ops.clebsch_gordan import Form
+from atomeq.ops.paths import tensor_product_paths
+from atomeq.ops.registered.so2_shape import SO2Shape
+
+HOPPER = GPUTarget("cuda", 90, 32)
+TYPES = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+}
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+OPTIONS = ("num_warps", "num_stages")
+
+
+def compile_only(kernel, grid, *tensors, like, **constants) -> None:
+    """Take the place of launch(): compile what it would start, and report."""
+    options = {name: constants.pop(name) for name in OPTIONS if name in constants}
+    signature, fixed, aligned = {}, {}, {}
+    for place, parameter in enumerate(kernel.params):
+        name = parameter.name
+        value = tensors[place] if place < len(tensors) else constants[name]
+        if isinstance(value, torch.Tensor):
+            signature[name] = TYPES[value.dtype]
+            aligned[(place,)] = [["tt.divisibility", 16]]
+        elif value is None or parameter.is_constexpr:
+            signature[name], fixed[name] = "constexpr", value
+        else:
+            signature[name] = "i32"
+    source = ASTSource(fn=kernel, signature=signature, constexprs=fixed, attrs=aligned)
+    compiled = triton.compile(source, target=HOPPER, options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [str(TOOLS / "cuobjdump"), "-res-usage", file.name]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", report).groups()
+    line = {
+        "kernel": kernel.__name__,
+        "dtype": str(like.dtype),
+        "registers": int(registers),
+        "stack": int(stack),
+        "shared": compiled.metadata.shared,
+    }
+    sys.stdout.write(json.dumps(line) + "\n")
+    sys.stdout.flush()
+
+
+def compile_all(lmax: int, mmax: int, channels: int, dtype: torch.dtype) -> None:
+    """Go through every kernel as the kernel sets call them."""
+    shape = SO2Shape(lmax, mmax, channels, channels, lmax * channels)
+    n_edges, n_atoms, n_sph = 100, 10, (lmax + 1) ** 2
+    size = {"lmax": lmax, "mmax": mmax}
+
+    def zeros(*shape: int) -> torch.Tensor:
+        return torch.zeros(*shape, dtype=dtype)
+
+    index = torch.zeros(n_edges, dtype=torch.int64)
+    wigner = zeros(n_edges, shape.n_rows, n_sph)
+    x, rows = zeros(n_atoms, n_sph, channels), zeros(n_edges, shape.n_rows, channels)
+    rotation.gather_rotate(x, wigner, [index], scale=zeros(n_edges, shape.n_scales), **size)
+    rotation.rotate_scatter(
+        rows, wigner, [index], [index, index], n_atoms, factor=zeros(n_edges), **size
+    )
+    rotation.rotate_scatter(rows, wigner, [], [], n_atoms, **size)
+    rotation.torque(x, rows, wigner, [index], **size)
+    weights = []
+    for block in shape.blocks:
+        sizes = [part[0].stop - part[0].start for part in (block.outputs, block.inputs)]
+        weights.append(zeros(*((2,) if block.order else ()), *sizes))
+    so2_map, y = so2.TritonSO2Map(weights, shape), zeros(n_edges, shape.width)
+    so2_map.forward(rows.flatten(1), y)
+    so2_map.transposed(y, rows.flatten(1))
+    gated = gate.TritonGate(y, lmax, mmax, channels)
+    gated.value()
+    gated.gradient(rows.flatten(1))
+    gated.second(y, rows.flatten(1))
+    form = Form(tensor_product_paths(lmax, lmax, lmax), "uvu", stacked=False)
+    per_edge = zeros(n_edges, len(form.paths), channels)
+    coupling.TritonCouplingKernels().partials(
+        x, zeros(n_edges, n_sph), per_edge, x, [index, index], n_atoms,
+        ("x", "y", "weights", "z"), form,
+    )  # fmt: skip
+    segment.segment_sum(rows, index, n_atoms)
+    segment.segment_softmax(zeros(n_edges, 8), index, n_atoms)
+    segment.segment_softmax_gradient(zeros(n_edges, 8), zeros(n_edges, 8), index, n_atoms)
+
+
+if __name__ == "__main__":
+    for module in (coupling, gate, rotation, segment, so2):
+        module.launch = compile_only
+    degrees = [int(number) for number in sys.argv[1:3]] or [2, 2]
+    for precision in (torch.float32, torch.bfloat16):
+        compile_all(*degrees, 128, precision)
