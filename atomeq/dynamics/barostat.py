@@ -12,7 +12,7 @@ With ε the rate at which the cell deforms, in 1/fs, W its mass and n the degree
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -73,6 +73,8 @@ class LangevinNPT(Langevin):
     pressure: float = 0.0
     barostat: Barostat = "isotropic"
     barostat_time: float = 500.0
+
+    state_type: ClassVar[type[MDState]] = PressureState
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -166,9 +168,7 @@ class LangevinNPT(Langevin):
 
     def _thermalized_rate(self, state: PressureState, rate: Tensor) -> Tensor:
         keep = math.exp(-self.timestep / self.barostat_time)
-        noise = standard_normal(
-            state.seeds, _CELL_DRAW + state.n_steps, [1] * len(rate), (3, 3)
-        )
+        noise = standard_normal(state.seeds, _CELL_DRAW + state.n_steps, [1] * len(rate), (3, 3))
         if self.barostat == "isotropic":
             noise = noise[:, :1, :1] * torch.eye(3, dtype=rate.dtype, device=rate.device)
         else:

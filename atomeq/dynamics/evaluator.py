@@ -111,8 +111,8 @@ class Evaluator:
             closest = int(edges.lengths.argmin())
             source, target = edges.edge_index[:, closest].tolist()
             raise StructureError(
-                f"atoms {target} and {source} are {float(edges.lengths[closest]):.4g} Å apart, less "
-                f"than {MIN_DISTANCE} Å",
+                f"atoms {target} and {source} are {float(edges.lengths[closest]):.4g} Å apart, "
+                f"less than {MIN_DISTANCE} Å",
                 index=int(graph.batch[target]),
             )
         return edges.edge_index.shape[1]

@@ -7,7 +7,7 @@ only, so it moves in a batch as it moves alone.
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -74,7 +74,8 @@ class Integrator:
     timestep: float = 1.0
     temperature: float = 300.0
 
-    holds_drift = True  # whether the momentum of a structure stays what it is
+    holds_drift: ClassVar[bool] = True  # whether the momentum of a structure stays what it is
+    state_type: ClassVar[type[MDState]] = MDState
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -96,6 +97,14 @@ class Integrator:
                 index=stuck[0],
             )
 
+    def init(self, graph: AtomGraph, evaluate: Evaluator, *, seeds: Tensor | None = None) -> Any:
+        """Return the state of structures that begin."""
+        raise NotImplementedError(f"{type(self).__name__} does not define init()")
+
+    def step(self, state: Any, evaluate: Evaluator) -> Any:
+        """Return the state one step later."""
+        raise NotImplementedError(f"{type(self).__name__} does not define step()")
+
     def start(
         self,
         graph: AtomGraph,
@@ -110,10 +119,12 @@ class Integrator:
             graph: As :func:`~atomeq.dynamics.state.prepare` makes it; a structure keeps velocities
                 that are not all zero.
             evaluate: The potential.
-            seeds: Of each structure, (n_graphs,); by default 0, 1, 2, ...
+            seeds: Of each structure, (n_graphs,); by default the graph's ``seed``, or 0, 1, 2, ...
             stress: Whether the stress is needed.
         """
         self.check(graph)
+        if seeds is None and "seed" in graph:
+            seeds = graph["seed"]
         if seeds is None:
             seeds = torch.arange(graph.n_graphs, device=graph.pos.device)
         drawn = thermal_velocities(graph, self.temperature, seeds)
@@ -184,7 +195,7 @@ class Langevin(Integrator):
 
     friction_time: float = 100.0
 
-    holds_drift = False
+    holds_drift: ClassVar[bool] = False
 
     def init(
         self, graph: AtomGraph, evaluate: Evaluator, *, seeds: Tensor | None = None
@@ -232,6 +243,8 @@ class NoseHoover(Integrator):
 
     relaxation_time: float = 100.0
     chain_length: int = 3
+
+    state_type: ClassVar[type[MDState]] = NoseHooverState
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -6,7 +6,7 @@ Both take the steps that ASE's optimizers of these names take, cell relaxation i
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Generic, Self, TypeVar
+from typing import ClassVar, Generic, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -203,6 +203,8 @@ class FIRE(_Optimizer[FIREState]):
     mixing: float = 0.1
     mixing_decay: float = 0.99
 
+    state_type: ClassVar[type[OptimizerState]] = FIREState
+
     def init(self, graph: AtomGraph, evaluate: Evaluator) -> FIREState:
         """Evaluate the structures where they are, at rest."""
         start = self._start(graph, evaluate)
@@ -224,9 +226,7 @@ class FIRE(_Optimizer[FIREState]):
         cell_velocities = turned.cell_velocities + turned.dt[:, None, None] * turned.cell_forces
         norm = turned.dt * _norm(velocities, cell_velocities, atoms)
         scale = turned.dt * torch.where(norm > self.max_step, self.max_step / norm, 1.0)
-        turned = dataclasses.replace(
-            turned, velocities=velocities, cell_velocities=cell_velocities
-        )
+        turned = dataclasses.replace(turned, velocities=velocities, cell_velocities=cell_velocities)
         step, cell_step = scale[batch, None] * velocities, scale[:, None, None] * cell_velocities
         return state.followed_by(self._move(turned, step, cell_step, evaluate))
 
@@ -271,6 +271,8 @@ class LBFGS(_Optimizer[LBFGSState]):
     memory: int = 100
     stiffness: float = 70.0
     damping: float = 1.0
+
+    state_type: ClassVar[type[OptimizerState]] = LBFGSState
 
     def init(self, graph: AtomGraph, evaluate: Evaluator) -> LBFGSState:
         """Evaluate the structures where they are, without history."""

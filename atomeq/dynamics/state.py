@@ -131,8 +131,8 @@ def prepare(structures: Structures, *, device: torch.device | str | None = None)
     graph = from_structures(structures, dtype=torch.float64, device=device)
     labels = dict.fromkeys(("energy", "forces", "stress", "weight", "edge_index", "cell_offsets"))
     standard = standard_masses(graph.atomic_numbers)
-    masses = graph["masses"] if "masses" in graph else standard
-    fixed = graph["fixed"] if "fixed" in graph else torch.zeros_like(graph.batch, dtype=torch.bool)
+    masses = graph.get("masses", standard)
+    fixed = graph.get("fixed", torch.zeros_like(graph.batch, dtype=torch.bool))
     keys = [next(_keys) for _ in range(graph.n_graphs)]
     return graph.replace(
         **labels,

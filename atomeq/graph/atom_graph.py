@@ -92,8 +92,8 @@ class AtomGraph(Data):
         natoms: (n_graphs,) atoms of each structure; all atoms are one structure by default.
         batch: (n_atoms,) structure of each atom, ascending; follows from ``natoms``.
         kwargs: ``tags`` (n_atoms,), ``fixed`` (n_atoms,) bool, ``velocities`` (n_atoms, 3) Å/fs,
-            ``masses`` (n_atoms,) amu, labels ``energy`` (n_graphs,) eV, ``forces`` (n_atoms, 3) eV/Å, ``stress``
-            (n_graphs, 3, 3) eV/Å³, ``weight`` (n_graphs,), ``hyperedge_index`` (2, n_incidences)
+            ``masses`` (n_atoms,) amu, labels ``energy`` (n_graphs,) eV, ``forces`` (n_atoms, 3)
+            eV/Å, ``stress`` (n_graphs, 3, 3) eV/Å³, ``weight`` (n_graphs,), ``hyperedge_index`` (2, n_incidences)
             with ``num_hyperedges`` (n_graphs,) and ``hyperedge_type`` (n_hyperedges,), and any
             other tensor: it belongs to the edges if its name starts with ``edge_``, else to the
             atoms or structures by its length.

@@ -187,6 +187,11 @@ def standard_masses(numbers: torch.Tensor) -> torch.Tensor:
     return torch.as_tensor(atomic_masses, dtype=torch.float64, device=numbers.device)[numbers]
 
 
+def element_symbols(numbers: torch.Tensor) -> list[str]:
+    """Return the symbol of each atom's element."""
+    return [chemical_symbols[number] for number in numbers.tolist()]
+
+
 class _Arrays:
     """Structures as concatenated NumPy arrays, what validation looks at."""
 

@@ -2,12 +2,12 @@
 
 import torch
 from ase import Atoms
+from ase.build import bulk
 from torch import nn
 
 from atomeq.models.base import AtomisticModel
 from atomeq.ops.segment import segment_sum
 from atomeq.potential.potential import Potential
-from atomeq.potential.references import AtomicReferences
 
 
 class Pairs(AtomisticModel):
@@ -29,22 +29,21 @@ class Pairs(AtomisticModel):
 
 
 class Tethers(AtomisticModel):
-    """Every atom on a spring to a point that depends on its number; no forces between atoms."""
+    """Every atom on a spring to the origin; no forces between atoms."""
 
-    def __init__(self, cutoff: float = 1.0, *, stiffness: float = 1.0) -> None:
+    def __init__(self, cutoff: float = 0.2, *, stiffness: float = 1.0) -> None:
         super().__init__()
         self.cutoff = cutoff
         self.stiffness = nn.Parameter(torch.tensor(stiffness, dtype=torch.float64))
 
     def forward(self, graph):
-        anchor = 3.0 * graph.atomic_numbers[:, None].to(graph.pos.dtype)
-        return {"energies": self.stiffness / 2 * (graph.pos - anchor).square().sum(dim=1)}
+        return {"energies": self.stiffness / 2 * graph.pos.square().sum(dim=1)}
 
 
 class Gas(AtomisticModel):
-    """No interaction at all."""
+    """No interaction at all, and no edges: atoms may pass through each other."""
 
-    def __init__(self, cutoff: float = 0.5) -> None:
+    def __init__(self, cutoff: float = 0.05) -> None:
         super().__init__()
         self.cutoff = cutoff
         self.zero = nn.Parameter(torch.zeros((), dtype=torch.float64))
@@ -53,22 +52,27 @@ class Gas(AtomisticModel):
         return {"energies": self.zero * graph.pos[:, 0]}
 
 
-def pair_potential(**options: float) -> Potential:
-    return Potential(Pairs(**options)).requires_grad_(False).eval()
+class Trap(Pairs):
+    """Pairs, with NaN for a structure of which an atom came above z = 100 Å."""
+
+    def forward(self, graph):
+        energies = super().forward(graph)["energies"]
+        return {"energies": torch.where(graph.pos[:, 2] > 100, torch.nan, energies)}
 
 
-def fcc(*, repeat=(1, 1, 1), seed=0, rattle=0.1, a=3.7) -> Atoms:
-    from ase.build import bulk
+def of(model: AtomisticModel) -> Potential:
+    return Potential(model).requires_grad_(False).eval()
 
+
+def crystal(*, repeat=(1, 1, 1), seed=0, a=3.6) -> Atoms:
     atoms = bulk("Cu", cubic=True, a=a).repeat(repeat)
-    atoms.rattle(rattle, seed=seed)
+    atoms.set_cell(atoms.cell.array @ [[1, 0.03, 0], [0, 1.01, 0.02], [0.01, 0, 0.98]], True)
+    atoms.rattle(0.08, seed=seed)
     return atoms
 
 
 def cluster(n_atoms: int, seed: int = 0) -> Atoms:
     """A rattled piece of fcc without cell."""
-    atoms = fcc(repeat=(2, 2, 2), seed=seed, rattle=0.15, a=3.6)[:n_atoms]
-    return Atoms(atoms.numbers, atoms.positions)
-
-
-__all__ = ["AtomicReferences", "Gas", "Pairs", "Tethers", "cluster", "fcc", "pair_potential"]
+    atoms = bulk("Cu", cubic=True, a=3.6).repeat(2)
+    atoms.rattle(0.15, seed=seed)
+    return Atoms(atoms.numbers[:n_atoms], atoms.positions[:n_atoms])
