@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from analytic import Pairs, cluster, crystal, of
+from analytic_potentials import Pairs, cluster, crystal, of
 from ase.constraints import FixAtoms
 from ase.filters import FrechetCellFilter
 from ase.optimize import FIRE as ASE_FIRE
@@ -150,5 +150,5 @@ def test_a_structure_without_volume_cannot_relax_its_cell(potential):
     ],
 )
 def test_settings_that_make_no_sense_are_refused(make):
-    with pytest.raises(ValueError, match="must be|leave nothing"):
+    with pytest.raises(ValueError, match=r"must be|leave nothing"):
         make()
