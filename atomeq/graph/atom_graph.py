@@ -95,8 +95,8 @@ class AtomGraph(Data):
             ``masses`` (n_atoms,) amu, labels ``energy`` (n_graphs,) eV, ``forces`` (n_atoms, 3)
             eV/Å, ``stress`` (n_graphs, 3, 3) eV/Å³, ``weight`` (n_graphs,),
             ``hyperedge_index`` (2, n_incidences) with ``num_hyperedges`` (n_graphs,) and
-            ``hyperedge_type`` (n_hyperedges,), and any other tensor: it belongs to the edges if its name starts with ``edge_``, else to the
-            atoms or structures by its length.
+            ``hyperedge_type`` (n_hyperedges,), and any other tensor: it belongs to the edges if
+            its name starts with ``edge_``, else to the atoms or structures by its length.
 
     PyG's Batch and DataLoader take AtomGraphs with equal fields and give the numbers of
     :meth:`concatenate`, which also joins graphs whose fields differ.
