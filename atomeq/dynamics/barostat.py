@@ -111,7 +111,9 @@ class LangevinNPT(Langevin):
         start = self.start(graph, evaluate, seeds=seeds, stress=True)
         return PressureState(**vars(start), strain_rate=torch.zeros_like(graph.cell))
 
-    def step(self, state: PressureState, evaluate: Evaluator) -> PressureState:
+    def step(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, state: PressureState, evaluate: Evaluator
+    ) -> PressureState:
         """Take one step: kicks, half a drift, friction and noise, and the same backwards."""
         half = self.timestep / 2
         rate = state.strain_rate + half * self._push(state.graph, state.degrees)
