@@ -51,8 +51,8 @@ _REASONS = {
 class Evaluator:
     """Energy, forces and stress of a batch in motion.
 
-    It keeps the potential, as a frozen copy where it could still be trained, and the neighbour lists of the structures it has seen;
-    results do not depend on what it remembers.
+    It keeps the potential, as a frozen copy where it could still be trained, and the neighbour
+    lists of the structures it has seen; results do not depend on what it remembers.
 
     Args:
         potential: A potential, or name or folder of one.
