@@ -67,7 +67,9 @@ class LangevinNPT(Langevin):
         pressure: eV/Å³; ``5 * atomeq.units.GPA`` is 5 GPa.
         barostat: ``"isotropic"`` keeps the shape of the cell, ``"full"`` lets every component of
             the strain fluctuate.
-        barostat_time: Sets the mass of the cell, and is one over its friction, fs.
+        barostat_time: Sets the mass of the cell, and is one over its friction, fs. The cell of a
+            solid swings some thirty times in it, so it must be long beside the timestep: 100 of
+            them at least.
     """
 
     pressure: float = 0.0
