@@ -157,7 +157,7 @@ class ReferenceBackend:
                 return from_grid @ fn(to_grid @ x)
         if not results:
             return from_grid @ fn(to_grid @ x)
-        return torch.cat(results).unflatten(0, x.shape[:-2])
+        return torch.cat(results).reshape(*x.shape[:-2], -1, x.shape[-1])
 
     def segment_sum(self, x: Tensor, index: Tensor, n_segments: int) -> Tensor:
         """Sum the members of each segment, in their order."""
