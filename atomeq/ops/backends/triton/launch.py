@@ -80,8 +80,13 @@ def product_precision(dtype: torch.dtype) -> str:
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
 
 
-def refusal(spec: OpSpec) -> str | None:
-    """Return why these kernels do not serve a call, or None."""
+def refusal(spec: OpSpec, *, any_channels: bool = False) -> str | None:
+    """Return why these kernels do not serve a call, or None.
+
+    Args:
+        spec: The call.
+        any_channels: Whether the number of channels need be no multiple of anything.
+    """
     if spec.device.type != "cuda" and not INTERPRETING:
         return (
             f"Triton's kernels need CUDA, but the tensors are on {spec.device} "
@@ -92,6 +97,6 @@ def refusal(spec: OpSpec) -> str | None:
         return f"it has {', '.join(map(str, DTYPES))}, not {spec.dtype}"
     if spec.lmax > HIGHEST_DEGREE:
         return f"lmax is {spec.lmax}; its kernels were made and tested up to {HIGHEST_DEGREE}"
-    if spec.channels % _CHANNEL_STEP:
+    if spec.channels % _CHANNEL_STEP and not any_channels:
         return f"{spec.channels} channels are no multiple of {_CHANNEL_STEP}"
     return None
