@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from atomeq.ops.backends.irreps import from_mul_ir, product_problem, to_mul_ir
+from atomeq.ops.clebsch_gordan import clebsch_gordan
 from atomeq.ops.dispatch import BACKENDS, load_backend, use_backend
 from atomeq.ops.gaunt import gaunt_product
 from atomeq.ops.orders import m_primary_order
@@ -45,7 +46,7 @@ from atomeq.ops.specification import OpSpec
 from atomeq.ops.sphere import sphere_silu
 from atomeq.ops.sphere_grid import SphereGrid
 from atomeq.ops.spherical_harmonics import spherical_harmonics
-from atomeq.ops.tensor_product import cg_conv, clebsch_gordan, tensor_product
+from atomeq.ops.tensor_product import cg_conv, tensor_product
 from atomeq.ops.wigner import build_edge_frame
 
 ROOT = Path(__file__).resolve().parent.parent

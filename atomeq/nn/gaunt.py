@@ -5,9 +5,9 @@ import math
 import torch
 from torch import Tensor, nn
 
+from atomeq.ops.clebsch_gordan import clebsch_gordan
 from atomeq.ops.gaunt import gaunt_product
 from atomeq.ops.paths import tensor_product_paths
-from atomeq.ops.tensor_product import clebsch_gordan
 
 
 class GauntProduct(nn.Module):

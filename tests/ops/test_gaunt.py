@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from atomeq.nn.gaunt import GauntProduct
+from atomeq.ops.clebsch_gordan import clebsch_gordan
 from atomeq.ops.gaunt import gaunt_product
 from atomeq.ops.paths import Path, tensor_product_paths
 from atomeq.ops.spherical_harmonics import spherical_harmonics
-from atomeq.ops.tensor_product import clebsch_gordan, tensor_product
+from atomeq.ops.tensor_product import tensor_product
 from atomeq.ops.wigner import block_diagonal, rotation_matrix, wigner_from_matrix
 
 EXACT = 1e-12  # float64 rounding

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from atomeq.ops.backends.irreps import highest_degree, output_channels, output_degrees
-from atomeq.ops.harmonic_polynomials import Normalization
+from atomeq.ops.clebsch_gordan import clebsch_gordan
+from atomeq.ops.harmonic_polynomials import Normalization, directions
 from atomeq.ops.paths import Mode, Path
 from atomeq.ops.specification import OpSpec
 from atomeq.ops.tables import constant_table, table_like
-from atomeq.ops.tensor_product import clebsch_gordan
 
 Polynomial = Any  # cuequivariance.SegmentedPolynomial
 Module = Callable[..., list[Tensor]]  # cuequivariance_torch.SegmentedPolynomial
@@ -59,11 +59,12 @@ class CuEquivarianceBackend:
         return _cuda_refusal(spec)
 
     def spherical_harmonics(
-        self, vectors: Tensor, lmax: int, normalization: Normalization
+        self, vectors: Tensor, lmax: int, normalization: Normalization, normalize: bool
     ) -> Tensor:
-        """Evaluate the homogeneous harmonics, one polynomial for all degrees."""
+        """Evaluate the harmonics, one homogeneous polynomial for all degrees."""
         polynomial = _harmonics(lmax, vectors.device)
-        (flat,) = polynomial([vectors.reshape(-1, 3)])
+        points = directions(vectors)[0] if normalize else vectors
+        (flat,) = polynomial([points.reshape(-1, 3)])
         scale = table_like(_scales, lmax, normalization, like=vectors)
         return (flat * scale).unflatten(0, vectors.shape[:-1])
 

@@ -18,10 +18,10 @@ from atomeq.ops.backends.irreps import (
     product_problem,
     to_mul_ir,
 )
-from atomeq.ops.harmonic_polynomials import Normalization
+from atomeq.ops.clebsch_gordan import clebsch_gordan
+from atomeq.ops.harmonic_polynomials import Normalization, directions
 from atomeq.ops.paths import Mode, Path
 from atomeq.ops.specification import OpSpec
-from atomeq.ops.tensor_product import clebsch_gordan
 
 E3NN = "e3nn.o3"  # by a string: type checkers take the plain name for this very file
 SERVED = ("spherical_harmonics", "tensor_product", "cg_conv")
@@ -45,15 +45,14 @@ class E3nnBackend:
         return None
 
     def spherical_harmonics(
-        self, vectors: Tensor, lmax: int, normalization: Normalization
+        self, vectors: Tensor, lmax: int, normalization: Normalization, normalize: bool
     ) -> Tensor:
-        """Evaluate the homogeneous harmonics by e3nn's generated polynomials."""
+        """Evaluate the harmonics by e3nn's generated polynomials, of our own directions."""
         # Imported here because it takes seconds and most models do not need it.
         o3 = import_module(E3NN)
         degrees = list(range(lmax + 1))
-        return o3.spherical_harmonics(
-            degrees, vectors, normalize=False, normalization=normalization
-        )
+        points = directions(vectors)[0] if normalize else vectors
+        return o3.spherical_harmonics(degrees, points, normalize=False, normalization=normalization)
 
     def tensor_product(
         self,

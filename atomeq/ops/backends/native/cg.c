@@ -5,8 +5,9 @@
    result, so no two threads write to one place and, for one number of threads, every sum has one
    order.
 
-   REAL is float or double. As many edges are taken together as a vector has numbers (WIDTH): M^p_ik = sum_j C^p_ijk y_j is made for all of them at once, and so is the way
-   back from N^p_ik = sum_c w_p a_i b_k to the gradient of y. */
+   REAL is float or double. As many edges are taken together as a vector has numbers (WIDTH):
+   M^p_ik = sum_j C^p_ijk y_j is made for all of them at once, and so is the way back from
+   N^p_ik = sum_c w_p a_i b_k to the gradient of y. */
 
 #include <stdint.h>
 #include <stdlib.h>

@@ -135,7 +135,7 @@ def slope_matrices(lmax: int) -> Tensor:
     for axis in range(3):
         along = torch.zeros_like(points)
         along[:, axis] = 1.0
-        _, slopes = torch.func.jvp(lambda v: harmonic_polynomials(v, lmax), (points,), (along,))
+        slopes = torch.func.jvp(lambda v: harmonic_polynomials(v, lmax), (points,), (along,))[1]
         for l in range(1, lmax + 1):
             rows, lower = slice(l * l, (l + 1) ** 2), slice((l - 1) ** 2, l * l)
             fitted = torch.linalg.lstsq(values[:, lower], slopes[:, rows]).solution

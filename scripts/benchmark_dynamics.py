@@ -1,0 +1,225 @@
+"""Measure what batched dynamics costs: throughput against ASE, overhead of a step, memory, scaling.
+
+``.venv/bin/python scripts/benchmark_dynamics.py --quick`` prints one table and writes
+scripts/results/dynamics_cpu.json. Times are CPU seconds of one thread, taken in turns where two
+things are compared. The molecules of the relaxation are random chains of H, C, N and O; their
+potential is a network with random weights, computed in full and scaled down, on top of Morse wells
+between all pairs that give every molecule a minimum: what is measured is cost, not chemistry.
+"""
+
+import argparse
+import json
+import platform
+import resource
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from ase import Atoms
+from ase.build import bulk
+from ase.data import covalent_radii
+from ase.optimize import FIRE as ASE_FIRE
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from atomeq import AtomeqCalculator, Potential, load_potential, relax
+from atomeq.dynamics.evaluator import Evaluator
+from atomeq.dynamics.integrators import VelocityVerlet
+from atomeq.dynamics.state import prepare
+from atomeq.graph.atom_graph import AtomGraph
+from atomeq.models.base import AtomisticModel
+from atomeq.models.egnn import EGNN
+from atomeq.models.escn import ESCN
+from atomeq.ops.segment import segment_sum
+from atomeq.typing import PropertyKey
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "scripts" / "results" / "dynamics_cpu.json"
+FMAX = 0.05  # eV/Å
+NETWORKS: dict[str, Callable[[], AtomisticModel]] = {
+    # The size of cu-pbe, and the default configuration of EGNN.
+    "eSCN, 1 layer, 16 channels": lambda: ESCN(
+        cutoff=5.0, num_layers=1, sphere_channels=16, hidden_channels=16, edge_channels=32
+    ),
+    "EGNN, 4 layers, 64 channels": lambda: EGNN(cutoff=5.0, num_layers=4, hidden_channels=64),
+}
+
+
+class WithMorse(AtomisticModel):
+    """A network beside Morse wells at the sum of the covalent radii."""
+
+    def __init__(self, network: AtomisticModel) -> None:
+        super().__init__()
+        self.network, self.cutoff = network, network.cutoff
+        self.register_buffer("radii", torch.tensor(covalent_radii[:100], dtype=torch.float64))
+
+    def forward(self, graph: AtomGraph) -> dict[PropertyKey, Tensor]:
+        """Return the energies of both."""
+        source, target = graph.edge_index
+        lengths = torch.linalg.vector_norm(graph.edge_vectors(), dim=1)
+        radii = self.radii[graph.atomic_numbers]
+        decay = torch.exp(-2.0 * (lengths - radii[source] - radii[target]))
+        inside = (1 - (lengths / self.cutoff) ** 2).clamp(min=0) ** 3
+        wells = segment_sum((decay**2 - 2 * decay) * inside / 2, target, graph.n_atoms)
+        return {"energies": wells + 0.02 * self.network(graph)["energies"].to(wells.dtype)}
+
+
+def molecules(n: int) -> list[Atoms]:
+    """Return self-avoiding random chains of 5 to 30 atoms."""
+    random = np.random.default_rng(0)
+    found = []
+    for _ in range(n):
+        positions = [np.zeros(3)]
+        size = int(random.integers(5, 31))
+        while len(positions) < size:
+            step = random.normal(size=3)
+            new = positions[random.integers(len(positions))] + 1.5 * step / np.linalg.norm(step)
+            if min(np.linalg.norm(new - old) for old in positions) > 1.2:
+                positions.append(new)
+        found.append(Atoms(random.choice([1, 6, 7, 8], size), positions))
+    return found
+
+
+def random_potential(make: Callable[[], AtomisticModel]) -> Potential:
+    """Return a float64 potential whose network has generic weights."""
+    torch.manual_seed(0)
+    network = make()
+    for parameter in network.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.1)
+    return Potential(WithMorse(network)).double().requires_grad_(False).eval()
+
+
+def relaxation(make: Callable[[], AtomisticModel], n: int, n_rounds: int) -> dict[str, float]:
+    """Relax molecules together and one by one, in turns."""
+    potential, structures = random_potential(make), molecules(n)
+    evaluate, calculator = Evaluator(potential), AtomeqCalculator(potential)
+    share = -(-n // n_rounds)  # one by one takes turns: the machine changes while it lasts
+    together = one_by_one = 0.0
+    energies, worst = {}, 0.0
+    outcomes = []
+    for first in range(0, n, share):
+        started = time.process_time()
+        if first == 0:
+            outcomes = list(relax(structures, evaluate, fmax=FMAX, max_steps=1000))
+            together += time.process_time() - started
+            started = time.process_time()
+        for k, atoms in enumerate(structures[first : first + share], start=first):
+            atoms = atoms.copy()
+            atoms.calc = calculator
+            with ASE_FIRE(atoms, logfile=None) as run:
+                run.run(fmax=FMAX, steps=1000)
+            energies[k] = atoms.get_potential_energy()
+        one_by_one += time.process_time() - started
+    for outcome in outcomes:
+        if outcome.converged:
+            worst = max(worst, abs(outcome.energy - energies[outcome.index]))
+    return {
+        "molecules": n,
+        "converged": sum(outcome.converged for outcome in outcomes),
+        "batched_s": together,
+        "ase_one_by_one_s": one_by_one,
+        "speedup": one_by_one / together,
+        "largest_energy_difference_eV": worst,
+    }
+
+
+def overhead(n_steps: int) -> dict[str, float]:
+    """Measure what a step of 500 Cu atoms spends outside of the potential."""
+    potential = load_potential("cu-pbe")
+    spent = 0.0
+    forward = potential.forward
+
+    def timed(*args, **kwargs):
+        nonlocal spent
+        started = time.process_time()
+        results = forward(*args, **kwargs)
+        spent += time.process_time() - started
+        return results
+
+    potential.forward = timed
+    evaluate, motion = Evaluator(potential), VelocityVerlet(timestep=2.0, temperature=600.0)
+    state = motion.init(prepare(bulk("Cu", cubic=True).repeat(5)), evaluate)
+    spent, started = 0.0, time.process_time()
+    for _ in range(n_steps):
+        state = motion.step(state, evaluate)
+    total = time.process_time() - started
+    return {
+        "atoms": 500,
+        "steps": n_steps,
+        "ms_per_step": 1e3 * total / n_steps,
+        "overhead_of_step": (total - spent) / total,
+        "overhead_of_potential": (total - spent) / spent,
+    }
+
+
+def scaling(sizes: tuple[tuple[int, int, int], ...], n_steps: int) -> dict[str, object]:
+    """Measure time and memory of MD from 500 to 10,000 Cu atoms, the small ones first."""
+    rows = []
+    for repeat in sizes:
+        evaluate = Evaluator("cu-pbe")
+        motion = VelocityVerlet(timestep=2.0, temperature=600.0)
+        state = motion.init(prepare(bulk("Cu", cubic=True).repeat(repeat)), evaluate)
+        times = []
+        for _ in range(n_steps):
+            started = time.process_time()
+            state = motion.step(state, evaluate)
+            times.append(time.process_time() - started)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        rows.append({"atoms": state.graph.n_atoms, "s_per_step": min(times), "peak_GB": peak / 1e9})
+    x, y = (np.log([row[key] for row in rows]) for key in ("atoms", "s_per_step"))
+    return {"rows": rows, "exponent": float(np.polyfit(x, y, 1)[0])}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="fewer steps and one network")
+    parser.add_argument("--molecules", type=int, default=256)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    n_steps = 10 if options.quick else 30
+    # Memory first: the peak of a process never falls.
+    results: dict[str, object] = {
+        "scaling": scaling(((5, 5, 5), (9, 9, 9), (13, 13, 15)), 2 if options.quick else 4),
+        "overhead": overhead(n_steps),
+        "relaxation": {
+            name: relaxation(make, options.molecules, 4)
+            for name, make in list(NETWORKS.items())[: 1 if options.quick else None]
+        },
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+        "commit": subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+        ).stdout.strip(),
+    }
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps(results, indent=2) + "\n")
+    show(results)
+
+
+def show(results: dict) -> None:
+    table = Table("what", "measured", "to reach", title="dynamics, one CPU thread")
+    for name, row in results["relaxation"].items():
+        table.add_row(f"batched / ASE FIRE, {name}", f"{row['speedup']:.2f} x", ">= 4 x")
+        difference = row["largest_energy_difference_eV"]
+        table.add_row("largest difference of energies", f"{difference:.1e} eV", "1e-6 eV")
+    share = results["overhead"]["overhead_of_step"]
+    table.add_row("MD overhead, 500 atoms", f"{100 * share:.1f} % of a step", "<= 10 %")
+    largest = results["scaling"]["rows"][-1]
+    table.add_row(
+        f"peak memory, {largest['atoms']} atoms", f"{largest['peak_GB']:.2f} GB", "< 8 GB"
+    )
+    table.add_row("time ~ atoms to the power", f"{results['scaling']['exponent']:.3f}", "1")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

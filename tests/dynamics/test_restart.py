@@ -1,0 +1,119 @@
+"""Runs that are killed go on bit for bit, in trajectories that ASE reads."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from analytic_potentials import Pairs, cluster, crystal, of
+from ase.constraints import FixAtoms
+from ase.io import read
+
+from atomeq.dynamics.integrators import Langevin, NoseHoover, VelocityVerlet
+from atomeq.dynamics.run import relax, simulate
+from atomeq.dynamics.trajectory import CHECKPOINT_FILE
+
+TESTS = Path(__file__).resolve().parents[1]
+OPTIONS = {"n_steps": 40, "seed": 3, "interval": 4, "checkpoint_interval": 6, "max_edges": 400}
+INTEGRATORS = {
+    "nve": VelocityVerlet(2.0),
+    "langevin": Langevin(2.0),
+    "chain": NoseHoover(2.0),
+}
+
+
+def stream():
+    atoms = cluster(6, 1)
+    atoms.set_constraint(FixAtoms([0]))
+    return [atoms, crystal(seed=1), cluster(5, 2), crystal(seed=2), cluster(8, 3)]
+
+
+def run(name: str, folder: Path, *, restart: bool = False):
+    return simulate(
+        stream(), of(Pairs()), INTEGRATORS[name], folder=folder, restart=restart, **OPTIONS
+    )
+
+
+def killed_after(n_steps: int, name: str, folder: str) -> None:
+    """Kill this process, as nothing can catch, in the middle of a run."""
+    count = 0
+
+    def observe(state, indices):
+        nonlocal count
+        count += 1
+        if count == n_steps:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    torch.set_num_threads(1)
+    list(
+        simulate(
+            stream(), of(Pairs()), INTEGRATORS[name], folder=folder, observe=observe, **OPTIONS
+        )
+    )
+
+
+@pytest.mark.parametrize("name", INTEGRATORS)
+def test_a_killed_run_goes_on_bit_for_bit(name, tmp_path):
+    whole = {outcome.index: outcome for outcome in run(name, tmp_path / "whole")}
+    broken = tmp_path / "broken"
+    command = f"import test_restart as t; t.killed_after(51, {name!r}, {str(broken)!r})"
+    path = os.pathsep.join([str(TESTS), str(Path(__file__).parent), *sys.path])
+    ended = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", command],
+        env={**os.environ, "PYTHONPATH": path},
+        check=False,
+    )
+    assert ended.returncode == -signal.SIGKILL
+    assert (broken / CHECKPOINT_FILE).exists()
+    resumed = {outcome.index: outcome for outcome in run(name, broken, restart=True)}
+    assert resumed
+    for index, outcome in resumed.items():
+        for field in ("pos", "velocities", "energy"):
+            assert torch.equal(outcome.graph[field], whole[index].graph[field])
+    names = sorted(path.name for path in (tmp_path / "whole").iterdir())
+    assert names == [f"{k:06d}.extxyz" for k in range(5)]
+    for file in names:
+        assert (broken / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+
+
+def test_an_abandoned_relaxation_goes_on(tmp_path):
+    options = {"fmax": 1e-3, "max_edges": 300, "checkpoint_interval": 7}
+    whole = {o.index: o for o in relax(stream(), of(Pairs()), **options)}
+    first = relax(stream(), of(Pairs()), folder=tmp_path, **options)
+    found = {outcome.index: outcome for outcome in (next(first), next(first))}
+    first.close()
+    again = relax(stream(), of(Pairs()), folder=tmp_path, restart=True, **options)
+    found |= {outcome.index: outcome for outcome in again}
+    assert found.keys() == whole.keys()
+    for index, outcome in found.items():
+        assert outcome.n_steps == whole[index].n_steps
+        assert torch.equal(outcome.graph.pos, whole[index].graph.pos)
+
+
+def test_ase_reads_the_trajectory(tmp_path):
+    outcomes = {outcome.index: outcome for outcome in run("nve", tmp_path)}
+    for index in (0, 1):
+        frames = read(tmp_path / f"{index:06d}.extxyz", index=":")
+        assert [frame.info["step"] for frame in frames] == list(range(0, 41, 4))
+        last, ours = frames[-1], outcomes[index].atoms
+        np.testing.assert_array_equal(last.positions, ours.positions)
+        np.testing.assert_allclose(last.get_velocities(), ours.get_velocities(), rtol=1e-6)
+        np.testing.assert_array_equal(last.cell.array, ours.cell.array)
+        np.testing.assert_array_equal(last.pbc, ours.pbc)
+        assert last.get_potential_energy() == ours.get_potential_energy()
+        np.testing.assert_allclose(last.get_forces(), ours.get_forces())
+        assert len(last.constraints) == len(ours.constraints)
+
+
+def test_a_folder_of_another_run_is_refused(tmp_path):
+    unfinished = run("nve", tmp_path)
+    next(unfinished)
+    unfinished.close()
+    with pytest.raises(ValueError, match="not empty"):
+        run("nve", tmp_path)
+    with pytest.raises(ValueError, match="other settings"):
+        run("chain", tmp_path, restart=True)
