@@ -71,13 +71,18 @@ def contiguous(tensor: Tensor) -> Tensor:
 
 
 def product_precision(dtype: torch.dtype) -> str:
-    """Return how the tensor cores multiply: single precision as torch is set to do it.
+    """Return how the tensor cores multiply: as ``torch.set_float32_matmul_precision`` has it.
 
     Three TF32 products make one as accurate as single precision, which tensor cores do not have.
     """
     if dtype != torch.float32 or INTERPRETING:
         return "ieee"
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def halved(dtype: torch.dtype) -> bool:
+    """Whether operands in single precision are rounded to bfloat16: torch's ``medium``."""
+    return dtype == torch.float32 and torch.get_float32_matmul_precision() == "medium"
 
 
 def refusal(spec: OpSpec, *, any_channels: bool = False) -> str | None:
