@@ -40,6 +40,7 @@ class CuEquivarianceBackend:
     """cuEquivariance; see :class:`~atomeq.ops.dispatch.Backend` for what each method does."""
 
     name = "cuequivariance"
+    by_torch: frozenset[str] = frozenset()
 
     def refusal(self, spec: OpSpec) -> str | None:
         """Return None for float32 and float64 harmonics and products that its kernels serve."""

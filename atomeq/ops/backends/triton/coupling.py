@@ -26,7 +26,6 @@ from atomeq.ops.backends.triton.launch import (
     launch,
     refusal,
 )
-from atomeq.ops.backends.triton.segment import segments
 from atomeq.ops.clebsch_gordan import Form, path_table
 from atomeq.ops.specification import OpSpec
 from atomeq.ops.tables import constant_table, table_like
@@ -35,8 +34,12 @@ from atomeq.ops.tables import constant_table, table_like
 class TritonCouplingKernels:
     """See :class:`~atomeq.ops.registered.kernel_sets.CouplingKernels`."""
 
+    wants_segments = True
+
     def refusal(self, spec: OpSpec) -> str | None:
         """Return None if these kernels serve the call, else the reason why not."""
+        if spec.mode != "uvu":
+            return f"its kernels couple in mode uvu, not {spec.mode}"
         return refusal(spec)
 
     def partials(
@@ -46,21 +49,13 @@ class TritonCouplingKernels:
         weights: Tensor | None,
         z: Tensor | None,
         ends: Sequence[Tensor],
+        segments: Sequence[Tensor],
         n_targets: int,
         wanted: tuple[str, ...],
         form: Form,
     ) -> list[Tensor]:
-        """Return dF/ds for each argument s that is wanted.
-
-        Raises:
-            NotImplementedError: If the mode is not uvu.
-        """
-        if form.mode != "uvu":
-            raise NotImplementedError(
-                f"the triton kernels couple in mode uvu, not {form.mode}; choose another backend "
-                f"for this layer with use_backend()"
-            )
-        call = _Call(x, y, weights, z, ends, n_targets, form)
+        """Return dF/ds for each argument s that is wanted."""
+        call = _Call(x, y, weights, z, ends, segments, n_targets, form)
         return [call.partial(argument) for argument in wanted]
 
 
@@ -94,6 +89,7 @@ class _Call:
         weights: Tensor | None,
         z: Tensor | None,
         ends: Sequence[Tensor],
+        segments: Sequence[Tensor],
         n_targets: int,
         form: Form,
     ) -> None:
@@ -101,6 +97,7 @@ class _Call:
         self.weights = None if weights is None else contiguous(weights)
         self.z = None if z is None else contiguous(z)
         self.ends = [contiguous(end) for end in ends]
+        self.segments = segments
         self.n_targets = n_targets
         self.form = form
         self.n_edges, self.channels = y.shape[0], x.shape[2]
@@ -129,9 +126,7 @@ class _Call:
         self, result: Tensor, features: Tensor, end: int, blocks: tuple[_Block, ...]
     ) -> Tensor:
         """Sum over the edges of each atom at the other end than that of the features."""
-        pointer = order = None
-        if self.ends:
-            pointer, order = segments(self.ends[1 - end], len(result))
+        pointer, order = self.segments[2 * end : 2 * end + 2] if self.ends else (None, None)
         block_c = channel_tile(self.channels)
         passes = [each for block in blocks for each in block.passes]
         lasts = list(accumulate(len(block.passes) for block in blocks))

@@ -71,17 +71,27 @@ def contiguous(tensor: Tensor) -> Tensor:
 
 
 def product_precision(dtype: torch.dtype) -> str:
-    """Return how the tensor cores multiply: single precision as torch is set to do it.
+    """Return how the tensor cores multiply: as ``torch.set_float32_matmul_precision`` has it.
 
     Three TF32 products make one as accurate as single precision, which tensor cores do not have.
     """
     if dtype != torch.float32 or INTERPRETING:
         return "ieee"
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
-def refusal(spec: OpSpec) -> str | None:
-    """Return why these kernels do not serve a call, or None."""
+def halved(dtype: torch.dtype) -> bool:
+    """Whether operands in single precision are rounded to bfloat16: torch's ``medium``."""
+    return dtype == torch.float32 and torch.get_float32_matmul_precision() == "medium"
+
+
+def refusal(spec: OpSpec, *, any_channels: bool = False) -> str | None:
+    """Return why these kernels do not serve a call, or None.
+
+    Args:
+        spec: The call.
+        any_channels: Whether the number of channels need be no multiple of anything.
+    """
     if spec.device.type != "cuda" and not INTERPRETING:
         return (
             f"Triton's kernels need CUDA, but the tensors are on {spec.device} "
@@ -92,6 +102,6 @@ def refusal(spec: OpSpec) -> str | None:
         return f"it has {', '.join(map(str, DTYPES))}, not {spec.dtype}"
     if spec.lmax > HIGHEST_DEGREE:
         return f"lmax is {spec.lmax}; its kernels were made and tested up to {HIGHEST_DEGREE}"
-    if spec.channels % _CHANNEL_STEP:
+    if spec.channels % _CHANNEL_STEP and not any_channels:
         return f"{spec.channels} channels are no multiple of {_CHANNEL_STEP}"
     return None
