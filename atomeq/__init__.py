@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from atomeq.calculators.ase import AtomeqCalculator
+    from atomeq.dynamics.run import relax, simulate
     from atomeq.graph.atom_graph import AtomGraph
     from atomeq.potential.checkpoint import load_potential, save_potential
     from atomeq.potential.potential import Potential
@@ -21,7 +22,9 @@ __all__ = [
     "Potential",
     "__version__",
     "load_potential",
+    "relax",
     "save_potential",
+    "simulate",
 ]
 
 _HOMES = {
@@ -29,7 +32,9 @@ _HOMES = {
     "AtomeqCalculator": "atomeq.calculators.ase",
     "Potential": "atomeq.potential.potential",
     "load_potential": "atomeq.potential.checkpoint",
+    "relax": "atomeq.dynamics.run",
     "save_potential": "atomeq.potential.checkpoint",
+    "simulate": "atomeq.dynamics.run",
 }
 
 

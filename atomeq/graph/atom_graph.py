@@ -36,6 +36,7 @@ _UNKNOWN: dict[str, float | bool] = {
     "tags": 0,
     "fixed": False,
     "velocities": 0.0,
+    "masses": float("nan"),
     "energy": float("nan"),
     "forces": float("nan"),
     "stress": float("nan"),
@@ -49,6 +50,7 @@ _LEVELS: dict[str, Level] = {
     "tags": "atom",
     "fixed": "atom",
     "velocities": "atom",
+    "masses": "atom",
     "forces": "atom",
     "cell": "graph",
     "pbc": "graph",
@@ -90,8 +92,8 @@ class AtomGraph(Data):
         natoms: (n_graphs,) atoms of each structure; all atoms are one structure by default.
         batch: (n_atoms,) structure of each atom, ascending; follows from ``natoms``.
         kwargs: ``tags`` (n_atoms,), ``fixed`` (n_atoms,) bool, ``velocities`` (n_atoms, 3) Å/fs,
-            labels ``energy`` (n_graphs,) eV, ``forces`` (n_atoms, 3) eV/Å, ``stress``
-            (n_graphs, 3, 3) eV/Å³, ``weight`` (n_graphs,), ``hyperedge_index`` (2, n_incidences)
+            ``masses`` (n_atoms,) amu, labels ``energy`` (n_graphs,) eV, ``forces`` (n_atoms, 3)
+            eV/Å, ``stress`` (n_graphs, 3, 3) eV/Å³, ``weight`` (n_graphs,), ``hyperedge_index`` (2, n_incidences)
             with ``num_hyperedges`` (n_graphs,) and ``hyperedge_type`` (n_hyperedges,), and any
             other tensor: it belongs to the edges if its name starts with ``edge_``, else to the
             atoms or structures by its length.
@@ -265,6 +267,26 @@ class AtomGraph(Data):
             raise IndexError(f"structure {k} of a graph with {self.n_graphs} structures")
         return self._select([k % self.n_graphs])[0]
 
+    def take(self, systems: Tensor) -> "AtomGraph":
+        """Return some of the structures, in the order that is asked for.
+
+        Where neither edges nor hyperedges have to be renumbered it costs one indexing per field,
+        however many structures there are.
+
+        Args:
+            systems: Their numbers, (n_taken,).
+        """
+        levels = {name: self._level(name, value) for name, value in self._store.items()}
+        if not set(levels.values()) <= {"atom", "graph"}:
+            return AtomGraph.concatenate(self._select(systems.tolist()))
+        rows = atom_rows(self.natoms, systems)
+        copy = AtomGraph()
+        for name, value in self._store.items():
+            copy._store[name] = value[rows if levels[name] == "atom" else systems]
+        numbers = torch.arange(len(systems), device=systems.device)
+        copy._store["batch"] = numbers.repeat_interleave(copy.natoms)
+        return copy
+
     def to_list(self) -> "list[AtomGraph]":
         """Return the structures one by one; :meth:`concatenate` undoes it."""
         return self._select(range(self.n_graphs))
@@ -360,6 +382,18 @@ class AtomGraph(Data):
         if key == "hyperedge_index":
             return torch.tensor([[self.n_atoms], [int(self.num_hyperedges.sum())]])
         return 0
+
+
+def atom_rows(natoms: GraphCounts, systems: Tensor) -> Tensor:
+    """Return the rows of the atoms of some structures, structure by structure.
+
+    Args:
+        natoms: Atoms of every structure, (n_graphs,).
+        systems: Numbers of structures, (n_taken,).
+    """
+    counts = natoms[systems]
+    first = (natoms.cumsum(0) - natoms)[systems] - (counts.cumsum(0) - counts)
+    return torch.arange(int(counts.sum()), device=natoms.device) + first.repeat_interleave(counts)
 
 
 def _check_shapes(

@@ -13,7 +13,7 @@ import torch
 from ase import Atoms, units
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.constraints import FixAtoms
-from ase.data import chemical_symbols
+from ase.data import atomic_masses, chemical_symbols
 from ase.stress import full_3x3_to_voigt_6_stress, voigt_6_to_full_3x3_stress
 from ase.symbols import Symbols
 from numpy.typing import NDArray
@@ -180,6 +180,16 @@ def validate_structure(
     _validate(arrays, known_elements, name)
     if min_distance is not None:
         _check_overlap(arrays, min_distance, name)
+
+
+def standard_masses(numbers: torch.Tensor) -> torch.Tensor:
+    """Return the mass of each atom's element, (n_atoms,), amu, float64."""
+    return torch.as_tensor(atomic_masses, dtype=torch.float64, device=numbers.device)[numbers]
+
+
+def element_symbols(numbers: torch.Tensor) -> list[str]:
+    """Return the symbol of each atom's element."""
+    return [chemical_symbols[number] for number in numbers.tolist()]
 
 
 class _Arrays:
@@ -357,6 +367,8 @@ def _graph_of_atoms(atoms: Atoms, index: int, dtype: torch.dtype) -> AtomGraph:
     fields: dict[str, torch.Tensor] = {}
     if "tags" in atoms.arrays:
         fields["tags"] = torch.tensor(atoms.arrays["tags"], dtype=torch.int64)
+    if "masses" in atoms.arrays:  # isotopes; elsewhere standard_masses() knows
+        fields["masses"] = torch.tensor(atoms.arrays["masses"], dtype=dtype)
     if "momenta" in atoms.arrays:
         fields["velocities"] = torch.tensor(atoms.get_velocities() * units.fs, dtype=dtype)
     if atoms.constraints:
@@ -462,6 +474,8 @@ def _atoms_of_graph(graph: AtomGraph) -> Atoms:
     )
     if "tags" in graph:
         atoms.set_tags(graph["tags"].numpy())
+    if "masses" in graph:
+        atoms.set_masses(array("masses"))
     # Before the constraints, which would stop the atoms they fix.
     if "velocities" in graph:
         atoms.set_velocities(array("velocities") / units.fs)

@@ -1,0 +1,1 @@
+"""Batched relaxation and molecular dynamics: many different structures move at once."""

@@ -1,0 +1,203 @@
+"""Evaluator: a potential asked step after step, with neighbours remembered and failures confined.
+
+A structure that the potential cannot answer for is left out and marked; the others get the numbers
+they would get without it.
+"""
+
+import copy
+from enum import IntEnum
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from atomeq.graph.atom_graph import AtomGraph
+from atomeq.graph.builders import RadiusGraph
+from atomeq.graph.convert import MIN_DISTANCE, StructureError
+from atomeq.graph.moving import MovingNeighbors
+from atomeq.potential.checkpoint import load_potential
+from atomeq.potential.potential import Potential
+from atomeq.typing import PropertyKey
+
+_MIN_VOLUME = 1e-6  # Å³, as the potential demands of a stress
+
+
+class Failure(IntEnum):
+    """Why a structure stands still; 0 says that it does not."""
+
+    NONE = 0
+    NOT_FINITE = 1
+    OVERLAP = 2
+    NO_NEIGHBORS = 3
+    NO_FORCES = 4
+    EXPLODED = 5
+
+    @property
+    def reason(self) -> str:
+        """What happened, for the user."""
+        return _REASONS[self]
+
+
+_REASONS = {
+    Failure.NONE: "",
+    Failure.NOT_FINITE: "a position or the cell became NaN or infinite",
+    Failure.OVERLAP: f"atoms came closer than {MIN_DISTANCE} Å",
+    Failure.NO_NEIGHBORS: "atoms flew apart or the cell collapsed: neighbours cannot be found",
+    Failure.NO_FORCES: "the potential's energy, forces or stress are NaN or infinite",
+    Failure.EXPLODED: "it exploded: an atom or the cell moved further in a step than matter does",
+}
+
+
+class Evaluator:
+    """Energy, forces and stress of a batch in motion.
+
+    It keeps a frozen copy of the potential, and the neighbour lists of the structures it has seen;
+    results do not depend on what it remembers.
+
+    Args:
+        potential: A potential, or name or folder of one.
+        skin: How much further than the cutoff neighbours are remembered, Å.
+
+    Attributes:
+        n_edges: Edges of each structure in the last evaluation, (n_graphs,).
+    """
+
+    def __init__(self, potential: Potential | str | Path, *, skin: float = 0.6) -> None:
+        if not isinstance(potential, Potential):
+            potential = load_potential(potential)
+        if potential.training or any(p.requires_grad for p in potential.parameters()):
+            potential = copy.deepcopy(potential).requires_grad_(False).eval()
+        self.potential = potential
+        builder = potential.model.graph_builder()
+        plain = type(builder) is RadiusGraph
+        self._builder = builder
+        self._neighbors = MovingNeighbors(builder.cutoff, skin) if plain else None
+        self.n_edges = torch.zeros(0, dtype=torch.int64)
+
+    def __call__(self, graph: AtomGraph, *, stress: bool = False) -> AtomGraph:
+        """Compute energy, forces and, if asked, stress.
+
+        Args:
+            graph: As :func:`~atomeq.dynamics.state.prepare` makes it.
+            stress: Whether the stress is needed; structures must have a volume.
+
+        Returns:
+            The graph with ``energy`` (n_graphs,), ``forces`` (n_atoms, 3), ``stress``
+            (n_graphs, 3, 3) and ``failure`` (n_graphs,). Numbers of failed structures are zero.
+        """
+        failure = _geometry_failures(graph, stress=stress)
+        connected, fine = self._connect(graph, failure)
+        properties: tuple[PropertyKey, ...] = ("energy", "forces")
+        if stress:
+            properties += ("stress",)
+        if connected is None:
+            return _with_results(graph, {}, fine, failure, stress=stress)
+        results = self.potential(connected, properties)
+        self.n_edges = _spread(_count_edges(connected), fine, graph.n_graphs)
+        return _with_results(graph, results, fine, failure, stress=stress)
+
+    def count_edges(self, graph: AtomGraph) -> int:
+        """Return how many edges the structures have, without evaluating them.
+
+        Raises:
+            StructureError: Atoms overlap, or neighbours cannot be found.
+        """
+        if self._neighbors is None:
+            return self.potential.build_graph(graph).n_edges
+        edges = self._neighbors(graph)
+        for k, reason in edges.refused.items():
+            raise StructureError(reason, index=k)
+        if edges.lengths.shape[0] and float(edges.lengths.min()) < MIN_DISTANCE:
+            closest = int(edges.lengths.argmin())
+            source, target = edges.edge_index[:, closest].tolist()
+            raise StructureError(
+                f"atoms {target} and {source} are {float(edges.lengths[closest]):.4g} Å apart, "
+                f"less than {MIN_DISTANCE} Å",
+                index=int(graph.batch[target]),
+            )
+        return edges.edge_index.shape[1]
+
+    def _connect(self, graph: AtomGraph, failure: Tensor) -> tuple[AtomGraph | None, Tensor]:
+        """Return the structures that have not failed with their edges, and their numbers."""
+        fine = torch.nonzero(failure == 0).flatten()
+        while len(fine):
+            part = graph if len(fine) == graph.n_graphs else graph.take(fine)
+            failed, connected = self._edges(part)
+            if connected is not None:
+                return connected, fine
+            for k, code in failed.items():
+                failure[fine[k]] = code
+            fine = torch.nonzero(failure == 0).flatten()
+        return None, fine
+
+    def _edges(self, graph: AtomGraph) -> tuple[dict[int, Failure], AtomGraph | None]:
+        if self._neighbors is None:
+            try:
+                return {}, self.potential.build_graph(graph)
+            except StructureError as error:
+                return {error.index or 0: Failure.OVERLAP}, None
+        edges = self._neighbors(graph)
+        failed = dict.fromkeys(edges.refused, Failure.NO_NEIGHBORS)
+        if edges.lengths.shape[0] and float(edges.lengths.min()) < MIN_DISTANCE:
+            close = edges.edge_index[1][edges.lengths < MIN_DISTANCE]
+            failed |= dict.fromkeys(graph.batch[close].unique().tolist(), Failure.OVERLAP)
+        if failed:
+            return failed, None
+        return {}, graph.replace(edge_index=edges.edge_index, cell_offsets=edges.cell_offsets)
+
+
+def _geometry_failures(graph: AtomGraph, *, stress: bool) -> Tensor:
+    failure = graph["failure"].clone()
+    broken = torch.zeros_like(failure, dtype=torch.bool)
+    if not bool(torch.isfinite(graph.pos).all()):
+        broken[graph.batch[~torch.isfinite(graph.pos).all(dim=1)]] = True
+    if not bool(torch.isfinite(graph.cell).all()):
+        broken |= ~torch.isfinite(graph.cell).flatten(1).all(dim=1)
+    failure[broken & (failure == 0)] = Failure.NOT_FINITE
+    if stress:
+        flat = graph.volume().nan_to_num(0.0) < _MIN_VOLUME
+        failure[flat & (failure == 0)] = Failure.NO_NEIGHBORS
+    return failure
+
+
+def _with_results(
+    graph: AtomGraph,
+    results: dict[PropertyKey, Tensor],
+    fine: Tensor,
+    failure: Tensor,
+    *,
+    stress: bool,
+) -> AtomGraph:
+    """Put results back where they belong, and mark structures whose results are no numbers."""
+    everything = len(fine) == graph.n_graphs
+    atoms = slice(None) if everything else torch.isin(graph.batch, fine)
+    energy = graph.pos.new_zeros(graph.n_graphs)
+    forces = torch.zeros_like(graph.pos)
+    fields = {"energy": energy, "forces": forces}
+    if results:
+        energy[fine] = results["energy"].to(energy.dtype)
+        forces[atoms] = results["forces"].to(forces.dtype)
+    broken = ~torch.isfinite(energy)
+    if not bool(torch.isfinite(forces).all()):
+        broken[graph.batch[~torch.isfinite(forces).all(dim=1)]] = True
+    if stress:
+        fields["stress"] = torch.zeros_like(graph.cell)
+        if results:
+            fields["stress"][fine] = results["stress"].to(graph.cell.dtype)
+        broken |= ~torch.isfinite(fields["stress"]).flatten(1).all(dim=1)
+    if bool(broken.any()):
+        failure[broken & (failure == 0)] = Failure.NO_FORCES
+        energy[broken] = 0
+        forces[broken[graph.batch]] = 0
+        if stress:
+            fields["stress"][broken] = 0
+    forces[graph["fixed"]] = 0  # as ASE: what holds an atom takes up its force
+    return graph.replace(failure=failure, **fields)
+
+
+def _count_edges(graph: AtomGraph) -> Tensor:
+    return torch.bincount(graph.batch[graph.edge_index[1]], minlength=graph.n_graphs)
+
+
+def _spread(values: Tensor, systems: Tensor, n_graphs: int) -> Tensor:
+    return values.new_zeros(n_graphs).index_copy(0, systems, values)

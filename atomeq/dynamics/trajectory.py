@@ -1,0 +1,212 @@
+"""Trajectories and checkpoints: runs that are killed go on as if they had not been.
+
+A folder holds one extended XYZ file per structure, which ASE reads, and ``checkpoint.safetensors``
+with the whole state, to the last bit. Frames are appended; the checkpoint, which is replaced as a
+whole, says how long each file was then, and what a killed run wrote after it is cut off.
+"""
+
+import json
+import math
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from atomeq.dynamics.state import State
+from atomeq.files import write_atomically
+from atomeq.graph.atom_graph import AtomGraph
+from atomeq.graph.convert import element_symbols
+from atomeq.units import ACCELERATION
+
+CHECKPOINT_FILE = "checkpoint.safetensors"
+S = TypeVar("S", bound=State)
+
+
+@dataclass
+class Passenger:
+    """One structure on its way.
+
+    Attributes:
+        index: Its place among the structures that were given.
+        id: As given.
+        n_edges: Edges it had when it was last evaluated.
+    """
+
+    index: int
+    id: Hashable
+    n_edges: int
+
+
+class Recorder:
+    """Writes a run into a folder.
+
+    Args:
+        folder: Made if missing.
+        settings: What the run computes; a checkpoint of another run is refused.
+        interval: Steps of a structure between its frames.
+        checkpoint_interval: Steps of the batch between checkpoints.
+
+    Raises:
+        ValueError: An interval is not positive.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        settings: str,
+        interval: int = 10,
+        checkpoint_interval: int = 100,
+    ) -> None:
+        if interval < 1 or checkpoint_interval < 1:
+            raise ValueError(
+                f"intervals must be at least 1 step, not {interval} and {checkpoint_interval}"
+            )
+        self.folder = Path(folder)
+        self.settings = settings
+        self.interval, self.checkpoint_interval = interval, checkpoint_interval
+        self._n_steps = 0
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def checkpoint_path(self) -> Path:
+        """Where the checkpoint is."""
+        return self.folder / CHECKPOINT_FILE
+
+    def trajectory(self, index: int) -> Path:
+        """Return the file of a structure's frames."""
+        return self.folder / f"{index:06d}.extxyz"
+
+    def frames(self, state: State, indices: Sequence[int], *, entered: bool = False) -> None:
+        """Append the frames that are due.
+
+        Args:
+            state: The batch.
+            indices: Of its structures.
+            entered: These structures have just begun: their files start anew.
+        """
+        steps = state.n_steps.tolist()
+        due = [k for k, n in enumerate(steps) if entered or n % self.interval == 0]
+        if not due:
+            return
+        systems = torch.tensor(due, device=state.n_steps.device)
+        graphs = state.graph.take(systems).to("cpu").to_list()
+        for k, graph in zip(due, graphs, strict=True):
+            with self.trajectory(indices[k]).open("w" if entered else "a", encoding="utf-8") as out:
+                out.write(extxyz_frame(graph, step=steps[k]))
+
+    def checkpoint(
+        self, states: Sequence[State], passengers: Sequence[Passenger], n_taken: int
+    ) -> None:
+        """Save everything, every ``checkpoint_interval``-th time it is called.
+
+        Args:
+            states: The running batch, then each structure that was set aside.
+            passengers: All their structures, in order.
+            n_taken: Structures taken from the stream.
+        """
+        self._n_steps += 1
+        if self._n_steps % self.checkpoint_interval:
+            return
+        tensors = {
+            f"{k}.{name}": value.contiguous()
+            for k, state in enumerate(states)
+            for name, value in state.tensors().items()
+        }
+        sizes = {p.index: _size(self.trajectory(p.index)) for p in passengers}
+        about = {
+            "settings": self.settings,
+            "n_taken": n_taken,
+            "n_states": len(states),
+            "passengers": [[p.index, p.id, p.n_edges] for p in passengers],
+            "sizes": [[index, size] for index, size in sizes.items()],
+        }
+        with write_atomically(self.checkpoint_path) as partial:
+            save_file(tensors, partial, metadata={"about": json.dumps(about)})
+
+    def restore(
+        self, kind: type[S], device: torch.device
+    ) -> tuple[list[S], list[Passenger], int] | None:
+        """Read the checkpoint and cut off the frames that are younger.
+
+        Args:
+            kind: The class of state.
+            device: Where it goes.
+
+        Returns:
+            What :meth:`checkpoint` was given, or None where there is none.
+
+        Raises:
+            ValueError: It belongs to a run with other settings.
+        """
+        if not self.checkpoint_path.exists():
+            return None
+        with safe_open(self.checkpoint_path, "pt", device=str(device)) as stream:
+            about = json.loads(stream.metadata()["about"])
+            tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
+        if about["settings"] != self.settings:
+            raise ValueError(
+                f"{self.checkpoint_path} is of a run with other settings: {about['settings']}, now "
+                f"{self.settings}; repeat them, or name another folder"
+            )
+        states = []
+        for k in range(about["n_states"]):
+            own = {n.partition(".")[2]: v for n, v in tensors.items() if n.startswith(f"{k}.")}
+            states.append(kind.from_tensors(own))
+        for index, size in about["sizes"]:
+            with self.trajectory(index).open("ab") as out:
+                out.truncate(size)
+        passengers = [Passenger(*entry) for entry in about["passengers"]]
+        return states, passengers, about["n_taken"]
+
+    def finish(self) -> None:
+        """Remove the checkpoint: the run has ended, there is nothing to go on from."""
+        self.checkpoint_path.unlink(missing_ok=True)
+
+
+def extxyz_frame(graph: AtomGraph, *, step: int) -> str:
+    """Return a structure as one frame of extended XYZ; numbers are exact.
+
+    Momenta are in ASE's units, so that ``ase.io.read`` gives the velocities back; atoms that are
+    not fixed are those of ``move_mask``.
+
+    Args:
+        graph: One structure, on the CPU.
+        step: Written beside it.
+    """
+    numbers = [graph.pos]
+    properties = "species:S:1:pos:R:3"
+    if "velocities" in graph:
+        numbers.append(graph["masses"][:, None] * graph["velocities"] / math.sqrt(ACCELERATION))
+        properties += ":momenta:R:3"
+    if "forces" in graph:
+        numbers.append(graph.forces)
+        properties += ":forces:R:3"
+    held = bool(graph["fixed"].any())
+    cell = " ".join(repr(x) for x in graph.cell.flatten().tolist())
+    pbc = " ".join("T" if periodic else "F" for periodic in graph.pbc[0].tolist())
+    words = [f'pbc="{pbc}"', f"step={step}"]
+    if bool(graph.cell.any()):
+        words.insert(0, f'Lattice="{cell}"')
+    if "energy" in graph:
+        words.append(f"energy={float(graph.energy)!r}")
+    if "stress" in graph:
+        stress = " ".join(repr(x) for x in graph.stress.flatten().tolist())
+        words.append(f'stress="{stress}"')
+    words.append(f"Properties={properties}{':move_mask:L:1' if held else ''}")
+    lines = [str(graph.n_atoms), " ".join(words)]
+    rows = torch.cat(numbers, dim=1).tolist()
+    for symbol, row, fixed in zip(
+        element_symbols(graph.atomic_numbers), rows, graph["fixed"].tolist(), strict=True
+    ):
+        mask = [] if not held else ["F" if fixed else "T"]
+        lines.append(" ".join([symbol, *map(repr, row), *mask]))
+    return "\n".join(lines) + "\n"
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
