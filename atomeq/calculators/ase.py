@@ -39,6 +39,7 @@ from atomeq.potential.checkpoint import (
 )
 from atomeq.potential.derivatives import force_constants
 from atomeq.potential.potential import Potential
+from atomeq.potential.terms import EnergyTerm
 from atomeq.typing import PropertyKey
 
 #: Asked of a committee, what its members' spread is called.
@@ -438,19 +439,27 @@ def _in_ase_form(results: Mapping[str, NDArray]) -> dict[str, Any]:
     return converted
 
 
-def _provenance(origin: str | None, potential: Potential) -> dict[str, str | None]:
+def _provenance(origin: str | None, potential: Potential) -> dict[str, Any]:
+    # The weights know nothing of additive terms, which have none.
+    terms = {"terms": _term_configs(potential)} if len(potential.terms) else {}
     if origin is None:
-        return {"name": None, "folder": None, "sha256": _hash_of(potential)}
+        return {"name": None, "folder": None, "sha256": _hash_of(potential), **terms}
     folder = find_potential(origin)
     return {
         "name": origin,
         "folder": str(folder.resolve()),
         "sha256": sha256(folder / WEIGHTS_FILE),
+        **terms,
     }
 
 
+def _term_configs(potential: Potential) -> list[dict[str, Any]]:
+    return [term.config() for term in potential.terms if isinstance(term, EnergyTerm)]
+
+
 def _hash_of(potential: Potential) -> str:
-    digest = hashlib.sha256(json.dumps(potential.model.config(), default=str).encode())
+    nodes = [potential.model.config(), *_term_configs(potential)]
+    digest = hashlib.sha256("".join(json.dumps(node, default=str) for node in nodes).encode())
     for name, tensor in sorted(potential.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())

@@ -34,8 +34,7 @@ VERBS = {
     "elastic": Verb(_PROPERTIES, "elastic constants and moduli of a crystal"),
     "phonons": Verb(_PROPERTIES, "phonon bands, density of states, thermal properties"),
     "neb": Verb("atomeq.cli.neb", "reaction path and barrier between two structures"),
-        "atomeq.cli.serve", "energies and forces for i-PI and codes that speak as it does"
-    ),
+    "serve": Verb("atomeq.cli.serve", "energies and forces for i-PI and codes that speak like it"),
     "check": Verb(_INSPECT, "hold a potential or any ASE calculator to the laws of physics"),
     "convert": Verb("atomeq.cli.convert", "turn a published checkpoint (.pt) into a potential"),
     "doctor": Verb(_INSPECT, "versions, devices, data, potentials and backends on this machine"),

@@ -13,10 +13,12 @@ import torch
 import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
+from torch import nn
 
 from atomeq.files import write_atomically
 from atomeq.models.base import AtomisticModel
 from atomeq.potential.potential import Potential
+from atomeq.potential.terms import EnergyTerm
 
 CHECKPOINT_VERSION = 1
 CONFIG_FILE = "model.yaml"
@@ -33,6 +35,12 @@ MODELS = (
     "atomeq.models.frame_averaged.Canonicalized",
     "atomeq.models.frame_averaged.FrameAveraged",
     "atomeq.models.segno.SEGNO",
+)
+
+#: Every additive term a checkpoint may name.
+TERMS = (
+    "atomeq.potential.dispersion.DispersionD3",
+    "atomeq.potential.repulsion.ZBL",
 )
 
 
@@ -71,6 +79,8 @@ def save_potential(
         "sha256": hashlib.sha256(content).hexdigest(),
         "metadata": metadata or {},
     }
+    if len(potential.terms):
+        document["terms"] = [_term_config(term) for term in potential.terms]
     with write_atomically(folder / WEIGHTS_FILE) as partial:
         partial.write_bytes(content)
     with write_atomically(folder / CONFIG_FILE) as partial:
@@ -99,7 +109,9 @@ def load_potential(
     """
     folder = find_potential(name_or_path)
     document = _read_document(folder)
-    potential = Potential(build_model(document["model"], named_in=folder / CONFIG_FILE))
+    named_in = folder / CONFIG_FILE
+    terms = [build_term(node, named_in=named_in) for node in document.get("terms", [])]
+    potential = Potential(build_model(document["model"], named_in=named_in), terms=terms)
     # Before the weights: copied into float32, those of a float64 potential would be rounded.
     potential = potential.to(getattr(torch, document["dtype"]))
     try:
@@ -182,6 +194,29 @@ def build_model(node: Any, *, named_in: str | Path = "the node") -> AtomisticMod
         raise CheckpointError(f"{named_in}, init_args: {error}") from error
 
 
+def build_term(node: Any, *, named_in: str | Path = "the node") -> EnergyTerm:
+    """Build an additive term from its node.
+
+    Args:
+        node: As :meth:`EnergyTerm.config` returns it.
+        named_in: Where it was read, for the error.
+
+    Raises:
+        CheckpointError: A class that is not on the list of terms, or arguments it does not take.
+        ImportError: The term needs a package that is not installed.
+    """
+    class_path = node.get("class_path") if isinstance(node, dict) else node
+    if class_path not in TERMS:
+        raise CheckpointError(
+            f"{named_in} names the term {class_path!r}; known are {', '.join(TERMS)}"
+        )
+    module, name = class_path.rsplit(".", 1)
+    try:
+        return getattr(importlib.import_module(module), name)(**(node.get("init_args") or {}))
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{named_in}, terms: {error}") from error
+
+
 def sha256(path: Path) -> str:
     """Return the SHA-256 of a file as hexadecimal digits."""
     with path.open("rb") as stream:
@@ -228,6 +263,16 @@ def _refuse_foreign_models(node: dict[str, Any]) -> None:
     for value in node["init_args"].values():
         if _is_node(value):
             _refuse_foreign_models(value)
+
+
+def _term_config(term: nn.Module) -> dict[str, Any]:
+    config = term.config() if isinstance(term, EnergyTerm) else {"class_path": type(term).__name__}
+    if config["class_path"] not in TERMS:
+        raise CheckpointError(
+            f"{config['class_path']} is not a term of this package; checkpoints hold "
+            f"{', '.join(TERMS)}"
+        )
+    return config
 
 
 def _is_node(value: Any) -> bool:

@@ -14,6 +14,7 @@ from atomeq.models.base import AtomisticModel
 from atomeq.ops.segment import segment_sum
 from atomeq.potential.derivatives import energy_and_derivatives
 from atomeq.potential.references import AtomicReferences
+from atomeq.potential.terms import EnergyTerm
 from atomeq.typing import PROPERTY_KEYS, PropertyKey
 
 
@@ -26,6 +27,10 @@ class Potential(nn.Module):
     Args:
         model: The network.
         references: Shift per element and scale; none leaves the network's output as eV.
+        terms: Known physics that is added, such as :class:`~atomeq.potential.repulsion.ZBL`.
+
+    Raises:
+        ValueError: Terms beside a force head, which would not feel them.
 
     Example:
         >>> potential = load_potential("cu-pbe")  # doctest: +SKIP
@@ -33,10 +38,22 @@ class Potential(nn.Module):
         >>> potential(graph, ("energy", "forces", "stress"))["energy"]  # doctest: +SKIP
     """
 
-    def __init__(self, model: AtomisticModel, references: AtomicReferences | None = None) -> None:
+    def __init__(
+        self,
+        model: AtomisticModel,
+        references: AtomicReferences | None = None,
+        *,
+        terms: Sequence[EnergyTerm] = (),
+    ) -> None:
         super().__init__()
+        if terms and "forces" in model.outputs:
+            raise ValueError(
+                f"{type(model).__name__} has a force head, whose forces would not know of "
+                f"{type(terms[0]).__name__}; add terms to conservative models"
+            )
         self.model = model
         self.references = references if references is not None else AtomicReferences()
+        self.terms = nn.ModuleList(terms)
         self._builder = model.graph_builder()
 
     def build_graph(self, structures: Any) -> AtomGraph:
@@ -110,6 +127,8 @@ class Potential(nn.Module):
     def _evaluate(self, graph: AtomGraph) -> dict[PropertyKey, Tensor]:
         outputs = self.model(graph)
         energies = self.references(outputs["energies"], graph.atomic_numbers)
+        for term in self.terms:
+            energies = energies + term(graph)
         offset = self.references.offset
         computed: dict[PropertyKey, Tensor] = {
             "energies": energies + (offset / graph.natoms)[graph.batch],  # they sum to the energy
