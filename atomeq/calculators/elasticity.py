@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from ase import Atoms
@@ -82,8 +83,9 @@ def fit_elasticity(
     tensor = ElasticTensor.from_independent_strains(
         list(strains), measured, eq_stress=np.zeros((3, 3))
     )
-    structure = AseAtomsAdaptor.get_structure(_bare(atoms))
-    symmetric = tensor.voigt_symmetrized.fit_to_structure(structure, symprec=1e-3)
+    bare: Any = _bare(atoms)  # pymatgen names the class by another path
+    structure = AseAtomsAdaptor.get_structure(bare)
+    symmetric: Any = tensor.voigt_symmetrized.fit_to_structure(structure, symprec=1e-3)
     stiffness = np.asarray(symmetric.voigt, dtype=np.float64)
     fitted = ElasticTensor.from_voigt(stiffness)
     return Elasticity(

@@ -160,8 +160,7 @@ def mesh_frequencies(
     Returns:
         Frequencies, (n_q, n_modes), THz, and the weights of the wave vectors, which sum to one.
     """
-    phonon.run_mesh(mesh, is_gamma_center=True)
-    result = _present(phonon.mesh)
+    result = phonon.run_mesh(mesh, is_gamma_center=True)
     weights = np.asarray(result.weights, dtype=np.float64)
     return np.asarray(result.frequencies), weights / weights.sum()
 

@@ -177,7 +177,8 @@ def _save(path: Path, band: BatchedNEB) -> None:
 
 
 def _barrier(band: BatchedNEB) -> float:
-    return float(band.energies.max() - band.energies[0])
+    energies = np.asarray(band.energies)
+    return float(energies.max() - energies[0])
 
 
 def _results(band: BatchedNEB) -> dict[str, Any]:

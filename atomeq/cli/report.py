@@ -96,7 +96,12 @@ class TrajectoryReport:
             [
                 ("time / fs", "temperature / K", times, temperatures),
                 ("time / fs", "change of total energy / meV per atom", times, change),
-                ("r / Å", "g(r)" if self._density else "neighbours per Å", *self.distances),
+                (
+                    "r / Å",
+                    "g(r)" if self._density else "neighbours per Å",
+                    middles.tolist(),
+                    values.tolist(),
+                ),
                 ("time / fs", "mean squared displacement / Å²", times, self._displacements),
             ],
         )
