@@ -32,7 +32,6 @@ def test_another_code_gets_what_the_calculator_gives(run, workdir, capsys, perio
 
     reference = AtomeqCalculator(small_potential())
     with SocketIOCalculator(unixsocket=name, timeout=60) as server:
-        server.server = server.launch_server()
         thread = threading.Thread(target=client, daemon=True)
         thread.start()
         atoms.calc = server
