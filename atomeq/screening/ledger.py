@@ -92,6 +92,10 @@ class Ledger:
             (identifier, locator, RUNNING),
         )
 
+    def stop_all(self) -> None:
+        """Forget what was running when an earlier process ended."""
+        self._database.execute("DELETE FROM structures WHERE status = ?", (RUNNING,))
+
     def record(self, part: Part, rows: Iterable[Row]) -> None:
         """Note a part and the rows in it, in place of what was known of either."""
         with self.transaction():

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from atomeq.files import write_atomically
-from atomeq.screening.ledger import Ledger, Part
+from atomeq.screening.ledger import RUNNING, Ledger, Part
 from atomeq.screening.rows import METADATA_KEY, Row, as_table
 
 logger = logging.getLogger(__name__)
@@ -68,6 +68,7 @@ class Results:
         try:
             self._refuse_other_settings(shard[1])
             self.ledger = Ledger(folder / f"ledger{suffix}.sqlite")
+            self.ledger.stop_all()
             self._reconcile()
         except BaseException:
             os.close(self._lock)
@@ -108,7 +109,7 @@ class Results:
         if identifier in self._pending:
             return True
         entry = self.ledger.entry(identifier)
-        return entry is not None and entry.status != "running"
+        return entry is not None and entry.status != RUNNING
 
     def retry(self, kinds: Iterable[str] | None = None) -> int:
         """Take failures out of the results, so that the run computes them again.
