@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import spglib
 from ase import Atoms
 from ase.data import atomic_masses
 
@@ -35,6 +34,7 @@ from atomeq.screening.steps import (
     Step,
     Validate,
 )
+from atomeq.screening.symmetry import space_group
 
 _GROUP = 64  # structures a committee looks at together
 _DENSITY = 1.66053906892  # g/cm³ of one amu/Å³
@@ -326,10 +326,7 @@ def _geometry(atoms: Atoms, symprec: float) -> Row:
         "volume": volume,
         "density": float(_DENSITY * atomic_masses[atoms.numbers].sum() / volume),
     }
-    symmetry = spglib.get_symmetry_dataset(
-        (atoms.cell.array, atoms.get_scaled_positions(), atoms.numbers), symprec=symprec
-    )
+    symmetry = space_group(atoms, symprec)
     if symmetry is not None:
-        columns["space_group"] = symmetry.international
-        columns["space_group_number"] = int(symmetry.number)
+        columns["space_group"], columns["space_group_number"] = symmetry
     return columns

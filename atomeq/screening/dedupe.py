@@ -1,4 +1,4 @@
-"""Copies: structures that are the same but for the cell, the order of atoms and small displacements.
+"""Copies: structures that differ only in the cell, the order of atoms and small displacements.
 
 Candidates for a comparison share the reduced formula and have nearly the same volume per atom and
 neighbour distances, which hardly change with the displacements that are tolerated; a space group
@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import spglib
 from ase import Atoms
 from numpy.typing import NDArray
 from pymatgen.analysis.structure_matcher import StructureMatcher
@@ -21,6 +20,7 @@ from pymatgen.core import Lattice, Structure
 from atomeq.graph.neighbors import neighbor_list_with_lengths
 from atomeq.screening.ledger import Ledger
 from atomeq.screening.steps import Dedupe
+from atomeq.screening.symmetry import primitive_cell
 
 _NEIGHBORS = 6  # distances of every atom that go into the fingerprint
 _VACUUM = 10.0  # Å, along directions that are not periodic
@@ -96,12 +96,10 @@ def _primitive(atoms: Atoms, tolerance: float) -> Atoms:
     """Return the primitive cell within a tolerance, Å; a molecule as it is."""
     if not atoms.pbc.all():
         return Atoms(atoms.numbers, atoms.positions, cell=atoms.cell.array, pbc=atoms.pbc)
-    cell = (atoms.cell.array, atoms.get_scaled_positions(), atoms.numbers)
-    found = spglib.find_primitive(cell, symprec=tolerance)
+    found = primitive_cell(atoms, tolerance)
     if found is None:
         return Atoms(atoms.numbers, atoms.positions, cell=atoms.cell.array, pbc=True)
-    lattice, scaled, numbers = found
-    return Atoms(numbers=numbers, scaled_positions=scaled, cell=lattice, pbc=True)
+    return found
 
 
 def _reduced_formula(atoms: Atoms) -> str:

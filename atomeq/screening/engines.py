@@ -3,6 +3,7 @@
 Only the process that reads the sources writes results; workers hold the potential and nothing else.
 """
 
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -72,6 +73,13 @@ class Job:
             hull=hull,
             max_edges=self.max_edges,
         )
+
+
+def default_workers(device: str) -> int:
+    """Return one worker per GPU, and on the CPU one per two cores."""
+    if device == "cuda" and torch.cuda.device_count():
+        return torch.cuda.device_count()
+    return max(1, (os.cpu_count() or 1) // 2)
 
 
 class Engine(Protocol):

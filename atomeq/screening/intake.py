@@ -1,4 +1,4 @@
-"""Intake: the way of a structure from its source to the engine, past everything that ends it earlier.
+"""Intake: the way of a structure from its source to the engine, unless something ends it earlier.
 
 What is done already is passed over; what cannot be read or used, or is a copy, gets its row here.
 """
@@ -55,9 +55,9 @@ class Intake:
         self.seen = Seen()
         self._validate = next((step for step in steps if isinstance(step, Validate)), None)
         self._dedupe = next((step for step in steps if isinstance(step, Dedupe)), None)
-        structural = self._dedupe is not None and self._dedupe.match == "structure"
-        assert self._dedupe is not None or not structural
-        self._matcher = Matcher(self._dedupe, results.ledger) if structural else None
+        self._matcher = None
+        if self._dedupe is not None and self._dedupe.match == "structure":
+            self._matcher = Matcher(self._dedupe, results.ledger)
 
     def candidates(self) -> Iterator[Candidate]:
         """Yield what the engine is to compute."""
@@ -88,7 +88,7 @@ class Intake:
                 self._results.add(row)
 
     def _identify(self, content: str, locator: str) -> tuple[str | None, bool]:
-        """Return the id of the row, None where there is one, and whether it is of a further copy."""
+        """Return the id of a row to come, None if it is there, and whether it is a further copy."""
         copy = place_hash(content, locator)
         first = self._results.ledger.entry(content)
         if self._results.ledger.entry(copy) is not None:

@@ -150,6 +150,17 @@ KINDS: dict[str, Reader] = {
     "JSON lines": read_json_lines,
 }
 
+#: How many structures there are in a file, for the kinds that tell at once.
+COUNTERS: dict[str, Callable[[Path], int]] = {
+    "extxyz": lambda path: _count_extxyz(path),
+    "CIF": lambda path: 1,  # as good as always
+    "POSCAR": lambda path: 1,
+    "traj": lambda path: len(Trajectory(path)),
+    "ase.db": lambda path: ase.db.connect(path).count(),
+    "LMDB": lambda path: len(open_frames(path)),
+    "Parquet": lambda path: pq.read_metadata(path).num_rows,
+}
+
 _SUFFIXES = {
     ".extxyz": "extxyz",
     ".xyz": "extxyz",
@@ -218,6 +229,15 @@ def _partial(atoms: Atoms | Unreadable) -> str:
             shares = ", ".join(f"{element} {share:g}" for element, share in site.items())
             return f"a site is partly occupied ({shares}); make it an ordered structure first"
     return ""
+
+
+def _count_extxyz(path: Path) -> int:
+    count = 0
+    with _open_text(path) as stream:
+        while (header := _next_line(stream)) and header.strip().isdigit():
+            next(itertools.islice(stream, int(header), None), None)
+            count += 1
+    return count
 
 
 def _column(there: list[str], names: tuple[str, ...], path: Path) -> str | None:

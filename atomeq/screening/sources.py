@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from ase import Atoms
 
-from atomeq.screening.readers import KINDS, Reader, Unreadable, kind_of
+from atomeq.screening.readers import COUNTERS, KINDS, Reader, Unreadable, kind_of
 
 
 class Found(NamedTuple):
@@ -53,6 +53,24 @@ def read_sources(
     for path in given:
         _refuse(root / path)
     return (found for path in given for found in _read(root, path))
+
+
+def count_structures(sources: Iterable[str | Path]) -> int | None:
+    """Return how many structures sources hold, without building them; None where that is not known.
+
+    JSON documents do not tell before they are read.
+    """
+    total = 0
+    for source in map(Path, sources):
+        for file in _files(source) if source.is_dir() else [source]:
+            counter = COUNTERS.get(kind_of(file) or "")
+            if counter is None:
+                return None
+            try:
+                total += counter(file)
+            except Exception:  # a damaged file, which ASE's readers meet with anything, is one row
+                total += 1
+    return total
 
 
 def _refuse(path: Path) -> None:
