@@ -29,6 +29,7 @@ VERBS = {
     "single-point": Verb(_SIMULATE, "energy, forces and stress of every structure in a file"),
     "relax": Verb(_SIMULATE, "move atoms, and the cell with --cell, until forces vanish"),
     "md": Verb(_SIMULATE, "molecular dynamics: NVE, NVT or NPT"),
+    "screen": Verb("atomeq.cli.screen", "many structures to a ranked table; may be interrupted"),
     "check": Verb(_INSPECT, "hold a potential or any ASE calculator to the laws of physics"),
     "convert": Verb("atomeq.cli.convert", "turn a published checkpoint (.pt) into a potential"),
     "doctor": Verb(_INSPECT, "versions, devices, data, potentials and backends on this machine"),
@@ -123,6 +124,7 @@ examples:
   atomeq single-point cu.cif --potential cu-pbe --out cu.extxyz
   atomeq relax cu.cif --potential cu-pbe --out relaxed.extxyz --fmax 0.01 --cell
   atomeq md cu.cif --potential cu-pbe --ensemble nvt --temperature 300 --steps 1000 --out md.extxyz
+  atomeq screen structures/ --potential cu-pbe --out screening
   atomeq check cu-pbe
 
 Errors are one line and exit code 2; ATOMEQ_TRACEBACK=1 shows where they come from.

@@ -85,6 +85,10 @@ class _Actors:
         gpus = 1 if job.device == "cuda" else 0
         self._class = ray.remote(num_cpus=1, num_gpus=gpus)(_Actor)
         self._actors = [self._build() for _ in range(n_workers)]
+        try:
+            ray.get([actor.alive.remote() for actor in self._actors])
+        except ray.exceptions.RayActorError as error:
+            raise RuntimeError(f"an actor cannot begin: {error}") from error
 
     def rows(self, candidates: Iterator[Candidate]) -> Iterator[Row]:
         waiting: deque[_Work] = deque()

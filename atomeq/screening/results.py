@@ -39,6 +39,7 @@ class Results:
         provenance: Of the run, as :func:`~atomeq.screening.rows.as_table` takes it.
         shard: ``(k, n)``: this process is one of n that share the folder, each with a ledger and
             parts of its own.
+        request: Plain values to keep in ``run.json``: what the run was asked for.
         rows_per_part: Rows after which a part is written.
         seconds_per_part: Seconds after which it is written anyhow.
 
@@ -53,10 +54,11 @@ class Results:
         provenance: dict[str, Any],
         *,
         shard: tuple[int, int] = (0, 1),
+        request: dict[str, Any] | None = None,
         rows_per_part: int = _ROWS_PER_PART,
         seconds_per_part: float = _SECONDS_PER_PART,
     ) -> None:
-        self.folder, self.provenance = folder, provenance
+        self.folder, self.provenance, self._request = folder, provenance, request
         self._rows_per_part, self._seconds = rows_per_part, seconds_per_part
         suffix = "" if shard[1] == 1 else f"-{shard[0]}-of-{shard[1]}"
         self._prefix = "part" if shard[1] == 1 else f"shard{suffix}-part"
@@ -187,7 +189,7 @@ class Results:
 
     def _refuse_other_settings(self, n_shards: int) -> None:
         path = self.folder / "run.json"
-        document = {"n_shards": n_shards, "provenance": self.provenance}
+        document = {"n_shards": n_shards, "provenance": self.provenance, "request": self._request}
         if not path.exists():
             with write_atomically(path) as partial:
                 partial.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")

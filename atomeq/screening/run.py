@@ -9,12 +9,13 @@ from typing import Any, Literal
 
 from atomeq.potential.potential import Potential
 from atomeq.screening.compute import Candidate
-from atomeq.screening.engines import Engine, Job, LocalEngine
 from atomeq.screening.engine_processes import ProcessEngine
 from atomeq.screening.engine_ray import RayEngine
+from atomeq.screening.engines import Engine, Job, LocalEngine
 from atomeq.screening.intake import Intake, Seen
 from atomeq.screening.provenance import provenance_of
 from atomeq.screening.ranking import best_rows, write_ranking
+from atomeq.screening.report import write_report
 from atomeq.screening.results import Results
 from atomeq.screening.rows import Row
 from atomeq.screening.sources import Found, read_sources
@@ -34,6 +35,7 @@ class Summary:
         seen: What came out of the sources this time.
         seconds: What this run took.
         ranking: The ranking's file, where a rank was asked for.
+        report: The HTML file.
     """
 
     folder: Path
@@ -42,6 +44,7 @@ class Summary:
     seen: Seen = field(default_factory=Seen)
     seconds: float = 0.0
     ranking: Path | None = None
+    report: Path | None = None
 
 
 def screen(
@@ -59,6 +62,7 @@ def screen(
     retry: Sequence[str] | bool = False,
     max_edges: int | None = None,
     observe: Callable[[Seen, Row | None], None] | None = None,
+    request: dict[str, Any] | None = None,
 ) -> Summary:
     """Screen structures: validate, leave out copies, relax, compute properties, filter and rank.
 
@@ -82,6 +86,7 @@ def screen(
         retry: Compute failures again: True for all, or the kinds, such as ``["overlap"]``.
         max_edges: Edges computed at once by each worker.
         observe: Called with what has been seen so far, and each row that an engine gives.
+        request: Plain values kept in ``run.json``, from which a caller takes up the run.
 
     Returns:
         What came of it.
@@ -108,7 +113,7 @@ def screen(
     sha256 = provenance["potential"]["sha256"]
     chosen = _engine(engine, job, sha256, workers=workers, address=address)
     elements = loaded.elements
-    with closing(Results(folder, provenance, shard=shard)) as results:
+    with closing(Results(folder, provenance, shard=shard, request=request)) as results:
         if retry:
             results.retry(None if retry is True else retry)
         intake = Intake(found, results, steps=parsed, elements=elements, shard=shard)
@@ -116,6 +121,7 @@ def screen(
         results.flush()
         summary = Summary(folder, results.ledger.counts(), results.ledger.kinds(), intake.seen)
     summary.ranking = rank(folder, parsed)
+    summary.report = write_report(folder)
     summary.seconds = time.perf_counter() - started
     return summary
 
