@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ase.data import atomic_numbers
 from ase.formula import Formula
 from pymatgen.analysis.phase_diagram import PDEntry, PhaseDiagram
 from pymatgen.core import Composition
@@ -170,9 +171,11 @@ def energies_by_formula(value: Any, name: str) -> dict[str, float]:
         raise ValueError(f"{name} must map formulas to energies in eV, not {value!r}")
     for formula, energy in value.items():
         try:
-            Formula(str(formula)).count()
-        except (ValueError, KeyError) as error:
+            unknown = Formula(str(formula)).count().keys() - atomic_numbers.keys()
+        except ValueError as error:
             raise ValueError(f"{name}: {formula!r} is no formula") from error
+        if unknown:
+            raise ValueError(f"{name}: {formula!r} is no formula, there is no {min(unknown)}")
         if not isinstance(energy, int | float) or not np.isfinite(energy):
             raise ValueError(f"{name}: the energy of {formula} is {energy!r}")
     return {str(formula): float(energy) for formula, energy in value.items()}
