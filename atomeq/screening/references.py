@@ -12,8 +12,6 @@ from typing import Any
 import numpy as np
 from ase.data import atomic_numbers
 from ase.formula import Formula
-from pymatgen.analysis.phase_diagram import PDEntry, PhaseDiagram
-from pymatgen.core import Composition
 
 from atomeq.screening.results import part_provenance, read_rows, result_files
 
@@ -33,12 +31,16 @@ class HullReferences:
     """
 
     def __init__(self, energies: Mapping[str, float]) -> None:
-        self._entries: dict[str, PDEntry] = {}
+        self._lowest: dict[str, float] = {}
         for formula, energy in energies.items():
-            composition = Composition(formula)
-            key = composition.reduced_formula
-            if key not in self._entries or energy < self._entries[key].energy_per_atom:
-                self._entries[key] = PDEntry(composition, energy * composition.num_atoms)
+            key = Formula(formula).reduce()[0].format("hill")
+            self._lowest[key] = min(energy, self._lowest.get(key, np.inf))
+        counted = {formula: _count(formula) for formula in self._lowest}
+        self._elements = {
+            next(iter(counts)): self._lowest[formula]
+            for formula, counts in counted.items()
+            if len(counts) == 1
+        }
         self._hull = lru_cache(maxsize=256)(self._build)
 
     @classmethod
@@ -75,14 +77,12 @@ class HullReferences:
         Raises:
             MissingReference: An element has no reference.
         """
-        composition = Composition(formula)
-        missing = [el.symbol for el in composition.elements if el.symbol not in self._elements]
+        counts = _count(formula)
+        missing = sorted(counts.keys() - self._elements.keys())
         if missing:
             raise MissingReference(f"no reference energy of the element {', '.join(missing)}")
-        elements = sum(
-            amount * self._elements[element.symbol] for element, amount in composition.items()
-        )
-        return float((energy - elements) / composition.num_atoms)
+        elements = sum(number * self._elements[symbol] for symbol, number in counts.items())
+        return (energy - elements) / sum(counts.values())
 
     def above_hull(self, formula: str, energy: float) -> float:
         """Return the distance from the hull of the references, eV per atom; negative below it.
@@ -91,25 +91,20 @@ class HullReferences:
             MissingReference: An element has no reference.
         """
         self.formation_energy(formula, energy)  # the elements are there
+        from pymatgen.core import Composition
+
         composition = Composition(formula)
-        hull = self._hull(tuple(sorted(el.symbol for el in composition.elements)))
+        hull = self._hull(tuple(sorted(_count(formula))))
         return float(energy / composition.num_atoms - hull.get_hull_energy_per_atom(composition))
 
-    @property
-    def _elements(self) -> dict[str, float]:
-        return {
-            entry.composition.elements[0].symbol: entry.energy_per_atom
-            for entry in self._entries.values()
-            if len(entry.composition.elements) == 1
-        }
+    def _build(self, symbols: tuple[str, ...]) -> Any:
+        # It loads in seconds, for which workers without a hull need not wait.
+        from pymatgen.analysis.phase_diagram import PDEntry, PhaseDiagram
+        from pymatgen.core import Composition
 
-    def _build(self, symbols: tuple[str, ...]) -> PhaseDiagram:
-        inside = [
-            entry
-            for entry in self._entries.values()
-            if {element.symbol for element in entry.composition.elements} <= set(symbols)
-        ]
-        return PhaseDiagram(inside)
+        inside = (item for item in self._lowest.items() if _count(item[0]).keys() <= set(symbols))
+        compositions = ((Composition(formula), energy) for formula, energy in inside)
+        return PhaseDiagram([PDEntry(c, energy * c.num_atoms) for c, energy in compositions])
 
 
 class AdsorptionReferences:
