@@ -158,9 +158,7 @@ def test_harmonic_atoms_have_the_canonical_energies(name):
     degrees = state.degrees.double()
     # 100 structures of about ten independent samples each: 1 % of 12 degrees' mean.
     assert float((kinetic / degrees).mean()) == pytest.approx(KT / 2, rel=0.05)
-    assert float(kinetic.var(unbiased=False) / degrees.mean()) == pytest.approx(
-        KT**2 / 2, rel=0.2
-    )
+    assert float(kinetic.var(unbiased=False) / degrees.mean()) == pytest.approx(KT**2 / 2, rel=0.2)
     if name == "langevin":  # the chain holds the centre of mass where it began
         assert float((potential / degrees).mean()) == pytest.approx(KT / 2, rel=0.07)
 

@@ -22,7 +22,7 @@ class Deadly(Pairs):
         self.mark = mark
 
     def forward(self, graph):
-        top = float(graph.pos[:, 2].max())
+        top = float(graph.pos[:, 2].detach().max())
         if 100 < top < 300:
             os._exit(7)
         if top > 300 and not Path(self.mark).exists():
@@ -51,10 +51,8 @@ def same_rows(one, other):
                 assert other[name][column] == value, (name, column)
 
 
-ENGINES = ["processes", pytest.param("ray", marks=pytest.mark.slow)]
-
-
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["processes", "ray"])
 def test_engine_gives_the_rows_of_the_local_one_whatever_dies(engine, tmp_path):
     if engine == "ray":
         pytest.importorskip("ray", reason="Ray is the extra atomeq[ray]")
