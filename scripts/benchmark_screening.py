@@ -199,6 +199,8 @@ def _different(n: int, rng: np.random.Generator) -> Iterator[Atoms]:
     for k in range(n):
         pair = ("NaCl", "MgO", "LiF", "KBr", "CaO")[k % 5]
         atoms = bulk(pair, kinds[k % 3], a=rng.uniform(3.6, 6.6), cubic=True)
+        if len(atoms) == 2:  # so few coordinates that some would be the same by chance
+            atoms = atoms.repeat((2, 2, 1))
         atoms.rattle(0.1, rng=np.random.RandomState(k))
         yield atoms
 

@@ -29,9 +29,9 @@ class Pairs(AtomisticModel):
 
 
 class Tethers(AtomisticModel):
-    """Every atom on a spring to the origin; no forces between atoms."""
+    """Every atom on a spring to the origin; no forces between atoms, and no edges."""
 
-    def __init__(self, cutoff: float = 0.2, *, stiffness: float = 1.0) -> None:
+    def __init__(self, cutoff: float = 1e-3, *, stiffness: float = 1.0) -> None:
         super().__init__()
         self.cutoff = cutoff
         self.stiffness = nn.Parameter(torch.tensor(stiffness, dtype=torch.float64))
@@ -43,7 +43,7 @@ class Tethers(AtomisticModel):
 class Gas(AtomisticModel):
     """No interaction at all, and no edges: atoms may pass through each other."""
 
-    def __init__(self, cutoff: float = 0.05) -> None:
+    def __init__(self, cutoff: float = 1e-3) -> None:
         super().__init__()
         self.cutoff = cutoff
         self.zero = nn.Parameter(torch.zeros((), dtype=torch.float64))

@@ -67,7 +67,9 @@ class LangevinNPT(Langevin):
         pressure: eV/Å³; ``5 * atomeq.units.GPA`` is 5 GPa.
         barostat: ``"isotropic"`` keeps the shape of the cell, ``"full"`` lets every component of
             the strain fluctuate.
-        barostat_time: Sets the mass of the cell, and is one over its friction, fs.
+        barostat_time: Sets the mass of the cell, and is one over its friction, fs. The cell of a
+            solid swings some thirty times in it, so it must be long beside the timestep: 100 of
+            them at least.
     """
 
     pressure: float = 0.0
@@ -111,7 +113,9 @@ class LangevinNPT(Langevin):
         start = self.start(graph, evaluate, seeds=seeds, stress=True)
         return PressureState(**vars(start), strain_rate=torch.zeros_like(graph.cell))
 
-    def step(self, state: PressureState, evaluate: Evaluator) -> PressureState:
+    def step(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, state: PressureState, evaluate: Evaluator
+    ) -> PressureState:
         """Take one step: kicks, half a drift, friction and noise, and the same backwards."""
         half = self.timestep / 2
         rate = state.strain_rate + half * self._push(state.graph, state.degrees)

@@ -35,6 +35,7 @@ class EdgeBudget:
         self.limit = max_edges if max_edges is not None else default
         self._ceiling: int | None = None
         self._bytes_per_edge: float | None = None
+        self._before = 0
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -50,11 +51,12 @@ class EdgeBudget:
             return
         used = torch.cuda.max_memory_allocated(self.device) - self._before
         new, old = used / n_edges, self._bytes_per_edge
-        self._bytes_per_edge = new if old is None else old + _SMOOTHING * (new - old)
+        average = new if old is None else old + _SMOOTHING * (new - old)
+        self._bytes_per_edge = average
         reserved = torch.cuda.memory_reserved(self.device)
         idle = reserved - torch.cuda.memory_allocated(self.device)
         available = _HEADROOM * (torch.cuda.mem_get_info(self.device)[0] + idle)
-        limit = int(available / max(self._bytes_per_edge, 1.0))
+        limit = int(available / max(average, 1.0))
         self.limit = min(limit, self._ceiling or limit)
 
     def halve(self, n_edges: int) -> None:

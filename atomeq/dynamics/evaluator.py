@@ -51,8 +51,8 @@ _REASONS = {
 class Evaluator:
     """Energy, forces and stress of a batch in motion.
 
-    It keeps a frozen copy of the potential, and the neighbour lists of the structures it has seen;
-    results do not depend on what it remembers.
+    It keeps the potential, as a frozen copy where it could still be trained, and the neighbour
+    lists of the structures it has seen; results do not depend on what it remembers.
 
     Args:
         potential: A potential, or name or folder of one.
@@ -63,12 +63,11 @@ class Evaluator:
     """
 
     def __init__(self, potential: Potential | str | Path, *, skin: float = 0.6) -> None:
-        if not isinstance(potential, Potential):
-            potential = load_potential(potential)
-        if potential.training or any(p.requires_grad for p in potential.parameters()):
-            potential = copy.deepcopy(potential).requires_grad_(False).eval()
-        self.potential = potential
-        builder = potential.model.graph_builder()
+        loaded = potential if isinstance(potential, Potential) else load_potential(potential)
+        if loaded.training or any(p.requires_grad for p in loaded.parameters()):
+            loaded = copy.deepcopy(loaded).requires_grad_(False).eval()
+        self.potential = loaded
+        builder = loaded.model.graph_builder()
         plain = type(builder) is RadiusGraph
         self._builder = builder
         self._neighbors = MovingNeighbors(builder.cutoff, skin) if plain else None

@@ -85,7 +85,9 @@ class LBFGSState(OptimizerState):
     curvature: Tensor = field(metadata=PER_SYSTEM)
 
     @classmethod
-    def concatenate(cls, states: Sequence[Self]) -> Self:
+    def concatenate(  # pyright: ignore[reportIncompatibleMethodOverride]
+        cls, states: Sequence[Self]
+    ) -> Self:
         """Join states, padding short histories."""
         longest = max(state.curvature.shape[1] for state in states)
         return super().concatenate([state._padded(longest) for state in states])

@@ -1,9 +1,8 @@
 """relax() and simulate(): streams of structures in, their outcomes out, batched in flight."""
 
-import itertools
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 
@@ -202,7 +201,7 @@ def _fly(
 ) -> Iterator[Outcome]:
     # A single structure is iterable too, in its own way; it is not what was meant.
     if isinstance(structures, PymatgenSites | AtomGraph) or hasattr(structures, "get_positions"):
-        structures = itertools.repeat(structures, 1)  # pyright: ignore[reportArgumentType]
+        structures = cast("Iterable[StructureLike]", [structures])
     if flight.recorder is not None:
         saved = flight.recorder.restore(kind, flight.evaluate.potential.device)
         if saved is not None:

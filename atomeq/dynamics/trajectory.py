@@ -113,7 +113,7 @@ class Recorder:
         if self._n_steps % self.checkpoint_interval:
             return
         tensors = {
-            f"{k}.{name}": value.contiguous()
+            f"{k}.{name}": value.clone()  # they may share memory, which safetensors refuses
             for k, state in enumerate(states)
             for name, value in state.tensors().items()
         }

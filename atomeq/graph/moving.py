@@ -173,16 +173,13 @@ class MovingNeighbors:
         pos, cell, pbc = graph.pos[rows], graph.cell[k], graph.pbc[k]
         self.n_searches += 1
         arrays = pos.cpu().numpy(), cell.cpu().numpy(), pbc.cpu().numpy()
-        reason = _too_dense(*arrays, cutoff=self.cutoff)
         try:
-            if reason is None:
-                complete = complete_cell(arrays[1], arrays[2])
-                edges = neighbor_list(*arrays, self.cutoff + self.skin)
+            _refuse_collapse(*arrays, cutoff=self.cutoff)
+            complete = complete_cell(arrays[1], arrays[2])
+            edges = neighbor_list(*arrays, self.cutoff + self.skin)
         except ValueError as error:
-            reason = str(error)
-        if reason is not None:
             self._known[key] = _empty(torch.full_like(pos, _FAR), cell, pbc)
-            return reason
+            return str(error)
         device = pos.device
         self._known[key] = _Candidates(
             pos.clone(),
@@ -240,15 +237,15 @@ def _complete_like(graph: AtomGraph, assembly: _Assembly) -> Tensor:
     return cell
 
 
-def _too_dense(pos: np.ndarray, cell: np.ndarray, pbc: np.ndarray, cutoff: float) -> str | None:
-    """Say that a cell collapsed: a search would need all memory before it could say anything."""
+def _refuse_collapse(pos: np.ndarray, cell: np.ndarray, pbc: np.ndarray, *, cutoff: float) -> None:
+    """Refuse a cell that collapsed: a search would take all memory before it could say so."""
     if not pbc.all():
-        return None
+        return
     volume = abs(np.linalg.det(cell))
     sphere = 4 / 3 * math.pi * cutoff**3
     if len(pos) * sphere <= _MAX_NEIGHBORS * volume:
-        return None
-    return (
+        return
+    raise ValueError(
         f"the cell holds {len(pos)} atoms in {volume:.3g} Å³, which is no matter; it collapsed, or "
         "is not in Å"
     )

@@ -110,7 +110,7 @@ def _plots(folder: Path, by: str) -> Iterator[dict[str, Any]]:
         for row in rows
         if row["status"] == "done"
     ]
-    table = np.array(done, dtype=np.float32).reshape(-1, len(names) + 1)
+    table = np.array(done, dtype=np.float64).reshape(-1, len(names) + 1)
     for name in dict.fromkeys([by, "energy_per_atom", "n_steps"]):
         yield from _histogram(name, table[:, names.index(name)])
     per_atom = table[:, names.index("volume")] / table[:, -1]
@@ -129,7 +129,9 @@ def _histogram(name: str, values: np.ndarray) -> Iterator[dict[str, Any]]:
     finite = values[np.isfinite(values)]
     if not len(finite):
         return
-    counts, edges = np.histogram(finite, bins=_BINS)
+    low, high = float(finite.min()), float(finite.max())
+    margin = max(1e-6, 1e-6 * abs(low)) if high - low < 1e-6 * max(1.0, abs(low)) else 0.0
+    counts, edges = np.histogram(finite, bins=_BINS, range=(low - margin, high + margin))
     words = name.replace("_", " ")
     yield {
         "caption": f"Structures by {words}",

@@ -124,7 +124,7 @@ def test_a_structure_beyond_the_limit_is_too_large(potential):
     outcomes = by_index(relax([cluster(3), crystal()], potential, max_edges=50, fmax=FMAX))
     assert outcomes[0].status == "converged"
     assert outcomes[1].status == "too_large"
-    assert "max_edges = 50" in outcomes[1].reason
+    assert "max_edges=50" in outcomes[1].reason
 
 
 class Cramped(Pairs):

@@ -56,6 +56,12 @@ def test_names_of_strangers_stay_text_and_nothing_is_loaded(folder):
     assert "default-src 'none'" in text
 
 
+def test_report_of_structures_that_are_nearly_the_same(tmp_path):
+    found = [Found(f"s#{k}", crystal(a=3.6 + 1e-13 * k)) for k in range(2)]
+    screen(iter(found), of(Pairs()), out=tmp_path, steps=["single_point", "properties"])
+    assert [sum(plot["counts"]) for plot in data_of(tmp_path)["plots"] if "counts" in plot] == [2]
+
+
 def test_report_of_nothing_is_written(tmp_path):
     screen(iter([]), of(Pairs()), out=tmp_path, steps=["validate"])
     assert write_report(tmp_path).stat().st_size > 1000
