@@ -1,7 +1,7 @@
 """screen(): sources in, a folder of results out; called again it goes on where it was ended."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -146,7 +146,7 @@ def _work(
             if observe is not None:
                 observe(seen, row)
     finally:
-        if isinstance(rows, Iterator) and hasattr(rows, "close"):
+        if isinstance(rows, Generator):
             rows.close()  # workers end before the folder is given back
     if observe is not None:
         observe(seen, None)
