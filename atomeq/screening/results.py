@@ -290,4 +290,7 @@ def _differences(earlier: Any, now: Any, name: str = "") -> str:
             for key in sorted(earlier.keys() | now.keys())
         )
         return ", ".join(filter(None, found))
+    if isinstance(earlier, list) and isinstance(now, list) and len(earlier) == len(now):
+        found = (_differences(*pair, name) for pair in zip(earlier, now, strict=True))
+        return ", ".join(filter(None, found))
     return "" if earlier == now else f"{name} was {earlier!r} and is {now!r}"
