@@ -5,7 +5,7 @@ its turn: force training needs the gradient of a gradient, in eager mode as in a
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ NAMESPACE = "atomeq"
 
 # From the saved inputs by name, the names whose gradient is wanted, and the gradients of the
 # outputs (None for one that nothing depends on), to the gradients by name; a missing name is zero.
-Gradient = Callable[..., Mapping[str, Tensor | list[Tensor] | None]]
+Gradient = Callable[..., Mapping[str, Tensor | Sequence[Tensor | None] | None]]
 
 
 def registered(
@@ -44,10 +44,11 @@ def registered(
         name = f"{NAMESPACE}::{function.__name__}"
         operation = torch.library.custom_op(name, function, mutates_args=())
         operation.register_fake(fake)
-        if gradient is not None:
+        formula = gradient
+        if formula is not None:
             tape = _Tape(tuple(inspect.signature(function).parameters), only_for or {}, keeps)
             operation.register_autograd(
-                lambda ctx, *grads: tape.gradients(ctx, gradient, grads),
+                lambda ctx, *grads: tape.gradients(ctx, formula, grads),
                 setup_context=tape.save,
             )
         return operation
