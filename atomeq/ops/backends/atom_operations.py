@@ -41,7 +41,7 @@ class AtomOperations:
         """Evaluate the harmonics of vectors or of their directions."""
         flat = vectors.reshape(-1, 3)
         values = harmonics(flat, lmax, normalization, normalize, self.name)
-        return values.unflatten(0, vectors.shape[:-1]) if vectors.ndim != 2 else values
+        return values if vectors.ndim == 2 else values.view(*vectors.shape[:-1], values.shape[1])
 
     def tensor_product(
         self,

@@ -66,7 +66,7 @@ class CuEquivarianceBackend:
         points = directions(vectors)[0] if normalize else vectors
         (flat,) = polynomial([points.reshape(-1, 3)])
         scale = table_like(_scales, lmax, normalization, like=vectors)
-        return (flat * scale).unflatten(0, vectors.shape[:-1])
+        return (flat * scale).reshape(*vectors.shape[:-1], flat.shape[1])
 
     def tensor_product(
         self,

@@ -160,7 +160,7 @@ class ReferenceBackend:
                 return from_grid @ fn(to_grid @ x)
         if not results:
             return from_grid @ fn(to_grid @ x)
-        return torch.cat(results).unflatten(0, x.shape[:-2])
+        return torch.cat(results).reshape(*x.shape[:-2], -1, x.shape[-1])
 
     def sphere_silu(self, x: Tensor, grid: SphereGrid) -> Tensor:
         """Apply SiLU between two matrix products, keeping nothing but the coefficients."""

@@ -5,7 +5,8 @@ its turn: force training needs the gradient of a gradient, in eager mode as in a
 """
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ NAMESPACE = "atomeq"
 
 # From the saved inputs by name, the names whose gradient is wanted, and the gradients of the
 # outputs (None for one that nothing depends on), to the gradients by name; a missing name is zero.
-Gradient = Callable[..., Mapping[str, Tensor | Sequence[Tensor | None] | None]]
+Gradient = Callable[..., Mapping[str, Tensor | list[Tensor] | list[Tensor | None] | None]]
 
 
 def registered(
@@ -44,13 +45,9 @@ def registered(
         name = f"{NAMESPACE}::{function.__name__}"
         operation = torch.library.custom_op(name, function, mutates_args=())
         operation.register_fake(fake)
-        formula = gradient
-        if formula is not None:
+        if gradient is not None:
             tape = _Tape(tuple(inspect.signature(function).parameters), only_for or {}, keeps)
-            operation.register_autograd(
-                lambda ctx, *grads: tape.gradients(ctx, formula, grads),
-                setup_context=tape.save,
-            )
+            operation.register_autograd(partial(tape.gradients, gradient), setup_context=tape.save)
         return operation
 
     return decorate
@@ -106,7 +103,7 @@ class _Tape:
         ctx.required = required
         ctx.save_for_backward(*tensors)
 
-    def gradients(self, ctx: Any, gradient: Gradient, grads: tuple[Any, ...]) -> tuple[Any, ...]:
+    def gradients(self, gradient: Gradient, ctx: Any, *grads: Any) -> tuple[Any, ...]:
         tensors = list(ctx.saved_tensors)
         saved = SimpleNamespace(outputs=tensors[len(tensors) - len(self.keeps) :])
         for name in self.names:
