@@ -5,7 +5,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from atomeq.ops.backends.triton.launch import accumulator, contiguous, launch, refusal
+from atomeq.ops.backends.triton.launch import (
+    accumulator,
+    ceil_div,
+    contiguous,
+    launch,
+    power_of_2,
+    refusal,
+)
 from atomeq.ops.edge_frame import segments_of
 from atomeq.ops.specification import OpSpec
 
@@ -48,10 +55,10 @@ def segment_softmax(logits: Tensor, index: Tensor, n_segments: int) -> Tensor:
 def _launch(kernel: object, x: Tensor, index: Tensor, n_segments: int, result: Tensor) -> None:
     pointer, order = segments_of(index, n_segments)
     features = x.shape[1]
-    block = min(_FEATURES, triton.next_power_of_2(max(1, features)))
+    block = min(_FEATURES, power_of_2(max(1, features)))
     launch(
         kernel,
-        (n_segments, triton.cdiv(features, block)),
+        (n_segments, ceil_div(features, block)),
         x,
         pointer,
         order,

@@ -16,6 +16,9 @@ features and weights as it reads them, at any number of edges, and adds in singl
 enters and leaves it stays float32.
 """
 
+# Only Triton's compiler goes through tl.static_range; to a type checker it raises.
+# pyright: reportGeneralTypeIssues=false
+
 from typing import NamedTuple
 
 import torch
@@ -26,6 +29,7 @@ from torch import Tensor
 from atomeq.ops.backends.triton.launch import (
     INTERPRETING,
     accumulator,
+    ceil_div,
     contiguous,
     halved,
     launch,
@@ -128,7 +132,7 @@ def _launch_groups(
     n_edges = len(rows)
     launch(
         _grouped_products,
-        (triton.cdiv(n_edges, _TILE), groups[-1].last_tile),
+        (ceil_div(n_edges, _TILE), groups[-1].last_tile),
         contiguous(rows),
         buffer,
         out,
@@ -136,6 +140,7 @@ def _launch_groups(
         n_edges=n_edges,
         READ_WIDTH=rows.shape[1],
         WRITE_WIDTH=out.shape[1],
+        N_GROUPS=len(groups),
         GROUPS=tuple(_flat(group) for group in groups),
         SIGN=-1.0 if back else 1.0,
         PRECISION=product_precision(rows.dtype),
@@ -180,7 +185,7 @@ def _groups(weights: list[Tensor], shape: SO2Shape, back: bool) -> tuple[list[_G
                     outer,
                     place,
                     first,
-                    first + triton.cdiv(outer, _TILE),
+                    first + ceil_div(outer, _TILE),
                 )
             )
     buffer = torch.cat(parts)
@@ -220,13 +225,14 @@ def _tile(pointer, mask, ROUND: tl.constexpr, UPCAST: tl.constexpr):
 
 @triton.jit
 def _grouped_products(rows, weights, out, n_edges, READ_WIDTH: tl.constexpr,
-                      WRITE_WIDTH: tl.constexpr, GROUPS: tl.constexpr, SIGN: tl.constexpr,
+                      WRITE_WIDTH: tl.constexpr, N_GROUPS: tl.constexpr, GROUPS: tl.constexpr,
+                      SIGN: tl.constexpr,
                       PRECISION: tl.constexpr, ROUND: tl.constexpr, UPCAST: tl.constexpr,
                       SUM: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
     edge = tl.program_id(0) * TILE + tl.arange(0, TILE)
     there = (edge < n_edges)[:, None]
     edge = edge.to(tl.int64)
-    for g in tl.static_range(len(GROUPS)):
+    for g in tl.static_range(N_GROUPS):
         if (tl.program_id(1) >= GROUPS[g][8]) & (tl.program_id(1) < GROUPS[g][9]):
             output = (tl.program_id(1) - GROUPS[g][8]) * TILE + tl.arange(0, TILE)
             wanted = output < GROUPS[g][6]

@@ -15,15 +15,18 @@ from torch import Tensor
 from atomeq.ops.backends.triton.launch import (
     INTERPRETING,
     accumulator,
+    ceil_div,
     contiguous,
     launch,
+    power_of_2,
     product_precision,
     refusal,
 )
 from atomeq.ops.specification import OpSpec
 
 _POINTS = 32  # of the grid at a time
-_CHANNELS = 64  # the result of lmax = 6 has 64 padded rows: 32 registers of each thread
+_CHANNELS = 64
+_BYTES = 8192  # of one factor's padded coefficients: four factors fit a block's shared memory
 _SMALLEST = 16  # side of a product on tensor cores
 _FACTORS = 4  # SiLU and its first three derivatives, all that training with forces takes
 
@@ -52,10 +55,10 @@ class TritonSphereKernels:
         result = first.new_empty(len(first), back.shape[0], channels)
         absent = [None] * (_FACTORS - len(factors))
         rows = [factor.shape[1] for factor in factors] + [1] * len(absent)
-        block_c = max(_SMALLEST, min(_CHANNELS, triton.next_power_of_2(channels)))
+        block_c = _channels_at_once(channels, max(*rows, back.shape[0]), first.dtype)
         launch(
             _sphere_form,
-            (len(first), triton.cdiv(channels, block_c)),
+            (len(first), ceil_div(channels, block_c)),
             *map(contiguous, factors),
             *absent,
             *map(contiguous, matrices),
@@ -82,7 +85,12 @@ class TritonSphereKernels:
 
 
 def _padded(rows: int) -> int:
-    return max(_SMALLEST, triton.next_power_of_2(rows))
+    return max(_SMALLEST, power_of_2(rows))
+
+
+def _channels_at_once(channels: int, rows: int, dtype: torch.dtype) -> int:
+    most = _BYTES // (_padded(rows) * max(dtype.itemsize, torch.float32.itemsize))
+    return max(_SMALLEST, min(_CHANNELS, most, power_of_2(channels)))
 
 
 @triton.jit
