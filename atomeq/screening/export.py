@@ -1,6 +1,7 @@
 """Exports: results as an ASE database and as a dataset of the chemiscope viewer."""
 
 import gzip
+import itertools
 import json
 import os
 from collections.abc import Iterator
@@ -28,9 +29,9 @@ def export_database(folder: Path, path: Path) -> int:
     growing = path.with_name(f".{path.stem}-{os.getpid()}.db")
     count = 0
     try:
-        database = ase.db.connect(growing, type="db")
+        database: Any = ase.db.connect(growing, type="db")  # untyped: it has __enter__
         rows = _done(folder)
-        while group := [row for row, _ in zip(rows, range(_GROUP), strict=False)]:
+        while group := list(itertools.islice(rows, _GROUP)):
             with database:
                 for row in group:
                     _write(database, row)

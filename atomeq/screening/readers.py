@@ -20,7 +20,7 @@ import ase.io
 import numpy as np
 import pyarrow.parquet as pq
 from ase import Atoms
-from ase.io.trajectory import Trajectory
+from ase.io.trajectory import TrajectoryReader
 
 from atomeq.data.oc20 import open_frames
 from atomeq.screening.json_structures import structures_of_document, structures_of_lines
@@ -75,10 +75,12 @@ def read_poscar(path: Path) -> Iterator[Atoms | Unreadable]:
 
 def read_trajectory(path: Path) -> Iterator[Atoms | Unreadable]:
     """Read ASE's trajectory."""
-    with Trajectory(path) as frames:
+    with TrajectoryReader(path) as frames:
         for index in range(len(frames)):
             try:
-                yield frames[index]
+                atoms = frames[index]
+                assert isinstance(atoms, Atoms)
+                yield atoms
             except Exception as error:  # ASE's readers raise anything on damaged files
                 yield Unreadable.of(error)
 
@@ -155,7 +157,7 @@ COUNTERS: dict[str, Callable[[Path], int]] = {
     "extxyz": lambda path: _count_extxyz(path),
     "CIF": lambda path: 1,  # as good as always
     "POSCAR": lambda path: 1,
-    "traj": lambda path: len(Trajectory(path)),
+    "traj": lambda path: len(TrajectoryReader(path)),
     "ase.db": lambda path: ase.db.connect(path).count(),
     "LMDB": lambda path: len(open_frames(path)),
     "Parquet": lambda path: pq.read_metadata(path).num_rows,

@@ -67,7 +67,8 @@ def test_report_of_nothing_is_written(tmp_path):
     assert write_report(tmp_path).stat().st_size > 1000
 
 
-def test_exports_hold_the_structures(folder, tmp_path):
+def test_exports_hold_the_structures(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("atomeq.screening.export._GROUP", 4)  # more than one transaction
     assert export_database(folder, tmp_path / "x.db") == 6
     rows = list(ase.db.connect(tmp_path / "x.db").select())
     assert len(rows) == 6

@@ -14,7 +14,7 @@ from ase.build import bulk
 from oc20 import slab_frames
 from structures import rattled_crystal, rattled_molecule, rattled_slab
 
-from atomeq.data.oc20_write import _write_lmdb
+from atomeq.data.oc20_write import write_lmdb
 from atomeq.screening.identity import content_hash, place_hash, shard_of
 from atomeq.screening.rows import structure_columns
 from atomeq.screening.sources import read_sources
@@ -113,7 +113,7 @@ def test_files_of_one_structure(name, tmp_path):
 
 
 def test_lmdb_of_oc20(tmp_path):
-    _write_lmdb(tmp_path / "oc20.lmdb", slab_frames(3), "stored")
+    write_lmdb(tmp_path / "oc20.lmdb", slab_frames(3), "stored")
     found = list(read_sources([tmp_path / "oc20.lmdb"]))
     assert [len(item.atoms) for item in found] == [len(f.numbers) for f in slab_frames(3)]
     assert found[0].atoms.constraints
