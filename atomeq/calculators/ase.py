@@ -99,7 +99,7 @@ class AtomeqCalculator(Calculator):
     ) -> None:
         self._local = threading.local()  # first: ASE's constructor assigns atoms and results
         super().__init__()
-        alone = isinstance(potential, str | Path | Potential)
+        alone = isinstance(potential, str | Path | torch.nn.Module)  # of modules, _frozen says more
         members = [potential] if alone else list(potential)
         if not members:
             raise ValueError("a committee needs at least one potential, and none was given")

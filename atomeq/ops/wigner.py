@@ -273,7 +273,7 @@ def edge_wigner(
     alpha_cos, alpha_sin = _multiple_angles(cos_alpha, sin_alpha, lmax)  # (n_edges, lmax + 1)
     order = table_like(_absolute_orders, lmax, like=y).long()
     sign = table_like(_negated_signs, lmax, like=y)
-    tilt, flipped = table_like(_tilt_tables, lmax, mmax, like=y).flatten(2)
+    tilt, flipped = table_like(tilt_tables, lmax, mmax, like=y).flatten(2)
     shape = (-1, len(m_primary_order(lmax, mmax)), (lmax + 1) ** 2)
     straight = (beta @ tilt).view(shape) * alpha_cos[:, order].unsqueeze(1)
     return straight.addcmul_(
@@ -292,7 +292,7 @@ def _multiple_angles(cosine: Tensor, sine: Tensor, highest: int) -> tuple[Tensor
 
 
 @constant_table
-def _tilt_tables(lmax: int, mmax: int) -> Tensor:
+def tilt_tables(lmax: int, mmax: int) -> Tensor:
     """Return T with J X(-beta) J = sum_k T[0, k] cos(k beta) + T[0, L+1+k] sin(k beta).
 
     Rows are in m-primary order; T[1] is T[0] with the columns m and -m exchanged.

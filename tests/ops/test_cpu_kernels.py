@@ -11,10 +11,12 @@ from atomeq.ops.backends.native.harmonics import slope_matrices
 from atomeq.ops.dispatch import use_backend
 from atomeq.ops.harmonic_polynomials import harmonic_polynomials
 from atomeq.ops.paths import Mode, Output, Path, tensor_product_paths
+from atomeq.ops.registered.wigner import edge_wigner
 from atomeq.ops.segment import segment_softmax, segment_sum
 from atomeq.ops.spherical_harmonics import spherical_harmonics
 from atomeq.ops.tensor_product import cg_conv, tensor_product
 from atomeq.ops.wigner import block_diagonal, rotation_matrix, wigner_from_matrix
+from atomeq.ops.wigner import edge_wigner as reference_wigner
 
 pytestmark = pytest.mark.skipif(unavailable() is not None, reason=f"no C kernels: {unavailable()}")
 
@@ -231,6 +233,21 @@ def test_derivatives_of_harmonics_are_harmonics_of_one_degree_less() -> None:
     jacobian = torch.func.vmap(torch.func.jacfwd(lambda v: harmonic_polynomials(v, 5)))(v)
     slopes = torch.einsum("iab,nb->nai", slope_matrices(5), harmonic_polynomials(v, 5))
     torch.testing.assert_close(slopes, jacobian)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("lmax", "mmax"), [(0, 0), (2, 2), (4, 1), (6, 6)])
+def test_frames_equal_the_reference_at_and_beside_the_poles(
+    lmax: int, mmax: int, dtype: torch.dtype
+) -> None:
+    vectors = torch.randn(37, 3, dtype=dtype)  # more than the kernel takes at a time, and a rest
+    poles = [[0, 1.3, 0], [0, -2, 0], [1e-8, 1, 0], [0, -1, 1e-30]]
+    vectors[: len(poles)] = torch.tensor(poles, dtype=dtype)
+    found = edge_wigner(vectors, lmax, mmax, "cpu")
+    expected = reference_wigner(vectors, lmax, mmax)
+    assert (found - expected).abs().max() <= PARITY[dtype]
+    assert edge_wigner(vectors[:0], lmax, mmax, "cpu").shape == expected[:0].shape
+    assert edge_wigner(vectors * torch.nan, lmax, mmax, "cpu")[:, -1].isnan().any() == (lmax > 0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

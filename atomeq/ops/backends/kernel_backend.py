@@ -5,13 +5,13 @@ from torch import Tensor
 
 from atomeq.ops.backends.atom_operations import ATOM_TOPICS, AtomOperations
 from atomeq.ops.edge_frame import EdgeFrame
-from atomeq.ops.registered import edge_rotation, escn_conv, so2_map
+from atomeq.ops.registered import edge_rotation, escn_conv, so2_map, wigner
 from atomeq.ops.registered.kernel_sets import edge_kernels, refusal
 from atomeq.ops.registered.so2_shape import SO2Shape, scale_by_row
 from atomeq.ops.specification import OpSpec
 
 _EDGE_OPS = ("rotate_to_edge", "rotate_from_edge", "so2_linear", "escn_conv")
-_TOPICS = dict.fromkeys(_EDGE_OPS, "edge") | ATOM_TOPICS
+_TOPICS = dict.fromkeys(_EDGE_OPS, "edge") | ATOM_TOPICS | {"edge_wigner": "wigner"}
 
 
 class KernelBackend(AtomOperations):
@@ -27,6 +27,10 @@ class KernelBackend(AtomOperations):
     def refusal(self, spec: OpSpec) -> str | None:
         """Ask the kernels; a set need not have those of every operation."""
         return refusal(_TOPICS.get(spec.op, spec.op), self.name, spec)
+
+    def edge_wigner(self, vectors: Tensor, lmax: int, mmax: int) -> Tensor:
+        """Return the Wigner rows that take edges to +y."""
+        return wigner.edge_wigner(vectors, lmax, mmax, self.name)
 
     def rotate_to_edge(self, x: Tensor, frame: EdgeFrame, indices: tuple[Tensor, ...]) -> Tensor:
         """Gather by each index, join the channels, rotate into the edge frames."""

@@ -18,6 +18,7 @@ of C. The three are closed: no Wigner matrix is ever differentiated, the roll of
 and no 1/sin(beta) appears.
 """
 
+import math
 from types import SimpleNamespace
 
 import torch
@@ -185,8 +186,41 @@ def turn_gradient(turn: Tensor, vectors: Tensor) -> Tensor:
 
 def turning(omega: Tensor, n_sph: int) -> Tensor:
     """Return T(omega) = sum_k omega_k X_k, (n_edges, n_sph, n_sph)."""
-    generators = table_like(flat_generators, round(n_sph**0.5) - 1, like=omega)
+    generators = table_like(flat_generators, math.isqrt(n_sph) - 1, like=omega)
     return (omega @ generators.T).unflatten(1, (n_sph, n_sph))
+
+
+def _fake_turns(omega: Tensor, n_sph: int) -> Tensor:
+    return omega.new_empty(omega.shape[0], n_sph, n_sph)
+
+
+def _turns_gradient(
+    saved: SimpleNamespace, wanted: set[str], grad: Tensor
+) -> dict[str, Tensor | None]:
+    return {"omega": turn_components(grad)}
+
+
+@registered(fake=_fake_turns, gradient=_turns_gradient)
+def turn_matrices(omega: Tensor, n_sph: int) -> Tensor:
+    """Return T(omega) in a gradient formula: a trace of one may not meet the table itself."""
+    return turning(omega, n_sph)
+
+
+def _fake_components(matrices: Tensor) -> Tensor:
+    return matrices.new_empty(matrices.shape[0], 3)
+
+
+def _components_gradient(
+    saved: SimpleNamespace, wanted: set[str], grad: Tensor
+) -> dict[str, Tensor | None]:
+    return {"matrices": turn_matrices(grad, saved.matrices.shape[1])}
+
+
+@registered(fake=_fake_components, gradient=_components_gradient)
+def turn_components(matrices: Tensor) -> Tensor:
+    """Return <X_k, matrices>, (n_edges, 3): the transpose of :func:`turn_matrices`."""
+    generators = table_like(flat_generators, math.isqrt(matrices.shape[1]) - 1, like=matrices)
+    return matrices.flatten(1) @ generators
 
 
 def turned_wigner(wigner: Tensor, omega: Tensor | None) -> Tensor:
@@ -221,7 +255,7 @@ def _turning_gradient(
 
 def _turned_torque(saved: SimpleNamespace, x: Tensor, rows: Tensor, omega: Tensor) -> Tensor:
     """Return <W^T rows, X_k T(omega) G x>, with T(omega) G x written out for each edge."""
-    lab = turning(omega, x.shape[1]) @ gathered(x, saved.indices)
+    lab = turn_matrices(omega, x.shape[1]) @ gathered(x, saved.indices)
     none: list[Tensor] = []
     return torque(
         lab, rows, saved.vectors, saved.wigner, none, none, saved.lmax, saved.mmax, saved.kernels

@@ -25,6 +25,7 @@ KERNELS: dict[tuple[str, str], str] = {
     ("segment", "triton"): "atomeq.ops.backends.triton.segment:TritonSegmentKernels",
     ("segment", "cpu"): "atomeq.ops.backends.native.segments:CPUSegmentKernels",
     ("sphere", "triton"): "atomeq.ops.backends.triton.sphere:TritonSphereKernels",
+    ("wigner", "cpu"): "atomeq.ops.backends.native.wigner:CPUWignerKernels",
     ("harmonics", "cpu"): "atomeq.ops.backends.native.harmonics:CPUHarmonicsKernels",
 }
 
@@ -223,6 +224,18 @@ class HarmonicsKernels(Protocol):
         ...
 
 
+class WignerKernels(Protocol):
+    """The frames of edges, for one kernel set."""
+
+    def refusal(self, spec: OpSpec) -> str | None:
+        """Return None if these kernels serve the call, else the reason why not."""
+        ...
+
+    def edge_wigner(self, vectors: Tensor, lmax: int, mmax: int) -> Tensor:
+        """Return the Wigner rows that take edges to +y, (n_edges, n_rows, n_sph)."""
+        ...
+
+
 class SegmentKernels(Protocol):
     """Sums and softmax over segments, for one kernel set; ``index`` may have any order."""
 
@@ -277,6 +290,12 @@ def harmonics_kernels(name: str) -> HarmonicsKernels:
 
 
 @cache
+def wigner_kernels(name: str) -> WignerKernels:
+    """Return the Wigner kernels of a set, importing them when first asked for."""
+    return cast(WignerKernels, _load("wigner", name))
+
+
+@cache
 def segment_kernels(name: str) -> SegmentKernels:
     """Return the segment kernels of a set, importing them when first asked for."""
     return cast(SegmentKernels, _load("segment", name))
@@ -294,6 +313,7 @@ def refusal(topic: str, name: str, spec: OpSpec) -> str | None:
         "edge": edge_kernels,
         "coupling": coupling_kernels,
         "harmonics": harmonics_kernels,
+        "wigner": wigner_kernels,
         "segment": segment_kernels,
         "sphere": sphere_kernels,
     }

@@ -14,8 +14,13 @@ from atomeq.ops.registered.registration import registered
 from atomeq.ops.registered.so2_shape import SO2Shape
 
 
+def _shape(sizes: list[int]) -> SO2Shape:
+    """Return the shape; a trace with symbolic sizes becomes one of these: they never change."""
+    return SO2Shape(*(int(size) for size in sizes))
+
+
 def _fake_forward(rows: Tensor, weights: list[Tensor], sizes: list[int], kernels: str) -> Tensor:
-    return rows.new_empty(rows.shape[0], SO2Shape(*sizes).width)
+    return rows.new_empty(rows.shape[0], _shape(sizes).width)
 
 
 def _forward_gradient(
@@ -35,13 +40,13 @@ def _forward_gradient(
 @registered(fake=_fake_forward, gradient=_forward_gradient, only_for={"rows": ("weights",)})
 def so2_forward(rows: Tensor, weights: list[Tensor], sizes: list[int], kernels: str) -> Tensor:
     """Return M rows, (n_edges, n_rows * c_in) -> (n_edges, width); sizes make an SO2Shape."""
-    shape = SO2Shape(*sizes)
+    shape = _shape(sizes)
     out = rows.new_empty(len(rows), shape.width)
     return edge_kernels(kernels).so2_map(weights, shape).forward(rows.contiguous(), out)
 
 
 def _fake_transposed(grad: Tensor, weights: list[Tensor], sizes: list[int], kernels: str) -> Tensor:
-    shape = SO2Shape(*sizes)
+    shape = _shape(sizes)
     return grad.new_empty(grad.shape[0], shape.n_rows * shape.c_in)
 
 
@@ -62,7 +67,7 @@ def _transposed_gradient(
 @registered(fake=_fake_transposed, gradient=_transposed_gradient, only_for={"grad": ("weights",)})
 def so2_transposed(grad: Tensor, weights: list[Tensor], sizes: list[int], kernels: str) -> Tensor:
     """Return M^T grad, (n_edges, width) -> (n_edges, n_rows * c_in)."""
-    shape = SO2Shape(*sizes)
+    shape = _shape(sizes)
     out = grad.new_empty(len(grad), shape.n_rows * shape.c_in)
     return edge_kernels(kernels).so2_map(weights, shape).transposed(grad.contiguous(), out)
 
@@ -78,13 +83,13 @@ def _empty_weights(like: Tensor, complex_: list[bool], shape: SO2Shape) -> list[
 def _fake_weight_gradient(
     rows: Tensor, grad: Tensor, complex_: list[bool], sizes: list[int], kernels: str
 ) -> list[Tensor]:
-    return _empty_weights(rows, complex_, SO2Shape(*sizes))
+    return _empty_weights(rows, complex_, _shape(sizes))
 
 
 def _weight_gradient_gradient(
     saved: SimpleNamespace, wanted: set[str], cotangents: list[Tensor | None]
 ) -> dict[str, Tensor | list[Tensor] | None]:
-    zeros = _empty_weights(saved.rows, saved.complex_, SO2Shape(*saved.sizes))
+    zeros = _empty_weights(saved.rows, saved.complex_, _shape(saved.sizes))
     weights = [z if c is None else c for z, c in zip(zeros, cotangents, strict=True)]
     found: dict[str, Tensor | list[Tensor] | None] = {}
     if "rows" in wanted:
@@ -99,7 +104,7 @@ def so2_weight_gradient(
     rows: Tensor, grad: Tensor, complex_: list[bool], sizes: list[int], kernels: str
 ) -> list[Tensor]:
     """Return the gradients of <grad, M rows> with respect to the weights."""
-    shape = SO2Shape(*sizes)
+    shape = _shape(sizes)
     into = _empty_weights(rows, complex_, shape)
     edge_kernels(kernels).add_weight_gradients(rows.contiguous(), grad.contiguous(), into, shape)
     return into

@@ -1,0 +1,257 @@
+"""The registered operations of an edge layer: their gradients, their registration, their laws."""
+
+import dataclasses
+from collections.abc import Callable
+
+import pytest
+import torch
+from edge_layers import EdgeLayer, relative
+from structures import rattled_molecule
+from torch import Tensor
+
+from atomeq.models.escn import ESCN
+from atomeq.ops.dispatch import use_backend
+from atomeq.ops.orders import m_primary_order
+from atomeq.ops.registered.edge_rotation import gather_rotate, rotate_scatter, torque
+from atomeq.ops.registered.escn_conv import (
+    escn_conv,
+    escn_conv_gradient,
+    escn_conv_second_gradient,
+)
+from atomeq.ops.registered.so2_map import so2_forward, so2_transposed, so2_weight_gradient
+from atomeq.ops.registered.so2_shape import SO2Shape
+from atomeq.ops.wigner import block_diagonal, build_edge_frame, wigner_matrices
+from atomeq.potential.potential import Potential
+
+EXACT = 1e-12  # float64 rounding through second derivatives
+LMAX, MMAX, CHANNELS, N_ATOMS, N_EDGES = 1, 1, 1, 3, 3
+DEGREES = (LMAX, MMAX)
+N_SPH, N_ROWS = (LMAX + 1) ** 2, len(m_primary_order(LMAX, MMAX))
+SHAPE = SO2Shape(LMAX, MMAX, CHANNELS, 1, LMAX)
+
+Function = Callable[..., Tensor | tuple[Tensor, ...]]
+
+
+def random(*shape: int) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64, requires_grad=True)
+
+
+@pytest.fixture
+def vectors() -> Tensor:
+    return random(N_EDGES, 3)
+
+
+@pytest.fixture
+def moving(vectors: Tensor) -> Callable[[Tensor], Tensor]:
+    """Return W as a function of the vectors, turned along with them by the shortest way.
+
+    A single operation is not equivariant about the edge, so a roll would count; the torque is the
+    derivative along turns that have none.
+    """
+    ends = torch.tensor([[0, 1, 2], [1, 0, 0]])
+    frame = build_edge_frame(vectors.detach(), ends, n_atoms=N_ATOMS, lmax=LMAX, mmax=MMAX)
+    start = torch.nn.functional.normalize(vectors.detach(), dim=1)
+
+    def wigner(moved: Tensor) -> Tensor:
+        unit = torch.nn.functional.normalize(moved.detach(), dim=1)
+        cosine = (unit * start).sum(1, keepdim=True)
+        back = torch.cat((1 + cosine, torch.linalg.cross(unit, start)), dim=1)
+        turn = wigner_matrices(torch.nn.functional.normalize(back, dim=1), LMAX)
+        return frame.wigner @ block_diagonal(turn)
+
+    return wigner
+
+
+SIDES = {
+    "both": [torch.tensor([0, 1, 2]), torch.tensor([1, 0, 0])],
+    "target": [torch.tensor([1, 0, 0])],
+    "edges": [],
+}
+
+
+def assert_gradients(function: Function, *inputs: Tensor) -> None:
+    assert torch.autograd.gradcheck(function, inputs)
+    assert torch.autograd.gradgradcheck(function, inputs)
+
+
+@pytest.mark.parametrize("sides", list(SIDES))
+@pytest.mark.parametrize("turned", [False, True])
+def test_rotations_and_torque_pass_gradcheck_and_gradgradcheck(
+    sides: str, turned: bool, vectors: Tensor, moving: Callable[[Tensor], Tensor]
+) -> None:
+    indices = SIDES[sides]
+    x = random(N_ATOMS, N_SPH, CHANNELS)
+    rows = random(N_EDGES, N_ROWS, max(1, len(indices)) * CHANNELS)
+    factor, omega = random(N_EDGES), random(N_EDGES, 3)
+    none: list[Tensor] = []
+
+    def into(x: Tensor, v: Tensor, omega: Tensor | None = None) -> Tensor:
+        return gather_rotate(x, v, moving(v), omega, indices, none, *DEGREES, "cpu")
+
+    def back(rows: Tensor, v: Tensor, factor: Tensor, omega: Tensor | None = None) -> Tensor:
+        wigner = moving(v)
+        return rotate_scatter(
+            *(rows, v, wigner, factor, omega, indices, none, N_ATOMS, *DEGREES, "cpu")
+        )
+
+    def turn(x: Tensor, rows: Tensor, v: Tensor) -> Tensor:
+        return torque(x, rows, v, moving(v), indices, none, *DEGREES, "cpu")
+
+    extra = [omega] if turned else []
+    assert_gradients(into, x, vectors, *extra)
+    assert_gradients(back, rows, vectors, factor, *extra)
+    if not turned:
+        assert_gradients(turn, x, rows, vectors)
+
+
+def so2_weights(chiral: bool) -> list[Tensor]:
+    shapes = [(LMAX + LMAX + 1, (LMAX + 1) * CHANNELS), (LMAX, LMAX * CHANNELS)]
+    return [random(*shapes[0]), random(*([2] if chiral else []), *shapes[1])]
+
+
+@pytest.mark.parametrize("chiral", [False, True])
+def test_so2_maps_pass_gradcheck_and_gradgradcheck(chiral: bool) -> None:
+    weights, sizes = so2_weights(chiral), list(SHAPE)
+    rows, grad = random(2, SHAPE.n_rows * SHAPE.c_in), random(2, SHAPE.width)
+    complex_ = [False, chiral]
+    assert_gradients(lambda x, *w: so2_forward(x, list(w), sizes, "cpu"), rows, *weights)
+    assert_gradients(lambda g, *w: so2_transposed(g, list(w), sizes, "cpu"), grad, *weights)
+    assert_gradients(
+        lambda x, g: tuple(so2_weight_gradient(x, g, complex_, sizes, "cpu")), rows, grad
+    )
+
+
+def layer_function(layer: EdgeLayer, *, recompute: bool = False) -> tuple[Function, list[Tensor]]:
+    """Return a layer as a function of its leaves, and these."""
+    names = list(layer.leaves)
+
+    def compute(*given: Tensor) -> Tensor:
+        moved = dataclasses.replace(layer)
+        moved.leaves = dict(zip(names, given, strict=True))
+        return moved("cpu", recompute=recompute)
+
+    return compute, list(layer.leaves.values())
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_layer_passes_gradcheck_and_gradgradcheck_at_the_poles_too(recompute: bool) -> None:
+    layer = EdgeLayer(1, 1, channels=1, hidden=1, n_atoms=2, n_edges=5, chiral=True)
+    compute, inputs = layer_function(layer, recompute=recompute)
+    assert_gradients(compute, *inputs)
+
+
+def layer_arguments(layer: EdgeLayer) -> dict[str, object]:
+    """Return what the three operations of a layer share, detached, by the names of arguments."""
+    frame = layer.frame()
+    names = ("x", "vectors", "radial", "radial_weight", "radial_bias", "envelope")
+    leaves = {name: tensor.detach() for name, tensor in layer.leaves.items()}
+    maps = {
+        name: [leaves[f"{name}.{m}"] for m in range(layer.mmax + 1)] for name in ("first", "second")
+    }
+    ends = {"source": frame.source, "target": frame.target, "segments": []}
+    sizes = {"lmax": layer.lmax, "mmax": layer.mmax, "kernels": "cpu"}
+    return {name: leaves[name] for name in names} | {"wigner": frame.wigner} | maps | ends | sizes
+
+
+def test_operations_are_registered_as_torch_expects(
+    vectors: Tensor, moving: Callable[[Tensor], Tensor]
+) -> None:
+    indices, none, wigner = SIDES["both"], [], moving(vectors)
+    x, rows = random(N_ATOMS, N_SPH, CHANNELS), random(N_EDGES, N_ROWS, 2 * CHANNELS)
+    last = (*DEGREES, "cpu")
+    check = torch.library.opcheck
+    check(gather_rotate, (x, vectors, wigner, None, indices, none, *last))
+    check(
+        rotate_scatter,
+        (rows, vectors, wigner, random(N_EDGES), None, indices, none, N_ATOMS, *last),
+    )
+    check(torque, (x, rows, vectors, wigner, indices, none, *last))
+    weights, sizes = so2_weights(True), list(SHAPE)
+    rows, grad = random(2, SHAPE.n_rows * SHAPE.c_in), random(2, SHAPE.width)
+    check(so2_forward, (rows, weights, sizes, "cpu"))
+    check(so2_transposed, (grad, weights, sizes, "cpu"))
+    check(so2_weight_gradient, (rows, grad, [False, True], sizes, "cpu"))
+    given = layer_arguments(EdgeLayer(1, 1))
+    for keep in (True, False):
+        check(escn_conv, (), given | {"keep": keep})
+    out, y = escn_conv(**given, keep=True)
+    wanted = {"wanted": "first,second,vectors,x"}
+    check(escn_conv_gradient, (), given | wanted | {"grad": torch.randn_like(out), "y": y})
+    along = {"along": "x,vectors", "directions": [torch.randn_like(given["x"]), vectors.detach()]}
+    along["directions"][1] = torch.randn(len(given["vectors"]), 3, dtype=torch.float64)
+    second = {"grad": torch.randn_like(out), "y": y, "wanted": "first,grad,x"}
+    check(escn_conv_second_gradient, (), given | along | second)
+
+
+def test_layer_feels_no_torque_about_its_edges() -> None:
+    given = layer_arguments(EdgeLayer(3, 2, channels=8, hidden=8, n_edges=20, chiral=True))
+    out, y = escn_conv(**given, keep=True)
+    found = escn_conv_gradient(torch.randn_like(out), **given, y=y, wanted="vectors")
+    turn, direction = found[1], torch.nn.functional.normalize(given["vectors"], dim=1)
+    assert turn.norm(dim=1).min() > 0
+    assert (turn * direction).sum(1).abs().max() <= EXACT * turn.norm(dim=1).max()
+
+
+def test_threads_change_rounding_alone_and_their_results_are_repeatable() -> None:
+    layer = EdgeLayer(2, 2, channels=16, hidden=16, n_atoms=20, n_edges=700, chiral=True)
+    before = torch.get_num_threads()
+    expected = layer.derivatives("cpu")
+    try:
+        torch.set_num_threads(3)
+        found, again = layer.derivatives("cpu"), layer.derivatives("cpu")
+    finally:
+        torch.set_num_threads(before)
+    for name, value in expected.items():
+        assert relative(found[name], value) <= EXACT
+        assert torch.equal(found[name], again[name]), name
+
+
+def test_compiled_step_of_force_training_equals_the_eager_one() -> None:
+    config = torch._dynamo.config
+    if not hasattr(config, "trace_autograd_ops"):
+        pytest.skip("this torch does not trace autograd.grad inside a compiled function")
+    layer = EdgeLayer(2, 1)
+    shared = layer_arguments(layer)
+    inputs = list(layer.leaves.values())
+
+    def step() -> Tensor:
+        leaves = layer.leaves
+        given = {name: leaves[name] for name in shared.keys() & leaves.keys()}
+        for name in ("first", "second"):
+            given[name] = [leaves[f"{name}.{m}"] for m in range(2)]
+        total, _ = escn_conv(**(shared | given), keep=True)
+        energy = total.square().sum()
+        (forces,) = torch.autograd.grad(energy, leaves["vectors"], create_graph=True)
+        loss = energy + forces.square().sum()
+        loss.backward()
+        return loss.detach()
+
+    expected = step()
+    gradients = [tensor.grad for tensor in inputs]
+    for tensor in inputs:
+        tensor.grad = None
+    with config.patch(trace_autograd_ops=True):
+        found = torch.compile(step, backend="aot_eager", fullgraph=True)()
+    assert relative(found, expected) <= EXACT
+    for tensor, gradient in zip(inputs, gradients, strict=True):
+        assert relative(tensor.grad, gradient) <= EXACT
+
+
+def test_force_training_of_a_whole_model_does_not_depend_on_the_backend() -> None:
+    torch.manual_seed(0)
+    model = ESCN(4.0, lmax=2, mmax=1, num_layers=2, sphere_channels=8, hidden_channels=8)
+    for parameter in model.energy.parameters():  # its output starts at zero
+        torch.nn.init.normal_(parameter)
+    potential = Potential(model.double()).train()
+    graph = potential.build_graph([rattled_molecule()])
+    found: dict[str, list[Tensor]] = {}
+    for backend in ("reference", "auto"):
+        with use_backend(backend):
+            result = potential(graph, properties=("energy", "forces"))
+            loss = result["energy"].square().sum() + result["forces"].square().sum()
+            gradients = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+        members = [result["energy"], result["forces"], *gradients]
+        found[backend] = [tensor for tensor in members if tensor is not None]
+    assert found["auto"][1].norm() > 0
+    for one, other in zip(found["auto"], found["reference"], strict=True):
+        assert relative(one, other) <= EXACT
