@@ -11,7 +11,8 @@
 #  * ops/backends/triton/so2.py: _MANY_EDGES, where cuBLAS takes over from the grouped kernel, and
 #    _TILE; with matmul precision "medium" the grouped kernel serves any number of edges.
 #  * ops/backends/triton/launch.py: _REGISTER_TILE (edges of one program); rotation.py and coupling.py:
-#    BLOCK_E and num_warps of the sums over an atom's edges, which wait for memory if edges are few.
+#    BLOCK_E and num_warps of the sums over an atom's edges, which wait for memory if edges are few;
+#    that of couplings spills a little at lmax = 6 (every path, 128 channels, float32).
 #  * ops/backends/triton/sphere.py: _POINTS, _BYTES; one set of coefficients per program may be too
 #    little work at lmax <= 2.
 #  * segment sums sort their index at every call; edge layers and convolutions do so once.
