@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from atomeq.graph.atom_graph import AtomGraph
     from atomeq.potential.checkpoint import load_potential, save_potential
     from atomeq.potential.potential import Potential
+    from atomeq.screening.run import screen
 
 __version__ = "0.1.0"
 
@@ -24,6 +25,7 @@ __all__ = [
     "load_potential",
     "relax",
     "save_potential",
+    "screen",
     "simulate",
 ]
 
@@ -34,6 +36,7 @@ _HOMES = {
     "load_potential": "atomeq.potential.checkpoint",
     "relax": "atomeq.dynamics.run",
     "save_potential": "atomeq.potential.checkpoint",
+    "screen": "atomeq.screening.run",
     "simulate": "atomeq.dynamics.run",
 }
 

@@ -12,6 +12,7 @@ from unittest.mock import patch
 import torch
 from torch import nn
 
+import atomeq.models.equiformer_v2
 import atomeq.models.escn
 import atomeq.models.escn_published
 import atomeq.nn.attention
@@ -26,7 +27,6 @@ from atomeq.nn.norms import EquivariantLayerNorm, EquivariantRMSNorm, SeparableL
 from atomeq.nn.radial import BesselBasis, GaussianBasis
 from atomeq.nn.so3 import Gate, SO2Convolution
 from atomeq.nn.sphere import SphereActivation
-from atomeq.ops.wigner import EdgeFrame
 
 #: What is inside a module of one of these stages belongs to it, whatever else it is.
 WHOLE: dict[str, tuple[type[nn.Module], ...]] = {
@@ -46,12 +46,19 @@ AROUND: dict[str, tuple[type[nn.Module], ...]] = {
 #: Functions by the modules that call them.
 FUNCTIONS = {
     "rotations": [
-        (module, name)
-        for module in (atomeq.nn.attention, atomeq.models.escn, atomeq.models.escn_published)
-        for name in ("rotate_to_edge", "rotate_from_edge")
+        (atomeq.nn.attention, "rotate_to_edge"),
+        (atomeq.nn.attention, "rotate_from_edge"),
+        (atomeq.models.escn, "rotate_from_edge"),
+        (atomeq.models.escn_published, "rotate_to_edge"),
+        (atomeq.models.escn_published, "rotate_from_edge"),
     ],
+    "whole edge layer": [(atomeq.models.escn, "escn_conv")],
     "attention": [(atomeq.nn.attention, "segment_softmax")],
-    "edge frames": [(EdgeFrame, "build")],
+    "edge frames": [
+        (atomeq.models.equiformer_v2, "build_edge_frame"),
+        (atomeq.models.escn, "build_edge_frame"),
+        (atomeq.models.escn_published, "build_edge_frame"),
+    ],
 }
 
 

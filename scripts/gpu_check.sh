@@ -3,6 +3,19 @@
 #   bash scripts/gpu_check.sh          results go to $OUT if that is set, else to scripts/results/
 # It needs torch with CUDA in the system's Python ($PYTHON, python3.12, python3); what else atomeq
 # imports is taken from there, or installed beside it into .venv-gpu from whatever pip can find.
+#
+# Where a new GPU, driver or Triton must be looked at, since the CPU tests can not show it:
+#  * correctness: the interpreter runs one program after the other, has no shared memory, no limit of
+#    registers, and cuts off where a GPU rounds to bfloat16. The tests marked gpu or triton hold the
+#    bars on the device; `scripts/triton_compile.py LMAX MMAX` shows spills and shared memory.
+#  * ops/backends/triton/so2.py: _MANY_EDGES, where cuBLAS takes over from the grouped kernel, and
+#    _TILE; with matmul precision "medium" the grouped kernel serves any number of edges.
+#  * ops/backends/triton/launch.py: _REGISTER_TILE (edges of one program); rotation.py and coupling.py:
+#    BLOCK_E and num_warps of the sums over an atom's edges, which wait for memory if edges are few;
+#    that of couplings spills a little at lmax = 6 (every path, 128 channels, float32).
+#  * ops/backends/triton/sphere.py: _POINTS, _BYTES; one set of coefficients per program may be too
+#    little work at lmax <= 2.
+#  * segment sums sort their index at every call; edge layers and convolutions do so once.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -53,7 +66,7 @@ step() {
   fi
 }
 # Plain collection of tests/ops: the rest of the suite needs packages that a GPU machine may lack.
-step tests 170 "$python" -m pytest tests/ops -m gpu -q -p no:cacheprovider \
+step tests 170 "$python" -m pytest tests/ops -m "(gpu or triton) and not slow" -q -p no:cacheprovider \
   --junitxml "$out/gpu_tests.xml"
 step benchmark 230 "$python" scripts/benchmark_tensor_product.py --device cuda --quick \
   --out "$out/tensor_product_cuda.json"

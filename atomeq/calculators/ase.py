@@ -8,7 +8,7 @@ import copy
 import hashlib
 import json
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,19 @@ import torch
 from ase import Atoms
 from ase.calculators.calculator import Calculator, PropertyNotImplementedError, all_changes
 from ase.stress import full_3x3_to_voigt_6_stress
+from ase.vibrations import VibrationsData
+from numpy.typing import NDArray
 
 from atomeq.graph.atom_graph import AtomGraph
 from atomeq.graph.builders import RadiusGraph
-from atomeq.graph.convert import validate_structure
+from atomeq.graph.convert import (
+    StructureError,
+    StructureLike,
+    from_structures,
+    to_ase,
+    validate_structure,
+)
+from atomeq.graph.hyperedges import INFO_KEY
 from atomeq.potential.checkpoint import (
     WEIGHTS_FILE,
     find_potential,
@@ -29,17 +38,26 @@ from atomeq.potential.checkpoint import (
     resolve_device,
     sha256,
 )
+from atomeq.potential.derivatives import force_constants
 from atomeq.potential.potential import Potential
 from atomeq.potential.scalar import ScalarPredictor
+from atomeq.potential.terms import EnergyTerm
 from atomeq.typing import PropertyKey
+
+#: Asked of a committee, what its members' spread is called.
+SPREADS = ("energy_std", "energies_std", "forces_std", "stress_std")
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 _SKIN = 0.6  # Å; a search costs little beside a network, a larger skin means more pairs to measure
 _MIN_VOLUME = 1e-6  # Å³
+_MAX_EDGES = 60_000  # of one batch; larger ones are no faster on a core and need more memory
 
 
 class AtomeqCalculator(Calculator):
-    """Energy, forces and stress of a potential, for everything ASE does with calculators.
+    """Energy, forces, stress and Hessian of a potential, for everything ASE does with calculators.
+
+    Given several potentials it is their committee: every result is their mean, and ``energy_std``,
+    ``energies_std``, ``forces_std`` and ``stress_std`` are their standard deviation (of n - 1).
 
     One instance may be shared by threads, pickled and copied. It holds a frozen copy of the
     potential it was given: training that potential further does not change it.
@@ -49,7 +67,8 @@ class AtomeqCalculator(Calculator):
     relaxations of a cell, which ask for forces and then for stress, take one pass per step.
 
     Args:
-        potential: Name of a shipped potential, folder of a saved one, or a :class:`Potential`.
+        potential: Name of a shipped potential, folder of a saved one, or a :class:`Potential`; or a
+            sequence of those, a committee.
         device: Where to compute; by default where the potential is, the CPU for a name or folder.
         dtype: ``"float32"``, ``"float64"`` or the torch dtype the network computes in; by default
             the potential's own. Energies are summed in float64 in any case, and all arrays that are
@@ -65,24 +84,30 @@ class AtomeqCalculator(Calculator):
         >>> atoms.get_potential_energy()  # doctest: +SKIP
     """
 
-    implemented_properties = ["energy", "free_energy", "energies", "forces", "stress"]  # noqa: RUF012
+    implemented_properties = [  # noqa: RUF012
+        *("energy", "free_energy", "energies", "forces", "stress", "hessian")
+    ]
     # A potential does not see them, so a change of theirs keeps the results.
     ignored_changes = {"initial_charges", "initial_magmoms"}  # noqa: RUF012
 
     def __init__(
         self,
-        potential: str | Path | Potential,
+        potential: str | Path | Potential | Sequence[str | Path | Potential],
         *,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
     ) -> None:
         self._local = threading.local()  # first: ASE's constructor assigns atoms and results
         super().__init__()
-        self.potential = _frozen(potential, device, _resolve_dtype(dtype))
-        self._origin = None if isinstance(potential, Potential) else str(potential)
-        self._builder = self.potential.model.graph_builder()
-        if not self.potential.conservative:
-            self.implemented_properties = ["energy", "free_energy", "energies", "forces"]
+        alone = isinstance(potential, str | Path | torch.nn.Module)  # of modules, _frozen says more
+        members = [potential] if alone else list(potential)
+        if not members:
+            raise ValueError("a committee needs at least one potential, and none was given")
+        self.potentials = tuple(_frozen(one, device, _resolve_dtype(dtype)) for one in members)
+        self._origins = [None if isinstance(one, Potential) else str(one) for one in members]
+        self.implemented_properties = _properties(self.potentials)
+        if not self.elements:
+            raise ValueError("the potentials of this committee have no element in common")
 
     def _get_name(self) -> str:
         return "atomeq"
@@ -107,6 +132,11 @@ class AtomeqCalculator(Calculator):
         self._local.results = results
 
     @property
+    def potential(self) -> Potential:
+        """The potential; the first of a committee."""
+        return self.potentials[0]
+
+    @property
     def dtype(self) -> torch.dtype:
         """The dtype the network computes in."""
         return self.potential.dtype
@@ -118,8 +148,9 @@ class AtomeqCalculator(Calculator):
 
     @property
     def elements(self) -> tuple[int, ...]:
-        """Atomic numbers the potential knows."""
-        return self.potential.elements
+        """Atomic numbers the potential knows, and every other of a committee."""
+        shared = set.intersection(*(set(one.elements) for one in self.potentials))
+        return tuple(sorted(shared))
 
     @property
     def exempt_laws(self) -> Mapping[str, str]:
@@ -127,19 +158,17 @@ class AtomeqCalculator(Calculator):
         return self.potential.model.exempt_laws
 
     @property
-    def provenance(self) -> dict[str, str | None]:
+    def provenance(self) -> dict[str, Any]:
         """Where the potential came from: ``name`` as it was given, ``folder`` and ``sha256``.
 
         The hash is that of the weights file, or of configuration and weights where there is none.
+        A committee has these of each under ``members``.
         """
-        if self._origin is None:
-            return {"name": None, "folder": None, "sha256": _hash_of(self.potential)}
-        folder = find_potential(self._origin)
-        return {
-            "name": self._origin,
-            "folder": str(folder.resolve()),
-            "sha256": sha256(folder / WEIGHTS_FILE),
-        }
+        each = [
+            _provenance(origin, potential)
+            for origin, potential in zip(self._origins, self.potentials, strict=True)
+        ]
+        return each[0] if len(each) == 1 else {"members": each}
 
     def get_property(
         self, name: str, atoms: Atoms | None = None, allow_calculation: bool = True
@@ -170,20 +199,85 @@ class AtomeqCalculator(Calculator):
         atoms = self.atoms if atoms is None else atoms
         if atoms is None:
             raise ValueError("this calculator has no structure yet; pass one")
-        if "stress" in properties and not has_volume(atoms):
+        if any("stress" in name for name in properties) and not has_volume(atoms):
             raise PropertyNotImplementedError(
                 f"stress needs a cell that is periodic in three directions and has a volume; "
                 f"{atoms.get_chemical_formula()} has pbc {atoms.pbc.tolist()} and a cell of "
                 f"{abs(np.linalg.det(atoms.cell.array)):.3g} Å³"
             )
-        graph = self._graph(atoms)
-        computed = self.potential(graph, self._to_compute(atoms, properties, system_changes))
-        results = {key: value.detach().cpu().numpy() for key, value in computed.items()}
+        bare = _bare(atoms)
+        validate_structure(bare, known_elements=self.elements, min_distance=None)
+        graphs = self._graphs(bare)
+        results = self._results(graphs, self._to_compute(atoms, properties, system_changes))
         if system_changes:
             self.results = {}
             self._local.asked = set()
         self.atoms = atoms.copy()
         self.results.update(_in_ase_form(results))
+        if "hessian" in properties:
+            self.results["hessian"] = np.mean(
+                [
+                    force_constants(potential, graph, max_edges=_MAX_EDGES).cpu().numpy()
+                    for potential, graph in zip(self.potentials, graphs, strict=True)
+                ],
+                axis=0,
+            ).astype(np.float64)
+
+    def get_hessian(self, atoms: Atoms | None = None) -> NDArray[np.float64]:
+        """Return the second derivatives of the energy, (3 n_atoms, 3 n_atoms), eV/Å².
+
+        They are exact, by differentiating the forces, and symmetric. Memory grows with the square
+        of the number of atoms.
+        """
+        return self.get_property("hessian", atoms)
+
+    def get_vibrations(self, atoms: Atoms, *, indices: Sequence[int] | None = None) -> Any:
+        """Return ASE's VibrationsData from the exact Hessian.
+
+        Args:
+            atoms: A structure at a minimum or saddle point.
+            indices: Atoms that vibrate; by default all that are not fixed.
+        """
+        if indices is None:
+            indices = VibrationsData.indices_from_constraints(atoms)
+        rows = (3 * np.asarray(indices, dtype=int)[:, None] + np.arange(3)).ravel()
+        hessian = self.get_hessian(atoms)[np.ix_(rows, rows)]
+        return VibrationsData.from_2d(atoms, hessian, indices=indices)
+
+    def evaluate(
+        self,
+        structures: Sequence[StructureLike],
+        properties: Sequence[str] = ("energy", "forces"),
+        *,
+        max_edges: int = _MAX_EDGES,
+    ) -> list[dict[str, Any]]:
+        """Compute properties of many structures in batches, beside and apart from :attr:`results`.
+
+        Args:
+            structures: Of any kinds, mixed: ASE's Atoms, pymatgen's Structures or Molecules.
+            properties: Names of ASE properties, all but the Hessian.
+            max_edges: How many edges are computed at once; a larger structure goes alone.
+
+        Returns:
+            For each structure what :meth:`calculate` leaves in the results.
+
+        Raises:
+            StructureError: A structure is not usable; the message says which.
+            ValueError: The Hessian, or the stress of a structure without volume, was asked for.
+        """
+        allowed = [name for name in self.implemented_properties if name != "hessian"]
+        unknown = [name for name in properties if name not in allowed]
+        if unknown:
+            raise ValueError(f"evaluate does not give {unknown[0]!r}; it gives {allowed}")
+        keys = _keys(properties)
+        found: list[dict[str, Any]] = []
+        for batch in self._batches(structures, max_edges, stress="stress" in keys):
+            graphs = [self._rebuilt(batch, potential) for potential in self.potentials]
+            results = self._results(graphs, keys)
+            stops = np.cumsum(batch.natoms.cpu().numpy())
+            for k, (start, stop) in enumerate(zip([0, *stops[:-1]], stops, strict=True)):
+                found.append(_in_ase_form(_of_structure(results, k, slice(start, stop))))
+        return found
 
     def get_spin_polarized(self) -> bool:
         """Say that there are no spins."""
@@ -200,27 +294,69 @@ class AtomeqCalculator(Calculator):
         wanted = set(properties)
         if system_changes:
             wanted |= self._asked
-        keys: list[PropertyKey] = ["energy", "energies"]
-        if "forces" in wanted:
-            keys.append("forces")
-        if "stress" in wanted and has_volume(atoms):
-            keys.append("stress")
-        return tuple(keys)
+        return _keys(name for name in wanted if "stress" not in name or has_volume(atoms))
 
-    def _graph(self, atoms: Atoms) -> AtomGraph:
-        """Build the graph, with the neighbours this thread remembers where the model allows."""
-        bare = Atoms(atoms.numbers, atoms.positions, cell=atoms.cell, pbc=atoms.pbc)  # no labels
-        validate_structure(bare, known_elements=self.elements, min_distance=None)
-        if type(self._builder) is not RadiusGraph:
-            return self.potential.build_graph(bare)
-        if not hasattr(self._local, "builder"):
-            self._local.builder = RadiusGraph(self._builder.cutoff, skin=_SKIN)
-        return self._local.builder(bare).to(self.device)
+    def _graphs(self, bare: Atoms) -> list[AtomGraph]:
+        """Build the graph of each member, with the neighbours this thread remembers."""
+        graphs: dict[str, AtomGraph] = {}
+        for potential in self.potentials:
+            builder = potential.model.graph_builder()
+            if repr(builder) in graphs:
+                continue
+            if type(builder) is RadiusGraph:
+                memory = self._local.__dict__.setdefault("builders", {})
+                builder = memory.setdefault(builder.cutoff, RadiusGraph(builder.cutoff, skin=_SKIN))
+            graphs[repr(potential.model.graph_builder())] = builder(bare).to(self.device)
+        return [graphs[repr(potential.model.graph_builder())] for potential in self.potentials]
+
+    def _batches(
+        self, structures: Sequence[StructureLike], max_edges: int, *, stress: bool
+    ) -> Iterator[AtomGraph]:
+        """Yield structures in batches of so many edges of the first member."""
+        waiting: list[AtomGraph] = []
+        n_edges = 0
+        for k, structure in enumerate(structures):
+            bare = _bare(structure)
+            known = self.elements
+            validate_structure(bare, name=f"structure {k}", known_elements=known, min_distance=None)
+            if stress and not has_volume(bare):
+                raise StructureError(
+                    f"structure {k}: stress needs three periodic directions and a volume", index=k
+                )
+            graph = self.potential.build_graph(bare)
+            if waiting and n_edges + graph.n_edges > max_edges:
+                yield AtomGraph.concatenate(waiting)
+                waiting, n_edges = [], 0
+            waiting.append(graph)
+            n_edges += graph.n_edges
+        if waiting:
+            yield AtomGraph.concatenate(waiting)
+
+    def _rebuilt(self, batch: AtomGraph, potential: Potential) -> AtomGraph:
+        """Return a batch of the first member with the edges of another."""
+        if repr(potential.model.graph_builder()) == repr(self.potential.model.graph_builder()):
+            return batch
+        return potential.build_graph(batch)
+
+    def _results(
+        self, graphs: Sequence[AtomGraph], keys: Sequence[PropertyKey]
+    ) -> dict[str, NDArray]:
+        """Compute a batch with every member; return means and, of several, standard deviations."""
+        each = [
+            {key: value.detach().cpu().numpy() for key, value in potential(graph, keys).items()}
+            for potential, graph in zip(self.potentials, graphs, strict=True)
+        ]
+        if len(each) == 1:
+            return dict(each[0])
+        stacked = {key: np.stack([one[key] for one in each]).astype(np.float64) for key in each[0]}
+        means = {str(key): values.mean(axis=0) for key, values in stacked.items()}
+        spreads = {f"{key}_std": values.std(axis=0, ddof=1) for key, values in stacked.items()}
+        return means | spreads
 
     def __getstate__(self) -> dict[str, Any]:
         state = {key: value for key, value in self.__dict__.items() if key != "_local"}
         # Weights travel by way of the CPU: the other side may have no such device.
-        state["potential"] = copy.deepcopy(self.potential).cpu()
+        state["potentials"] = tuple(copy.deepcopy(one).cpu() for one in self.potentials)
         return {**state, "device": str(self.device), "atoms": self.atoms, "results": self.results}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -228,12 +364,20 @@ class AtomeqCalculator(Calculator):
         device = resolve_device(state.pop("device"))
         self.atoms, self.results = state.pop("atoms"), state.pop("results")
         vars(self).update(state)
-        self.potential.to(device)
+        for potential in self.potentials:
+            potential.to(device)
 
 
 def has_volume(atoms: Atoms) -> bool:
     """Whether a structure is periodic in three directions that span a volume."""
     return bool(atoms.pbc.all() and abs(np.linalg.det(atoms.cell.array)) > _MIN_VOLUME)
+
+
+def _bare(structure: StructureLike) -> Atoms:
+    """Return a structure without labels, velocities and tags; fixed hyperedges stay."""
+    atoms = structure if isinstance(structure, Atoms) else to_ase(from_structures(structure))[0]
+    kept = {key: atoms.info[key] for key in (INFO_KEY,) if key in atoms.info}
+    return Atoms(atoms.numbers, atoms.positions, cell=atoms.cell, pbc=atoms.pbc, info=kept)
 
 
 def _frozen(
@@ -265,24 +409,71 @@ def _resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     return _DTYPES[name]
 
 
-def _in_ase_form(results: dict[str, np.ndarray]) -> dict[str, Any]:
-    """Turn a batch of one into ASE's properties: scalars, float64 arrays, stress in Voigt order."""
-    energy = float(results["energy"][0])
-    converted: dict[str, Any] = {
-        "energy": energy,
-        "free_energy": energy,  # no electrons, no entropy
-        "energies": results["energies"],
+def _properties(potentials: Sequence[Potential]) -> list[str]:
+    """Return what a committee can compute."""
+    names = ["energy", "free_energy", "energies", "forces"]
+    if all(potential.conservative for potential in potentials):
+        names += ["stress", "hessian"]
+    if len(potentials) > 1:
+        names += [name for name in SPREADS if name.removesuffix("_std") in names]
+    return names
+
+
+def _keys(names: Iterable[str]) -> tuple[PropertyKey, ...]:
+    """Return what a potential must be asked for to give ASE's properties."""
+    wanted = {name.removesuffix("_std") for name in names}
+    keys: list[PropertyKey] = ["energy", "energies"]
+    if "forces" in wanted:
+        keys.append("forces")
+    if "stress" in wanted:
+        keys.append("stress")
+    return tuple(keys)
+
+
+def _of_structure(results: Mapping[str, NDArray], k: int, atoms: slice) -> dict[str, NDArray]:
+    """Return the results of the k-th structure of a batch, as a batch of one."""
+    return {
+        key: value[k : k + 1] if key.startswith(("energy", "stress")) else value[atoms]
+        for key, value in results.items()
     }
-    if "forces" in results:
-        converted["forces"] = results["forces"].astype(np.float64)
-    if "stress" in results:
-        stress = results["stress"][0].astype(np.float64)
-        converted["stress"] = full_3x3_to_voigt_6_stress(stress)
+
+
+def _in_ase_form(results: Mapping[str, NDArray]) -> dict[str, Any]:
+    """Turn a batch of one into ASE's properties: scalars, float64 arrays, stress in Voigt order."""
+    converted: dict[str, Any] = {}
+    for key, value in results.items():
+        name = key.removesuffix("_std")
+        if name == "energy":
+            converted[key] = float(value[0])
+        elif name == "stress":
+            converted[key] = full_3x3_to_voigt_6_stress(value[0].astype(np.float64))
+        else:
+            converted[key] = value.astype(np.float64)
+    converted["free_energy"] = converted["energy"]  # no electrons, no entropy
     return converted
 
 
+def _provenance(origin: str | None, potential: Potential) -> dict[str, Any]:
+    # The weights know nothing of additive terms, which have none.
+    terms = {"terms": _term_configs(potential)} if len(potential.terms) else {}
+    if origin is None:
+        return {"name": None, "folder": None, "sha256": _hash_of(potential), **terms}
+    folder = find_potential(origin)
+    return {
+        "name": origin,
+        "folder": str(folder.resolve()),
+        "sha256": sha256(folder / WEIGHTS_FILE),
+        **terms,
+    }
+
+
+def _term_configs(potential: Potential) -> list[dict[str, Any]]:
+    return [term.config() for term in potential.terms if isinstance(term, EnergyTerm)]
+
+
 def _hash_of(potential: Potential) -> str:
-    digest = hashlib.sha256(json.dumps(potential.model.config(), default=str).encode())
+    nodes = [potential.model.config(), *_term_configs(potential)]
+    digest = hashlib.sha256("".join(json.dumps(node, default=str) for node in nodes).encode())
     for name, tensor in sorted(potential.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())

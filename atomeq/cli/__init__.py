@@ -21,6 +21,7 @@ class Verb(NamedTuple):
 
 
 _SIMULATE = "atomeq.cli.simulate"
+_PROPERTIES = "atomeq.cli.properties"
 _INSPECT = "atomeq.cli.inspect"
 _DATA = "atomeq.cli.data"
 _TRAINING = "atomeq.cli.training"
@@ -30,6 +31,12 @@ VERBS = {
     "relax": Verb(_SIMULATE, "move atoms, and the cell with --cell, until forces vanish"),
     "md": Verb(_SIMULATE, "molecular dynamics: NVE, NVT or NPT"),
     "rollout": Verb("atomeq.cli.rollout", "carry particles on, long step after long step"),
+    "eos": Verb(_PROPERTIES, "equation of state: energy against volume, bulk modulus"),
+    "elastic": Verb(_PROPERTIES, "elastic constants and moduli of a crystal"),
+    "phonons": Verb(_PROPERTIES, "phonon bands, density of states, thermal properties"),
+    "neb": Verb("atomeq.cli.neb", "reaction path and barrier between two structures"),
+    "serve": Verb("atomeq.cli.serve", "energies and forces for i-PI and codes that speak like it"),
+    "screen": Verb("atomeq.cli.screen", "many structures to a ranked table; may be interrupted"),
     "check": Verb(_INSPECT, "hold a potential or any ASE calculator to the laws of physics"),
     "convert": Verb("atomeq.cli.convert", "turn a published checkpoint (.pt) into a potential"),
     "doctor": Verb(_INSPECT, "versions, devices, data, potentials and backends on this machine"),
@@ -124,6 +131,7 @@ examples:
   atomeq single-point cu.cif --potential cu-pbe --out cu.extxyz
   atomeq relax cu.cif --potential cu-pbe --out relaxed.extxyz --fmax 0.01 --cell
   atomeq md cu.cif --potential cu-pbe --ensemble nvt --temperature 300 --steps 1000 --out md.extxyz
+  atomeq screen structures/ --potential cu-pbe --out screening
   atomeq check cu-pbe
 
 Errors are one line and exit code 2; ATOMEQ_TRACEBACK=1 shows where they come from.

@@ -24,6 +24,7 @@ from ase.md.velocitydistribution import thermalize_momenta
 from ase.md.verlet import VelocityVerlet
 
 from atomeq.calculators.ase import has_volume
+from atomeq.cli.report import TrajectoryReport
 from atomeq.cli.structures import structure_output
 from atomeq.cli.terminal import Meter
 from atomeq.files import write_atomically
@@ -96,7 +97,7 @@ class MolecularDynamicsRun:
         )
 
     def run(self, steps: int, *, out: str | Path, interval: int) -> dict[str, Any]:
-        """Integrate, writing the trajectory and the log.
+        """Integrate, writing the trajectory, the log and the report.
 
         Args:
             steps: Number of steps.
@@ -113,6 +114,7 @@ class MolecularDynamicsRun:
         keep = (KeyboardInterrupt,)
         meter = Meter(f"md {self.ensemble}", steps, unit="steps")
         lines: list[dict[str, float]] = []
+        report = TrajectoryReport()
         started = time.perf_counter()
         with (
             structure_output(out, keep_on=keep) as output,
@@ -128,12 +130,15 @@ class MolecularDynamicsRun:
                     log.writerow(lines[-1])
                     stream.flush()
                     output.write(self._frame())
+                    report.add(self.atoms)
                 if step:
                     meter.advance(note=f"{self.atoms.get_temperature():.0f} K")
+        seconds = time.perf_counter() - started
         return {
             "log": str(log_path),
+            "report": [str(path) for path in report.write(out, lines)],
             "steps": steps,
-            "steps_per_second": steps / (time.perf_counter() - started),
+            "steps_per_second": steps / seconds,
             "velocities": "drawn" if self.drawn else "from the file",
             **self._averages(lines),
         }

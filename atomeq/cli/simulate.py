@@ -15,13 +15,13 @@ from atomeq.calculators.ase import AtomeqCalculator, has_volume
 from atomeq.cli.dynamics import Ensemble, MolecularDynamicsRun, Thermostat
 from atomeq.cli.structures import (
     output_format,
-    read_structures,
     structure_output,
     with_results,
     write_summary,
 )
 from atomeq.cli.terminal import Meter, Parser, say, show_table
-from atomeq.graph.convert import StructureError, validate_structure
+from atomeq.cli.verbs import prepare, settings, simulation_parser
+from atomeq.graph.convert import StructureError
 from atomeq.units import GPA
 
 _OPTIMIZERS = {"fire": FIRE, "lbfgs": LBFGS, "bfgs": BFGS}
@@ -42,8 +42,9 @@ example:
 """,
     "md": """\
 Run molecular dynamics from the last structure of a file. Velocities are those of the file, or
-drawn for --temperature. Beside the trajectory OUT.extxyz stand OUT.log.csv (energies, temperature)
-and OUT.summary.json. A run that is interrupted leaves OUT.part-<process>.extxyz.
+drawn for --temperature. Beside the trajectory OUT.extxyz stand OUT.log.csv (energies, temperature),
+OUT.report.json and OUT.png (temperature, total energy, radial distribution, mean squared
+displacement) and OUT.summary.json. A run that is interrupted leaves OUT.part-<process>.extxyz.
 
 nve  velocity Verlet: constant energy
 nvt  --thermostat bussi (stochastic velocity rescaling) or langevin
@@ -72,23 +73,11 @@ def main(argv: Sequence[str]) -> int:
 
 def build_parser(verb: str) -> Parser:
     """Return the parser of a simulation verb."""
-    parser = Parser(f"atomeq {verb}", _DESCRIPTIONS[verb])
-    parser.add_argument("input", metavar="INPUT", type=str, help="any structure file ASE reads")
-    parser.add_argument(
-        "--potential", required=True, type=str, help="name or folder of a potential"
-    )
-    parser.add_argument("--out", required=True, type=str, help="OUT.extxyz or OUT.traj")
+    parser = simulation_parser(verb, _DESCRIPTIONS[verb])
     if verb == "relax":
         _add_relax_options(parser)
     if verb == "md":
         _add_md_options(parser)
-    parser.add_argument("--device", type=str, default="cpu", help="cpu, cuda or cuda:1")
-    parser.add_argument(
-        "--dtype",
-        type=Literal["float32", "float64"],
-        default=None,
-        help="precision of the network; by default that of the potential",
-    )
     return parser
 
 
@@ -130,7 +119,7 @@ def _add_md_options(parser: Parser) -> None:
 def single_point(options: Namespace) -> int:
     """Compute every structure of a file."""
     output_format(options.out)
-    calculator, structures = _prepare(options, index=":")
+    calculator, structures = prepare(options, index=":")
     rows: list[dict[str, Any]] = []
     meter = Meter("single-point", len(structures), unit="structures")
     with structure_output(options.out) as output, meter.running():
@@ -146,7 +135,7 @@ def single_point(options: Namespace) -> int:
 def relax(options: Namespace) -> int:
     """Relax every structure of a file."""
     output_format(options.out)
-    calculator, structures = _prepare(options, index=":")
+    calculator, structures = prepare(options, index=":")
     if options.cell:
         _refuse_cells_without_volume(options.input, structures)
     rows: list[dict[str, Any]] = []
@@ -174,7 +163,7 @@ def relax(options: Namespace) -> int:
 def md(options: Namespace) -> int:
     """Run molecular dynamics from the last structure of a file."""
     output_format(options.out)
-    calculator, structures = _prepare(options, index="-1:")
+    calculator, structures = prepare(options, index="-1:")
     atoms = structures[-1]
     atoms.calc = calculator
     run = MolecularDynamicsRun(
@@ -196,23 +185,12 @@ def md(options: Namespace) -> int:
         options.out,
         source=options.input,
         calculator=calculator,
-        settings=_settings(options),
+        settings=settings(options),
         results=results,
     )
     show_table(["quantity", "value"], run.table(results))
-    say(f"wrote {options.out}, {results['log']} and {summary}")
+    say(f"wrote {', '.join([options.out, results['log'], *results['report']])} and {summary}")
     return 0
-
-
-def _prepare(options: Namespace, *, index: str) -> tuple[AtomeqCalculator, list[Atoms]]:
-    """Read the structures, load the potential and refuse what it cannot compute."""
-    structures = read_structures(options.input, index=index)
-    calculator = AtomeqCalculator(options.potential, device=options.device, dtype=options.dtype)
-    for number, atoms in enumerate(structures):
-        validate_structure(
-            atoms, name=f"{options.input}[{number}]", known_elements=calculator.elements
-        )
-    return calculator, structures
 
 
 def _refuse_cells_without_volume(source: str, structures: list[Atoms]) -> None:
@@ -277,7 +255,7 @@ def _finish(
         options.out,
         source=options.input,
         calculator=calculator,
-        settings=_settings(options),
+        settings=settings(options),
         results={"n_structures": len(rows), "structures": rows},
     )
     keys = [key for key in _COLUMNS if any(key in row for row in rows)]
@@ -286,7 +264,3 @@ def _finish(
         [[_COLUMNS[key][1](row[key]) if key in row else "-" for key in keys] for row in rows],
     )
     say(f"wrote {options.out} and {summary}")
-
-
-def _settings(options: Namespace) -> dict[str, Any]:
-    return {key: value for key, value in options.as_dict().items() if key not in ("input", "out")}

@@ -163,7 +163,7 @@ def _read_systems(path: Path) -> Recording:
     if pos.ndim < 4:  # one frame of one system, or of some
         shape = (-1, 1, *pos.shape[-2:])
         pos, velocities = pos.reshape(shape), velocities.reshape(shape)
-    n_systems, n_frames, n_bodies = pos.shape[0], pos.shape[1], pos.shape[2]
+    n_systems, n_frames, n_bodies = (int(length) for length in pos.shape[:3])
     numbers = np.atleast_2d(numbers)
     if numbers.shape != (n_systems, n_bodies) or n_bodies < 2:
         raise DataError(

@@ -475,7 +475,7 @@ def _atoms_of_graph(graph: AtomGraph) -> Atoms:
     if "tags" in graph:
         atoms.set_tags(graph["tags"].numpy())
     if "masses" in graph:
-        atoms.set_masses(array("masses"))
+        atoms.set_masses(array("masses").tolist())
     # Before the constraints, which would stop the atoms they fix.
     if "velocities" in graph:
         atoms.set_velocities(array("velocities") / units.fs)

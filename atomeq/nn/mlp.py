@@ -51,5 +51,6 @@ class MLP(nn.Sequential):
     @property
     def last_linear(self) -> tuple[Tensor, Tensor | None]:
         """Weight and bias of the last linear layer."""
-        layer = list(self)[self._last_linear]
+        layer = self[self._last_linear]
+        assert isinstance(layer, nn.Linear)
         return layer.weight, layer.bias

@@ -59,6 +59,8 @@ def cost(spec: OpSpec) -> Cost:
         "tensor_product": _coupling,
         "cg_conv": _coupling,
         "sphere_pointwise": _sphere,
+        "sphere_silu": _sphere,
+        "sphere_product": _sphere,
         "segment_sum": _segment,
         "segment_softmax": _segment,
     }
@@ -112,7 +114,9 @@ def _coupling(spec: OpSpec) -> tuple[int, int, int]:
 def _sphere(spec: OpSpec) -> tuple[int, int, int]:
     n_rows = len(m_primary_order(spec.lmax, spec.mmax))
     n_points = SphereGrid(spec.lmax, spec.mmax).n_points
-    return 4 * n_rows * n_points * spec.channels, 2 * n_rows * spec.channels, 0
+    n_features = 3 if spec.op == "sphere_product" else 2
+    flops = 2 * n_features * n_rows * n_points * spec.channels
+    return flops, n_features * n_rows * spec.channels, 0
 
 
 def _segment(spec: OpSpec) -> tuple[int, int, int]:

@@ -46,9 +46,14 @@ class Backend(Protocol):
     The functions of ``atomeq.ops`` check the arguments first, so a backend may trust them. Every
     method is differentiable any number of times in its floating-point arguments, except
     ``edge_wigner``. A backend that refuses an operation in any form may lack its method.
+
+    Attributes:
+        name: As in :data:`BACKENDS`.
+        by_torch: Operations that it has no kernels for and serves in plain torch.
     """
 
     name: str
+    by_torch: frozenset[str]
 
     def refusal(self, spec: OpSpec) -> str | None:
         """Return None if this backend serves the call, else the reason why not."""
@@ -130,6 +135,16 @@ class Backend(Protocol):
         self, x: Tensor, fn: Callable[[Tensor], Tensor], grid: SphereGrid
     ) -> Tensor:
         """Apply a function to the values on the points of a grid."""
+        ...
+
+    def sphere_silu(self, x: Tensor, grid: SphereGrid) -> Tensor:
+        """Apply SiLU to the values on the points of a grid, (n, n_rows, channels)."""
+        ...
+
+    def sphere_product(
+        self, x: Tensor, y: Tensor, left: Tensor, right: Tensor, out: Tensor
+    ) -> Tensor:
+        """Return out^T ((left x) * (right y)), tables of size (n_points, rows of each)."""
         ...
 
     def segment_sum(self, x: Tensor, index: Tensor, n_segments: int) -> Tensor:

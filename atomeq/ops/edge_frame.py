@@ -74,5 +74,5 @@ class EdgeFrame:
 def segments_of(index: Tensor, n_atoms: int) -> tuple[Tensor, Tensor]:
     """Return where each atom's edges start in a sorted list (n_atoms + 1,), and that list."""
     order = torch.argsort(index, stable=True)
-    starts = torch.arange(n_atoms + 1, device=index.device)
+    starts = torch.arange(n_atoms + 1, device=index.device, dtype=index.dtype)
     return torch.searchsorted(index.index_select(0, order), starts), order

@@ -20,6 +20,7 @@ class Explanation:
         asked_for: The name asked for, or ``auto``.
         auto: What ``auto`` chooses.
         backend: The name of the backend that serves it; None if the one asked for does not.
+        by_torch: Whether it does so in plain torch, having no kernels for this operation.
         refusals: Why each of the other backends does not.
         kernels: What this machine has to run kernels by, see :func:`kernels_here`.
         flops: Arithmetic of one forward call.
@@ -32,6 +33,7 @@ class Explanation:
     asked_for: str
     auto: str | None
     backend: str | None
+    by_torch: bool
     refusals: dict[str, str]
     kernels: dict[str, str]
     flops: int
@@ -44,7 +46,8 @@ class Explanation:
         lines = [
             f"{spec.op}: lmax={spec.lmax} mmax={spec.mmax} channels={spec.channels} "
             f"n_edges={spec.n_edges} {spec.dtype} on {spec.device}",
-            f"  served by   {self.backend or 'none'} (asked for: {self.asked_for})",
+            f"  served by   {self.backend or 'none'}{', in plain torch' if self.by_torch else ''} "
+            f"(asked for: {self.asked_for})",
         ]
         if self.asked_for != "auto":
             lines.append(f"  auto takes  {self.auto or 'none'}")
@@ -103,6 +106,7 @@ def explain(
         asked_for=asked_for,
         auto=auto,
         backend=backend,
+        by_torch=backend is not None and op in load_backend(backend).by_torch,
         refusals={
             name: reason or _passed_over(name, asked_for, auto)
             for name, reason in reasons.items()

@@ -11,15 +11,14 @@ cost (Luo, Chen, Krishnapriyan, 2024, arXiv:2401.10216). What it can not express
 """
 
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from atomeq.ops.dispatch import select
 from atomeq.ops.harmonic_polynomials import harmonic_polynomials
-from atomeq.ops.registered.registration import registered
 from atomeq.ops.tables import constant_table, table_like
 
 
@@ -57,28 +56,15 @@ def gaunt_product(
         )
     exact = lmax1 + lmax2 + lmax
     tables = [table_like(_grid_values, l, exact, like=x) for l in (lmax1, lmax2, lmax)]
-    return pointwise_product(x, y, *tables)
-
-
-def _like_product(x: Tensor, y: Tensor, left: Tensor, right: Tensor, out: Tensor) -> Tensor:
-    return x.new_empty(*x.shape[:-2], out.shape[1], x.shape[-1])
-
-
-def _exchanged(saved: SimpleNamespace, wanted: set[str], grad: Tensor) -> dict[str, Tensor]:
-    """Exchange the output for one of the factors: the form is symmetric in all three."""
-    x, y, left, right, out = saved.x, saved.y, saved.left, saved.right, saved.out
-    gradients = {}
-    if "x" in wanted:
-        gradients["x"] = pointwise_product(grad, y, out, right, left)
-    if "y" in wanted:
-        gradients["y"] = pointwise_product(grad, x, out, left, right)
-    return gradients
-
-
-@registered(fake=_like_product, gradient=_exchanged)
-def pointwise_product(x: Tensor, y: Tensor, left: Tensor, right: Tensor, out: Tensor) -> Tensor:
-    """Return out^T ((left x) * (right y)), each table of size (n_points, its rows)."""
-    return out.mT @ ((left @ x) * (right @ y))
+    backend = select(
+        "sphere_product",
+        lmax=max(lmax1, lmax2, lmax),
+        mmax=max(lmax1, lmax2, lmax),
+        channels=x.shape[-1],
+        n_edges=math.prod(x.shape[:-2]),
+        like=x,
+    )
+    return backend.sphere_product(x, y, *tables)
 
 
 @constant_table

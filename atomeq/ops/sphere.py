@@ -10,8 +10,7 @@ from collections.abc import Callable
 from jaxtyping import Float
 from torch import Tensor
 
-from atomeq.ops.backends.sphere_silu import silu_on_grid
-from atomeq.ops.dispatch import select
+from atomeq.ops.dispatch import Backend, select
 from atomeq.ops.orders import coefficient_index
 from atomeq.ops.sphere_grid import SphereGrid
 
@@ -36,15 +35,7 @@ def sphere_pointwise(
         ValueError: If x has not the grid's number of rows.
     """
     _check_rows(x, grid)
-    backend = select(
-        "sphere_pointwise",
-        lmax=grid.lmax,
-        mmax=grid.mmax,
-        channels=x.shape[-1],
-        n_edges=math.prod(x.shape[:-2]),
-        like=x,
-    )
-    return backend.sphere_pointwise(x, fn, grid)
+    return _backend("sphere_pointwise", x, grid).sphere_pointwise(x, fn, grid)
 
 
 def sphere_silu(
@@ -66,7 +57,18 @@ def sphere_silu(
         ValueError: If x has not the grid's number of rows.
     """
     _check_rows(x, grid)
-    return silu_on_grid(x, grid)
+    return _backend("sphere_silu", x, grid).sphere_silu(x, grid)
+
+
+def _backend(op: str, x: Tensor, grid: SphereGrid) -> Backend:
+    return select(
+        op,
+        lmax=grid.lmax,
+        mmax=grid.mmax,
+        channels=x.shape[-1],
+        n_edges=math.prod(x.shape[:-2]),
+        like=x,
+    )
 
 
 def _check_rows(x: Tensor, grid: SphereGrid) -> None:

@@ -98,6 +98,7 @@ def cg_conv(
     Example:
         An EGNN-like coordinate update sums w_ij (r_j - r_i) by the path 0 x 1 -> 1:
 
+        >>> import torch
         >>> ones, y = torch.ones(2, 1, 1), torch.tensor([[1.0, 0.0, 0.0, 2.0]])
         >>> edge, weight = torch.tensor([[1], [0]]), torch.full((1, 1, 1), 0.5)
         >>> cg_conv(ones, y, weight, edge, 2, [Path(0, 1, 1)], output="paths").squeeze(-1)

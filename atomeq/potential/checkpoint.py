@@ -26,6 +26,7 @@ from atomeq.potential.long_step import LongStep
 from atomeq.potential.potential import Potential
 from atomeq.potential.predictor import Predictor
 from atomeq.potential.scalar import ScalarPredictor
+from atomeq.potential.terms import EnergyTerm
 
 CHECKPOINT_VERSION = 1
 CONFIG_FILE = "model.yaml"
@@ -49,6 +50,12 @@ MODELS = (
 PROPAGATORS = (
     "atomeq.models.egnn_published.VelocityEGNN",
     "atomeq.models.segno.SEGNOPropagator",
+)
+
+#: Every additive term a checkpoint may name.
+TERMS = (
+    "atomeq.potential.dispersion.DispersionD3",
+    "atomeq.potential.repulsion.ZBL",
 )
 
 
@@ -77,6 +84,8 @@ def save_potential(
     document = {"model": config, "dtype": str(potential.dtype).removeprefix("torch.")}
     if isinstance(potential, ScalarPredictor):
         document["target"] = dataclasses.asdict(potential.target)
+    if isinstance(potential, Potential) and len(potential.terms):
+        document["terms"] = [_term_config(term) for term in potential.terms]
     return _write_folder(Path(folder), potential, document, metadata)
 
 
@@ -173,7 +182,10 @@ def load_predictor(
             "energy or forces; use `atomeq rollout`, or load_propagator"
         )
     model = build_model(document["model"], named_in=folder / CONFIG_FILE)
-    potential = Potential(model) if "target" not in document else _scalar(model, document, folder)
+    if "target" in document:
+        potential: Predictor = _scalar(model, document, folder)
+    else:
+        potential = Potential(model, terms=_terms(document, folder))
     # Before the weights: copied into float32, those of a float64 potential would be rounded.
     potential = potential.to(getattr(torch, document["dtype"]))
     _load_weights(potential, folder)
@@ -302,6 +314,24 @@ def build_model(node: Any, *, named_in: str | Path = "the node") -> AtomisticMod
         raise CheckpointError(f"{named_in}, init_args: {error}") from error
 
 
+def build_term(node: Any, *, named_in: str | Path = "the node") -> EnergyTerm:
+    """Build an additive term from its node.
+
+    Args:
+        node: As :meth:`EnergyTerm.config` returns it.
+        named_in: Where it was read, for the error.
+
+    Raises:
+        CheckpointError: A class that is not on the list of terms, or arguments it does not take.
+        ImportError: The term needs a package that is not installed.
+    """
+    term_class = _listed_class(node, TERMS, named_in, "term")
+    try:
+        return term_class(**(node.get("init_args") or {}))
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{named_in}, terms: {error}") from error
+
+
 def _build_propagator(node: Any, *, named_in: str | Path) -> Propagator:
     propagator_class = _listed_class(node, PROPAGATORS, named_in)
     try:
@@ -310,12 +340,14 @@ def _build_propagator(node: Any, *, named_in: str | Path) -> Propagator:
         raise CheckpointError(f"{named_in}, init_args: {error}") from error
 
 
-def _listed_class(node: Any, allowed: tuple[str, ...], named_in: str | Path) -> Any:
+def _listed_class(
+    node: Any, allowed: tuple[str, ...], named_in: str | Path, what: str = "model"
+) -> Any:
     """Return the class that a node names, if it is on the list; nothing else is imported."""
     class_path = node.get("class_path") if isinstance(node, dict) else node
     if class_path not in allowed:
         raise CheckpointError(
-            f"{named_in} names the model {class_path!r}; known are {', '.join(allowed)}"
+            f"{named_in} names the {what} {class_path!r}; known are {', '.join(allowed)}"
         )
     module, name = class_path.rsplit(".", 1)
     return getattr(importlib.import_module(module), name)
@@ -325,6 +357,10 @@ def sha256(path: Path) -> str:
     """Return the SHA-256 of a file as hexadecimal digits."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _terms(document: dict[str, Any], folder: Path) -> list[EnergyTerm]:
+    return [build_term(node, named_in=folder / CONFIG_FILE) for node in document.get("terms", [])]
 
 
 def _scalar(model: AtomisticModel, document: dict[str, Any], folder: Path) -> ScalarPredictor:
@@ -374,6 +410,16 @@ def _refuse_foreign_models(node: dict[str, Any]) -> None:
     for value in node["init_args"].values():
         if _is_node(value):
             _refuse_foreign_models(value)
+
+
+def _term_config(term: nn.Module) -> dict[str, Any]:
+    config = term.config() if isinstance(term, EnergyTerm) else {"class_path": type(term).__name__}
+    if config["class_path"] not in TERMS:
+        raise CheckpointError(
+            f"{config['class_path']} is not a term of this package; checkpoints hold "
+            f"{', '.join(TERMS)}"
+        )
+    return config
 
 
 def _is_node(value: Any) -> bool:

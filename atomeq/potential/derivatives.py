@@ -1,4 +1,4 @@
-"""Forces and stress as derivatives of the energy: the only use of autograd.grad above ``ops/``.
+"""Forces, stress and Hessian as derivatives of the energy: all of autograd.grad above ``ops/``.
 
 Both come from one backward pass through a symmetric strain ε of the structure
 (r -> r (1 + ε), cell -> cell (1 + ε)):  F = -dE/dr,  σ = (1/V) dE/dε.
@@ -6,12 +6,23 @@ Forces are taken with respect to the unstrained positions, which are the same at
 """
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from atomeq.graph.atom_graph import AtomGraph
 from atomeq.typing import PropertyKey
+
+
+class ForceField(Protocol):
+    """What gives differentiable forces: a Potential."""
+
+    def __call__(
+        self, graph: AtomGraph, properties: tuple[PropertyKey, ...], *, create_graph: bool
+    ) -> dict[PropertyKey, Tensor]:
+        """Return the properties of a batch."""
+        ...
 
 
 def energy_and_derivatives(
@@ -57,6 +68,45 @@ def energy_and_derivatives(
     if stress:
         properties["stress"] = gradients.pop(0) / graph.volume()[:, None, None]
     return properties
+
+
+def force_constants(potential: ForceField, graph: AtomGraph, *, max_edges: int) -> Tensor:
+    """Return the Hessian of the energy of one structure, exact and symmetrised.
+
+    The structure is repeated in a batch, so that one backward pass gives a row of the Hessian for
+    every replica: vector-Jacobian products in parallel, whatever the model is made of.
+
+    Args:
+        potential: With forces that are derivatives of its energy.
+        graph: One structure with its edges; not modified.
+        max_edges: Limits the number of replicas, at least one.
+
+    Returns:
+        (3 n_atoms, 3 n_atoms), eV/Å².
+    """
+    size = 3 * graph.n_atoms
+    n_replicas = max(1, min(size, max_edges // max(graph.n_edges, 1)))
+    replicas = AtomGraph.concatenate([graph] * n_replicas)
+    positions = replicas.pos.detach().requires_grad_()
+    replicas = replicas.replace(pos=positions)
+    with torch.enable_grad():
+        forces = potential(replicas, ("forces",), create_graph=True)["forces"]
+    hessian = torch.zeros(size, size, dtype=torch.float64, device=positions.device)
+    if not forces.requires_grad:  # no edges, no forces
+        return hessian
+    for start in range(0, size, n_replicas):
+        rows = torch.arange(start, min(start + n_replicas, size), device=positions.device)
+        directions = torch.zeros_like(forces).reshape(n_replicas, size)
+        directions[rows - start, rows] = -1.0
+        gradient = torch.autograd.grad(
+            forces,
+            positions,
+            directions.reshape(forces.shape),
+            retain_graph=start + n_replicas < size,
+            materialize_grads=True,
+        )[0]
+        hessian[rows] = gradient.reshape(n_replicas, size)[: len(rows)].to(hessian)
+    return (hessian + hessian.T) / 2
 
 
 def _gradients(energy: Tensor, inputs: list[Tensor], *, create_graph: bool) -> tuple[Tensor, ...]:

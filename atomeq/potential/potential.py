@@ -6,12 +6,15 @@ The same object serves training, the ASE calculator, dynamics and screening.
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from atomeq.graph.atom_graph import AtomGraph
+from atomeq.models.base import AtomisticModel
 from atomeq.ops.segment import segment_sum
 from atomeq.potential.derivatives import energy_and_derivatives
 from atomeq.potential.predictor import Predictor
+from atomeq.potential.references import AtomicReferences
+from atomeq.potential.terms import EnergyTerm
 from atomeq.typing import PropertyKey
 
 _PROPERTIES: tuple[PropertyKey, ...] = (
@@ -32,12 +35,31 @@ class Potential(Predictor):
     Args:
         model: The network.
         references: Shift per element and scale; none leaves the network's output as eV.
+        terms: Known physics that is added, such as :class:`~atomeq.potential.repulsion.ZBL`.
+
+    Raises:
+        ValueError: Terms beside a force head, which would not feel them.
 
     Example:
         >>> potential = load_potential("cu-pbe")  # doctest: +SKIP
         >>> graph = potential.build_graph(ase.build.bulk("Cu"))  # doctest: +SKIP
         >>> potential(graph, ("energy", "forces", "stress"))["energy"]  # doctest: +SKIP
     """
+
+    def __init__(
+        self,
+        model: AtomisticModel,
+        references: AtomicReferences | None = None,
+        *,
+        terms: Sequence[EnergyTerm] = (),
+    ) -> None:
+        super().__init__(model, references)
+        if terms and "forces" in model.outputs:
+            raise ValueError(
+                f"{type(model).__name__} has a force head, whose forces would not know of "
+                f"{type(terms[0]).__name__}; add terms to conservative models"
+            )
+        self.terms = nn.ModuleList(terms)
 
     def forward(
         self,
@@ -102,6 +124,8 @@ class Potential(Predictor):
     def _evaluate(self, graph: AtomGraph) -> dict[PropertyKey, Tensor]:
         outputs = self.model(graph)
         energies = self.references(outputs["energies"], graph.atomic_numbers)
+        for term in self.terms:
+            energies = energies + term(graph)
         offset = self.references.offset
         computed: dict[PropertyKey, Tensor] = {
             "energies": energies + (offset / graph.natoms)[graph.batch],  # they sum to the energy

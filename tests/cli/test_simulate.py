@@ -11,6 +11,7 @@ from ase.constraints import FixAtoms
 from small_potential import small_potential
 
 from atomeq.cli.dynamics import MolecularDynamicsRun
+from atomeq.cli.report import TrajectoryReport
 from atomeq.potential.checkpoint import WEIGHTS_FILE, sha256
 
 ROUNDED = 1e-5  # extxyz holds eight decimals of a position
@@ -98,11 +99,49 @@ def test_md_runs_in_every_ensemble(run, workdir, ensemble):
     assert [float(line["step"]) for line in log] == [0, 2, 4, 6]
     assert all(50 < float(line["temperature_K"]) < 600 for line in log)
     assert summary(workdir, "md")["settings"]["seed"] == 0
-    assert len(list(workdir.glob("md*"))) == 3
+    assert len(list(workdir.glob("md*"))) == 5
     start, end = frames[0].cell.array, frames[-1].cell.array
     assert np.array_equal(start, end) == (not ensemble.startswith("npt"))
     if ensemble == "npt":
         np.testing.assert_allclose(end / end[0, 0], start / start[0, 0], atol=1e-7)
+
+
+def test_md_reports_distances_and_displacements(run, workdir):
+    assert run(f"{MD} --ensemble nve --steps 4 --interval 2 --timestep 0.5") == 0
+    report = json.loads((workdir / "md.report.json").read_text())
+    assert report["time_fs"] == [0, 1, 2]
+    displacement = report["mean_squared_displacement_A2"]
+    assert displacement[0] == 0
+    assert 0 < displacement[1] < displacement[2]
+    assert (workdir / "md.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_radial_distribution_counts_neighbours():
+    crystal, report = bulk("Cu", cubic=True, a=3.6), TrajectoryReport()
+    report.add(crystal)
+    r, g = report.distances
+    counts = g * 4 * np.pi * r**2 * (r[1] - r[0]) * len(crystal) / crystal.get_volume()
+    first = np.abs(r - 3.6 / np.sqrt(2)) < 0.2
+    assert counts[first].sum() == pytest.approx(12, rel=1e-3)
+    assert counts[r < 2.3].sum() == 0
+    pair = TrajectoryReport()
+    pair.add(Atoms("Cu2", [[0, 0, 0], [0, 0, 2.41]]))
+    r, neighbours = pair.distances
+    assert (neighbours * (r[1] - r[0])).sum() == pytest.approx(1)
+
+
+def test_displacements_leave_out_drift_and_the_breathing_of_the_cell():
+    crystal, report = bulk("Cu", cubic=True), TrajectoryReport()
+    report.add(crystal)
+    shifted = crystal.copy()
+    shifted.positions += 0.7
+    shifted.set_cell(crystal.cell * 1.05, scale_atoms=True)
+    report.add(shifted)
+    shifted.positions[0] += (0.21, 0, 0)  # a fourth of it is drift
+    report.add(shifted)
+    still, moved = report.mean_squared_displacement[1:]
+    assert still == pytest.approx(0, abs=1e-20)
+    assert moved == pytest.approx((0.15**2 + 3 * 0.05**2) / 4)
 
 
 def test_md_repeats_itself_by_its_seed(run, workdir):

@@ -83,7 +83,7 @@ def test_choice_belongs_to_its_thread() -> None:
 
 def test_unknown_backend_is_refused_with_the_known_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     with (
-        pytest.raises(ValueError, match=r"'tritn'; the backends are: auto, cpu, reference, triton"),
+        pytest.raises(ValueError, match=r"'tritn'; the backends are: auto, .*triton"),
         use_backend("tritn"),
     ):
         pass

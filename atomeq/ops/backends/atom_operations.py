@@ -1,4 +1,4 @@
-"""Operations without edge frames in a backend of kernels: coupling, harmonics, segments."""
+"""Operations without edge frames in a backend of kernels: coupling, sphere, segments."""
 
 from torch import Tensor
 
@@ -8,6 +8,8 @@ from atomeq.ops.paths import Mode, Path
 from atomeq.ops.registered.coupling import couple
 from atomeq.ops.registered.harmonics import harmonics
 from atomeq.ops.registered.segments import segment_softmax, segment_total
+from atomeq.ops.registered.sphere import sphere_form
+from atomeq.ops.sphere_grid import SphereGrid
 
 # Which kernels serve an operation.
 ATOM_TOPICS = {
@@ -16,6 +18,8 @@ ATOM_TOPICS = {
     "spherical_harmonics": "harmonics",
     "segment_sum": "segment",
     "segment_softmax": "segment",
+    "sphere_silu": "sphere",
+    "sphere_product": "sphere",
 }
 
 
@@ -25,6 +29,8 @@ class AtomOperations:
     Args:
         kernels: Name of the kernel set.
     """
+
+    by_torch: frozenset[str] = frozenset()
 
     def __init__(self, kernels: str) -> None:
         self.name = kernels
@@ -37,7 +43,7 @@ class AtomOperations:
             return harmonics(vectors, lmax, normalization, normalize, self.name)
         flat = vectors.reshape(-1, 3)
         values = harmonics(flat, lmax, normalization, normalize, self.name)
-        return values.reshape(*vectors.shape[:-1], values.shape[-1])
+        return values if vectors.ndim == 2 else values.view(*vectors.shape[:-1], values.shape[1])
 
     def tensor_product(
         self,
@@ -74,6 +80,18 @@ class AtomOperations:
         """Gather x on the sources, couple it with y, sum on the targets."""
         ends = (edge_index[0], edge_index[1])
         return couple(x, y, weights, ends, n_atoms, Form(paths, mode, stacked), self.name)
+
+    def sphere_silu(self, x: Tensor, grid: SphereGrid) -> Tensor:
+        """Apply SiLU to the values on the points of a grid."""
+        return sphere_form([x], [grid.to_matrix(like=x)], grid.from_matrix(like=x), 0, self.name)
+
+    def sphere_product(
+        self, x: Tensor, y: Tensor, left: Tensor, right: Tensor, out: Tensor
+    ) -> Tensor:
+        """Multiply two functions on the points of a grid."""
+        flat = [factor.reshape(-1, *factor.shape[-2:]) for factor in (x, y)]
+        product = sphere_form(flat, [left, right], out.mT, -1, self.name)
+        return product.reshape(*x.shape[:-2], *product.shape[1:])
 
     def segment_sum(self, x: Tensor, index: Tensor, n_segments: int) -> Tensor:
         """Sum the members of each segment."""

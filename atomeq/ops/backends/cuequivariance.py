@@ -40,6 +40,7 @@ class CuEquivarianceBackend:
     """cuEquivariance; see :class:`~atomeq.ops.dispatch.Backend` for what each method does."""
 
     name = "cuequivariance"
+    by_torch: frozenset[str] = frozenset()
 
     def refusal(self, spec: OpSpec) -> str | None:
         """Return None for float32 and float64 harmonics and products that its kernels serve."""
@@ -65,7 +66,7 @@ class CuEquivarianceBackend:
         points = directions(vectors)[0] if normalize else vectors
         (flat,) = polynomial([points.reshape(-1, 3)])
         scale = table_like(_scales, lmax, normalization, like=vectors)
-        return (flat * scale).unflatten(0, vectors.shape[:-1])
+        return (flat * scale).reshape(*vectors.shape[:-1], flat.shape[1])
 
     def tensor_product(
         self,

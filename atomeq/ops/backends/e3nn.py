@@ -32,6 +32,7 @@ class E3nnBackend:
     """e3nn; see :class:`~atomeq.ops.dispatch.Backend` for what each method does."""
 
     name = "e3nn"
+    by_torch: frozenset[str] = frozenset()
 
     def refusal(self, spec: OpSpec) -> str | None:
         """Return None for harmonics and Clebsch-Gordan products up to degree 11."""

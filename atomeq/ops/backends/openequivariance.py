@@ -28,6 +28,7 @@ class OpenEquivarianceBackend:
     """OpenEquivariance; see :class:`~atomeq.ops.dispatch.Backend` for what each method does."""
 
     name = "openequivariance"
+    by_torch: frozenset[str] = frozenset()
 
     def refusal(self, spec: OpSpec) -> str | None:
         """Return None for weighted uvu convolutions in float32 and float64 on CUDA."""

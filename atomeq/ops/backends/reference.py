@@ -10,11 +10,13 @@ from torch import Tensor
 
 from atomeq.ops.backends.blocks import blocks
 from atomeq.ops.backends.edge_rotation import gather_rotate, rotate_back, rotate_scatter
+from atomeq.ops.backends.sphere_silu import silu_on_grid
 from atomeq.ops.clebsch_gordan import Coupling, Form, coupling_table, couplings
 from atomeq.ops.edge_frame import EdgeFrame
 from atomeq.ops.harmonic_polynomials import Normalization, directions, harmonic_polynomials
 from atomeq.ops.orders import row_degrees
 from atomeq.ops.paths import Mode, Path
+from atomeq.ops.registered.pointwise import pointwise_product
 from atomeq.ops.specification import OpSpec
 from atomeq.ops.sphere_grid import SphereGrid
 from atomeq.ops.tables import table_like
@@ -25,6 +27,7 @@ class ReferenceBackend:
     """Plain torch; see :class:`~atomeq.ops.dispatch.Backend` for what each method does."""
 
     name = "reference"
+    by_torch: frozenset[str] = frozenset()
 
     def refusal(self, spec: OpSpec) -> str | None:
         """Return None: everything is served."""
@@ -157,8 +160,17 @@ class ReferenceBackend:
                 return from_grid @ fn(to_grid @ x)
         if not results:
             return from_grid @ fn(to_grid @ x)
-        joined = torch.cat(results)
-        return joined.reshape(*x.shape[:-2], *joined.shape[1:])
+        return torch.cat(results).reshape(*x.shape[:-2], -1, x.shape[-1])
+
+    def sphere_silu(self, x: Tensor, grid: SphereGrid) -> Tensor:
+        """Apply SiLU between two matrix products, keeping nothing but the coefficients."""
+        return silu_on_grid(x, grid)
+
+    def sphere_product(
+        self, x: Tensor, y: Tensor, left: Tensor, right: Tensor, out: Tensor
+    ) -> Tensor:
+        """Multiply values between matrix products, keeping nothing but the coefficients."""
+        return pointwise_product(x, y, left, right, out)
 
     def segment_sum(self, x: Tensor, index: Tensor, n_segments: int) -> Tensor:
         """Sum the members of each segment, in their order."""

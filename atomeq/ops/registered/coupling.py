@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from torch import Tensor
 
 from atomeq.ops.clebsch_gordan import Form
+from atomeq.ops.edge_frame import segments_of
 from atomeq.ops.paths import Mode, Path
 from atomeq.ops.registered.kernel_sets import coupling_kernels
 from atomeq.ops.registered.registration import registered
@@ -47,9 +48,20 @@ def couple(
     indices = [] if ends is None else [end.contiguous() for end in ends]
     numbers = [l for path in form.paths for l in path]
     (product,) = cg_partials(
-        x, y, weights, None, indices, n_targets, "z", numbers, form.mode, form.stacked, kernels
+        *(x, y, weights, None, indices, _segments(x, indices, n_targets, kernels)),
+        *(n_targets, "z", numbers, form.mode, form.stacked, kernels),
     )
     return product
+
+
+def _segments(x: Tensor, ends: list[Tensor], n_targets: int, kernels: str) -> list[Tensor]:
+    """Sort the edges once for the product and all its derivatives, if the kernels want that."""
+    if not ends or not coupling_kernels(kernels).wants_segments:
+        return []
+    found = [*segments_of(ends[1], n_targets)]
+    if x.requires_grad:  # only the derivative by x sums on the sources
+        found += segments_of(ends[0], x.shape[0])
+    return found
 
 
 def _fake_partials(
@@ -58,6 +70,7 @@ def _fake_partials(
     weights: Tensor | None,
     z: Tensor | None,
     ends: list[Tensor],
+    segments: list[Tensor],
     n_targets: int,
     arguments: str,
     paths: Sequence[int],
@@ -85,6 +98,7 @@ def _partials_gradient(
         partials = cg_partials(
             **given | {place: grad},
             ends=saved.ends,
+            segments=saved.segments,
             n_targets=saved.n_targets,
             arguments=" ".join(others),
             paths=saved.paths,
@@ -104,6 +118,7 @@ def cg_partials(
     weights: Tensor | None,
     z: Tensor | None,
     ends: list[Tensor],
+    segments: list[Tensor],
     n_targets: int,
     arguments: str,
     paths: Sequence[int],
@@ -114,11 +129,13 @@ def cg_partials(
     """Return the partial derivatives of F by the named arguments, in the shapes of these.
 
     ``z`` may be missing where only its own derivative is asked for; ``ends`` is empty or has the
-    sources and the targets.
+    sources and the targets; for ``segments`` see :class:`CouplingKernels`.
     """
     form = _form(paths, mode, stacked)
     wanted = tuple(arguments.split())
-    return coupling_kernels(kernels).partials(x, y, weights, z, ends, n_targets, wanted, form)
+    return coupling_kernels(kernels).partials(
+        x, y, weights, z, ends, segments, n_targets, wanted, form
+    )
 
 
 def _form(paths: Sequence[int], mode: str, stacked: bool) -> Form:

@@ -22,7 +22,9 @@ KERNELS: dict[tuple[str, str], str] = {
     ("edge", "triton"): "atomeq.ops.backends.triton.edge:TritonEdgeKernels",
     ("coupling", "triton"): "atomeq.ops.backends.triton.coupling:TritonCouplingKernels",
     ("coupling", "cpu"): "atomeq.ops.backends.cpu.coupling:CPUCouplingKernels",
+    ("segment", "triton"): "atomeq.ops.backends.triton.segment:TritonSegmentKernels",
     ("segment", "cpu"): "atomeq.ops.backends.native.segments:CPUSegmentKernels",
+    ("sphere", "triton"): "atomeq.ops.backends.triton.sphere:TritonSphereKernels",
     ("wigner", "cpu"): "atomeq.ops.backends.native.wigner:CPUWignerKernels",
     ("harmonics", "cpu"): "atomeq.ops.backends.native.harmonics:CPUHarmonicsKernels",
 }
@@ -146,7 +148,14 @@ class EdgeKernels(Protocol):
 
 
 class CouplingKernels(Protocol):
-    """The Clebsch-Gordan form F(x, y, w, z), for one kernel set."""
+    """The Clebsch-Gordan form F(x, y, w, z), for one kernel set.
+
+    ``segments`` holds where each target's edges start in a sorted list (n_targets + 1,) and that
+    list (n_edges,), then the same of the sources if x requires a gradient. It is empty without
+    ends, or unless ``wants_segments``.
+    """
+
+    wants_segments: bool
 
     def refusal(self, spec: OpSpec) -> str | None:
         """Return None if these kernels serve the call, else the reason why not."""
@@ -159,6 +168,7 @@ class CouplingKernels(Protocol):
         weights: Tensor | None,
         z: Tensor | None,
         ends: Sequence[Tensor],
+        segments: Sequence[Tensor],
         n_targets: int,
         wanted: tuple[str, ...],
         form: Form,
@@ -242,6 +252,25 @@ class SegmentKernels(Protocol):
         ...
 
 
+class SphereKernels(Protocol):
+    """The form S of pointwise functions on the sphere, for one kernel set."""
+
+    def refusal(self, spec: OpSpec) -> str | None:
+        """Return None if these kernels serve the call, else the reason why not."""
+        ...
+
+    def form(
+        self, factors: Sequence[Tensor], matrices: Sequence[Tensor], back: Tensor, order: int
+    ) -> Tensor:
+        """Return back [f^(order)(A_0 t_0) * (A_1 t_1) * ...], (n, rows of back, channels).
+
+        ``factors`` t are (n, rows of each, channels), ``matrices`` A (n_points, rows of each) and
+        ``back`` (rows, n_points). f is SiLU; if ``order`` is negative, t_0 is a factor like the
+        others.
+        """
+        ...
+
+
 @cache
 def edge_kernels(name: str) -> EdgeKernels:
     """Return the edge kernels of a set, importing them when first asked for."""
@@ -272,6 +301,12 @@ def segment_kernels(name: str) -> SegmentKernels:
     return cast(SegmentKernels, _load("segment", name))
 
 
+@cache
+def sphere_kernels(name: str) -> SphereKernels:
+    """Return the kernels for functions on the sphere of a set, importing them when asked for."""
+    return cast(SphereKernels, _load("sphere", name))
+
+
 def refusal(topic: str, name: str, spec: OpSpec) -> str | None:
     """Return why a kernel set does not serve a call, or None if it does."""
     loaders = {
@@ -280,6 +315,7 @@ def refusal(topic: str, name: str, spec: OpSpec) -> str | None:
         "harmonics": harmonics_kernels,
         "wigner": wigner_kernels,
         "segment": segment_kernels,
+        "sphere": sphere_kernels,
     }
     if (topic, name) not in KERNELS:
         return f"the kernel set {name} has no kernels for it"

@@ -6,6 +6,7 @@ its turn: force training needs the gradient of a gradient, in eager mode as in a
 
 import inspect
 from collections.abc import Callable, Mapping
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ NAMESPACE = "atomeq"
 
 # From the saved inputs by name, the names whose gradient is wanted, and the gradients of the
 # outputs (None for one that nothing depends on), to the gradients by name; a missing name is zero.
-Gradient = Callable[..., Mapping[str, Tensor | list[Tensor] | None]]
+Gradient = Callable[..., Mapping[str, Tensor | list[Tensor] | list[Tensor | None] | None]]
 
 
 def registered(
@@ -46,10 +47,7 @@ def registered(
         operation.register_fake(fake)
         if gradient is not None:
             tape = _Tape(tuple(inspect.signature(function).parameters), only_for or {}, keeps)
-            operation.register_autograd(
-                lambda ctx, *grads: tape.gradients(ctx, gradient, grads),
-                setup_context=tape.save,
-            )
+            operation.register_autograd(partial(tape.gradients, gradient), setup_context=tape.save)
         return operation
 
     return decorate
@@ -105,7 +103,7 @@ class _Tape:
         ctx.required = required
         ctx.save_for_backward(*tensors)
 
-    def gradients(self, ctx: Any, gradient: Gradient, grads: tuple[Any, ...]) -> tuple[Any, ...]:
+    def gradients(self, gradient: Gradient, ctx: Any, *grads: Any) -> tuple[Any, ...]:
         tensors = list(ctx.saved_tensors)
         saved = SimpleNamespace(outputs=tensors[len(tensors) - len(self.keeps) :])
         for name in self.names:

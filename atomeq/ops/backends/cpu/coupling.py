@@ -26,6 +26,8 @@ _SUBSCRIPTS = {
 class CPUCouplingKernels:
     """See :class:`~atomeq.ops.registered.kernel_sets.CouplingKernels`."""
 
+    wants_segments = False
+
     def refusal(self, spec: OpSpec) -> str | None:
         """Refuse other devices and dtypes, and machines without a C compiler."""
         if spec.device.type != "cpu":
@@ -41,6 +43,7 @@ class CPUCouplingKernels:
         weights: Tensor | None,
         z: Tensor | None,
         ends: Sequence[Tensor],
+        segments: Sequence[Tensor],
         n_targets: int,
         wanted: tuple[str, ...],
         form: Form,

@@ -9,6 +9,9 @@ without atomics; for w and T it owns some edges and one path. Nothing with rows 
 written for an edge.
 """
 
+# Only Triton's compiler goes through tl.static_range; to a type checker it raises.
+# pyright: reportGeneralTypeIssues=false
+
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import NamedTuple
@@ -20,13 +23,14 @@ from torch import Tensor
 
 from atomeq.ops.backends.triton.launch import (
     accumulator,
+    ceil_div,
     channel_tile,
     contiguous,
     edge_tile,
     launch,
+    power_of_2,
     refusal,
 )
-from atomeq.ops.backends.triton.segment import segments
 from atomeq.ops.clebsch_gordan import Form, path_table
 from atomeq.ops.specification import OpSpec
 from atomeq.ops.tables import constant_table, table_like
@@ -35,8 +39,12 @@ from atomeq.ops.tables import constant_table, table_like
 class TritonCouplingKernels:
     """See :class:`~atomeq.ops.registered.kernel_sets.CouplingKernels`."""
 
+    wants_segments = True
+
     def refusal(self, spec: OpSpec) -> str | None:
         """Return None if these kernels serve the call, else the reason why not."""
+        if spec.mode != "uvu":
+            return f"its kernels couple in mode uvu, not {spec.mode}"
         return refusal(spec)
 
     def partials(
@@ -46,21 +54,13 @@ class TritonCouplingKernels:
         weights: Tensor | None,
         z: Tensor | None,
         ends: Sequence[Tensor],
+        segments: Sequence[Tensor],
         n_targets: int,
         wanted: tuple[str, ...],
         form: Form,
     ) -> list[Tensor]:
-        """Return dF/ds for each argument s that is wanted.
-
-        Raises:
-            NotImplementedError: If the mode is not uvu.
-        """
-        if form.mode != "uvu":
-            raise NotImplementedError(
-                f"the triton kernels couple in mode uvu, not {form.mode}; choose another backend "
-                f"for this layer with use_backend()"
-            )
-        call = _Call(x, y, weights, z, ends, n_targets, form)
+        """Return dF/ds for each argument s that is wanted."""
+        call = _Call(x, y, weights, z, ends, segments, n_targets, form)
         return [call.partial(argument) for argument in wanted]
 
 
@@ -94,6 +94,7 @@ class _Call:
         weights: Tensor | None,
         z: Tensor | None,
         ends: Sequence[Tensor],
+        segments: Sequence[Tensor],
         n_targets: int,
         form: Form,
     ) -> None:
@@ -101,6 +102,7 @@ class _Call:
         self.weights = None if weights is None else contiguous(weights)
         self.z = None if z is None else contiguous(z)
         self.ends = [contiguous(end) for end in ends]
+        self.segments = segments
         self.n_targets = n_targets
         self.form = form
         self.n_edges, self.channels = y.shape[0], x.shape[2]
@@ -129,15 +131,13 @@ class _Call:
         self, result: Tensor, features: Tensor, end: int, blocks: tuple[_Block, ...]
     ) -> Tensor:
         """Sum over the edges of each atom at the other end than that of the features."""
-        pointer = order = None
-        if self.ends:
-            pointer, order = segments(self.ends[1 - end], len(result))
+        pointer, order = self.segments[2 * end : 2 * end + 2] if self.ends else (None, None)
         block_c = channel_tile(self.channels)
         passes = [each for block in blocks for each in block.passes]
         lasts = list(accumulate(len(block.passes) for block in blocks))
         launch(
             _couple_and_sum,
-            (len(result), len(blocks), triton.cdiv(self.channels, block_c)),
+            (len(result), len(blocks), ceil_div(self.channels, block_c)),
             features,
             self.table,
             self.weights,
@@ -150,6 +150,7 @@ class _Call:
             IN_ROWS=features.shape[1],
             OUT_ROWS=result.shape[1],
             TABLE=self.table.shape[1],
+            N_BLOCKS=len(blocks),
             BLOCKS=tuple(
                 (*block[:3], last - len(block.passes), last)
                 for block, last in zip(blocks, lasts, strict=True)
@@ -183,10 +184,10 @@ class _Call:
         paths = _paths(self.form)
         block_c = channel_tile(self.channels)
         block_e = edge_tile(max(path[4] for path in paths), block_c, share=2)
-        grid = (triton.cdiv(self.n_edges, block_e), len(paths))
+        grid = (ceil_div(self.n_edges, block_e), len(paths))
         launch(
             kernel,
-            (*grid, triton.cdiv(self.channels, block_c)) if channel_programs else grid,
+            (*grid, ceil_div(self.channels, block_c)) if channel_programs else grid,
             self.x,
             self.table,
             self.weights,
@@ -199,6 +200,7 @@ class _Call:
             X_ROWS=self.x.shape[1],
             Z_ROWS=z.shape[1],
             TABLE=self.table.shape[1],
+            N_PATHS=len(paths),
             PATHS=paths,
             **self._weighting(),
             GATHERED=bool(self.ends),
@@ -239,7 +241,7 @@ def _places(form: Form) -> list[int]:
 def _paths(form: Form) -> tuple[tuple[int, ...], ...]:
     """Return for each path: first row and rows of x, first row, rows and padded rows of z, T."""
     return tuple(
-        (l1 * l1, 2 * l1 + 1, row, 2 * l3 + 1, triton.next_power_of_2(2 * l3 + 1), place)
+        (l1 * l1, 2 * l1 + 1, row, 2 * l3 + 1, power_of_2(2 * l3 + 1), place)
         for (l1, _, l3), row, place in zip(form.paths, form.rows(), _places(form), strict=False)
     )
 
@@ -253,7 +255,7 @@ def _blocks(form: Form, *, back: bool) -> tuple[_Block, ...]:
         strides = (1, n1) if back else (n1, 1)
         found.setdefault(key, []).append(_Pass(number, *reads, place, *strides))
     return tuple(
-        _Block(first, size, triton.next_power_of_2(size), tuple(passes))
+        _Block(first, size, power_of_2(size), tuple(passes))
         for (first, size), passes in found.items()
     )
 
@@ -261,7 +263,8 @@ def _blocks(form: Form, *, back: bool) -> tuple[_Block, ...]:
 @triton.jit
 def _couple_and_sum(features, table, weights, end, pointer, order, result,
                     CHANNELS: tl.constexpr, IN_ROWS: tl.constexpr, OUT_ROWS: tl.constexpr,
-                    TABLE: tl.constexpr, BLOCKS: tl.constexpr, PASSES: tl.constexpr,
+                    TABLE: tl.constexpr, N_BLOCKS: tl.constexpr, BLOCKS: tl.constexpr,
+                    PASSES: tl.constexpr,
                     WEIGHTED: tl.constexpr, STRIDE: tl.constexpr, SEGMENTED: tl.constexpr,
                     SUM: tl.constexpr, BLOCK_E: tl.constexpr,
                     BLOCK_C: tl.constexpr):  # fmt: skip
@@ -270,7 +273,7 @@ def _couple_and_sum(features, table, weights, end, pointer, order, result,
     begin, last = atom, atom + 1
     if SEGMENTED:
         begin, last = tl.load(pointer + atom), tl.load(pointer + atom + 1)
-    for b in tl.static_range(len(BLOCKS)):
+    for b in tl.static_range(N_BLOCKS):
         if tl.program_id(1) == b:  # a branch that a whole program takes
             place = tl.arange(0, BLOCKS[b][2])
             real = place < BLOCKS[b][1]
@@ -326,7 +329,8 @@ def _ends(source, target, n_edges, GATHERED: tl.constexpr, BLOCK_E: tl.constexpr
 @triton.jit
 def _weight_partial(x, table, weights, z, source, target, result, n_edges,
                     CHANNELS: tl.constexpr, X_ROWS: tl.constexpr, Z_ROWS: tl.constexpr,
-                    TABLE: tl.constexpr, PATHS: tl.constexpr, WEIGHTED: tl.constexpr,
+                    TABLE: tl.constexpr, N_PATHS: tl.constexpr, PATHS: tl.constexpr,
+                   WEIGHTED: tl.constexpr,
                     STRIDE: tl.constexpr, GATHERED: tl.constexpr, SUM: tl.constexpr,
                     BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
     edge, there, first, second = _ends(source, target, n_edges, GATHERED, BLOCK_E)
@@ -334,8 +338,8 @@ def _weight_partial(x, table, weights, z, source, target, result, n_edges,
     inside = there[:, None] & (channel < CHANNELS)[None, :]
     read = x + (first * (X_ROWS * CHANNELS))[:, None] + channel[None, :]
     element = table + (edge * TABLE)[:, None]
-    out = result + (edge * (len(PATHS) * CHANNELS))[:, None] + channel[None, :]
-    for p in tl.static_range(len(PATHS)):
+    out = result + (edge * (N_PATHS * CHANNELS))[:, None] + channel[None, :]
+    for p in tl.static_range(N_PATHS):
         if tl.program_id(1) == p:
             place = tl.arange(0, PATHS[p][4])
             real = place < PATHS[p][3]
@@ -356,11 +360,12 @@ def _weight_partial(x, table, weights, z, source, target, result, n_edges,
 @triton.jit
 def _table_partial(x, table, weights, z, source, target, result, n_edges,
                    CHANNELS: tl.constexpr, X_ROWS: tl.constexpr, Z_ROWS: tl.constexpr,
-                   TABLE: tl.constexpr, PATHS: tl.constexpr, WEIGHTED: tl.constexpr,
+                   TABLE: tl.constexpr, N_PATHS: tl.constexpr, PATHS: tl.constexpr,
+                   WEIGHTED: tl.constexpr,
                    STRIDE: tl.constexpr, GATHERED: tl.constexpr, SUM: tl.constexpr,
                    BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
     edge, there, first, second = _ends(source, target, n_edges, GATHERED, BLOCK_E)
-    for p in tl.static_range(len(PATHS)):
+    for p in tl.static_range(N_PATHS):
         if tl.program_id(1) == p:
             place = tl.arange(0, PATHS[p][4])
             real = place < PATHS[p][3]

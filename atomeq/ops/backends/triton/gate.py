@@ -3,12 +3,21 @@
 Value, gradient and second derivative each read every number once and write every result once.
 """
 
+# Only Triton's compiler goes through tl.static_range; to a type checker it raises.
+# pyright: reportGeneralTypeIssues=false
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from atomeq.ops.backends.triton.launch import accumulator, channel_tile, contiguous, launch
+from atomeq.ops.backends.triton.launch import (
+    accumulator,
+    ceil_div,
+    channel_tile,
+    contiguous,
+    launch,
+)
 from atomeq.ops.backends.triton.rotation import _row
 from atomeq.ops.orders import m_primary_order
 
@@ -47,7 +56,7 @@ class TritonGate:
         n_edges = len(self.y)
         launch(
             kernel,
-            (triton.cdiv(n_edges, block_e), triton.cdiv(self.channels, block_c)),
+            (ceil_div(n_edges, block_e), ceil_div(self.channels, block_c)),
             self.y,
             *tensors,
             like=self.y,

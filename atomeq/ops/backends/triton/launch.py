@@ -7,14 +7,14 @@ from one process to the next. The sizes are functions of the shapes alone and ar
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
+from triton import knobs
 
 from atomeq.ops.specification import OpSpec
 
 # Fixed when the kernels are decorated, which is when their modules are imported.
-INTERPRETING: bool = triton.knobs.runtime.interpret
+INTERPRETING: bool = knobs.runtime.interpret
 
 _REGISTER_TILE = 8192  # accumulators of one program: 64 per thread with 4 warps
 _WIDEST = 128  # channels of one program
@@ -39,9 +39,19 @@ def accumulator(dtype: torch.dtype) -> tl.dtype:
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
+def power_of_2(size: int) -> int:
+    """Return the least power of 2 that is not below ``size``: the sides of every tile."""
+    return 1 << (size - 1).bit_length()
+
+
+def ceil_div(size: int, step: int) -> int:
+    """Return how many tiles of ``step`` cover ``size``."""
+    return -(-size // step)
+
+
 def channel_tile(channels: int) -> int:
     """Return the channels of one program: a power of 2 that is not mostly padding."""
-    return min(_WIDEST, triton.next_power_of_2(channels))
+    return min(_WIDEST, power_of_2(channels))
 
 
 def edge_tile(rows: int, channels: int, share: int = 1) -> int:
@@ -57,12 +67,12 @@ def edge_tile(rows: int, channels: int, share: int = 1) -> int:
 
 def slots(lmax: int, mmax: int) -> tuple[int, ...]:
     """Return for each degree the padded number of orders +-m, m <= mmax, both signs of 0 too."""
-    return tuple(triton.next_power_of_2(2 * (min(l, mmax) + 1)) for l in range(lmax + 1))
+    return tuple(power_of_2(2 * (min(l, mmax) + 1)) for l in range(lmax + 1))
 
 
 def degrees(lmax: int) -> tuple[int, ...]:
     """Return for each degree the padded number of its coefficients."""
-    return tuple(triton.next_power_of_2(2 * l + 1) for l in range(lmax + 1))
+    return tuple(power_of_2(2 * l + 1) for l in range(lmax + 1))
 
 
 def contiguous(tensor: Tensor) -> Tensor:
@@ -71,17 +81,27 @@ def contiguous(tensor: Tensor) -> Tensor:
 
 
 def product_precision(dtype: torch.dtype) -> str:
-    """Return how the tensor cores multiply: single precision as torch is set to do it.
+    """Return how the tensor cores multiply: as ``torch.set_float32_matmul_precision`` has it.
 
     Three TF32 products make one as accurate as single precision, which tensor cores do not have.
     """
     if dtype != torch.float32 or INTERPRETING:
         return "ieee"
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
-def refusal(spec: OpSpec) -> str | None:
-    """Return why these kernels do not serve a call, or None."""
+def halved(dtype: torch.dtype) -> bool:
+    """Whether operands in single precision are rounded to bfloat16: torch's ``medium``."""
+    return dtype == torch.float32 and torch.get_float32_matmul_precision() == "medium"
+
+
+def refusal(spec: OpSpec, *, any_channels: bool = False) -> str | None:
+    """Return why these kernels do not serve a call, or None.
+
+    Args:
+        spec: The call.
+        any_channels: Whether the number of channels need be no multiple of anything.
+    """
     if spec.device.type != "cuda" and not INTERPRETING:
         return (
             f"Triton's kernels need CUDA, but the tensors are on {spec.device} "
@@ -92,6 +112,6 @@ def refusal(spec: OpSpec) -> str | None:
         return f"it has {', '.join(map(str, DTYPES))}, not {spec.dtype}"
     if spec.lmax > HIGHEST_DEGREE:
         return f"lmax is {spec.lmax}; its kernels were made and tested up to {HIGHEST_DEGREE}"
-    if spec.channels % _CHANNEL_STEP:
+    if spec.channels % _CHANNEL_STEP and not any_channels:
         return f"{spec.channels} channels are no multiple of {_CHANNEL_STEP}"
     return None

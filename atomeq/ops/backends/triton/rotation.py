@@ -6,6 +6,9 @@ channels, and nothing but the result is written. All sums are in single precisio
 double), whatever the features are.
 """
 
+# Only Triton's compiler goes through tl.static_range; to a type checker it raises.
+# pyright: reportGeneralTypeIssues=false
+
 from collections.abc import Sequence
 
 import torch
@@ -15,6 +18,7 @@ from torch import Tensor
 
 from atomeq.ops.backends.triton.launch import (
     accumulator,
+    ceil_div,
     channel_tile,
     contiguous,
     degrees,
@@ -63,7 +67,7 @@ def gather_rotate(
     for side, index in enumerate(indices or (None,)):
         launch(
             _gather_rotate,
-            (triton.cdiv(n_edges, block_e), triton.cdiv(channels, block_c)),
+            (ceil_div(n_edges, block_e), ceil_div(channels, block_c)),
             x,
             wigner,
             None if index is None else contiguous(index),
@@ -131,7 +135,7 @@ def rotate_scatter(
     for side in range(len(indices)):
         launch(
             _rotate_scatter,
-            (n_atoms, lmax + 1, triton.cdiv(channels, block_c)),
+            (n_atoms, lmax + 1, ceil_div(channels, block_c)),
             rows,
             wigner,
             contiguous(segments[2 * side]),
@@ -172,7 +176,7 @@ def _rotate_back_into(
     block_e = edge_tile(max(sizes), block_c)
     launch(
         _rotate_back,
-        (triton.cdiv(n_edges, block_e), triton.cdiv(channels, block_c)),
+        (ceil_div(n_edges, block_e), ceil_div(channels, block_c)),
         rows,
         wigner,
         factor,
@@ -216,7 +220,7 @@ def torque(
     for side, index in enumerate(indices or (None,)):
         launch(
             _torque,
-            (triton.cdiv(n_edges, block_e),),
+            (ceil_div(n_edges, block_e),),
             x,
             rows,
             wigner,

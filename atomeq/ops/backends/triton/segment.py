@@ -5,25 +5,35 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from atomeq.ops.backends.triton.launch import accumulator, contiguous, launch
+from atomeq.ops.backends.triton.launch import (
+    accumulator,
+    ceil_div,
+    contiguous,
+    launch,
+    power_of_2,
+    refusal,
+)
+from atomeq.ops.edge_frame import segments_of
+from atomeq.ops.specification import OpSpec
 
 _MEMBERS = 16  # of a segment at a time
 _FEATURES = 64
 
 
-def segments(index: Tensor, n_segments: int) -> tuple[Tensor, Tensor]:
-    """Return where each segment begins in the list of sorted members, and that list.
+class TritonSegmentKernels:
+    """See :class:`~atomeq.ops.registered.kernel_sets.SegmentKernels`."""
 
-    Args:
-        index: Segment of each member, (n_members,).
-        n_segments: Number of segments.
+    def refusal(self, spec: OpSpec) -> str | None:
+        """Return None if these kernels serve the call, else the reason why not."""
+        return refusal(spec, any_channels=True)
 
-    Returns:
-        (n_segments + 1,) and (n_members,), int64.
-    """
-    ordered, order = index.sort(stable=True)  # members of a segment keep their order
-    bounds = torch.arange(n_segments + 1, device=index.device, dtype=index.dtype)
-    return torch.searchsorted(ordered, bounds), order  # no number travels to the host
+    def total(self, x: Tensor, index: Tensor, n_segments: int) -> Tensor:
+        """Return the sums."""
+        return segment_sum(x, index, n_segments)
+
+    def softmax(self, logits: Tensor, index: Tensor, n_segments: int) -> Tensor:
+        """Return the weights."""
+        return segment_softmax(logits, index, n_segments)
 
 
 def segment_sum(x: Tensor, index: Tensor, n_segments: int) -> Tensor:
@@ -42,31 +52,17 @@ def segment_softmax(logits: Tensor, index: Tensor, n_segments: int) -> Tensor:
     return result.view(logits.shape)
 
 
-def segment_softmax_gradient(
-    weights: Tensor, grad: Tensor, index: Tensor, n_segments: int
-) -> Tensor:
-    """Return w (g - sum of w g over the segment), the transpose of the softmax's derivative.
-
-    The Jacobian is symmetric, so it serves tangents as well as cotangents.
-    """
-    flat = contiguous(weights.flatten(1) if weights.ndim > 1 else weights[:, None])
-    result = torch.empty_like(flat)
-    pull = contiguous(grad.reshape(flat.shape))
-    _launch(_segment_softmax_gradient, flat, index, n_segments, pull, result)
-    return result.view(weights.shape)
-
-
-def _launch(kernel: object, x: Tensor, index: Tensor, n_segments: int, *others: Tensor) -> None:
-    pointer, order = segments(index, n_segments)
+def _launch(kernel: object, x: Tensor, index: Tensor, n_segments: int, result: Tensor) -> None:
+    pointer, order = segments_of(index, n_segments)
     features = x.shape[1]
-    block = min(_FEATURES, triton.next_power_of_2(max(1, features)))
+    block = min(_FEATURES, power_of_2(max(1, features)))
     launch(
         kernel,
-        (n_segments, triton.cdiv(features, block)),
+        (n_segments, ceil_div(features, block)),
         x,
         pointer,
         order,
-        *others,
+        result,
         like=x,
         FEATURES=features,
         SUM=accumulator(x.dtype),
@@ -124,27 +120,4 @@ def _segment_softmax(x, pointer, order, result, FEATURES: tl.constexpr, SUM: tl.
         at, inside = _members(begin, last, order, FEATURES, MEMBERS, BLOCK)
         value = tl.load(x + at, mask=inside, other=0.0).to(SUM)
         tl.store(result + at, tl.exp(value - peak[None, :]) / total[None, :], mask=inside)
-        begin += MEMBERS
-
-
-@triton.jit
-def _segment_softmax_gradient(weights, pointer, order, grad, result, FEATURES: tl.constexpr,
-                              SUM: tl.constexpr, MEMBERS: tl.constexpr,
-                              BLOCK: tl.constexpr):  # fmt: skip
-    segment = tl.program_id(0).to(tl.int64)
-    first, last = tl.load(pointer + segment), tl.load(pointer + segment + 1)
-    total = tl.zeros((MEMBERS, BLOCK), dtype=SUM)
-    begin = first
-    while begin < last:
-        at, inside = _members(begin, last, order, FEATURES, MEMBERS, BLOCK)
-        weight = tl.load(weights + at, mask=inside, other=0.0).to(SUM)
-        total += weight * tl.load(grad + at, mask=inside, other=0.0).to(SUM)
-        begin += MEMBERS
-    mean = tl.sum(total, axis=0)
-    begin = first
-    while begin < last:
-        at, inside = _members(begin, last, order, FEATURES, MEMBERS, BLOCK)
-        weight = tl.load(weights + at, mask=inside, other=0.0).to(SUM)
-        pull = tl.load(grad + at, mask=inside, other=0.0).to(SUM)
-        tl.store(result + at, weight * (pull - mean[None, :]), mask=inside)
         begin += MEMBERS

@@ -10,7 +10,14 @@ costs three real ones, with s = x_+ + x_-,
 and all orders are one launch. It serves small graphs; above _MANY_EDGES cuBLAS is taken to win with
 four multiplications what the kernel saves by three. Gradients of weights sum over all edges, which
 cuBLAS does in parts added in a fixed order.
+
+``torch.set_float32_matmul_precision("medium")`` asks for products of bfloat16: the kernel rounds
+features and weights as it reads them, at any number of edges, and adds in single precision. What
+enters and leaves it stays float32.
 """
+
+# Only Triton's compiler goes through tl.static_range; to a type checker it raises.
+# pyright: reportGeneralTypeIssues=false
 
 from typing import NamedTuple
 
@@ -22,7 +29,9 @@ from torch import Tensor
 from atomeq.ops.backends.triton.launch import (
     INTERPRETING,
     accumulator,
+    ceil_div,
     contiguous,
+    halved,
     launch,
     product_precision,
 )
@@ -97,7 +106,8 @@ def add_weight_gradients(rows: Tensor, grad: Tensor, into: list[Tensor], shape: 
 
 def _grouped(rows: Tensor) -> bool:
     """Whether the grouped kernel serves: double precision has no tensor cores worth a kernel."""
-    return len(rows) <= _MANY_EDGES and rows.dtype != torch.float64
+    few = len(rows) <= _MANY_EDGES and rows.dtype != torch.float64
+    return few or halved(rows.dtype)
 
 
 def _span(columns: tuple[slice, ...]) -> slice:
@@ -122,7 +132,7 @@ def _launch_groups(
     n_edges = len(rows)
     launch(
         _grouped_products,
-        (triton.cdiv(n_edges, _TILE), groups[-1].last_tile),
+        (ceil_div(n_edges, _TILE), groups[-1].last_tile),
         contiguous(rows),
         buffer,
         out,
@@ -130,10 +140,12 @@ def _launch_groups(
         n_edges=n_edges,
         READ_WIDTH=rows.shape[1],
         WRITE_WIDTH=out.shape[1],
+        N_GROUPS=len(groups),
         GROUPS=tuple(_flat(group) for group in groups),
         SIGN=-1.0 if back else 1.0,
         PRECISION=product_precision(rows.dtype),
-        UPCAST=INTERPRETING and rows.dtype == torch.bfloat16,
+        ROUND=halved(rows.dtype),
+        UPCAST=INTERPRETING and buffer.dtype == torch.bfloat16,
         SUM=accumulator(rows.dtype),
         TILE=_TILE,
         num_warps=8,
@@ -173,10 +185,11 @@ def _groups(weights: list[Tensor], shape: SO2Shape, back: bool) -> tuple[list[_G
                     outer,
                     place,
                     first,
-                    first + triton.cdiv(outer, _TILE),
+                    first + ceil_div(outer, _TILE),
                 )
             )
-    return groups, torch.cat(parts)
+    buffer = torch.cat(parts)
+    return groups, buffer.bfloat16() if halved(buffer.dtype) else buffer
 
 
 def _three_products(dtype: torch.dtype) -> bool:
@@ -185,7 +198,8 @@ def _three_products(dtype: torch.dtype) -> bool:
     The sums that save one would be rounded once more in bfloat16; three TF32 products for each of
     them need more registers than there are.
     """
-    return dtype != torch.bfloat16 and product_precision(dtype) != "tf32x3"
+    rounded = dtype == torch.bfloat16 or halved(dtype)
+    return not rounded and product_precision(dtype) != "tf32x3"
 
 
 def _flat(group: _Group) -> tuple[int, ...]:
@@ -202,20 +216,23 @@ def _flat(group: _Group) -> tuple[int, ...]:
 
 
 @triton.jit
-def _tile(pointer, mask, UPCAST: tl.constexpr):
+def _tile(pointer, mask, ROUND: tl.constexpr, UPCAST: tl.constexpr):
     value = tl.load(pointer, mask=mask, other=0.0)
+    if ROUND:
+        value = value.to(tl.bfloat16)
     return value.to(tl.float32) if UPCAST else value  # bf16 products fail in the interpreter
 
 
 @triton.jit
 def _grouped_products(rows, weights, out, n_edges, READ_WIDTH: tl.constexpr,
-                      WRITE_WIDTH: tl.constexpr, GROUPS: tl.constexpr, SIGN: tl.constexpr,
-                      PRECISION: tl.constexpr, UPCAST: tl.constexpr, SUM: tl.constexpr,
-                      TILE: tl.constexpr):  # fmt: skip
+                      WRITE_WIDTH: tl.constexpr, N_GROUPS: tl.constexpr, GROUPS: tl.constexpr,
+                      SIGN: tl.constexpr,
+                      PRECISION: tl.constexpr, ROUND: tl.constexpr, UPCAST: tl.constexpr,
+                      SUM: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
     edge = tl.program_id(0) * TILE + tl.arange(0, TILE)
     there = (edge < n_edges)[:, None]
     edge = edge.to(tl.int64)
-    for g in tl.static_range(len(GROUPS)):
+    for g in tl.static_range(N_GROUPS):
         if (tl.program_id(1) >= GROUPS[g][8]) & (tl.program_id(1) < GROUPS[g][9]):
             output = (tl.program_id(1) - GROUPS[g][8]) * TILE + tl.arange(0, TILE)
             wanted = output < GROUPS[g][6]
@@ -228,12 +245,14 @@ def _grouped_products(rows, weights, out, n_edges, READ_WIDTH: tl.constexpr,
                 kept = there & (inner < GROUPS[g][3])[None, :]
                 weight = weights + GROUPS[g][7] + output[None, :] * GROUPS[g][3] + inner[:, None]
                 used = (inner < GROUPS[g][3])[:, None] & wanted[None, :]
-                upper = _tile(read + (GROUPS[g][1] + inner)[None, :], kept, UPCAST)
-                matrix = _tile(weight, used, UPCAST)
+                upper = _tile(read + (GROUPS[g][1] + inner)[None, :], kept, ROUND, UPCAST)
+                matrix = _tile(weight, used, False, UPCAST)
                 if GROUPS[g][0]:
-                    lower = _tile(read + (GROUPS[g][2] + inner)[None, :], kept, UPCAST)
-                    total = _tile(weight + GROUPS[g][6] * GROUPS[g][3], used, UPCAST)
-                    difference = _tile(weight + 2 * GROUPS[g][6] * GROUPS[g][3], used, UPCAST)
+                    lower = _tile(read + (GROUPS[g][2] + inner)[None, :], kept, ROUND, UPCAST)
+                    total = _tile(weight + GROUPS[g][6] * GROUPS[g][3], used, False, UPCAST)
+                    difference = _tile(
+                        weight + 2 * GROUPS[g][6] * GROUPS[g][3], used, False, UPCAST
+                    )
                     shared = tl.dot(upper + lower, matrix, shared, input_precision=PRECISION)
                     plus = tl.dot(lower, total, plus, input_precision=PRECISION)
                     minus = tl.dot(upper, difference, minus, input_precision=PRECISION)

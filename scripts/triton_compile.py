@@ -1,6 +1,8 @@
-"""Compile the Triton kernels for an H200 on a machine without one: python tests/triton_compile.py
+"""Compile the Triton kernels for an H200 on a machine without one.
 
-Prints a line of JSON for each kernel: registers per thread, bytes spilled, shared memory.
+    python scripts/triton_compile.py LMAX MMAX
+
+prints a line of JSON for each kernel: registers per thread, bytes spilled, shared memory.
 """
 
 import json
@@ -15,10 +17,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from atomeq.ops.backends.triton import coupling, gate, rotation, segment, so2
+from atomeq.ops.backends.triton import coupling, gate, rotation, segment, so2, sphere
 from atomeq.ops.clebsch_gordan import Form
 from atomeq.ops.paths import tensor_product_paths
 from atomeq.ops.registered.so2_shape import SO2Shape
+from atomeq.ops.sphere_grid import SphereGrid
 
 HOPPER = GPUTarget("cuda", 90, 32)
 TYPES = {
@@ -96,16 +99,25 @@ def compile_all(lmax: int, mmax: int, channels: int, dtype: torch.dtype) -> None
     form = Form(tensor_product_paths(lmax, lmax, lmax), "uvu", stacked=False)
     per_edge = zeros(n_edges, len(form.paths), channels)
     coupling.TritonCouplingKernels().partials(
-        x, zeros(n_edges, n_sph), per_edge, x, [index, index], n_atoms,
+        x, zeros(n_edges, n_sph), per_edge, x, [index, index],
+        [index, index, index, index], n_atoms,
         ("x", "y", "weights", "z"), form,
     )  # fmt: skip
     segment.segment_sum(rows, index, n_atoms)
     segment.segment_softmax(zeros(n_edges, 8), index, n_atoms)
-    segment.segment_softmax_gradient(zeros(n_edges, 8), zeros(n_edges, 8), index, n_atoms)
+    grid = SphereGrid(lmax, mmax, order="m")
+    to_grid, from_grid = grid.to_matrix(like=rows), grid.from_matrix(like=rows)
+    for order in range(3):
+        given = [rows] * (order + 1), [to_grid] * (order + 1)
+        sphere.TritonSphereKernels().form(*given, from_grid, order)
+    if dtype == torch.float32:
+        torch.set_float32_matmul_precision("medium")
+        so2_map.forward(rows.flatten(1), y)
+        torch.set_float32_matmul_precision("highest")
 
 
 if __name__ == "__main__":
-    for module in (coupling, gate, rotation, segment, so2):
+    for module in (coupling, gate, rotation, segment, so2, sphere):
         module.launch = compile_only
     degrees = [int(number) for number in sys.argv[1:3]] or [2, 2]
     for precision in (torch.float32, torch.bfloat16):

@@ -1,0 +1,310 @@
+"""``atomeq eos``, ``atomeq elastic`` and ``atomeq phonons``: properties of a crystal."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ase import Atoms
+from ase.stress import voigt_6_to_full_3x3_stress
+from jsonargparse import Namespace
+from jsonargparse.typing import PositiveFloat, PositiveInt
+
+from atomeq.calculators import phonons as ph
+from atomeq.calculators.ase import AtomeqCalculator
+from atomeq.calculators.elasticity import fit_elasticity, strained_structures
+from atomeq.calculators.equation_of_state import fit_equation_of_state, scaled_volumes
+from atomeq.cli.plots import plot_curve, plot_matrix, plot_phonons
+from atomeq.cli.structures import output_format, write_summary
+from atomeq.cli.terminal import Parser, say, show_table
+from atomeq.cli.verbs import evaluated, prepare_crystal, relaxed, settings, simulation_parser
+from atomeq.files import write_atomically
+
+_FINE = 300  # points of a drawn curve
+_VOIGT = ("xx", "yy", "zz", "yz", "xz", "xy")
+
+_DESCRIPTIONS = {
+    "eos": """\
+Compute the energy of a crystal at several volumes, its atoms relaxed at each, and fit Birch and
+Murnaghan's equation of state: volume at zero pressure, bulk modulus and its derivative. Beside
+OUT.extxyz, the structures, stand OUT.summary.json and OUT.png.
+
+example:
+  atomeq eos cu.cif --potential cu-pbe --out eos.extxyz
+""",
+    "elastic": """\
+Compute the elastic constants of a crystal from the stress of strained structures, their atoms
+relaxed: C_ij with the symmetry of the crystal, in GPa and in the axes of the file; bulk and shear
+moduli by Voigt, Reuss and Hill; Born's criterion of stability. Beside OUT.extxyz, the strained
+structures, stand OUT.summary.json and OUT.png. Exit code 1 says that the crystal is not stable.
+
+example:
+  atomeq elastic cu.cif --potential cu-pbe --out elastic.extxyz
+""",
+    "phonons": """\
+Compute harmonic phonons by finite displacements of a supercell (phonopy): band structure, density
+of states, free energy, entropy and heat capacity. Imaginary modes are reported as negative
+frequencies. Beside OUT.extxyz, the displaced supercells, stand OUT.summary.json, OUT.png and
+OUT.phonopy.yaml, which phonopy reads.
+
+example:
+  atomeq phonons cu.cif --potential cu-pbe --out phonons.extxyz --supercell 4 4 4
+""",
+}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run one of the verbs.
+
+    Args:
+        argv: The verb and its options.
+
+    Returns:
+        0, or 1 where a crystal is elastically unstable.
+    """
+    verb, *words = argv
+    options = build_parser(verb).parse_args(words)
+    return {"eos": eos, "elastic": elastic, "phonons": phonons}[verb](options)
+
+
+def build_parser(verb: str) -> Parser:
+    """Return the parser of a verb."""
+    # Differences of energies and forces of nearly equal structures are what these verbs are about.
+    parser = simulation_parser(verb, _DESCRIPTIONS[verb], dtype="float64")
+    parser.add_argument(
+        "--relax", type=bool, default=True, help="first relax atoms and cell; --relax false"
+    )
+    parser.add_argument("--fmax", type=PositiveFloat, default=1e-3, help="of relaxations, eV/Å")
+    parser.add_argument("--max-steps", type=PositiveInt, default=500, help="of relaxations")
+    if verb == "eos":
+        parser.add_argument("--span", type=PositiveFloat, default=0.06, help="±, of the volume")
+        parser.add_argument("--volumes", type=PositiveInt, default=11, help="how many")
+    if verb == "elastic":
+        parser.add_argument("--strain", type=PositiveFloat, default=0.005, help="the largest")
+    if verb == "phonons":
+        _add_phonon_options(parser)
+    return parser
+
+
+def _add_phonon_options(parser: Parser) -> None:
+    parser.add_argument(
+        "--supercell",
+        type=PositiveInt,
+        nargs=3,
+        default=None,
+        help="repeats of the cell; by default as --min-length asks",
+    )
+    parser.add_argument(
+        "--min-length",
+        type=PositiveFloat,
+        default=10.0,
+        help="least distance between opposite faces of the supercell, Å",
+    )
+    parser.add_argument("--displacement", type=PositiveFloat, default=0.01, help="Å")
+    parser.add_argument(
+        "--path", type=str, default=None, help="special points such as GXWKG,LU; by default all"
+    )
+    parser.add_argument(
+        "--mesh", type=PositiveFloat, default=60.0, help="density of wave vectors, phonopy's length"
+    )
+    parser.add_argument(
+        "--temperature", type=PositiveFloat, default=300.0, help="of the thermal properties, K"
+    )
+
+
+def eos(options: Namespace) -> int:
+    """Fit an equation of state."""
+    output_format(options.out)
+    scaled_volumes(Atoms("H", cell=[1, 1, 1]), options.span, options.volumes)  # refuse early
+    calculator, atoms = prepare_crystal("eos", options)
+    atoms = _start(atoms, calculator, options)
+    structures = scaled_volumes(atoms, options.span, options.volumes)
+    structures = _with_atoms_at_rest(structures, calculator, options)
+    found = evaluated(
+        structures, calculator, ("energy", "forces", "stress"), label="eos", out=options.out
+    )
+    volumes = [float(structure.get_volume()) for structure in structures]
+    energies = [result["energy"] for result in found]
+    fit = fit_equation_of_state(volumes, energies)
+    results: dict[str, Any] = {
+        "formula": atoms.get_chemical_formula(),
+        "n_atoms": len(atoms),
+        "volume_A3": fit.volume,
+        "volume_per_atom_A3": fit.volume / len(atoms),
+        "energy_per_atom_eV": fit.energy / len(atoms),
+        "bulk_modulus_GPa": fit.bulk_modulus,
+        "bulk_modulus_derivative": fit.derivative,
+        "fit_residual_meV_per_atom": 1e3 * fit.residual / len(atoms),
+        "curve": {"volume_A3": volumes, "energy_eV": energies},
+    }
+    fine = np.linspace(min(volumes), max(volumes), _FINE)
+    n_atoms = len(atoms)
+    picture = plot_curve(
+        options.out,
+        ([v / n_atoms for v in volumes], [e / n_atoms for e in energies]),
+        ((fine / n_atoms).tolist(), (fit.energies(fine) / n_atoms).tolist()),
+        labels=("volume / Å³ per atom", "energy / eV per atom"),
+        title=f"{atoms.get_chemical_formula()}: {fit.bulk_modulus:.1f} GPa",
+    )
+    return _finish("eos", options, calculator, results, [picture])
+
+
+def elastic(options: Namespace) -> int:
+    """Compute the elastic constants."""
+    output_format(options.out)
+    strained_structures(Atoms("H", cell=[1, 1, 1]), options.strain)  # refuse early
+    calculator, atoms = prepare_crystal("elastic", options)
+    atoms = _start(atoms, calculator, options)
+    structures, strains = strained_structures(atoms, options.strain)
+    structures = _with_atoms_at_rest(structures, calculator, options)
+    found = evaluated(
+        structures, calculator, ("energy", "forces", "stress"), label="elastic", out=options.out
+    )
+    stresses = [voigt_6_to_full_3x3_stress(result["stress"]) for result in found]
+    fit = fit_elasticity(atoms, strains, stresses)
+    results = {"formula": atoms.get_chemical_formula(), **_elastic_results(asdict(fit))}
+    picture = plot_matrix(
+        options.out, fit.stiffness, title=f"{atoms.get_chemical_formula()}: C / GPa"
+    )
+    rows = [
+        [f"C_{name}", *(f"{x:.1f}" for x in row)]
+        for name, row in zip(_VOIGT, fit.stiffness, strict=True)
+    ]
+    show_table(["GPa", *_VOIGT], rows)
+    code = _finish("elastic", options, calculator, results, [picture])
+    if not fit.stable:
+        say("not stable: some strain lowers the energy (Born's criterion)")
+    return code if fit.stable else 1
+
+
+def _elastic_results(fit: dict[str, Any]) -> dict[str, Any]:
+    averages = {
+        f"{kind}_modulus_{name}_GPa": value
+        for kind in ("bulk", "shear")
+        for name, value in zip(("voigt", "reuss", "hill"), fit[kind], strict=True)
+    }
+    return {
+        **averages,
+        "young_modulus_GPa": fit["young"],
+        "poisson_ratio": fit["poisson"],
+        "universal_anisotropy": fit["anisotropy"],
+        "asymmetry_GPa": fit["asymmetry"],
+        "born_stable": fit["stable"],
+        "stiffness_GPa": fit["stiffness"].tolist(),
+    }
+
+
+def phonons(options: Namespace) -> int:
+    """Compute phonons."""
+    output_format(options.out)
+    calculator, atoms = prepare_crystal("phonons", options)
+    atoms = _start(atoms, calculator, options)
+    repeats = options.supercell or ph.fitting_supercell(atoms, options.min_length)
+    phonon, cells = ph.displaced_supercells(
+        atoms, supercell=repeats, displacement=options.displacement
+    )
+    path = ph.band_path(phonon, options.path)  # before the forces: it may be wrong
+    found = evaluated(
+        cells, calculator, ("energy", "forces"), label="displacements", out=options.out
+    )
+    ph.set_forces(phonon, [result["forces"] for result in found])
+    bands = ph.band_frequencies(phonon, path)
+    mesh, weights = ph.mesh_frequencies(phonon, options.mesh)
+    dos = ph.density_of_states(phonon)
+    lowest = min(float(mesh.min()), *(float(leg.min()) for leg in bands))
+    results: dict[str, Any] = {
+        "formula": atoms.get_chemical_formula(),
+        "primitive_formula": "".join(phonon.primitive.symbols),
+        "supercell": [int(n) for n in repeats],
+        "n_displacements": len(cells),
+        "lowest_frequency_THz": lowest,
+        "highest_frequency_THz": max(float(leg.max()) for leg in bands),
+        "imaginary_modes": lowest < -ph.IMAGINARY,
+        "imaginary_fraction_of_mesh": float(weights @ (mesh < -ph.IMAGINARY).mean(axis=1)),
+        "thermal": ph.thermal_properties(phonon, [options.temperature])[0],
+        "frequencies_THz": ph.frequencies_at_ends(phonon, path),
+    }
+    picture = plot_phonons(
+        options.out,
+        (bands, path.ends),
+        ph.lengths(phonon, path),
+        dos,
+        title=atoms.get_chemical_formula(),
+    )
+    kept = Path(options.out).with_suffix(".phonopy.yaml")
+    with write_atomically(kept) as partial:
+        phonon.save(partial, settings={"force_constants": True})
+    _show_points(results["frequencies_THz"])
+    _finish("phonons", options, calculator, results, [picture, kept])
+    if results["imaginary_modes"]:
+        say(
+            f"imaginary modes: down to {lowest:.2f} THz, "
+            f"{results['imaginary_fraction_of_mesh']:.1%} of the mesh; the structure is not at a "
+            "minimum"
+        )
+    return 0
+
+
+def _start(atoms: Atoms, calculator: AtomeqCalculator, options: Namespace) -> Atoms:
+    if not options.relax:
+        return atoms
+    return relaxed(
+        [atoms],
+        calculator,
+        fmax=options.fmax,
+        max_steps=options.max_steps,
+        cell=True,
+        what=options.input,
+    )[0]
+
+
+def _with_atoms_at_rest(
+    structures: list[Atoms], calculator: AtomeqCalculator, options: Namespace
+) -> list[Atoms]:
+    """Relax the atoms of strained cells, all cells in one batch."""
+    if not options.relax:
+        return structures
+    return relaxed(
+        structures,
+        calculator,
+        fmax=options.fmax,
+        max_steps=options.max_steps,
+        cell=False,
+        what="strained cells",
+    )
+
+
+def _show_points(frequencies: dict[str, list[float]]) -> None:
+    rows = [
+        [name, " ".join(f"{frequency:.2f}" for frequency in modes)]
+        for name, modes in frequencies.items()
+    ]
+    show_table(["point", "frequencies / THz"], rows)
+
+
+def _finish(
+    verb: str,
+    options: Namespace,
+    calculator: AtomeqCalculator,
+    results: dict[str, Any],
+    files: Sequence[Path],
+) -> int:
+    """Write the summary, show the numbers and name the files."""
+    summary = write_summary(
+        verb,
+        options.out,
+        source=options.input,
+        calculator=calculator,
+        settings=settings(options),
+        results=results,
+    )
+    flat = {**results, **results.get("thermal", {})}
+    rows = [[key, _shown(value)] for key, value in flat.items() if not isinstance(value, dict)]
+    show_table(["quantity", "value"], [row for row in rows if row[0] != "stiffness_GPa"])
+    say(f"wrote {options.out}, {', '.join(map(str, files))} and {summary}")
+    return 0
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)

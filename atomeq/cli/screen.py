@@ -1,0 +1,265 @@
+"""``atomeq screen``: from a pile of structures to a ranked, explained table."""
+
+import os
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from jsonargparse import Namespace
+from jsonargparse.typing import PositiveFloat, PositiveInt
+
+from atomeq.cli.terminal import Meter, Parser, say, show_table
+from atomeq.potential.checkpoint import load_potential
+from atomeq.screening.dry_run import Estimate, estimate
+from atomeq.screening.export import export_chemiscope, export_database
+from atomeq.screening.intake import Seen
+from atomeq.screening.ranking import best_rows
+from atomeq.screening.results import read_run
+from atomeq.screening.rows import Row
+from atomeq.screening.run import EngineName, Summary, screen
+from atomeq.screening.sources import count_structures, read_sources
+from atomeq.screening.steps import DEFAULT_STEPS, Rank, parse_steps, read_steps
+
+_DESCRIPTION = """\
+Screen structures: refuse bad ones, leave out copies, relax the rest in batches, compute properties,
+filter and rank. OUT/results/*.parquet gets one row per structure, bad ones with their reason;
+OUT/ranking.parquet the best, OUT/report.html everything to look at.
+
+SOURCE is a file or folder of CIF, POSCAR, extxyz, traj, ASE databases, ASE-LMDB, LMDB of OC20,
+Parquet, JSON of pymatgen or OPTIMADE. The same command given again, after Ctrl-C, a kill or a
+crash, computes only what has no row yet; "atomeq screen --out OUT --resume" is short for it.
+
+steps.yaml is a list of steps, of which these are the default:
+  steps: [validate, dedupe, relax, properties, rank]
+with options such as
+  - relax: {fmax: 0.05, cell: true}
+  - properties: {hull: references/, symprec: 0.01}
+  - filter: energy_above_hull < 0.05 and n_atoms <= 20
+  - rank: {by: energy_above_hull, top: 50}
+
+example:
+  atomeq screen structures/ --potential cu-pbe --out screening --fmax 0.05
+"""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the verb.
+
+    Args:
+        argv: The verb and its options.
+
+    Returns:
+        0; failures of structures are rows, not an error.
+    """
+    options = build_parser().parse_args(list(argv[1:]))
+    if options.resume and not options.sources:
+        _take_up(options)
+    if not options.sources or not options.potential:
+        raise ValueError("give SOURCE and --potential, or --resume with the --out of a run")
+    if options.dry_run:
+        return _dry_run(options)
+    return _run(options)
+
+
+def build_parser() -> Parser:
+    """Return the parser of the verb."""
+    parser = Parser("atomeq screen", _DESCRIPTION)
+    parser.add_argument("sources", metavar="SOURCE", type=str, nargs="*", help="files and folders")
+    parser.add_argument("--potential", type=str, default=None, help="name or folder of a potential")
+    parser.add_argument("--out", required=True, type=str, help="folder for the results")
+    parser.add_argument("--config", type=str, default=None, help="YAML with the list of steps")
+    parser.add_argument(
+        "--fmax", type=PositiveFloat, default=None, help="of the step relax, eV/Å; by default 0.03"
+    )
+    parser.add_argument("--cell", action="store_true", help="relax the lattice as well")
+    parser.add_argument(
+        "--max-steps", type=PositiveInt, default=None, help="of the step relax; by default 500"
+    )
+    parser.add_argument("--engine", type=EngineName, default="local", help="who computes")
+    parser.add_argument("--workers", type=PositiveInt, default=None, help="of processes and ray")
+    parser.add_argument("--address", type=str, default=None, help="of a Ray cluster")
+    parser.add_argument("--device", type=str, default="cpu", help="cpu, cuda or cuda:1")
+    parser.add_argument(
+        "--dtype", type=Literal["float32", "float64"], default=None, help="of the network"
+    )
+    parser.add_argument("--max-edges", type=PositiveInt, default=None, help="computed at once")
+    parser.add_argument(
+        "--shard", type=str, default=None, help="k/n: every n-th structure; in a SLURM array auto"
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="take SOURCE, potential and steps from the run in OUT"
+    )
+    parser.add_argument(
+        "--retry", type=str, default=None, help="failures to compute again: kinds with commas, all"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="estimate time and memory only")
+    parser.add_argument("--export-db", type=str, default=None, help="also write an ASE database")
+    parser.add_argument("--export-chemiscope", type=str, default=None, help="also write its JSON")
+    return parser
+
+
+def _take_up(options: Namespace) -> None:
+    """Fill in what the run in the folder was asked for."""
+    request = read_run(Path(options.out)).get("request")
+    if not request:
+        raise ValueError(
+            f"{options.out} was not begun by this command, and does not know its sources; give them"
+        )
+    for name in ("potential", "device", "dtype", "max_edges"):
+        if name in request:
+            setattr(options, name, request[name])
+    options.sources = request["sources"]
+    options.steps = request["steps"]
+    options.working_directory = request["working_directory"]
+
+
+def _steps(options: Namespace) -> list[Any]:
+    """Return the list of steps with what the command line says of relax."""
+    if "steps" in options:
+        return list(options.steps)
+    steps = list(read_steps(options.config) if options.config else DEFAULT_STEPS)
+    given = {"fmax": options.fmax, "max_steps": options.max_steps, "cell": options.cell or None}
+    given = {name: value for name, value in given.items() if value is not None}
+    if not given:
+        return steps
+    places = [k for k, step in enumerate(steps) if step == "relax" or "relax" in _keys(step)]
+    if not places:
+        raise ValueError(f"{options.config} has no step relax, which --{next(iter(given))} is for")
+    own = steps[places[0]]["relax"] if isinstance(steps[places[0]], dict) else {}
+    steps[places[0]] = {"relax": {**(own or {}), **given}}
+    return steps
+
+
+def _keys(step: Any) -> tuple[str, ...]:
+    return tuple(step) if isinstance(step, dict) else ()
+
+
+def _run(options: Namespace) -> int:
+    steps = _steps(options)
+    parse_steps(steps)
+    directory = options.working_directory if "working_directory" in options else os.getcwd()
+    whole = [str(Path(directory, source)) for source in options.sources]
+    request = {
+        "sources": options.sources,
+        "working_directory": directory,
+        "potential": _absolute(options.potential),
+        "steps": steps,
+        "device": options.device,
+        "dtype": options.dtype,
+        "max_edges": options.max_edges,
+    }
+    found = read_sources(options.sources, working_directory=directory)
+    meter = Meter("screen", count_structures(whole) or 0, unit="structures")
+    meter_of_rows = _Observer(meter)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as schedulers end jobs
+    try:
+        with meter.running():
+            summary = screen(
+                found,
+                request["potential"],
+                out=options.out,
+                steps=steps,
+                engine=options.engine,
+                workers=options.workers,
+                address=options.address,
+                device=options.device,
+                dtype=options.dtype,
+                shard=_shard(options.shard),
+                retry=_retry(options.retry),
+                max_edges=options.max_edges,
+                observe=meter_of_rows,
+                request=request,
+            )
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"after {meter_of_rows.n_rows} structures, whose rows are written; go on with: "
+            f"atomeq screen --out {options.out} --resume"
+        ) from None
+    _tell(summary, parse_steps(steps))
+    _export(options)
+    return 0
+
+
+class _Observer:
+    """Moves the meter as structures are seen and rows come."""
+
+    def __init__(self, meter: Meter) -> None:
+        self._meter, self.n_rows, self._failed, self._seen = meter, 0, 0, 0
+
+    def __call__(self, seen: Seen, row: Row | None) -> None:
+        if row is not None:
+            self.n_rows += 1
+            self._failed += row["status"] == "failed"
+        new, self._seen = seen.structures - self._seen, seen.structures
+        self._meter.total = max(self._meter.total, seen.structures)
+        self._meter.advance(new, note=f"{self.n_rows} computed, {self._failed} failed")
+
+
+def _dry_run(options: Namespace) -> int:
+    directory = options.working_directory if "working_directory" in options else os.getcwd()
+    whole = [str(Path(directory, source)) for source in options.sources]
+    potential = load_potential(_absolute(options.potential), device=options.device)
+    found: Estimate = estimate(
+        read_sources(options.sources, working_directory=directory),
+        potential,
+        parse_steps(_steps(options)),
+        total=count_structures(whole),
+        workers=options.workers or 1,
+    )
+    show_table(["estimate", "value"], found.table())
+    return 0
+
+
+def _tell(summary: Summary, steps: Sequence[Any]) -> None:
+    rows = [[status, str(count)] for status, count in summary.counts.items()]
+    rows += [[f"  failed: {kind}", str(count)] for kind, count in summary.kinds.items()]
+    rows.append(["seconds", f"{summary.seconds:.1f}"])
+    show_table(["status", "structures"], rows)
+    rank = next((step for step in steps if isinstance(step, Rank)), None)
+    if rank is not None:
+        best = best_rows(summary.folder, rank)[:10]
+        columns = list(dict.fromkeys(["formula", rank.by, "energy_per_atom", "locator"]))
+        show_table(columns, [[_text(row[name]) for name in columns] for row in best])
+    say(f"wrote {summary.folder}/results and {summary.report}")
+
+
+def _text(value: Any) -> str:
+    return f"{value:.6f}" if isinstance(value, float) else str(value)
+
+
+def _export(options: Namespace) -> None:
+    folder = Path(options.out)
+    for path, write in (
+        (options.export_db, export_database),
+        (options.export_chemiscope, export_chemiscope),
+    ):
+        if path:
+            say(f"wrote {write(folder, Path(path))} structures to {path}")
+
+
+def _absolute(potential: str) -> str:
+    """Return the folder of a potential wherever the run goes on; shipped names stay."""
+    return str(Path(potential).resolve()) if Path(potential).is_dir() else potential
+
+
+def _shard(text: str | None) -> tuple[int, int]:
+    if text is None:
+        return 0, 1
+    if text == "auto":
+        try:
+            first = int(os.environ.get("SLURM_ARRAY_TASK_MIN", "0"))
+            task, count = os.environ["SLURM_ARRAY_TASK_ID"], os.environ["SLURM_ARRAY_TASK_COUNT"]
+        except KeyError as error:
+            raise ValueError(f"--shard auto is for SLURM arrays: {error} is not set") from error
+        return int(task) - first, int(count)
+    k, slash, n = text.partition("/")
+    if not (slash and k.isdigit() and n.isdigit()):
+        raise ValueError(f"--shard is k/n, such as 0/8, or auto, not {text!r}")
+    return int(k), int(n)
+
+
+def _retry(text: str | None) -> list[str] | bool:
+    if text is None:
+        return False
+    return True if text == "all" else [kind.strip() for kind in text.split(",")]

@@ -1,0 +1,182 @@
+"""Copies: structures that differ only in the cell, the order of atoms and small displacements.
+
+Candidates for a comparison share the reduced formula and have nearly the same volume per atom and
+neighbour distances, which hardly change with the displacements that are tolerated; a space group
+would, as any noise may break it. Those that are left pymatgen's StructureMatcher compares, and for
+molecules the distances between all atoms. The structures compared with are kept in the ledger, not
+in memory. Mirror images count as the same: their energies are.
+"""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from ase import Atoms
+from numpy.typing import NDArray
+from pymatgen.analysis.structure_matcher import StructureMatcher
+from pymatgen.core import Lattice, Structure
+
+from atomeq.graph.neighbors import neighbor_list_with_lengths
+from atomeq.screening.ledger import Ledger
+from atomeq.screening.steps import Dedupe
+from atomeq.screening.symmetry import primitive_cell
+
+_NEIGHBORS = 6  # distances of every atom that go into the fingerprint
+_VACUUM = 10.0  # Å, along directions that are not periodic
+_REACH = 3.0  # Å; the neighbour search begins there and goes further where it finds too few
+_FARTHEST = 25.0
+
+
+class Matcher:
+    """Finds the structure of which another is a copy.
+
+    Args:
+        step: Tolerances.
+        ledger: Keeps the structures that later ones are compared with.
+    """
+
+    def __init__(self, step: Dedupe, ledger: Ledger) -> None:
+        self._step, self._ledger = step, ledger
+
+    def original_of(self, identifier: str, atoms: Atoms) -> str | None:
+        """Return the id of an earlier structure that is the same; None makes this one such.
+
+        Args:
+            identifier: Of this structure.
+            atoms: The structure, which must be valid.
+        """
+        if self._ledger.has_representative(identifier):
+            return None  # it was first in a run that was interrupted
+        primitive = _primitive(atoms, self._step.tolerance)
+        mark = _fingerprint(primitive)
+        size = float(mark[0])
+        margin = 3 * self._step.length * abs(size) + 1e-9
+        bucket = f"{_reduced_formula(atoms)} {int(atoms.pbc.sum())}"
+        for other, stored in self._ledger.representatives(bucket, size - margin, size + margin):
+            representative, other_mark = _load(stored)
+            if self._near(mark, other_mark) and self._same(primitive, representative):
+                return other
+        self._ledger.represent(identifier, bucket, size, _dump(primitive, mark))
+        return None
+
+    def _near(self, mark: NDArray[np.float64], other: NDArray[np.float64]) -> bool:
+        if mark.shape != other.shape:
+            return False
+        # Means over atoms move less than atoms do; a longer cell moves them all.
+        allowed = self._step.tolerance + self._step.length * np.abs(mark[1:])
+        return bool((np.abs(mark[1:] - other[1:]) <= allowed).all())
+
+    def _same(self, atoms: Atoms, other: Atoms) -> bool:
+        if not atoms.pbc.any():
+            return self._same_molecule(atoms, other)
+        return self._compare(atoms, other, primitive=len(atoms) != len(other))
+
+    def _same_molecule(self, atoms: Atoms, other: Atoms) -> bool:
+        if len(atoms) != len(other):
+            return False
+        difference = np.abs(_all_distances(atoms) - _all_distances(other))
+        return bool(difference.max(initial=0.0) <= 4 * self._step.tolerance)
+
+    def _compare(self, atoms: Atoms, other: Atoms, *, primitive: bool) -> bool:
+        # The matcher measures displacements in units of the length per atom.
+        first, second = _structure(atoms), _structure(other)
+        per_atom = (first.volume / len(first)) ** (1 / 3)
+        matcher = StructureMatcher(
+            ltol=self._step.length,
+            stol=self._step.tolerance / per_atom,
+            angle_tol=self._step.angle,
+            primitive_cell=primitive,
+            scale=False,
+        )
+        return bool(matcher.fit(first, second))
+
+
+def _primitive(atoms: Atoms, tolerance: float) -> Atoms:
+    """Return the primitive cell within a tolerance, Å; a molecule as it is."""
+    if not atoms.pbc.all():
+        return Atoms(atoms.numbers, atoms.positions, cell=atoms.cell.array, pbc=atoms.pbc)
+    found = primitive_cell(atoms, tolerance)
+    if found is None:
+        return Atoms(atoms.numbers, atoms.positions, cell=atoms.cell.array, pbc=True)
+    return found
+
+
+def _reduced_formula(atoms: Atoms) -> str:
+    numbers, counts = np.unique(atoms.numbers, return_counts=True)
+    divisor = int(np.gcd.reduce(counts))
+    return " ".join(f"{z}:{count // divisor}" for z, count in zip(numbers, counts, strict=True))
+
+
+def _fingerprint(atoms: Atoms) -> NDArray[np.float64]:
+    """Return what copies share whatever their cell: a size, and mean distances by element.
+
+    The size is the volume per atom, Å³, of a molecule the number of its atoms.
+    """
+    periodic = bool(atoms.pbc.all())
+    size = atoms.get_volume() / len(atoms) if periodic else float(len(atoms))
+    distances = _nearest(atoms)
+    means = [distances[atoms.numbers == z].mean(axis=0) for z in np.unique(atoms.numbers)]
+    return np.concatenate([[size], *means])
+
+
+def _nearest(atoms: Atoms) -> NDArray[np.float64]:
+    """Return the sorted distances of every atom's nearest neighbours, (n_atoms, 6), Å.
+
+    Where there are fewer, as in small molecules, the rest is zero.
+    """
+    wanted = _NEIGHBORS if atoms.pbc.any() else min(_NEIGHBORS, len(atoms) - 1)
+    reach = _REACH
+    while True:
+        edges, lengths = neighbor_list_with_lengths(
+            atoms.positions, atoms.cell.array, atoms.pbc, reach
+        )
+        centers = edges.edge_index[1]
+        counts = np.bincount(centers, minlength=len(atoms))
+        if counts.min() >= wanted or reach > _FARTHEST:
+            break
+        reach *= 1.5
+    table = np.zeros((len(atoms), _NEIGHBORS))
+    order = np.lexsort((lengths, centers))
+    starts = np.concatenate([[0], np.cumsum(counts)])[:-1]
+    ranks = np.arange(len(order)) - starts[centers[order]]
+    inside = ranks < wanted
+    table[centers[order][inside], ranks[inside]] = lengths[order][inside]
+    return table
+
+
+def _all_distances(atoms: Atoms) -> NDArray[np.float64]:
+    """Return the distances of all pairs, sorted within each pair of elements."""
+    first, second = np.triu_indices(len(atoms), k=1)
+    low = np.minimum(atoms.numbers[first], atoms.numbers[second])
+    high = np.maximum(atoms.numbers[first], atoms.numbers[second])
+    lengths = np.linalg.norm(atoms.positions[first] - atoms.positions[second], axis=1)
+    return lengths[np.lexsort((lengths, high, low))]
+
+
+def _structure(atoms: Atoms) -> Structure:
+    """Return pymatgen's structure; directions that are not periodic get some vacuum."""
+    boxed = atoms
+    if not atoms.pbc.all():
+        boxed = atoms.copy()
+        boxed.center(vacuum=_VACUUM, axis=np.flatnonzero(~atoms.pbc).tolist())
+    return Structure(
+        Lattice(boxed.cell.array), boxed.numbers.tolist(), boxed.get_scaled_positions()
+    )
+
+
+def _dump(atoms: Atoms, mark: NDArray[np.float64]) -> bytes:
+    document = {
+        "numbers": atoms.numbers.tolist(),
+        "positions": atoms.positions.tolist(),
+        "cell": atoms.cell.array.tolist(),
+        "pbc": atoms.pbc.tolist(),
+        "mark": mark.tolist(),
+    }
+    return json.dumps(document).encode()
+
+
+def _load(stored: bytes) -> tuple[Atoms, NDArray[np.float64]]:
+    document: dict[str, Any] = json.loads(stored)
+    mark: Sequence[float] = document.pop("mark")
+    return Atoms(**document), np.array(mark)

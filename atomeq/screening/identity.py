@@ -1,0 +1,40 @@
+"""Who a structure is: the hash of its content, for a further copy of that and its place."""
+
+import hashlib
+
+import numpy as np
+from ase import Atoms
+from ase.constraints import FixAtoms
+
+_DECIMALS = 6  # Å; the digits that text formats keep
+_DIGITS = 32  # 128 bits: a million structures collide with a chance of 1e-27
+
+
+def content_hash(atoms: Atoms) -> str:
+    """Return the hash of elements, positions, cell, periodicity and fixed atoms.
+
+    Positions and cell count to 1e-6 Å. Labels, names and velocities do not count. Structures that
+    differ in the order of their atoms or the choice of their cell have different hashes; whether
+    they are the same is for the matcher of dedupe.py to say.
+    """
+    fixed = np.zeros(len(atoms), dtype=bool)
+    for constraint in atoms.constraints:
+        if isinstance(constraint, FixAtoms):
+            fixed[constraint.get_indices()] = True
+    digest = hashlib.sha256()
+    for array in (atoms.numbers.astype("<i8"), atoms.pbc, fixed):
+        digest.update(array.tobytes())
+    for array in (atoms.positions, atoms.cell.array):
+        rounded = np.round(array, _DECIMALS) + 0.0  # no negative zeros
+        digest.update(np.ascontiguousarray(rounded, dtype="<f8").tobytes())
+    return digest.hexdigest()[:_DIGITS]
+
+
+def place_hash(content: str, locator: str) -> str:
+    """Return the identity of what stands at a place: of a copy, or of what cannot be read."""
+    return hashlib.sha256(f"{content}|{locator}".encode()).hexdigest()[:_DIGITS]
+
+
+def shard_of(content: str, n_shards: int) -> int:
+    """Return which of n shards a structure belongs to; copies belong to the same."""
+    return int(content[:15], 16) % n_shards

@@ -1,0 +1,130 @@
+"""JSON of pymatgen's structures and of OPTIMADE responses, read as plain data.
+
+pymatgen's own decoder imports the classes that a document names; a file from elsewhere shall not
+choose what runs here.
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeAlias
+
+import numpy as np
+from ase import Atoms
+from ase.data import atomic_numbers
+
+_Item: TypeAlias = Atoms | ValueError
+
+# Where structures stand in documents that hold more than them.
+_WRAPPERS = ("structure", "final_structure", "molecule")
+
+
+def structures_of_document(document: Any) -> Iterator[_Item]:
+    """Yield the structures of a document; for what is none, the error that says why.
+
+    Args:
+        document: As JSON gives it: a structure or molecule of pymatgen, a list or dictionary of
+            them, or of documents with a ``structure``, or an OPTIMADE response.
+    """
+    if isinstance(document, dict) and "data" in document and "sites" not in document:
+        entries = document["data"]
+        for entry in entries if isinstance(entries, list) else [entries]:
+            yield _structure(entry)
+        return
+    if isinstance(document, list):
+        for entry in document:
+            yield _structure(entry)
+        return
+    if isinstance(document, dict) and not _is_structure(document):
+        inner = [value for value in document.values() if isinstance(value, dict)]
+        if inner:
+            yield from map(_structure, inner)
+            return
+    yield _structure(document)
+
+
+def structures_of_lines(lines: Iterable[str]) -> Iterator[_Item]:
+    """Yield the structures of JSON lines; the header and metadata of OPTIMADE are passed over."""
+    for line in lines:
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+        except ValueError as error:
+            yield ValueError(f"the line is no JSON: {error}")
+            continue
+        if isinstance(entry, dict) and (
+            "x-optimade" in entry or entry.get("type") in ("info", "references")
+        ):
+            continue
+        yield _structure(entry)
+
+
+def _is_structure(entry: dict[str, Any]) -> bool:
+    return "sites" in entry or "attributes" in entry or any(key in entry for key in _WRAPPERS)
+
+
+def _structure(entry: Any) -> _Item:
+    try:
+        if not isinstance(entry, dict):
+            raise ValueError(f"{str(entry)[:40]!r} is no structure")
+        if "attributes" in entry:
+            return _of_optimade(entry["attributes"])
+        wrapped = next((entry[key] for key in _WRAPPERS if key in entry), entry)
+        return _of_pymatgen(wrapped)
+    except KeyError as error:
+        return ValueError(f"the structure has no {error}")
+    except (ValueError, TypeError, AttributeError, IndexError) as error:
+        return ValueError(f"{type(error).__name__}: {error}")
+
+
+def _of_pymatgen(document: dict[str, Any]) -> Atoms:
+    sites = document["sites"]
+    numbers = [_one_element(site["species"]) for site in sites]
+    lattice = document.get("lattice")
+    if lattice is None:
+        return Atoms(numbers=numbers, positions=[site["xyz"] for site in sites])
+    cell = np.asarray(lattice["matrix"], dtype=np.float64).reshape(3, 3)
+    if all("abc" in site for site in sites):
+        positions = np.array([site["abc"] for site in sites], dtype=np.float64) @ cell
+    else:
+        positions = np.array([site["xyz"] for site in sites], dtype=np.float64)
+    return Atoms(
+        numbers=numbers, positions=positions, cell=cell, pbc=lattice.get("pbc", [True] * 3)
+    )
+
+
+def _one_element(species: list[dict[str, Any]]) -> int:
+    if len(species) != 1 or float(species[0].get("occu", 1)) < 1 - 1e-8:
+        shares = ", ".join(f"{item['element']} {item.get('occu', 1):g}" for item in species)
+        raise ValueError(
+            f"a site is partly occupied ({shares}); make it an ordered structure first"
+        )
+    return _number(str(species[0]["element"]))
+
+
+def _of_optimade(attributes: dict[str, Any]) -> Atoms:
+    symbols = {}
+    for species in attributes["species"]:
+        elements = species["chemical_symbols"]
+        symbols[species["name"]] = elements[0] if len(elements) == 1 else None
+    numbers = []
+    for name in attributes["species_at_sites"]:
+        if symbols[name] is None:
+            raise ValueError(f"sites of {name!r} are partly occupied; make it an ordered structure")
+        numbers.append(_number(symbols[name]))
+    vectors = attributes.get("lattice_vectors")
+    cell = np.zeros((3, 3)) if vectors is None else np.array(vectors, dtype=np.float64)
+    periodic = attributes.get("dimension_types", [0 if vectors is None else 1] * 3)
+    return Atoms(
+        numbers=numbers,
+        positions=np.asarray(attributes["cartesian_site_positions"], float).reshape(-1, 3),
+        cell=np.nan_to_num(cell),  # null where a direction is not periodic
+        pbc=[bool(flag) for flag in periodic],
+    )
+
+
+def _number(symbol: str) -> int:
+    number = atomic_numbers.get(symbol, 0)
+    if not number:
+        raise ValueError(f"{symbol!r} is no element")
+    return number

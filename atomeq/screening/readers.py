@@ -1,0 +1,264 @@
+"""Readers of single files, by kind: each yields structures, and what it cannot read, one by one.
+
+Nothing here executes what it reads: JSON of pymatgen is taken as plain data, not decoded into the
+classes it names, and pickled LMDBs go through the unpickler of data/.
+"""
+
+import bz2
+import gzip
+import io
+import itertools
+import json
+import lzma
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO, TypeAlias
+
+import ase.db
+import ase.io
+import numpy as np
+import pyarrow.parquet as pq
+from ase import Atoms
+from ase.io.trajectory import TrajectoryReader
+
+from atomeq.data.oc20 import open_frames
+from atomeq.screening.json_structures import structures_of_document, structures_of_lines
+
+_LARGEST_JSON = 2 * 2**30  # bytes; a document is in memory at once, lines are not
+
+
+class Unreadable(NamedTuple):
+    """Something in a file that is no structure, and why."""
+
+    reason: str
+
+    @classmethod
+    def of(cls, error: Exception) -> "Unreadable":
+        """Say what a reader raised."""
+        return cls(" ".join(f"{type(error).__name__}: {error}".split()))
+
+
+Reader: TypeAlias = Callable[[Path], Iterator[Atoms | Unreadable]]
+
+
+def read_extxyz(path: Path) -> Iterator[Atoms | Unreadable]:
+    """Read extended XYZ frame by frame; a frame with nonsense in it does not hide the next."""
+    with _open_text(path) as stream:
+        while header := _next_line(stream):
+            try:
+                n_atoms = int(header)
+            except ValueError:
+                yield Unreadable(f"{header.strip()[:40]!r} stands where a number of atoms should")
+                return  # where the next frame begins nobody knows
+            lines = list(itertools.islice(stream, n_atoms + 1))
+            if len(lines) < n_atoms + 1:
+                yield Unreadable(f"a frame of {n_atoms} atoms is cut short")
+                return
+            yield from _attempt(io.StringIO(header + "".join(lines)), "extxyz")
+
+
+def read_cif(path: Path) -> Iterator[Atoms | Unreadable]:
+    """Read the blocks of a CIF; sites that several elements share, or that are vacant, are told."""
+    with _open_text(path) as stream:
+        text = stream.read()
+    for frame in _frames(io.StringIO(text), "cif"):
+        yield Unreadable(_partial(frame)) if _partial(frame) else frame
+
+
+def read_poscar(path: Path) -> Iterator[Atoms | Unreadable]:
+    """Read a POSCAR or CONTCAR."""
+    with _open_text(path) as stream:
+        text = stream.read()
+    return _frames(io.StringIO(text), "vasp")
+
+
+def read_trajectory(path: Path) -> Iterator[Atoms | Unreadable]:
+    """Read ASE's trajectory."""
+    with TrajectoryReader(path) as frames:
+        for index in range(len(frames)):
+            try:
+                atoms = frames[index]
+                assert isinstance(atoms, Atoms)
+                yield atoms
+            except Exception as error:  # ASE's readers raise anything on damaged files
+                yield Unreadable.of(error)
+
+
+def read_database(path: Path) -> Iterator[Atoms | Unreadable]:
+    """Read an ASE database."""
+    database = ase.db.connect(path)
+    for row in database.select():
+        try:
+            yield row.toatoms()
+        except Exception as error:  # ASE's readers raise anything on damaged files
+            yield Unreadable.of(error)
+
+
+def read_lmdb(path: Path) -> Iterator[Atoms | Unreadable]:
+    """Read LMDBs, of ASE or of OC20's pickled records."""
+    frames = open_frames(path)
+    for index in range(len(frames)):
+        try:
+            yield frames[index].to_atoms()
+        except ValueError as error:
+            yield Unreadable.of(error)
+
+
+def read_parquet(path: Path) -> Iterator[Atoms | Unreadable]:
+    """Read Parquet: columns numbers, positions (flat or by atom), cell and pbc.
+
+    ``atomic_numbers``, ``pos`` and ``lattice`` are known too. Parts of a screening are read as
+    their structures.
+    """
+    with pq.ParquetFile(path) as file:
+        there = file.schema_arrow.names
+        columns = [_column(there, names, path) for names in _PARQUET_COLUMNS]
+        wanted = [column for column in columns if column is not None]
+        for batch in file.iter_batches(batch_size=256, columns=wanted):
+            for row in batch.to_pylist():
+                values = [None if column is None else row[column] for column in columns]
+                yield _atoms_of_row(*values)
+
+
+def read_json(path: Path) -> Iterator[Atoms | Unreadable]:
+    """Read a JSON document of pymatgen's structures or an OPTIMADE response."""
+    with _open_text(path) as stream:
+        text = stream.read(_LARGEST_JSON + 1)
+    if len(text) > _LARGEST_JSON:
+        yield Unreadable("the document is larger than 2 GiB; write one structure per line (.jsonl)")
+        return
+    for item in structures_of_document(json.loads(text)):
+        yield Unreadable.of(item) if isinstance(item, Exception) else item
+
+
+def read_json_lines(path: Path) -> Iterator[Atoms | Unreadable]:
+    """Read one JSON structure per line, of pymatgen or OPTIMADE."""
+    with _open_text(path) as stream:
+        for item in structures_of_lines(stream):
+            yield Unreadable.of(item) if isinstance(item, Exception) else item
+
+
+#: Reader by kind.
+KINDS: dict[str, Reader] = {
+    "extxyz": read_extxyz,
+    "CIF": read_cif,
+    "POSCAR": read_poscar,
+    "traj": read_trajectory,
+    "ase.db": read_database,
+    "LMDB": read_lmdb,
+    "Parquet": read_parquet,
+    "JSON": read_json,
+    "JSON lines": read_json_lines,
+}
+
+#: How many structures there are in a file, for the kinds that tell at once.
+COUNTERS: dict[str, Callable[[Path], int]] = {
+    "extxyz": lambda path: _count_extxyz(path),
+    "CIF": lambda path: 1,  # as good as always
+    "POSCAR": lambda path: 1,
+    "traj": lambda path: len(TrajectoryReader(path)),
+    "ase.db": lambda path: ase.db.connect(path).count(),
+    "LMDB": lambda path: len(open_frames(path)),
+    "Parquet": lambda path: pq.read_metadata(path).num_rows,
+}
+
+_SUFFIXES = {
+    ".extxyz": "extxyz",
+    ".xyz": "extxyz",
+    ".cif": "CIF",
+    ".vasp": "POSCAR",
+    ".poscar": "POSCAR",
+    ".traj": "traj",
+    ".db": "ase.db",
+    ".lmdb": "LMDB",
+    ".aselmdb": "LMDB",
+    ".parquet": "Parquet",
+    ".json": "JSON",
+    ".jsonl": "JSON lines",
+}
+_TEXT = ("extxyz", "CIF", "POSCAR", "JSON", "JSON lines")
+_OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
+_PARQUET_COLUMNS = (
+    ("numbers", "atomic_numbers"),
+    ("positions", "pos"),
+    ("cell", "lattice"),
+    ("pbc",),
+)
+
+
+def kind_of(path: Path) -> str | None:
+    """Return the kind of a file by its name; None where it is not known."""
+    packed = path.suffix.lower() in _OPENERS
+    name = path.with_suffix("").name if packed else path.name
+    kind = _SUFFIXES.get(Path(name).suffix.lower())
+    if kind is None and name.upper().startswith(("POSCAR", "CONTCAR")):
+        kind = "POSCAR"
+    return kind if not packed or kind in _TEXT else None
+
+
+def _open_text(path: Path) -> TextIO:
+    opener = _OPENERS.get(path.suffix.lower(), open)
+    return opener(path, "rt", encoding="utf-8")
+
+
+def _next_line(stream: TextIO) -> str:
+    """Return the next line that is not blank, or nothing at the end."""
+    return next((line for line in stream if line.strip()), "")
+
+
+def _frames(stream: TextIO, file_format: str) -> Iterator[Atoms | Unreadable]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of details of the format
+        frames: Any = ase.io.read(stream, index=":", format=file_format)
+    yield from frames
+
+
+def _attempt(stream: TextIO, file_format: str) -> Iterator[Atoms | Unreadable]:
+    try:
+        yield from _frames(stream, file_format)
+    except Exception as error:  # ASE's readers raise anything on damaged files
+        yield Unreadable.of(error)
+
+
+def _partial(atoms: Atoms | Unreadable) -> str:
+    """Return the complaint about a site that is not one whole atom."""
+    if isinstance(atoms, Unreadable):
+        return ""
+    occupancy = atoms.info.get("occupancy") or {}
+    for site in occupancy.values():
+        if len(site) > 1 or any(share < 1 for share in site.values()):
+            shares = ", ".join(f"{element} {share:g}" for element, share in site.items())
+            return f"a site is partly occupied ({shares}); make it an ordered structure first"
+    return ""
+
+
+def _count_extxyz(path: Path) -> int:
+    count = 0
+    with _open_text(path) as stream:
+        while (header := _next_line(stream)) and header.strip().isdigit():
+            next(itertools.islice(stream, int(header), None), None)
+            count += 1
+    return count
+
+
+def _column(there: list[str], names: tuple[str, ...], path: Path) -> str | None:
+    found = next((name for name in names if name in there), None)
+    if found is None and names[0] in ("numbers", "positions"):
+        raise ValueError(f"{path} has no column {' or '.join(names)}; it has {', '.join(there)}")
+    return found
+
+
+def _atoms_of_row(numbers: Any, positions: Any, cell: Any, pbc: Any) -> Atoms | Unreadable:
+    if not numbers:
+        return Unreadable("the row holds no atoms")
+    try:
+        matrix = np.zeros((3, 3)) if cell is None else np.reshape(np.asarray(cell, float), (3, 3))
+        return Atoms(
+            numbers=np.asarray(numbers),
+            positions=np.reshape(np.asarray(positions, float), (len(numbers), 3)),
+            cell=matrix,
+            pbc=np.abs(matrix).sum() > 0 if pbc is None else pbc,
+        )
+    except (ValueError, TypeError) as error:
+        return Unreadable.of(error)

@@ -1,0 +1,295 @@
+"""Results: Parquet parts that appear whole, and a ledger that agrees with them; each row once.
+
+A row lives in memory, then in a part that was renamed into place, then in the ledger. A kill
+between any two of these leaves a state from which :class:`Results` finds back when it is opened.
+"""
+
+import fcntl
+import json
+import logging
+import os
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from atomeq.files import write_atomically
+from atomeq.screening.ledger import RUNNING, Ledger, Part
+from atomeq.screening.rows import METADATA_KEY, Row, as_table
+
+logger = logging.getLogger(__name__)
+
+_ROWS_PER_PART = 1000
+_SECONDS_PER_PART = 30.0  # what a kill costs at most, beside the structures in flight
+_RECORDED = ["id", "locator", "status", "kind"]
+
+
+class Results:
+    """Rows of a screening in a folder: ``results/*.parquet``, ``ledger.sqlite``, ``run.json``.
+
+    One process at a time has the folder. Structures that were interrupted are simply not there,
+    and are computed again.
+
+    Args:
+        folder: Created if missing.
+        provenance: Of the run, as :func:`~atomeq.screening.rows.as_table` takes it.
+        shard: ``(k, n)``: this process is one of n that share the folder, each with a ledger and
+            parts of its own.
+        request: Plain values to keep in ``run.json``: what the run was asked for.
+        rows_per_part: Rows after which a part is written.
+        seconds_per_part: Seconds after which it is written anyhow.
+
+    Raises:
+        ValueError: The folder holds results of other settings, or of another number of shards.
+        BlockingIOError: Another process is at work in it.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        provenance: dict[str, Any],
+        *,
+        shard: tuple[int, int] = (0, 1),
+        request: dict[str, Any] | None = None,
+        rows_per_part: int = _ROWS_PER_PART,
+        seconds_per_part: float = _SECONDS_PER_PART,
+    ) -> None:
+        self.folder, self.provenance, self._request = folder, provenance, request
+        self._rows_per_part, self._seconds = rows_per_part, seconds_per_part
+        suffix = "" if shard[1] == 1 else f"-{shard[0]}-of-{shard[1]}"
+        self._prefix = "part" if shard[1] == 1 else f"shard{suffix}-part"
+        self.parts_folder.mkdir(parents=True, exist_ok=True)
+        self._lock = _lock(folder / f"lock{suffix}")
+        self._rows: list[Row] = []
+        self._pending: set[str] = set()
+        self._since = time.monotonic()
+        try:
+            self._refuse_other_settings(shard[1])
+            self.ledger = Ledger(folder / f"ledger{suffix}.sqlite")
+            self.ledger.stop_all()
+            self._reconcile()
+        except BaseException:
+            os.close(self._lock)
+            raise
+        names = [path.stem.rpartition("-")[2] for path in self._own_parts()]
+        self._next = 1 + max((int(name) for name in names), default=-1)
+
+    @property
+    def parts_folder(self) -> Path:
+        """Where the parts are."""
+        return self.folder / "results"
+
+    def add(self, row: Row) -> None:
+        """Take a row; it is on disk after :meth:`flush`, or when enough have come together."""
+        self._rows.append(row)
+        self._pending.add(row["id"])
+        self.flush_if_due()
+
+    def flush_if_due(self) -> None:
+        """Write what waits if there is enough of it or it has waited long."""
+        late = time.monotonic() - self._since > self._seconds
+        if len(self._rows) >= self._rows_per_part or (late and self._rows):
+            self.flush()
+
+    def flush(self) -> None:
+        """Write the rows that wait as a part."""
+        self._since = time.monotonic()
+        if not self._rows:
+            return
+        path = self.parts_folder / f"{self._prefix}-{self._next:06d}.parquet"
+        self._write(path, as_table(self._rows, self.provenance))
+        self.ledger.record(_part(path), self._rows)
+        self._next += 1
+        self._rows, self._pending = [], set()
+
+    def has(self, identifier: str) -> bool:
+        """Tell whether a row is there, on disk or waiting."""
+        if identifier in self._pending:
+            return True
+        entry = self.ledger.entry(identifier)
+        return entry is not None and entry.status != RUNNING
+
+    def retry(self, kinds: Iterable[str] | None = None) -> int:
+        """Take failures out of the results, so that the run computes them again.
+
+        Args:
+            kinds: Which, by the column ``kind``; all by default.
+
+        Returns:
+            How many.
+        """
+        self.flush()
+        found = self.ledger.parts_of(kinds)
+        for name, identifiers in found.items():
+            self._remove(self.parts_folder / name, identifiers)
+        return sum(map(len, found.values()))
+
+    def close(self) -> None:
+        """Write what waits and give the folder back."""
+        try:
+            self.flush()
+        finally:
+            self.ledger.close()
+            os.close(self._lock)
+
+    def _reconcile(self) -> None:
+        """Make the ledger say what the parts say."""
+        for leftover in self.folder.glob(f".{self._prefix}-*"):
+            leftover.unlink()  # of a writer that was killed
+        known = {part.name: part for part in self.ledger.parts()}
+        there = {path.name: path for path in self._own_parts()}
+        for name in sorted(known.keys() - there.keys()):
+            logger.warning("%s is gone; its structures are computed again", name)
+            self.ledger.forget(name)
+        for name, path in sorted(there.items()):
+            if known.get(name) != _part(path):
+                self._take_up(path)
+
+    def _take_up(self, path: Path) -> None:
+        """Record a part that the ledger does not know, or knows as it was before."""
+        try:
+            rows = pq.read_table(path, columns=_RECORDED).to_pylist()
+        except (pa.ArrowInvalid, OSError) as error:
+            aside = path.with_suffix(".damaged")
+            logger.warning("%s is damaged (%s); it is now %s", path, error, aside.name)
+            os.replace(path, aside)
+            self.ledger.forget(path.name)
+            return
+        repeated = {row["id"] for row in rows if self.ledger.elsewhere(row["id"], path.name)}
+        if repeated:
+            self._remove(path, repeated)
+            return
+        self.ledger.record(_part(path), rows)
+
+    def _remove(self, path: Path, identifiers: set[str]) -> None:
+        """Write a part anew without some rows, the file first: the ledger follows the files."""
+        table = pq.read_table(path)
+        kept = table.filter(~pc.field("id").isin(sorted(identifiers)))
+        if kept.num_rows == 0:
+            path.unlink()
+            self.ledger.forget(path.name)
+            return
+        self._write(path, kept)
+        self.ledger.record(_part(path), kept.select(_RECORDED).to_pylist())
+
+    def _write(self, path: Path, table: pa.Table) -> None:
+        growing = self.folder / f".{path.name}"  # in results/ only whole files ever stand
+        with write_atomically(growing) as partial:
+            pq.write_table(table, partial, compression="zstd")
+        os.replace(growing, path)
+        _sync(path.parent)
+
+    def _own_parts(self) -> list[Path]:
+        return sorted(self.parts_folder.glob(f"{self._prefix}-*.parquet"))
+
+    def _refuse_other_settings(self, n_shards: int) -> None:
+        path = self.folder / "run.json"
+        document = {"n_shards": n_shards, "provenance": self.provenance, "request": self._request}
+        if not path.exists():
+            with write_atomically(path) as partial:
+                partial.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+            return
+        earlier = read_run(self.folder)
+        if earlier["provenance"]["settings_hash"] != self.provenance["settings_hash"]:
+            changed = _differences(earlier["provenance"]["settings"], self.provenance["settings"])
+            raise ValueError(
+                f"{self.folder} holds results of other settings ({changed}); write to another "
+                "folder, or give the same settings"
+            )
+        if earlier["n_shards"] != n_shards:
+            raise ValueError(
+                f"{self.folder} was begun in {earlier['n_shards']} shards, not {n_shards}; go on "
+                "with as many"
+            )
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """Return what ``run.json`` says of the run in a folder.
+
+    Raises:
+        FileNotFoundError: There is no run.
+        ValueError: The file is damaged.
+    """
+    path = folder / "run.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} holds no screening: it has no run.json")
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        if not {"n_shards", "provenance"} <= document.keys():
+            raise ValueError("keys are missing")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    return document
+
+
+def result_files(folder: Path) -> list[Path]:
+    """Return all parts of a run, whichever shard wrote them."""
+    return sorted((folder / "results").glob("*.parquet"))
+
+
+def read_rows(folder: Path, columns: list[str] | None = None) -> Iterator[Row]:
+    """Yield the rows of a run, a batch in memory at a time.
+
+    Args:
+        folder: Of the run.
+        columns: Which; all by default.
+    """
+    for path in result_files(folder):
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(columns=columns):
+                yield from batch.to_pylist()
+
+
+def part_provenance(path: Path) -> dict[str, Any]:
+    """Return the provenance in the metadata of a part.
+
+    Raises:
+        ValueError: It has none: it is not a part of a screening.
+    """
+    metadata = pq.read_schema(path).metadata or {}
+    if METADATA_KEY not in metadata:
+        raise ValueError(f"{path} is not of a screening: its metadata has no provenance")
+    return json.loads(metadata[METADATA_KEY])
+
+
+def _part(path: Path) -> Part:
+    status = path.stat()
+    return Part(path.name, status.st_size, status.st_mtime_ns)
+
+
+def _sync(folder: Path) -> None:
+    """Bring a rename to the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _lock(path: Path) -> int:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise BlockingIOError(
+            f"another process is screening into {path.parent}; wait for it, or take another folder"
+        ) from error
+    return descriptor
+
+
+def _differences(earlier: Any, now: Any, name: str = "") -> str:
+    if isinstance(earlier, dict) and isinstance(now, dict):
+        found = (
+            _differences(earlier.get(key), now.get(key), f"{name}.{key}".strip("."))
+            for key in sorted(earlier.keys() | now.keys())
+        )
+        return ", ".join(filter(None, found))
+    if isinstance(earlier, list) and isinstance(now, list) and len(earlier) == len(now):
+        found = (_differences(*pair, name) for pair in zip(earlier, now, strict=True))
+        return ", ".join(filter(None, found))
+    return "" if earlier == now else f"{name} was {earlier!r} and is {now!r}"

@@ -1,0 +1,179 @@
+"""screen(): sources in, a folder of results out; called again it goes on where it was ended."""
+
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from atomeq.potential.potential import Potential
+from atomeq.screening.compute import Candidate
+from atomeq.screening.engine_processes import ProcessEngine
+from atomeq.screening.engine_ray import RayEngine
+from atomeq.screening.engines import Engine, Job, LocalEngine
+from atomeq.screening.intake import Intake, Seen
+from atomeq.screening.provenance import provenance_of
+from atomeq.screening.ranking import best_rows, write_ranking
+from atomeq.screening.report import write_report
+from atomeq.screening.results import Results
+from atomeq.screening.rows import Row
+from atomeq.screening.sources import Found, read_sources
+from atomeq.screening.steps import Rank, describe_steps, parse_steps
+
+EngineName = Literal["local", "processes", "ray"]
+
+
+@dataclass
+class Summary:
+    """What a run has come to.
+
+    Attributes:
+        folder: Of the results.
+        counts: Rows by status, of this and earlier runs into the folder.
+        kinds: Failures by kind.
+        seen: What came out of the sources this time.
+        seconds: What this run took.
+        ranking: The ranking's file, where a rank was asked for.
+        report: The HTML file.
+    """
+
+    folder: Path
+    counts: dict[str, int] = field(default_factory=dict)
+    kinds: dict[str, int] = field(default_factory=dict)
+    seen: Seen = field(default_factory=Seen)
+    seconds: float = 0.0
+    ranking: Path | None = None
+    report: Path | None = None
+
+
+def screen(
+    sources: str | Path | Sequence[str | Path] | Iterable[Found],
+    potential: str | Path | Potential,
+    *,
+    out: str | Path,
+    steps: Sequence[Any] | None = None,
+    engine: EngineName = "local",
+    workers: int | None = None,
+    address: str | None = None,
+    device: str = "cpu",
+    dtype: Literal["float32", "float64"] | None = None,
+    shard: tuple[int, int] = (0, 1),
+    retry: Sequence[str] | bool = False,
+    max_edges: int | None = None,
+    observe: Callable[[Seen, Row | None], None] | None = None,
+    request: dict[str, Any] | None = None,
+) -> Summary:
+    """Screen structures: validate, leave out copies, relax, compute properties, filter and rank.
+
+    Results are rows in ``out/results/*.parquet``, one per structure, bad ones with their reason.
+    Calling it again with the same folder and settings computes only what has no row yet, also
+    after the process was killed.
+
+    Args:
+        sources: Files and folders, read as a stream; or a stream of
+            :class:`~atomeq.screening.sources.Found` of your own, the same in every run.
+        potential: Name or folder, or a potential.
+        out: Folder, created if missing.
+        steps: As :func:`~atomeq.screening.steps.parse_steps` reads them; by default validate,
+            dedupe, relax, properties, rank.
+        engine: ``local`` computes in this process, ``processes`` in several, ``ray`` on a cluster.
+        workers: How many, by default as many as GPUs, on the CPU half the cores.
+        address: Of the Ray cluster; by default one is started on this machine.
+        device: ``cpu`` or ``cuda``, which is spread over the GPUs by several workers.
+        dtype: Precision of the network; by default that of the potential.
+        shard: ``(k, n)``: take every n-th structure, by hash; n such runs share the folder.
+        retry: Compute failures again: True for all, or the kinds, such as ``["overlap"]``.
+        max_edges: Edges computed at once by each worker.
+        observe: Called with what has been seen so far, and each row that an engine gives.
+        request: Plain values kept in ``run.json``, from which a caller takes up the run.
+
+    Returns:
+        What came of it.
+
+    Raises:
+        ValueError: A setting is not allowed, or the folder holds results of other settings.
+        KeyboardInterrupt: It was interrupted; what was computed is written.
+
+    Example:
+        >>> steps = ["validate", {"relax": {"fmax": 0.05}}, {"filter": "energy_per_atom < -3.5"}]
+        >>> screen("structures/", "cu-pbe", out="screening", steps=steps)  # doctest: +SKIP
+    """
+    started = time.perf_counter()
+    _refuse_shard(shard)
+    parsed = parse_steps(steps)
+    described = describe_steps(parsed)
+    name = potential if isinstance(potential, Potential) else str(potential)
+    job = Job(name, described, device, dtype, max_edges)
+    loaded = job.load(name, job.device_of(0))
+    provenance = provenance_of(name, loaded, described)
+    found = _stream(sources)
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    sha256 = provenance["potential"]["sha256"]
+    chosen = _engine(engine, job, sha256, workers=workers, address=address)
+    elements = loaded.elements
+    with closing(Results(folder, provenance, shard=shard, request=request)) as results:
+        if retry:
+            results.retry(None if retry is True else retry)
+        intake = Intake(found, results, steps=parsed, elements=elements, shard=shard)
+        _work(chosen, intake.candidates(), results, intake.seen, observe)
+        results.flush()
+        summary = Summary(folder, results.ledger.counts(), results.ledger.kinds(), intake.seen)
+    summary.ranking = rank(folder, parsed)
+    summary.report = write_report(folder)
+    summary.seconds = time.perf_counter() - started
+    return summary
+
+
+def rank(folder: Path, steps: Sequence[Any]) -> Path | None:
+    """Write the ranking that steps ask for; None where they ask for none."""
+    step = next((step for step in steps if isinstance(step, Rank)), None)
+    return None if step is None else write_ranking(folder, best_rows(folder, step))
+
+
+def _work(
+    engine: Engine,
+    candidates: Iterator[Candidate],
+    results: Results,
+    seen: Seen,
+    observe: Callable[[Seen, Row | None], None] | None,
+) -> None:
+    rows = engine.run(candidates)
+    try:
+        for row in rows:
+            results.add(row)
+            if observe is not None:
+                observe(seen, row)
+    finally:
+        if isinstance(rows, Generator):
+            rows.close()  # workers end before the folder is given back
+    if observe is not None:
+        observe(seen, None)
+
+
+def _stream(sources: Any) -> Iterable[Found]:
+    if isinstance(sources, str | Path):
+        return read_sources([sources])
+    if isinstance(sources, list | tuple) and not any(isinstance(item, Found) for item in sources):
+        return read_sources(sources)
+    return sources
+
+
+def _engine(
+    name: EngineName, job: Job, sha256: str, *, workers: int | None, address: str | None
+) -> Engine:
+    if workers is not None and workers < 1:
+        raise ValueError(f"workers must be at least 1, not {workers}")
+    if name == "local":
+        return LocalEngine(job, sha256)
+    if name == "processes":
+        return ProcessEngine(job, sha256, workers=workers)
+    if name == "ray":
+        return RayEngine(job, sha256, workers=workers, address=address)
+    raise ValueError(f"there is no engine {name!r}; engines are local, processes, ray")
+
+
+def _refuse_shard(shard: tuple[int, int]) -> None:
+    if not 0 <= shard[0] < shard[1]:
+        raise ValueError(f"shard must be (k, n) with 0 <= k < n, not {shard}")

@@ -1,0 +1,113 @@
+"""The report shows what the rows say, escapes what strangers named, and works in a browser."""
+
+import gzip
+import json
+import re
+import shutil
+
+import ase.db
+import pytest
+from analytic_potentials import Pairs, crystal, of
+from ase import Atoms
+
+from atomeq.screening.export import export_chemiscope, export_database
+from atomeq.screening.report import write_report
+from atomeq.screening.run import screen
+from atomeq.screening.sources import Found
+
+EVIL = '</script><script>document.title="taken"</script><img src=x onerror=alert(1)>'
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    out = tmp_path_factory.mktemp("screening")
+    found = [Found(f"{EVIL}#{k}", crystal(seed=k, a=3.5 + 0.02 * k)) for k in range(6)]
+    found += [Found(f"{EVIL}#6", None, EVIL), Found("two#0", Atoms("Cu2", [[0] * 3, [0.01] * 3]))]
+    screen(
+        iter(found), of(Pairs()), out=out, steps=["validate", "single_point", "properties", "rank"]
+    )
+    return out
+
+
+def data_of(folder):
+    text = (folder / "report.html").read_text()
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)
+    assert found is not None
+    return json.loads(found[1])
+
+
+def test_report_holds_what_the_rows_say(folder):
+    data = data_of(folder)
+    assert dict(data["counts"]) == {"done": 6, "failed": 2, "duplicate": 0, "filtered": 0}
+    assert {item[0]: item[2] for item in data["failures"]} == {"unreadable": 1, "overlap": 1}
+    energies = [row["energy_per_atom"] for row in data["best"]]
+    assert energies == sorted(energies)
+    assert len(energies) == 6
+    assert data["best"][0]["view"]["elements"].keys() == {"Cu"}
+    assert data["provenance"]["potential"]["sha256"]
+
+
+def test_names_of_strangers_stay_text_and_nothing_is_loaded(folder):
+    text = (folder / "report.html").read_text()
+    assert EVIL not in text
+    assert data_of(folder)["failures"][0][4]  # it is there, as data
+    assert text.count("</script>") == 2
+    assert not re.search(r"(src|href)\s*=\s*[\"']?(https?:)?//", text)
+    assert "default-src 'none'" in text
+
+
+def test_report_of_structures_that_are_nearly_the_same(tmp_path):
+    found = [Found(f"s#{k}", crystal(a=3.6 + 1e-13 * k)) for k in range(2)]
+    screen(iter(found), of(Pairs()), out=tmp_path, steps=["single_point", "properties"])
+    assert [sum(plot["counts"]) for plot in data_of(tmp_path)["plots"] if "counts" in plot] == [2]
+
+
+def test_report_of_nothing_is_written(tmp_path):
+    screen(iter([]), of(Pairs()), out=tmp_path, steps=["validate"])
+    assert write_report(tmp_path).stat().st_size > 1000
+
+
+def test_exports_hold_the_structures(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("atomeq.screening.export._GROUP", 4)  # more than one transaction
+    assert export_database(folder, tmp_path / "x.db") == 6
+    rows = list(ase.db.connect(tmp_path / "x.db").select())
+    assert len(rows) == 6
+    assert rows[0].energy_per_atom == pytest.approx(rows[0].energy / rows[0].natoms)
+    assert export_chemiscope(folder, tmp_path / "x.json.gz") == 6
+    document = json.loads(gzip.decompress((tmp_path / "x.json.gz").read_bytes()))
+    assert len(document["structures"]) == len(document["properties"]["energy"]["values"]) == 6
+    assert len(document["structures"][0]["cell"]) == 9
+
+
+@pytest.mark.slow
+def test_report_works_in_a_browser(folder):
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    with sync_api.sync_playwright() as driver:
+        try:
+            browser = driver.chromium.launch(
+                executable_path=shutil.which("chromium"), args=["--no-sandbox"]
+            )
+        except sync_api.Error as error:
+            pytest.skip(f"Chromium cannot be started: {str(error).splitlines()[0]}")
+        page = browser.new_page()
+        problems: list[str] = []
+        requested: list[str] = []
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.on("request", lambda request: requested.append(request.url))
+        page.goto((folder / "report.html").as_uri())
+        assert page.title() == "atomeq screening"
+        assert page.locator("#best tbody tr").count() == 6
+        page.click('button[data-column="volume"]')
+        page.click('button[data-column="volume"]')
+        assert page.locator("#best tbody tr").first.get_attribute("data-index") is not None
+        header = page.locator('th:has(button[data-column="volume"])')
+        assert header.get_attribute("aria-sort") == "descending"
+        before = page.evaluate("document.getElementById('viewer').toDataURL()")
+        page.locator("#best tbody tr").nth(3).click()
+        page.focus("#viewer")
+        page.keyboard.press("ArrowLeft")
+        assert page.evaluate("document.getElementById('viewer').toDataURL()") != before
+        assert EVIL in (page.locator("#failures").text_content() or "")
+        browser.close()
+    assert problems == []
+    assert [url.split(":")[0] for url in requested] == ["file"]
