@@ -210,6 +210,14 @@ def test_harmonics_and_their_derivatives_equal_the_reference(
         )
 
 
+@pytest.mark.parametrize("shape", [(3,), (0, 3), (2, 0, 3), (2, 4, 3)])
+def test_harmonics_take_any_batch_and_none(shape: tuple[int, ...]) -> None:
+    vectors = torch.randn(shape, dtype=torch.float64)
+    assert spherical_harmonics(vectors, 2).shape == (*shape[:-1], 9)
+    if vectors.numel():
+        assert_same_as_reference(lambda v: spherical_harmonics(v, 2), [vectors])
+
+
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("lmax", [1, 3])
 def test_harmonics_have_derivatives_of_every_order(lmax: int, normalize: bool) -> None:

@@ -39,6 +39,8 @@ class AtomOperations:
         self, vectors: Tensor, lmax: int, normalization: Normalization, normalize: bool
     ) -> Tensor:
         """Evaluate the harmonics of vectors or of their directions."""
+        if vectors.ndim == 2:  # the usual call; a view costs as much as the harmonics of a molecule
+            return harmonics(vectors, lmax, normalization, normalize, self.name)
         flat = vectors.reshape(-1, 3)
         values = harmonics(flat, lmax, normalization, normalize, self.name)
         return values if vectors.ndim == 2 else values.view(*vectors.shape[:-1], values.shape[1])

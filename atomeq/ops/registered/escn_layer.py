@@ -10,6 +10,7 @@ not even that. The gradient of the gradient is that of dE/de along a direction (
 a dot below. t turns the edge: W' = -W T(t), see :mod:`atomeq.ops.registered.edge_rotation`.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -63,9 +64,10 @@ class EdgeLayer:
         return self.tensors["wigner"].shape[0]
 
     def blocks(self) -> Iterator["EdgeBlock"]:
-        """Cut the edges into blocks."""
-        step = self.kernels.edges_at_once(self.first)
-        for start in range(0, self.n_edges, step):
+        """Cut the edges into blocks of about equal size: a small last one would be slow."""
+        n_blocks = math.ceil(self.n_edges / self.kernels.edges_at_once(self.first))
+        step = math.ceil(self.n_edges / max(1, n_blocks))
+        for start in range(0, self.n_edges, max(1, step)):
             yield EdgeBlock(self, slice(start, min(start + step, self.n_edges)))
 
 
