@@ -213,7 +213,7 @@ class Flight(Generic[S]):
             return Outcome(index, name, "refused", str(error), 0, None)
         if self.budget.is_strict and n_edges > self.budget.limit:
             return self._oversized(
-                Passenger(index, name, n_edges), f"max_edges {self.budget.limit}"
+                Passenger(index, name, n_edges), f"max_edges={self.budget.limit}"
             )
         self._next = Passenger(index, name, n_edges), self.begin(graph, index)
         return None
