@@ -150,7 +150,7 @@ class Flight(Generic[S]):
             if not landed:
                 yield from self._advance()
         if self.recorder is not None:
-            self.recorder.finish()
+            self.recorder.finish(self.n_taken)
 
     def _fits(self, n_edges: int, n_running: int) -> bool:
         return n_running == 0 or n_running + n_edges <= self.budget.limit
