@@ -150,7 +150,7 @@ class Flight(Generic[S]):
             if not landed:
                 yield from self._advance()
         if self.recorder is not None:
-            self.recorder.finish()
+            self.recorder.finish(self.n_taken)
 
     def _fits(self, n_edges: int, n_running: int) -> bool:
         return n_running == 0 or n_running + n_edges <= self.budget.limit
@@ -213,7 +213,7 @@ class Flight(Generic[S]):
             return Outcome(index, name, "refused", str(error), 0, None)
         if self.budget.is_strict and n_edges > self.budget.limit:
             return self._oversized(
-                Passenger(index, name, n_edges), f"max_edges {self.budget.limit}"
+                Passenger(index, name, n_edges), f"max_edges={self.budget.limit}"
             )
         self._next = Passenger(index, name, n_edges), self.begin(graph, index)
         return None

@@ -58,8 +58,10 @@ def relax(
         folder: Where trajectories and checkpoints go; nothing is written by default.
         interval: Steps of a structure between frames.
         checkpoint_interval: Steps of the batch between checkpoints.
-        restart: Go on from the folder's checkpoint, given the same structures; what was yielded
-            after the last checkpoint is yielded again. Without a checkpoint it starts afresh.
+        restart: Go on from the folder's checkpoint, given the same structures. Every outcome is
+            yielded at least once: those after the last checkpoint are yielded again. A run that had
+            ended yields only structures that were added since; one without a checkpoint starts
+            afresh.
         observe: Called after every step with the state and the indices of its structures.
 
     Yields:

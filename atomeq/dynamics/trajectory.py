@@ -2,10 +2,12 @@
 
 A folder holds one extended XYZ file per structure, which ASE reads, and ``checkpoint.safetensors``
 with the whole state, to the last bit. Frames are appended; the checkpoint, which is replaced as a
-whole, says how long each file was then, and what a killed run wrote after it is cut off.
+whole, says how long each file was then, and what a killed run wrote after it is cut off. The last
+checkpoint says that the run has ended.
 """
 
 import json
+import logging
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -21,6 +23,8 @@ from atomeq.files import write_atomically
 from atomeq.graph.atom_graph import AtomGraph
 from atomeq.graph.convert import element_symbols
 from atomeq.units import ACCELERATION
+
+_log = logging.getLogger(__name__)
 
 CHECKPOINT_FILE = "checkpoint.safetensors"
 S = TypeVar("S", bound=State)
@@ -110,8 +114,18 @@ class Recorder:
             n_taken: Structures taken from the stream.
         """
         self._n_steps += 1
-        if self._n_steps % self.checkpoint_interval:
-            return
+        if self._n_steps % self.checkpoint_interval == 0:
+            self._save(states, passengers, n_taken)
+
+    def finish(self, n_taken: int) -> None:
+        """Save that the run has ended, so that a restart does not do it again.
+
+        Args:
+            n_taken: Structures taken from the stream.
+        """
+        self._save([], [], n_taken)
+
+    def _save(self, states: Sequence[State], passengers: Sequence[Passenger], n_taken: int) -> None:
         tensors = {
             f"{k}.{name}": value.clone()  # they may share memory, which safetensors refuses
             for k, state in enumerate(states)
@@ -161,11 +175,13 @@ class Recorder:
             with self.trajectory(index).open("ab") as out:
                 out.truncate(size)
         passengers = [Passenger(*entry) for entry in about["passengers"]]
+        if not states:
+            _log.warning(
+                "the run in %s has ended after %d structures; only further ones are computed",
+                self.folder,
+                about["n_taken"],
+            )
         return states, passengers, about["n_taken"]
-
-    def finish(self) -> None:
-        """Remove the checkpoint: the run has ended, there is nothing to go on from."""
-        self.checkpoint_path.unlink(missing_ok=True)
 
 
 def extxyz_frame(graph: AtomGraph, *, step: int) -> str:

@@ -18,7 +18,7 @@ from atomeq.dynamics.run import relax, simulate
 from atomeq.dynamics.trajectory import CHECKPOINT_FILE
 
 TESTS = Path(__file__).resolve().parents[1]
-OPTIONS = {"n_steps": 40, "seed": 3, "interval": 4, "checkpoint_interval": 6, "max_edges": 400}
+OPTIONS = {"n_steps": 20, "seed": 3, "interval": 4, "checkpoint_interval": 6, "max_edges": 400}
 INTEGRATORS = {
     "nve": VelocityVerlet(2.0),
     "langevin": Langevin(2.0),
@@ -56,11 +56,21 @@ def killed_after(n_steps: int, name: str, folder: str) -> None:
     )
 
 
-@pytest.mark.parametrize("name", INTEGRATORS)
-def test_a_killed_run_goes_on_bit_for_bit(name, tmp_path):
-    whole = {outcome.index: outcome for outcome in run(name, tmp_path / "whole")}
+def check_same(whole: dict, resumed: dict, folder: Path) -> None:
+    """Check the outcomes after a restart, and all the frames, against those of the whole run."""
+    assert resumed
+    for index, outcome in resumed.items():
+        for field in ("pos", "velocities", "energy"):
+            assert torch.equal(outcome.graph[field], whole[index].graph[field])
+    for k in range(5):
+        frames = [folder / name / f"{k:06d}.extxyz" for name in ("broken", "whole")]
+        assert frames[0].read_bytes() == frames[1].read_bytes()
+
+
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path):
+    whole = {outcome.index: outcome for outcome in run("langevin", tmp_path / "whole")}
     broken = tmp_path / "broken"
-    command = f"import test_restart as t; t.killed_after(51, {name!r}, {str(broken)!r})"
+    command = f"import test_restart as t; t.killed_after(27, 'langevin', {str(broken)!r})"
     path = os.pathsep.join([str(TESTS), str(Path(__file__).parent), *sys.path])
     ended = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", command],
@@ -69,15 +79,30 @@ def test_a_killed_run_goes_on_bit_for_bit(name, tmp_path):
     )
     assert ended.returncode == -signal.SIGKILL
     assert (broken / CHECKPOINT_FILE).exists()
-    resumed = {outcome.index: outcome for outcome in run(name, broken, restart=True)}
-    assert resumed
-    for index, outcome in resumed.items():
-        for field in ("pos", "velocities", "energy"):
-            assert torch.equal(outcome.graph[field], whole[index].graph[field])
-    names = sorted(path.name for path in (tmp_path / "whole").iterdir())
-    assert names == [f"{k:06d}.extxyz" for k in range(5)]
-    for file in names:
-        assert (broken / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+    resumed = {outcome.index: outcome for outcome in run("langevin", broken, restart=True)}
+    check_same(whole, resumed, tmp_path)
+
+
+@pytest.mark.parametrize("name", INTEGRATORS)
+def test_an_abandoned_run_goes_on_bit_for_bit(name, tmp_path):
+    whole = {outcome.index: outcome for outcome in run(name, tmp_path / "whole")}
+    first = run(name, tmp_path / "broken")
+    next(first)
+    first.close()
+    resumed = {o.index: o for o in run(name, tmp_path / "broken", restart=True)}
+    check_same(whole, resumed, tmp_path)
+
+
+def test_a_run_that_has_ended_is_not_done_again(tmp_path, caplog):
+    n_whole = len(list(run("nve", tmp_path)))
+    frames = [path.read_bytes() for path in sorted(tmp_path.glob("*.extxyz"))]
+    assert list(run("nve", tmp_path, restart=True)) == []
+    assert "has ended" in caplog.text
+    more = [*stream(), cluster(4, 9)]
+    nve = INTEGRATORS["nve"]
+    added = simulate(more, of(Pairs()), nve, folder=tmp_path, restart=True, **OPTIONS)
+    assert [(o.index, o.status) for o in added] == [(n_whole, "completed")]
+    assert [path.read_bytes() for path in sorted(tmp_path.glob("*.extxyz"))][:-1] == frames
 
 
 def test_an_abandoned_relaxation_goes_on(tmp_path):
@@ -98,7 +123,7 @@ def test_ase_reads_the_trajectory(tmp_path):
     outcomes = {outcome.index: outcome for outcome in run("nve", tmp_path)}
     for index in (0, 1):
         frames = read(tmp_path / f"{index:06d}.extxyz", index=":")
-        assert [frame.info["step"] for frame in frames] == list(range(0, 41, 4))
+        assert [frame.info["step"] for frame in frames] == list(range(0, 21, 4))
         last, ours = frames[-1], outcomes[index].atoms
         np.testing.assert_array_equal(last.positions, ours.positions)
         np.testing.assert_allclose(last.get_velocities(), ours.get_velocities(), rtol=1e-6)
