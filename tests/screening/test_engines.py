@@ -1,6 +1,7 @@
 """Every engine gives the same rows; a worker that dies loses nothing but what killed it."""
 
 import os
+import sys
 from pathlib import Path
 
 import ase.io
@@ -53,7 +54,9 @@ def same_rows(one, other):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["processes", "ray"])
-def test_engine_gives_the_rows_of_the_local_one_whatever_dies(engine, tmp_path):
+def test_engine_gives_the_rows_of_the_local_one_whatever_dies(engine, tmp_path, monkeypatch):
+    # The potential of this test is made of its own modules, which Ray's processes must find.
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
     if engine == "ray":
         pytest.importorskip("ray", reason="Ray is the extra atomeq[ray]")
     structures = crystals(8)
