@@ -30,7 +30,7 @@ class PickyBackend(ReferenceBackend):
 def picky(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setitem(dispatch.BACKENDS, "picky", f"{__name__}:PickyBackend")
     yield
-    dispatch.load_backend.cache_clear()
+    dispatch._loaded.pop("picky", None)
 
 
 def test_reference_serves_every_operation_of_the_protocol() -> None:

@@ -6,7 +6,7 @@ from torch import Tensor
 from atomeq.ops.backends.atom_operations import ATOM_TOPICS, AtomOperations
 from atomeq.ops.edge_frame import EdgeFrame
 from atomeq.ops.registered import edge_rotation, escn_conv, so2_map, wigner
-from atomeq.ops.registered.kernel_sets import edge_kernels, refusal
+from atomeq.ops.registered.kernel_sets import refusal, wants_segments
 from atomeq.ops.registered.so2_shape import SO2Shape, scale_by_row
 from atomeq.ops.specification import OpSpec
 
@@ -95,7 +95,7 @@ class KernelBackend(AtomOperations):
         return total
 
     def _segments(self, frame: EdgeFrame, indices: tuple[Tensor, ...]) -> list[Tensor]:
-        if not edge_kernels(self.name).wants_segments:
+        if not wants_segments("edge", self.name):
             return []
         return [part for index in indices for part in frame.segments(index)]
 

@@ -7,7 +7,7 @@ traced graph can carry, and found here when first asked for. A set need not have
 from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
-from typing import Protocol, cast
+from typing import Literal, Protocol, cast
 
 from torch import Tensor
 
@@ -20,6 +20,7 @@ from atomeq.ops.specification import OpSpec
 KERNELS: dict[tuple[str, str], str] = {
     ("edge", "cpu"): "atomeq.ops.backends.cpu.edge:CPUEdgeKernels",
     ("edge", "triton"): "atomeq.ops.backends.triton.edge:TritonEdgeKernels",
+    ("edge", "reference"): "atomeq.ops.backends.traced_rotation:ReferenceRotations",
     ("coupling", "triton"): "atomeq.ops.backends.triton.coupling:TritonCouplingKernels",
     ("coupling", "cpu"): "atomeq.ops.backends.cpu.coupling:CPUCouplingKernels",
     ("segment", "triton"): "atomeq.ops.backends.triton.segment:TritonSegmentKernels",
@@ -269,6 +270,14 @@ class SphereKernels(Protocol):
         others.
         """
         ...
+
+
+def wants_segments(topic: Literal["edge", "coupling"], name: str) -> bool:
+    """Return whether the kernels of a set want sorted edges; a constant of a traced graph."""
+    return (edge_kernels(name) if topic == "edge" else coupling_kernels(name)).wants_segments
+
+
+wants_segments._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see atomeq.ops.tables
 
 
 @cache
