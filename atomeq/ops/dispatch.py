@@ -238,7 +238,7 @@ def select(
         ValueError: If the environment asks for a backend that does not exist.
     """
     if torch.compiler.is_compiling():  # sizes may be symbols; of the edges only 0 is told apart
-        channels, n_edges = int(channels), 1 if n_edges > 0 else 0
+        channels, n_edges = len(range(channels)), 1 if n_edges > 0 else 0
     spec = OpSpec(op, lmax, mmax, channels, n_edges, like.dtype, like.device, mode, weighted)
     asked_for = chosen_backend()
     for name in AUTO_ORDER if asked_for == "auto" else (asked_for,):

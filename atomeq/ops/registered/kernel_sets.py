@@ -34,8 +34,11 @@ KERNELS: dict[tuple[str, str], str] = {
 class SO2Map(Protocol):
     """A linear map of an edge's rows, one matrix for each order; see :class:`SO2Shape`."""
 
-    def forward(self, rows: Tensor, out: Tensor) -> Tensor:
-        """Write M rows, (n_edges, n_rows * c_in) -> (n_edges, width), to ``out``; return it."""
+    def forward(self, rows: Tensor, out: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Write M rows, (n_edges, n_rows * c_in) -> (n_edges, width), to ``out``; return it.
+
+        The bias, if there is one, belongs to the first of the outputs, those of m = 0.
+        """
         ...
 
     def transposed(self, grad: Tensor, out: Tensor) -> Tensor:
@@ -134,6 +137,14 @@ class EdgeKernels(Protocol):
         self, rows: Tensor, grad: Tensor, into: list[Tensor], shape: SO2Shape
     ) -> None:
         """Add the gradients of <grad, M rows> with respect to the weights to ``into``."""
+        ...
+
+    def scaled_rows(self, rows: Tensor, scale: Tensor, shape: SO2Shape) -> Tensor:
+        """Return s rows, (n_edges, n_rows * c_in), for factors s (n_edges, n_scales)."""
+        ...
+
+    def row_products(self, left: Tensor, right: Tensor, shape: SO2Shape) -> Tensor:
+        """Return the products of rows, summed over +m and -m, (n_edges, n_scales)."""
         ...
 
     def gate(self, y: Tensor, lmax: int, mmax: int, channels: int) -> GateKernel:

@@ -19,8 +19,8 @@ class CPUSO2Map:
         self.weights = weights
         self.parts = [_complex_parts(weight) for weight in weights]
 
-    def forward(self, rows: Tensor, out: Tensor) -> Tensor:
-        """Write M rows to ``out``."""
+    def forward(self, rows: Tensor, out: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Write M rows + bias to ``out``."""
         for block, weight, parts in zip(self.shape.blocks, self.weights, self.parts, strict=True):
             inputs = [rows[:, columns] for columns in block.inputs]
             outputs = [out[:, columns] for columns in block.outputs]
@@ -29,6 +29,8 @@ class CPUSO2Map:
                     torch.mm(x, weight.T, out=y)
             else:
                 _complex_product(inputs, [part.T for part in parts], outputs)
+        if bias is not None:
+            out[:, : len(bias)] += bias
         return out
 
     def transposed(self, grad: Tensor, out: Tensor) -> Tensor:
