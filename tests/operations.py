@@ -72,9 +72,7 @@ OPERATIONS: dict[str, Operation] = {
     "rotate_to_edge": Operation(rotate_both, [(4, 4, C), (5, 3)], 1),
     "rotate_from_edge": Operation(rotate_back_and_sum, [(5, 4, C), (5, 3), (5,)], 1),
     "rotate_from_edge per edge": Operation(rotate_back, [(5, 4, C), (5, 3)], 1),
-    "so2_linear": Operation(
-        mix, [(5, 4, C), (2 * C, 2 * C), (2, C, C), (2 * C,), (5, 3 * C)]
-    ),
+    "so2_linear": Operation(mix, [(5, 4, C), (2 * C, 2 * C), (2, C, C), (2 * C,), (5, 3 * C)]),
     "escn_conv": Operation(
         edge_layer,
         [
@@ -90,9 +88,7 @@ OPERATIONS: dict[str, Operation] = {
     "segment_sum": Operation(lambda x: segment_sum(x, INDEX, 4), [(5, 3)]),
     "segment_mean": Operation(lambda x: segment_mean(x, INDEX, 4), [(5, 2, 3)]),
     "segment_softmax": Operation(lambda x: segment_softmax(x, INDEX, 4), [(5, 3)]),
-    "sphere_pointwise": Operation(
-        lambda x: sphere_pointwise(x, torch.tanh, GRID), [(3, 4, C)]
-    ),
+    "sphere_pointwise": Operation(lambda x: sphere_pointwise(x, torch.tanh, GRID), [(3, 4, C)]),
     "sphere_silu": Operation(lambda x: sphere_silu(x, GRID), [(3, 4, C)]),
     "sphere_product": Operation(lambda x, y: gaunt_product(x, y, 1), [(2, 4, C), (2, 1, C)]),
 }

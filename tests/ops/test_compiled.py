@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from edge_layers import relative
-from operations import C, OPERATIONS, derivatives, leaves_of, step
+from operations import OPERATIONS, C, derivatives, leaves_of, step
 from structures import rattled_molecule
 from torch import Tensor
 

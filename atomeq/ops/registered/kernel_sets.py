@@ -41,6 +41,14 @@ class SO2Map(Protocol):
         """
         ...
 
+    def gated(self, rows: Tensor, out: Tensor, *, keep: bool) -> Tensor:
+        """Write y = M rows to ``out``; return SiLU of l = 0 and gated rows of l > 0, a(y).
+
+        The extra outputs are the gates. Unless ``keep``, whatever of y is not needed may stay
+        unwritten. What is returned may have the precision of a product's operands.
+        """
+        ...
+
     def transposed(self, grad: Tensor, out: Tensor) -> Tensor:
         """Write M^T grad, (n_edges, width) -> (n_edges, n_rows * c_in), to ``out``; return it."""
         ...
@@ -88,11 +96,12 @@ class EdgeKernels(Protocol):
         lmax: int,
         mmax: int,
         scale: Tensor | None = None,
+        operand: bool = False,
     ) -> Tensor:
         """Return scale * W G x, (n_edges, n_rows, S * channels).
 
         ``scale`` (n_edges, sum over m of (lmax - m + 1) * S * channels) has m ascending; +m and -m
-        share theirs.
+        share theirs. An ``operand`` is read by a map alone and may have the precision of those.
         """
         ...
 

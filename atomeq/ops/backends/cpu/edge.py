@@ -50,6 +50,7 @@ class CPUEdgeKernels:
         lmax: int,
         mmax: int,
         scale: Tensor | None = None,
+        operand: bool = False,
     ) -> Tensor:
         """Return scale * W G x."""
         channels = max(1, len(indices)) * x.shape[2]

@@ -8,6 +8,7 @@ A complex product costs three real ones: with s = x_+ + x_-,
 import torch
 from torch import Tensor
 
+from atomeq.ops.backends.cpu.gate import CPUGate
 from atomeq.ops.registered.so2_shape import SO2Shape
 
 
@@ -32,6 +33,11 @@ class CPUSO2Map:
         if bias is not None:
             out[:, : len(bias)] += bias
         return out
+
+    def gated(self, rows: Tensor, out: Tensor, *, keep: bool) -> Tensor:
+        """Write y = M rows to ``out``; return a(y)."""
+        shape = self.shape
+        return CPUGate(self.forward(rows, out), shape.lmax, shape.mmax, shape.c_out).value()
 
     def transposed(self, grad: Tensor, out: Tensor) -> Tensor:
         """Write M^T grad to ``out``."""

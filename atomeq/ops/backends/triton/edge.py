@@ -32,9 +32,12 @@ class TritonEdgeKernels:
         lmax: int,
         mmax: int,
         scale: Tensor | None = None,
+        operand: bool = False,
     ) -> Tensor:
         """Return scale * W G x."""
-        return rotation.gather_rotate(x, wigner, indices, lmax=lmax, mmax=mmax, scale=scale)
+        dtype = so2.operand_dtype(x) if operand else x.dtype
+        size = {"lmax": lmax, "mmax": mmax}
+        return rotation.gather_rotate(x, wigner, indices, **size, scale=scale, dtype=dtype)
 
     def rotate_scatter(
         self,
