@@ -1,4 +1,4 @@
-"""Every operation of atomeq.ops as a function of its floating-point inputs, for tests of them all."""
+"""Every operation of atomeq.ops as a function of its inputs, for tests of them all."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple

@@ -63,14 +63,16 @@ class Backend(Protocol):
 
     Attributes:
         name: As in :data:`BACKENDS`.
-        by_torch: Operations that it has no kernels for and serves in plain torch.
     """
 
     name: str
-    by_torch: frozenset[str]
 
     def refusal(self, spec: OpSpec) -> str | None:
         """Return None if this backend serves the call, else the reason why not."""
+        ...
+
+    def by_torch(self, spec: OpSpec) -> bool:
+        """Whether a call that it serves runs in plain torch, by no kernel made for it."""
         ...
 
     def spherical_harmonics(

@@ -4,16 +4,16 @@ import operations
 import pytest
 import torch
 from edge_layers import relative
-from operations import OPERATIONS, Operation, derivatives
+from operations import OPERATIONS, PATHS, Operation, derivatives
 
 from atomeq.ops.dispatch import use_backend
 from atomeq.ops.explain import explain
 from atomeq.ops.gaunt import gaunt_product
-from atomeq.ops.paths import Path
+from atomeq.ops.paths import Mode
 from atomeq.ops.registered.sphere import sphere_form
 from atomeq.ops.sphere import sphere_silu
 from atomeq.ops.sphere_grid import SphereGrid
-from atomeq.ops.tensor_product import tensor_product
+from atomeq.ops.tensor_product import cg_conv, tensor_product
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install atomeq[cuda]")
 
@@ -72,25 +72,28 @@ def test_form_on_the_sphere_keeps_the_rules_of_torch() -> None:
 
 
 @pytest.mark.parametrize("mode", ["uuu", "uvw"])
-def test_couplings_without_a_kernel_are_refused_at_the_door(mode: str) -> None:
-    y = torch.ones(2, 1, C, device=DEVICE)
-    weights = torch.ones(1, C, C, C, device=DEVICE) if mode == "uvw" else None
-    reason = f"its kernels couple in mode uvu, not {mode}"
+def test_couplings_without_a_kernel_are_served_by_plain_torch_and_said_to_be(mode: Mode) -> None:
+    weights = (4, C, C, C) if mode == "uvw" else (5, 4, C)
+
+    def convolve(x: torch.Tensor, y: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        product = tensor_product(x.index_select(0, operations.INDEX), y, w, PATHS, mode=mode)
+        conv = cg_conv(x, y, w, operations.EDGES, 4, PATHS, mode=mode)
+        return torch.cat((product, conv))
+
+    found = errors(Operation(convolve, [(4, 4, C), (5, 4, C), weights]))
+    assert max(found) <= SINGLE, found
     with use_backend("triton"):
-        with pytest.raises(NotImplementedError, match=reason):
-            tensor_product(y, y, weights, [Path(0, 0, 0)], mode=mode)
         report = explain(
-            "tensor_product",
-            lmax=0,
-            mmax=0,
+            "cg_conv",
+            lmax=1,
+            mmax=1,
             channels=C,
             n_edges=2,
-            dtype=y.dtype,
+            dtype=torch.float32,
             device=DEVICE,
             mode=mode,
         )
-    assert report.backend is None
-    assert reason in str(report)
+    assert report.by_torch
 
 
 def test_what_plain_torch_serves_is_said() -> None:

@@ -28,11 +28,14 @@ class ReferenceBackend:
     """Plain torch; see :class:`~atomeq.ops.dispatch.Backend` for what each method does."""
 
     name = "reference"
-    by_torch: frozenset[str] = frozenset()
 
     def refusal(self, spec: OpSpec) -> str | None:
         """Return None: everything is served."""
         return None
+
+    def by_torch(self, spec: OpSpec) -> bool:
+        """All of it."""
+        return True
 
     def spherical_harmonics(
         self, vectors: Tensor, lmax: int, normalization: Normalization, normalize: bool
