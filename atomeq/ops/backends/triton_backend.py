@@ -11,8 +11,8 @@ from atomeq.ops.backends.reference import ReferenceBackend
 from atomeq.ops.paths import Mode, Path
 from atomeq.ops.specification import OpSpec
 
-# What is made once for all layers, a few hundredths of the time of one, and what calls a function of
-# the user's between two products of matrices.
+# What is made once for all layers, a few hundredths of the time of one, and what calls a function
+# of the user's between two products of matrices.
 _BY_TORCH = frozenset({"edge_wigner", "spherical_harmonics", "sphere_pointwise"})
 _COUPLINGS = frozenset({"tensor_product", "cg_conv"})
 _reference = ReferenceBackend()

@@ -11,9 +11,9 @@ and all orders are one launch. It serves small graphs; above _MANY_EDGES cuBLAS 
 four multiplications what the kernel saves by three. Gradients of weights sum over all edges, which
 cuBLAS does in parts added in a fixed order.
 
-The same kernel adds biases and, for an edge layer, opens the gates as it writes: a first launch makes
-the rows of m = 0 beside their gates, a second one those of m > 0, and nobody reads them again to
-gate them.
+The same kernel adds biases and, for an edge layer, opens the gates as it writes: a first launch
+makes the rows of m = 0 beside their gates, a second one those of m > 0, and nobody reads them again
+to gate them.
 
 ``torch.set_float32_matmul_precision("medium")`` asks for products of bfloat16: the kernel rounds
 features and weights as it reads them, at any number of edges, and adds in single precision. What
@@ -342,25 +342,10 @@ def _grouped_products(rows, weights, bias, out, gated, n_edges, READ_WIDTH: tl.c
                     shared = tl.dot(upper, matrix, shared, input_precision=PRECISION)
             write = out + (edge * WRITE_WIDTH)[:, None] + output[None, :]
             kept = there & wanted[None, :]
-            if GROUPS[g][0] == 2:
-                higher = kept & (output >= SCALARS)[None, :]
-                tl.store(write - SCALARS, plus, mask=higher)
-                _finish(write, gated, edge, output, shared, tl.where(higher, plus, shared), kept,
-                        GROUPS[g][4], GATES, GATED_WIDTH, KEEP)  # fmt: skip
-            elif GATED_WIDTH > 0:
-                # Its gates were written by the launch before: a gate of l serves +m and -m.
-                gate = out + (edge * WRITE_WIDTH)[:, None] + (
-                    GROUPS[g][8] + output % GROUPS[g][9]
-                )[None, :]  # fmt: skip
-                gate = tl.load(gate, mask=kept, other=0.0).to(SUM)
-                if GROUPS[g][0] == 1:
-                    _finish(write, gated, edge, output, shared - plus, gate, kept, GROUPS[g][4],
-                            GATES, GATED_WIDTH, KEEP)  # fmt: skip
-                    _finish(write, gated, edge, output, shared + minus, gate, kept, GROUPS[g][5],
-                            GATES, GATED_WIDTH, KEEP)  # fmt: skip
-                else:
-                    _finish(write, gated, edge, output, shared, gate, kept, GROUPS[g][4], GATES,
-                            GATED_WIDTH, KEEP)  # fmt: skip
+            if GATED_WIDTH > 0:
+                _write_gated(out, write, gated, edge, output, shared, plus, minus, kept,
+                             GROUPS[g][0], GROUPS[g][4], GROUPS[g][5], GROUPS[g][8], GROUPS[g][9],
+                             WRITE_WIDTH, GATES, SCALARS, GATED_WIDTH, KEEP, SUM)  # fmt: skip
             elif GROUPS[g][0] == 1:
                 tl.store(write + GROUPS[g][4], shared - SIGN * plus, mask=kept)
                 tl.store(write + GROUPS[g][5], shared + SIGN * minus, mask=kept)
@@ -368,6 +353,32 @@ def _grouped_products(rows, weights, bias, out, gated, n_edges, READ_WIDTH: tl.c
                 if BIASED and GROUPS[g][8] < 0:
                     shared += tl.load(bias + output, mask=wanted, other=0.0).to(SUM)[None, :]
                 tl.store(write + GROUPS[g][4], shared, mask=kept)
+
+
+@triton.jit
+def _write_gated(out, write, gated, edge, output, shared, plus, minus, kept, KIND: tl.constexpr,
+                 FIRST: tl.constexpr, SECOND: tl.constexpr, GATE: tl.constexpr,
+                 PERIOD: tl.constexpr, WRITE_WIDTH: tl.constexpr, GATES: tl.constexpr,
+                 SCALARS: tl.constexpr, GATED_WIDTH: tl.constexpr, KEEP: tl.constexpr,
+                 SUM: tl.constexpr):  # fmt: skip
+    """Write the gates of m = 0, and rows behind their gates."""
+    if KIND == 2:
+        higher = kept & (output >= SCALARS)[None, :]
+        tl.store(write - SCALARS, plus, mask=higher)
+        _finish(write, gated, edge, output, shared, tl.where(higher, plus, shared), kept, FIRST,
+                GATES, GATED_WIDTH, KEEP)  # fmt: skip
+    else:
+        # Its gates were written by the launch before: that of a degree serves +m and -m.
+        gate = out + (edge * WRITE_WIDTH)[:, None] + (GATE + output % PERIOD)[None, :]
+        gate = tl.load(gate, mask=kept, other=0.0).to(SUM)
+        if KIND == 1:
+            _finish(write, gated, edge, output, shared - plus, gate, kept, FIRST, GATES,
+                    GATED_WIDTH, KEEP)  # fmt: skip
+            _finish(write, gated, edge, output, shared + minus, gate, kept, SECOND, GATES,
+                    GATED_WIDTH, KEEP)  # fmt: skip
+        else:
+            _finish(write, gated, edge, output, shared, gate, kept, FIRST, GATES, GATED_WIDTH,
+                    KEEP)  # fmt: skip
 
 
 @triton.jit
