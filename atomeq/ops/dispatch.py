@@ -23,7 +23,7 @@ from torch import Tensor
 
 from atomeq.ops.edge_frame import EdgeFrame
 from atomeq.ops.harmonic_polynomials import Normalization
-from atomeq.ops.paths import Mode, Path
+from atomeq.ops.paths import Mode, Path, RadialMap
 from atomeq.ops.specification import OpSpec
 from atomeq.ops.sphere_grid import SphereGrid
 
@@ -143,8 +143,12 @@ class Backend(Protocol):
         paths: tuple[Path, ...],
         mode: Mode,
         stacked: bool,
+        radial_map: RadialMap | None,
     ) -> Tensor:
-        """Gather x on the sources, couple it with y, sum on the targets."""
+        """Gather x on the sources, couple it with y, sum on the targets.
+
+        With ``radial_map`` the weights of an edge are still to be made, from what ``weights`` has.
+        """
         ...
 
     def sphere_pointwise(
