@@ -282,7 +282,7 @@ def _opened(subject: Subject, pbc: tuple[bool, bool, bool], *, keep: bool) -> Tw
     open_directions = ~np.array(pbc)
     strange = subject.crystal()
     strange.pbc = pbc
-    cell = complete_cell(strange.cell.array, strange.pbc)
+    cell = complete_cell(strange.cell.array, np.array(pbc))
     cell[open_directions] *= _VACUUM
     ordinary = Atoms(strange.numbers, strange.positions, cell=cell, pbc=True)
     if not keep:
