@@ -275,12 +275,34 @@ def ours(name: str, compute: Callable[..., Tensor], backend: str = "auto") -> Im
     return Implementation(name, served)
 
 
+def own(compute: Callable[..., Tensor], device: str) -> Implementation:
+    """Return our operation as it is to be fast on a device: on CUDA the kernels must be named."""
+    name = "triton" if device == "cuda" else "auto"
+    return ours(name, compute, name)
+
+
+def halved(implementation: Implementation) -> Implementation:
+    """Return the forward pass with operands of bfloat16."""
+
+    def compute(*inputs: Tensor) -> Tensor:
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("medium")
+        try:
+            return implementation.compute(*inputs)
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+    name = f"{implementation.name} bf16"
+    return dataclasses.replace(implementation, name=name, compute=compute, phases=("forward",))
+
+
 def adapters(
     op: str, lmax: int, channels: int, n_edges: int, inputs: list[Tensor], compute: Callable
 ) -> list[Implementation]:
     """Return the backends other than the reference that serve this call when named."""
     spec = OpSpec(op, lmax, lmax, channels, n_edges, inputs[0].dtype, inputs[0].device)
-    names = [name for name in BACKENDS if name not in ("reference", "e3nn", "cpu")]
+    taken = ("reference", "e3nn", "cpu", "triton")  # they have rows of their own
+    names = [name for name in BACKENDS if name not in taken]
     return [ours(name, compute, name) for name in names if load_backend(name).refusal(spec) is None]
 
 
@@ -296,7 +318,7 @@ def harmonics_case(lmax: int, n_edges: int, dtype: torch.dtype, device: str) -> 
     def by_e3nn(vectors: Tensor) -> Tensor:
         return o3.spherical_harmonics(degrees, vectors, normalize=True, normalization="component")
 
-    implementations = [ours("auto", compute), ours("reference", compute, "reference")]
+    implementations = [own(compute, device), ours("reference", compute, "reference")]
     implementations.append(Implementation("e3nn", by_e3nn))
     if installed("sphericart-torch"):
         import sphericart.torch
@@ -341,7 +363,7 @@ def wigner_case(lmax: int, n_edges: int, dtype: torch.dtype, device: str) -> Cas
         return ((matrices @ harmonics.unsqueeze(-1)).squeeze(-1) - pole).abs().max().item()
 
     implementations = [
-        dataclasses.replace(ours("auto", compute), restore=lambda out: out[:, rows]),
+        dataclasses.replace(own(compute, device), restore=lambda out: out[:, rows]),
         Implementation("e3nn", by_e3nn),
     ]
     for implementation in implementations:
@@ -385,7 +407,7 @@ def coupling_case(
 
     inputs = [x, y, weights]
     implementations = [
-        ours("auto", compute),
+        own(compute, device),
         ours("reference", compute, "reference"),
         Implementation(
             "e3nn",
@@ -463,12 +485,13 @@ def escn_case(lmax: int, channels: int, n_edges: int, dtype: torch.dtype, device
 
         return compute
 
-    implementations = [
-        ours("auto", fused(False)),
-        ours("reference", layer, "reference"),
-        ours("auto, recomputing", fused(True)),
-    ]
+    implementations = [own(fused(False), device), ours("reference", layer, "reference")]
+    recomputing = own(fused(True), device)
+    implementations.append(
+        dataclasses.replace(recomputing, name=f"{recomputing.name}, recomputing")
+    )
     if device == "cuda":
+        implementations.append(halved(implementations[0]))
         compiled = ours("reference compiled", layer, "reference")
         compiled.compute = torch.compile(compiled.compute)
         compiled.phases = ("forward", "forward_backward")  # compiled graphs have no second one
@@ -500,7 +523,7 @@ def activation_case(
         return sphere_silu(x, grid)
 
     implementations = [
-        ours("auto", compute),
+        own(compute, device),
         ours("reference", compute, "reference"),
         Implementation(
             "e3nn",
@@ -524,7 +547,7 @@ def gaunt_case(lmax: int, channels: int, n_edges: int, dtype: torch.dtype, devic
         return gaunt_product(x, y, lmax)
 
     implementations = [
-        ours("auto", compute),
+        own(compute, device),
         ours("paths", lambda x, y: tensor_product(x, y, weights, paths, mode="uuu")),
         Implementation(
             "e3nn",
@@ -605,7 +628,8 @@ class Bar:
         if self.against is not None:
             return f"{place} >= {self.limit:g}x {self.against}"
         unit = " ns per edge" if self.what in PHASES else ""
-        return f"{place} <= {self.limit:g}{unit}"
+        owner = f" of {self.by[0]}" if self.by[0] != "auto" else ""
+        return f"{place} <= {self.limit:g}{unit}{owner}"
 
     def figure(self, rows: list[dict]) -> float | None:
         """Return the figure reached, or None where it was not measured."""
@@ -632,13 +656,18 @@ class Bar:
 def bars(device: str) -> list[Bar]:
     """Return the figures that the backend is to reach on a device."""
     if device == "cuda":
-        found = [Bar("escn_layer", 2, 128, "forward", 14.0)]
+        found = [
+            Bar("escn_layer", 2, 128, "forward", 14.0, by=("triton",)),
+            Bar("escn_layer", 2, 128, "forward", 7.0, by=("triton bf16",)),
+        ]
         found += [
             Bar("escn_layer", lmax, 128, "forward_backward", limit, "reference compiled")
             for lmax, limit in ((2, 2.5), (3, 2.0), (4, 2.0), (6, 1.5))
         ]
         found.append(Bar("escn_layer", 2, 128, "double_backward", 3.0, "reference"))
-        found += [Bar(op, 2, 128, "differing_runs", 0) for op in ("escn_layer", "cg_conv")]
+        found += [
+            Bar(op, 2, 128, "differing_runs", 0, by=("triton",)) for op in ("escn_layer", "cg_conv")
+        ]
         for lmax, phase in ((lmax, phase) for lmax in (1, 2, 3, 4) for phase in PHASES):
             found.append(Bar("cg_conv", lmax, 128, phase, 10.0, "e3nn"))
             found.append(Bar("cg_conv", lmax, 128, phase, 1.2, "cuequivariance"))
