@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from ase import Atoms
@@ -47,6 +48,35 @@ class TrajectoryReport:
             self._density += len(atoms) / atoms.get_volume()
         moved = _displacements(self._start, atoms)
         self._displacements.append(float((moved**2).sum(axis=1).mean()))
+
+    def state(self) -> dict[str, Any]:
+        """Return what was collected, ready for JSON; :meth:`restored` takes it up."""
+        start = self._start
+        return {
+            "histogram": self._histogram.tolist(),
+            "density": self._density,
+            "frames": self._frames,
+            "displacements": self._displacements,
+            "start": None if start is None else [start.positions.tolist(), start.cell.tolist()],
+        }
+
+    @classmethod
+    def restored(cls, state: Mapping[str, Any], atoms: Atoms) -> "TrajectoryReport":
+        """Return the report of an interrupted run.
+
+        Args:
+            state: From :meth:`state`.
+            atoms: The structure, wherever it is by now.
+        """
+        report = cls()
+        report._histogram = np.array(state["histogram"])
+        report._density, report._frames = state["density"], state["frames"]
+        report._displacements = list(state["displacements"])
+        if state["start"] is not None:
+            report._start = atoms.copy()
+            report._start.positions, cell = state["start"]
+            report._start.set_cell(cell)
+        return report
 
     @property
     def distances(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -1,6 +1,7 @@
 """``atomeq single-point``, ``atomeq relax`` and ``atomeq md``: structures in, results out."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -13,6 +14,7 @@ from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 
 from atomeq.calculators.ase import AtomeqCalculator, has_volume
 from atomeq.cli.dynamics import Ensemble, MolecularDynamicsRun, Thermostat
+from atomeq.cli.restart import RESTART_HELP, Checkpoint, identity
 from atomeq.cli.structures import (
     output_format,
     structure_output,
@@ -44,7 +46,9 @@ example:
 Run molecular dynamics from the last structure of a file. Velocities are those of the file, or
 drawn for --temperature. Beside the trajectory OUT.extxyz stand OUT.log.csv (energies, temperature),
 OUT.report.json and OUT.png (temperature, total energy, radial distribution, mean squared
-displacement) and OUT.summary.json. A run that is interrupted leaves OUT.part-<process>.extxyz.
+displacement) and OUT.summary.json. A run that is interrupted leaves OUT.part-<process>.extxyz and
+OUT.checkpoint.json, from which --restart goes on, whatever the thermostat, to the very trajectory
+of an uninterrupted run (on a GPU up to rounding).
 
 nve  velocity Verlet: constant energy
 nvt  --thermostat bussi (stochastic velocity rescaling) or langevin
@@ -112,6 +116,10 @@ def _add_md_options(parser: Parser) -> None:
     parser.add_argument(
         "--interval", type=PositiveInt, default=10, help="steps between frames and log lines"
     )
+    parser.add_argument(
+        "--checkpoint-interval", type=PositiveInt, default=100, help="steps between checkpoints"
+    )
+    parser.add_argument("--restart", action="store_true", help=RESTART_HELP)
     parser.add_argument("--new-velocities", action="store_true", help="ignore those of the file")
     parser.add_argument("--seed", type=NonNegativeInt, default=0, help="of velocities and noise")
 
@@ -179,7 +187,17 @@ def md(options: Namespace) -> int:
         new_velocities=options.new_velocities,
         seed=options.seed,
     )
-    results = run.run(options.steps, out=options.out, interval=options.interval)
+    results = run.run(
+        options.steps,
+        out=options.out,
+        interval=options.interval,
+        checkpoint=Checkpoint(
+            Path(options.out).with_suffix(".checkpoint.json"),
+            identity(options, calculator, free=("steps", "checkpoint_interval")),
+        ),
+        checkpoint_interval=options.checkpoint_interval,
+        restart=options.restart,
+    )
     summary = write_summary(
         "md",
         options.out,
