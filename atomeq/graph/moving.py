@@ -74,9 +74,9 @@ class MovingNeighbors:
 
     where F deforms the reference cell into the present one, σ_min is its smallest singular value
     and u is how far an atom lies from where F alone would put it. With a constant cell this is the
-    usual rule of half the skin. Of a small molecule all pairs are kept, for good. Which pairs are inside is decided by lengths measured now, pair by
-    pair with the same arithmetic, so the edges do not depend on the reference, on the skin or on
-    what else is in the batch.
+    usual rule of half the skin. Of a small molecule all pairs are kept, for good. Which pairs are
+    inside is decided by lengths measured now, pair by pair with the same arithmetic, so the edges
+    do not depend on the reference, on the skin or on what else is in the batch.
 
     Args:
         cutoff: Å.
