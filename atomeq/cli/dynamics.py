@@ -169,7 +169,7 @@ class MolecularDynamicsRun:
                 "step": self.dynamics.nsteps,
                 "positions": atoms.positions.tolist(),
                 "momenta": atoms.get_momenta().tolist(),
-                "cell": atoms.cell.tolist(),
+                "cell": atoms.cell.array.tolist(),
                 "random": self._random.bit_generator.state,
                 "carried": {
                     name: np.asarray(carried[name]).tolist() for name in _CARRIED if name in carried
@@ -185,7 +185,7 @@ class MolecularDynamicsRun:
         # Not by set_positions and set_momenta, where constraints would have their say.
         atoms.arrays["positions"][:] = saved["positions"]
         atoms.arrays["momenta"][:] = saved["momenta"]
-        atoms.cell[:] = saved["cell"]
+        atoms.set_cell(saved["cell"])
         self._random.bit_generator.state = saved["random"]
         for name, value in saved["carried"].items():
             setattr(self.dynamics, name, np.array(value) if isinstance(value, list) else value)

@@ -10,7 +10,7 @@ from ase import Atoms
 from numpy.typing import NDArray
 
 from atomeq.calculators.ase import has_volume
-from atomeq.cli.plots import plot_lines
+from atomeq.cli.plots import Panel, plot_lines
 from atomeq.files import write_atomically
 from atomeq.graph.neighbors import neighbor_list_with_lengths
 
@@ -57,7 +57,9 @@ class TrajectoryReport:
             "density": self._density,
             "frames": self._frames,
             "displacements": self._displacements,
-            "start": None if start is None else [start.positions.tolist(), start.cell.tolist()],
+            "start": None
+            if start is None
+            else [start.positions.tolist(), start.cell.array.tolist()],
         }
 
     @classmethod
@@ -121,18 +123,16 @@ class TrajectoryReport:
             partial.write_text(json.dumps(document) + "\n", encoding="utf-8")
         per_atom = 1e3 / len(self._start) if self._start is not None else 1.0
         change = [(energy - energies[0]) * per_atom for energy in energies]
+        density = "g(r)" if self._density else "neighbours per Å"
         picture = plot_lines(
             out,
             [
-                ("time / fs", "temperature / K", times, temperatures),
-                ("time / fs", "change of total energy / meV per atom", times, change),
-                (
-                    "r / Å",
-                    "g(r)" if self._density else "neighbours per Å",
-                    middles.tolist(),
-                    values.tolist(),
+                Panel("time / fs", "temperature / K", [(times, temperatures)]),
+                Panel("time / fs", "change of total energy / meV per atom", [(times, change)]),
+                Panel("r / Å", density, [(middles.tolist(), values.tolist())]),
+                Panel(
+                    "time / fs", "mean squared displacement / Å²", [(times, self._displacements)]
                 ),
-                ("time / fs", "mean squared displacement / Å²", times, self._displacements),
             ],
         )
         return [path, picture]

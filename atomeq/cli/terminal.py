@@ -110,8 +110,12 @@ class Meter:
     @property
     def rate(self) -> float:
         """Steps per second of this run so far."""
-        seconds = time.monotonic() - self.started
-        return (self.done - self._done_before) / seconds if seconds > 0 else 0.0
+        return (self.done - self._done_before) / self.seconds
+
+    @property
+    def seconds(self) -> float:
+        """How long it has run."""
+        return max(time.monotonic() - self.started, 1e-9)
 
 
 def show_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, most: int = 20) -> None:
