@@ -312,5 +312,5 @@ PHYSICAL_LAWS = (
     Law("separated fragments add", fragments, "eV, Å", 1e-10, 1e-4),
     Law("smooth at the cutoff", cutoff_force_jump, "eV/Å", 1e-4, 1e-3),
     Law("single atom", single_atom, "eV, Å", 1e-10, 1e-5),
-    Law("NVE drift", energy_drift, "meV/atom/ps", 0.05, 0.5, long=True),
+    Law("NVE drift", energy_drift, "meV/atom/ps", 0.05, 0.5, depth="default"),
 )

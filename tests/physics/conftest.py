@@ -3,14 +3,12 @@
 from pathlib import Path
 
 import pytest
-import torch
-import yaml
 from ase import Atoms
 from bonded import BondedHyperGraph
 from exemptions import expect_failure
 from structures import RATTLED
 
-from atomeq.potential.checkpoint import build_model
+from atomeq.potential.checkpoint import untrained_potential
 from atomeq.potential.potential import Potential
 
 MODEL_CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "model").glob("*.yaml"))
@@ -23,17 +21,8 @@ PARAMS += [
 
 
 def build_potential(config: Path) -> Potential:
-    """Build a config's model in float64, away from the zeros and ones of its initialisation."""
-    node = yaml.safe_load(config.read_text())
-    generator = torch.Generator().manual_seed(7)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = build_model(node)
-    potential = Potential(model).double().eval()
-    for parameter in potential.parameters():
-        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-        parameter.data += 0.05 * noise
-    return potential
+    """Build a config's model in float64; the tests differentiate by its weights."""
+    return untrained_potential(config).requires_grad_()
 
 
 @pytest.fixture(scope="session", params=PARAMS)
