@@ -153,7 +153,7 @@ DATA_SETS: dict[str, DataSet] = {
         files={
             "Cu.extxyz.gz": (
                 ("AIMD.json", "Elastic.json", "Surface.json", "Vacancy.json"),
-                "SNAPDIGEST",
+                "ae21fafb12cf5e5f3d50eb804109de54ec50f91440c4be81a5e46ed634c2a615",
             ),
         },
         convert=convert_snap,
@@ -165,7 +165,7 @@ DATA_SETS: dict[str, DataSet] = {
         files={
             "qm7.extxyz.gz": (
                 "da714b16201955b9d5ce2efaab824da55a0c2807",
-                "QM7DIGEST",
+                "270d379cb74553aeb60b1f370cbbbac9a239e8e1e45a698f1dab47e2c014c954",
             ),
         },
         convert=convert_qm7,
