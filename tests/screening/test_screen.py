@@ -234,6 +234,42 @@ def test_shards_together_are_the_whole(tmp_path):
     assert len(list(read_rows(tmp_path / "out"))) == len(rows_of(tmp_path / "out")) == 10
 
 
+def test_other_filters_and_rankings_judge_again_and_compute_nothing(tmp_path):
+    steps = ["dedupe", {"relax": {"fmax": 0.01, "max_steps": 2}}, "properties"]
+
+    def screened(*more):
+        found = (Found(f"s#{k}", atoms) for k, atoms in enumerate([*crystals(), crystals()[0]]))
+        summary = screen(found, potential(), out=tmp_path, steps=[*steps, *more])
+        assert read_run(tmp_path)["provenance"]["settings"]["steps"][3:] == [
+            {"filter": {"where": step["filter"]}} if "filter" in step else step for step in more
+        ]
+        return summary
+
+    screened()
+    plain = sorted(read_rows(tmp_path), key=lambda row: row["id"])
+    assert {row["kind"] for row in plain} == {"not_converged", "duplicate"}
+    summary = screened({"filter": "volume > 45.0"})
+    assert summary.seen.rows == 0
+    assert summary.counts["filtered"] == sum(
+        row["status"] == "done" and row["volume"] <= 45 for row in plain
+    )
+    rows = {row["id"]: row for row in read_rows(tmp_path)}
+    for row in plain:
+        now = rows.pop(row["id"])
+        assert now["energy"] == row["energy"]
+        assert "volume > 45.0" in now["provenance"]
+        if row["status"] == "done":
+            assert now["status"] == ("done" if row["volume"] > 45 else "filtered")
+    assert not rows
+    by_volume = {"by": "volume", "descending": True, "top": 3}
+    screened({"rank": by_volume})
+    again = sorted(read_rows(tmp_path), key=lambda row: row["id"])
+    for row, now in zip(plain, again, strict=True):
+        assert {**now, "provenance": ""} == {**row, "provenance": ""}
+    volumes = [row["volume"] for row in _ranking(tmp_path)]
+    assert volumes == sorted((row["volume"] for row in plain if row["volume"]), reverse=True)[:3]
+
+
 def test_a_near_copy_is_in_the_shard_of_its_original(tmp_path):
     """Their content hashes differ, and each shard knows its own structures only."""
     originals = crystals(4)
