@@ -150,13 +150,16 @@ class EdgeBlock:
         """Return M_2^T grad."""
         return self._transposed(1, grad)
 
+    def _empty(self, width: int, like: Tensor) -> Tensor:
+        return self.layer.kernels.empty((self.n, width), like)
+
     def _forward(self, number: int, rows: Tensor) -> Tensor:
         shape = (self.layer.first, self.layer.second)[number]
-        return self.layer.maps[number].forward(rows, rows.new_empty(self.n, shape.width))
+        return self.layer.maps[number].forward(rows, self._empty(shape.width, rows))
 
     def _transposed(self, number: int, grad: Tensor) -> Tensor:
         shape = (self.layer.first, self.layer.second)[number]
-        rows = grad.new_empty(self.n, shape.n_rows * shape.c_in)
+        rows = self._empty(shape.n_rows * shape.c_in, grad)
         return self.layer.maps[number].transposed(grad, rows)
 
     def _into(

@@ -125,6 +125,10 @@ class EdgeKernels(Protocol):
         """Return <W^T rows, X_k G x> for the three generators X_k, (n_edges, 3)."""
         ...
 
+    def empty(self, size: tuple[int, ...], like: Tensor) -> Tensor:
+        """Return memory for a result that does not outlive its block of edges."""
+        ...
+
     def so2_map(self, weights: list[Tensor], shape: SO2Shape) -> SO2Map:
         """Return the map M of some weights, which may be prepared for many calls."""
         ...

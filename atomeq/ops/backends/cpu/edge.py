@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from atomeq.ops.backends.blocks import blocks
-from atomeq.ops.backends.cpu import native_edge
+from atomeq.ops.backends.cpu import memory, native_edge
 from atomeq.ops.backends.cpu.gate import CPUGate
 from atomeq.ops.backends.cpu.so2 import CPUSO2Map, add_weight_gradients
 from atomeq.ops.backends.native.builder import unavailable
@@ -53,7 +53,7 @@ class CPUEdgeKernels:
     ) -> Tensor:
         """Return scale * W G x."""
         channels = max(1, len(indices)) * x.shape[2]
-        rows = x.new_empty(*wigner.shape[:2], channels)
+        rows = memory.empty((*wigner.shape[:2], channels), x)
         if native_edge.serves(x):
             given = [index.contiguous() for index in indices]
             scale = None if scale is None else scale.contiguous()
@@ -131,6 +131,10 @@ class CPUEdgeKernels:
             outer = torch.bmm(lab, _gathered(x, indices, part).mT)
             torch.mm(outer.flatten(1), generators, out=result[part])
         return result
+
+    def empty(self, size: tuple[int, ...], like: Tensor) -> Tensor:
+        """Return memory that is used again when it is freed."""
+        return memory.empty(size, like)
 
     def so2_map(self, weights: list[Tensor], shape: SO2Shape) -> CPUSO2Map:
         """Return the map of some weights."""
