@@ -61,36 +61,9 @@ def _blocks(shape: SO2Shape) -> list[Block]:
     return found
 
 
-def scale_rows_(rows: Tensor, scale: Tensor, shape: SO2Shape) -> Tensor:
-    """Multiply rows (n_edges, n_rows * c_in) by the factors that +m and -m share, in place."""
-    for block in shape.blocks:
-        for columns in block.inputs:
-            rows[:, columns].mul_(scale[:, block.scales])
-    return rows
-
-
-def add_scaled_rows_(total: Tensor, rows: Tensor, scale: Tensor, shape: SO2Shape) -> Tensor:
-    """Add the scaled rows to ``total``, in place."""
-    for block in shape.blocks:
-        for columns in block.inputs:
-            total[:, columns].addcmul_(rows[:, columns], scale[:, block.scales])
-    return total
-
-
 def scale_by_row(x: Tensor, scale: Tensor, shape: SO2Shape) -> Tensor:
     """Return rows (n_edges, n_rows, c_in) times the factors that +m and -m share."""
     sizes = [part.stop - part.start for block in shape.blocks for part in block.inputs]
     parts = iter(x.flatten(1).split(sizes, dim=1))
     scaled = [next(parts) * scale[:, block.scales] for block in shape.blocks for _ in block.inputs]
     return torch.cat(scaled, dim=1).view(x.shape)
-
-
-def scale_gradient(grad: Tensor, rows: Tensor, shape: SO2Shape) -> Tensor:
-    """Return the gradient of the factors, (n_edges, n_scales)."""
-    result = rows.new_empty(len(rows), shape.n_scales)
-    for block in shape.blocks:
-        part = result[:, block.scales]
-        torch.mul(grad[:, block.inputs[0]], rows[:, block.inputs[0]], out=part)
-        for columns in block.inputs[1:]:
-            part.addcmul_(grad[:, columns], rows[:, columns])
-    return result

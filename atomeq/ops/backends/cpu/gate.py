@@ -25,7 +25,9 @@ class CPUGate:
         """Return SiLU of l = 0, and gated rows."""
         if self.native:
             value = memory.empty((len(self.y), self.width), self.y)
-            native_edge.gate("gate", (self.y, self.sigmoid, value), self.channels, self.degrees)
+            native_edge.rows_wise(
+                "gate", (self.y, self.sigmoid, value), self.channels, self.degrees
+            )
             return value
         return (self._rows(self.y) * self._by_row(self.sigmoid)).flatten(1)
 
@@ -34,7 +36,7 @@ class CPUGate:
         if self.native:
             result = memory.empty(self.y.shape, self.y)
             tensors = (self.y, self.sigmoid, grad, result)
-            native_edge.gate("gate_gradient", tensors, self.channels, self.degrees)
+            native_edge.rows_wise("gate_gradient", tensors, self.channels, self.degrees)
             return result
         g, y, p = grad.unflatten(1, (-1, self.channels)), self._rows(self.y), self.sigmoid
         slope = p * (1 - p)
@@ -48,7 +50,7 @@ class CPUGate:
         if self.native:
             value, curved = (memory.empty(t.shape, t) for t in (grad, self.y))
             tensors = (self.y, self.sigmoid, moved, grad, value, curved)
-            native_edge.gate("gate_second", tensors, self.channels, self.degrees)
+            native_edge.rows_wise("gate_second", tensors, self.channels, self.degrees)
             return value, curved
         g, y, p = grad.unflatten(1, (-1, self.channels)), self._rows(self.y), self.sigmoid
         slope, bent = p * (1 - p), p * (1 - p) * (1 - 2 * p)

@@ -8,6 +8,7 @@ from torch import Tensor
 from atomeq.ops.backends.triton import rotation, so2
 from atomeq.ops.backends.triton.gate import TritonGate
 from atomeq.ops.backends.triton.launch import refusal
+from atomeq.ops.registered.radial_scale import RadialScale
 from atomeq.ops.registered.so2_shape import SO2Shape
 from atomeq.ops.specification import OpSpec
 
@@ -75,6 +76,10 @@ class TritonEdgeKernels:
         """Return <W^T rows, X_k G x>."""
         return rotation.torque(x, rows, wigner, indices, lmax=lmax, mmax=mmax)
 
+    def empty(self, size: tuple[int, ...], like: Tensor) -> Tensor:
+        """Return memory; torch keeps what is freed on a GPU."""
+        return like.new_empty(size)
+
     def so2_map(self, weights: list[Tensor], shape: SO2Shape) -> so2.TritonSO2Map:
         """Return the map of some weights."""
         return so2.TritonSO2Map(weights, shape)
@@ -88,6 +93,10 @@ class TritonEdgeKernels:
     def gate(self, y: Tensor, lmax: int, mmax: int, channels: int) -> TritonGate:
         """Return the gate of edges."""
         return TritonGate(y, lmax, mmax, channels)
+
+    def radial_scale(self, scale: Tensor, shape: SO2Shape) -> RadialScale:
+        """Return the factors of the first map's inputs."""
+        return RadialScale(scale, shape)
 
     def edges_at_once(self, first: SO2Shape) -> int:
         """Return how many edges a layer works on at a time: what fits, since a GPU wants all."""
