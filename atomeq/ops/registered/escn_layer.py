@@ -300,13 +300,15 @@ def _block_inputs(block: EdgeBlock, gy: Tensor, scale: Tensor | None, found: Nam
 
 def empty_gradients(layer: EdgeLayer, wanted: set[str]) -> Named:
     """Return zeros for what is wanted; ``first`` stands for all weights of the first map."""
-    found: Named = {}
-    for name in wanted & layer.tensors.keys():
-        found[name] = torch.zeros_like(layer.tensors[name])
+
+    def zeros_like(tensor: Tensor) -> Tensor:
+        return layer.kernels.empty(tensor.shape, tensor).zero_()
+
+    found = {name: zeros_like(layer.tensors[name]) for name in wanted & layer.tensors.keys()}
     if "vectors" in wanted:
         found["vectors"] = layer.tensors["x"].new_zeros(layer.n_edges, 3)
     for name, weights in zip(("first", "second"), layer.weights, strict=True):
         if name in wanted:
             found[name] = weights[0].new_empty(0)
-            found |= {f"{name}.{m}": torch.zeros_like(w) for m, w in enumerate(weights)}
+            found |= {f"{name}.{m}": zeros_like(w) for m, w in enumerate(weights)}
     return found

@@ -127,7 +127,7 @@ class EdgeKernels(Protocol):
         ...
 
     def empty(self, size: tuple[int, ...], like: Tensor) -> Tensor:
-        """Return memory for a result that does not outlive its block of edges."""
+        """Return memory for results that come and go."""
         ...
 
     def so2_map(self, weights: list[Tensor], shape: SO2Shape) -> SO2Map:
