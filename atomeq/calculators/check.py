@@ -5,15 +5,18 @@ Each law is measured on small structures of the elements the calculator knows; t
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import get_args
 
 from ase import Atoms
 from ase.data import atomic_numbers, chemical_symbols
 
-from atomeq.calculators.laws import CalculatorFactory, Law, LawResult, Subject, describe
+from atomeq.calculators.degenerate_structures import DEGENERATE_STRUCTURES
+from atomeq.calculators.laws import CalculatorFactory, Depth, Law, LawResult, Subject, describe
 from atomeq.calculators.physical_laws import PHYSICAL_LAWS
 from atomeq.calculators.software_laws import SOFTWARE_LAWS
+from atomeq.calculators.thread_laws import THREAD_LAWS
 
-LAWS: tuple[Law, ...] = PHYSICAL_LAWS + SOFTWARE_LAWS
+LAWS: tuple[Law, ...] = PHYSICAL_LAWS + THREAD_LAWS + SOFTWARE_LAWS + DEGENERATE_STRUCTURES
 
 #: Tried in this order on calculators that do not say what they know.
 _COMMON = ("Cu", "Al", "Si", "Ni", "Au", "Fe", "Na", "Cl", "C", "H", "O", "N", "Ar", "Li", "Mg")
@@ -23,7 +26,7 @@ def check_calculator(
     factory: CalculatorFactory,
     *,
     elements: Sequence[str] | None = None,
-    full: bool = False,
+    depth: Depth = "quick",
     only: Collection[str] | None = None,
     single_precision: bool = False,
     dynamics_structure: Atoms | None = None,
@@ -40,8 +43,9 @@ def check_calculator(
         factory: Called without arguments, makes a new calculator.
         elements: Chemical symbols the calculator knows; the first makes up most of the test
             structures. By default what its ``elements`` attribute says, else what it accepts.
-        full: Include laws that take minutes with a network (NVE drift).
-        only: Names of the laws to measure; by default all of :data:`LAWS`.
+        depth: ``"quick"``, or ``"default"`` with the NVE drift, which takes minutes with a network,
+            or ``"full"`` with spawned processes and degenerate structures as well.
+        only: Names of the laws to measure, whatever the depth.
         single_precision: Allow what float32 needs.
         dynamics_structure: Start of the NVE law; by default about 100 atoms of bulk.
         dynamics_picoseconds: Length of the NVE law, ps.
@@ -75,7 +79,7 @@ def check_calculator(
     unknown = [symbol for symbol in subject.elements if symbol not in atomic_numbers]
     if unknown:
         raise ValueError(f"{unknown[0]!r} is not a chemical symbol")
-    return _judge(subject, _chosen(only, full=full), on_start)
+    return _judge(subject, _chosen(only, depth=depth), on_start)
 
 
 def known_elements(factory: CalculatorFactory) -> list[str]:
@@ -106,9 +110,11 @@ def known_elements(factory: CalculatorFactory) -> list[str]:
     return accepted
 
 
-def _chosen(only: Collection[str] | None, *, full: bool) -> list[Law]:
+def _chosen(only: Collection[str] | None, *, depth: Depth) -> list[Law]:
     if only is None:
-        return [law for law in LAWS if full or not law.long]
+        depths = get_args(Depth)
+        included = depths[: depths.index(depth) + 1]
+        return [law for law in LAWS if law.depth in included]
     names = [law.name for law in LAWS]
     unknown = [name for name in only if name not in names]
     if unknown:

@@ -4,22 +4,31 @@ The laws themselves are in ``physical_laws`` and ``software_laws``; ``check`` ru
 """
 
 import math
+import warnings
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from ase import Atoms
-from ase.build import bulk
+from ase.build import bulk, molecule
 from ase.calculators.calculator import Calculator, PropertyNotImplementedError
-from ase.data import atomic_numbers, covalent_radii, reference_states
+from ase.data import atomic_numbers, chemical_symbols, covalent_radii, reference_states
 
 CalculatorFactory = Callable[[], Calculator]
 
+#: How much is checked: what takes seconds; minutes of dynamics as well; every law there is.
+Depth = Literal["quick", "default", "full"]
+
 #: Supercell of the cubic cell that has about a hundred atoms, by atoms in the cubic cell.
 _REPEATS = {1: 5, 2: 4, 4: 3, 8: 2}
+
+#: Tried in this order on calculators of molecules, by what elements they know.
+_MOLECULES = ("CH3CONH2", "CH3CH2OH", "C2H6", "NH3", "H2O", "H2", "P2", "Cl2", "N2", "O2")
+_MIN_VOLUME = 1e-6  # Å³; what is flatter has no stress
 
 #: What ``exempt_laws`` of a model calls a law here; from any other law nothing is exempt.
 EXEMPTIONS = {
@@ -32,6 +41,7 @@ EXEMPTIONS = {
     "wrapping": "translation_and_lattice_shifts_change_nothing",
     "supercell extensivity": "supercell_is_extensive",
     "separated fragments add": "separated_fragments_are_additive",
+    "pieces 100,000 Å apart": "separated_fragments_are_additive",
     "smooth at the cutoff": "energy_and_forces_are_smooth_at_the_cutoff",
     "single atom": "single_atom_has_an_energy_and_no_force",
 }
@@ -83,7 +93,7 @@ class Law:
         unit: Unit of the figure.
         tolerance: Allowed of a float64 calculator.
         single: Allowed of a float32 calculator.
-        long: Takes minutes with a network.
+        depth: The least depth of a check that measures it.
     """
 
     name: str
@@ -91,7 +101,7 @@ class Law:
     unit: str
     tolerance: float
     single: float
-    long: bool = False
+    depth: Depth = "quick"
 
     def judge(self, subject: "Subject") -> LawResult:
         """Measure and compare with the tolerance; whatever the calculator raises is a failure.
@@ -152,15 +162,25 @@ class Subject:
     @cached_property
     def has_stress(self) -> bool:
         """Whether the calculator says it computes stress."""
-        return "stress" in self.calculator.implemented_properties
+        return "stress" in self.calculator.implemented_properties and not self.molecules_only
+
+    @cached_property
+    def molecules_only(self) -> bool:
+        """Whether the calculator says that it takes no periodic structures."""
+        return bool(getattr(self.calculator, "molecules_only", False))
 
     def random(self, purpose: str) -> np.random.Generator:
         """Return a generator of its own for each purpose, so that laws do not depend on order."""
         return np.random.default_rng([self.seed, zlib.crc32(purpose.encode())])
 
     def crystal(self, purpose: str = "crystal") -> Atoms:
-        """Return a periodic, triclinic, rattled cell: 16 to 32 atoms for the common lattices."""
+        """Return a periodic, triclinic, rattled cell: 16 to 32 atoms for the common lattices.
+
+        A calculator of molecules gets a rattled molecule.
+        """
         random = self.random(purpose)
+        if self.molecules_only:
+            return rattled(self._molecule(), random)
         atoms = cubic_cell(self.elements[0])
         atoms = atoms.repeat((2, 2, 2) if len(atoms) <= 4 else (2, 1, 1))
         self._alloy(atoms)
@@ -168,9 +188,21 @@ class Subject:
         atoms.set_cell(atoms.cell @ strain, scale_atoms=True)
         return rattled(atoms, random)
 
+    def periodic(self) -> Atoms:
+        """Return the crystal of laws that are about periodicity.
+
+        Raises:
+            NotApplicable: The calculator takes molecules only.
+        """
+        if self.molecules_only:
+            raise NotApplicable("the calculator takes molecules only")
+        return self.crystal()
+
     def cluster(self, purpose: str = "cluster") -> Atoms:
         """Return about a dozen atoms of the lattice without periodicity, rattled."""
         random = self.random(purpose)
+        if self.molecules_only:
+            return rattled(self._molecule(), random)
         atoms = cubic_cell(self.elements[0]).repeat(3)
         centre = atoms.positions.mean(axis=0) + 0.1
         nearest = np.argsort(np.linalg.norm(atoms.positions - centre, axis=1))[:13]
@@ -184,15 +216,17 @@ class Subject:
         """Return the structure of the NVE law."""
         if self.dynamics_structure is not None:
             return self.dynamics_structure.copy()
+        if self.molecules_only:
+            return self._molecule()
         atoms = cubic_cell(self.elements[0])
         return atoms.repeat(_REPEATS.get(len(atoms), 2))
 
     def evaluate(self, atoms: Atoms, *, calculator: Calculator | None = None) -> "Evaluation":
-        """Compute energy, forces and, where there is one, the stress of a copy of a structure."""
+        """Compute energy, forces and, where there is a volume, the stress of a copy of atoms."""
         atoms = atoms.copy()
         atoms.calc = self.calculator if calculator is None else calculator
         stress = None
-        if self.has_stress and atoms.pbc.all():
+        if self.has_stress and atoms.pbc.all() and atoms.cell.volume > _MIN_VOLUME:
             stress = atoms.get_stress(voigt=False)
         return Evaluation(self.energy_of(atoms), atoms.get_forces(apply_constraint=False), stress)
 
@@ -207,6 +241,13 @@ class Subject:
         """Return the energy consistent with the forces, where the calculator publishes one."""
         consistent = "free_energy" in getattr(atoms.calc, "implemented_properties", ())
         return float(atoms.get_potential_energy(force_consistent=consistent))
+
+    def _molecule(self) -> Atoms:
+        for name in _MOLECULES:
+            atoms = molecule(name)
+            if set(atoms.symbols) <= set(self.elements):
+                return atoms
+        raise NotApplicable(f"no molecule of {', '.join(self.elements)} is known here")
 
     def _alloy(self, atoms: Atoms) -> None:
         """Put every known element in, cycling over the atoms but leaving the first in majority."""
@@ -241,6 +282,27 @@ def describe(error: BaseException) -> str:
     """Return an exception on one line of moderate length."""
     text = " ".join(f"{type(error).__name__}: {error}".split())
     return text if len(text) <= 160 else text[:159] + "…"
+
+
+def unknown_element(subject: Subject) -> str:
+    """Return the heaviest element that the calculator does not know.
+
+    Raises:
+        NotApplicable: It knows every element.
+    """
+    stated = [chemical_symbols[z] for z in getattr(subject.calculator, "elements", None) or ()]
+    for symbol in reversed(chemical_symbols[1:]):
+        if symbol not in (stated or subject.elements):
+            return symbol
+    raise NotApplicable("the calculator knows every element")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep warnings about a bad structure to ourselves."""
+    with warnings.catch_warnings(), np.errstate(all="ignore"):
+        warnings.simplefilter("ignore")
+        yield
 
 
 def cubic_cell(symbol: str) -> Atoms:

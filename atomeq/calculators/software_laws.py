@@ -1,35 +1,26 @@
-"""Laws of good behaviour: threads, copies, changes in place, and the refusal of bad structures."""
+"""Laws of good behaviour: copies, changes in place, and the refusal of bad structures."""
 
 import copy
 import math
 import pickle
-import sys
-import threading
-import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 
 import numpy as np
 from ase import Atoms
 from ase.calculators.calculator import Calculator
-from ase.data import atomic_numbers, chemical_symbols, covalent_radii
+from ase.data import atomic_numbers, covalent_radii
 
-from atomeq.calculators.laws import Law, Measured, NotApplicable, Subject, describe, rattled
-
-N_THREADS = 8
-_ROUNDS = 6  # evaluations per thread, all threads starting each at the same moment
-_SWITCH_INTERVAL = 1e-5  # s; Python's default of 5 ms lets short calculations hide their races
-
-
-def shared_by_threads(subject: Subject) -> Measured:
-    """Let eight threads use one calculator at the same time, each on structures of its own."""
-    calculator = subject.factory()
-    return _in_threads(subject, lambda: calculator)
-
-
-def one_per_thread(subject: Subject) -> Measured:
-    """Let eight threads make a calculator each, at the same time, and use it."""
-    return _in_threads(subject, subject.factory)
+from atomeq.calculators.laws import (
+    Evaluation,
+    Law,
+    Measured,
+    Subject,
+    describe,
+    quiet,
+    unknown_element,
+)
 
 
 def pickling(subject: Subject) -> Measured:
@@ -40,6 +31,18 @@ def pickling(subject: Subject) -> Measured:
 def deep_copy(subject: Subject) -> Measured:
     """Copy a used calculator deeply and compute with the copy."""
     return _copied(subject, copy.deepcopy)
+
+
+def spawned_workers(subject: Subject) -> Measured:
+    """Send one calculator to two processes that start afresh, as data loaders and screening do."""
+    structures = [[subject.crystal(f"worker {k}"), subject.cluster(f"worker {k}")] for k in (0, 1)]
+    original = subject.factory()
+    expected = [subject.evaluate(a, calculator=original) for work in structures for a in work]
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        found = list(pool.map(_evaluate, [original, original], structures))
+    pairs = zip(expected, found[0] + found[1], strict=True)
+    worst = max(reference.distance(evaluation) for reference, evaluation in pairs)
+    return Measured(worst, "two processes")
 
 
 def changes_in_place(subject: Subject) -> Measured:
@@ -110,21 +113,17 @@ def empty_refused(subject: Subject) -> Measured:
 
 def unknown_element_refused(subject: Subject) -> Measured:
     """Give an element the calculator does not know."""
-    unknown = [
-        symbol for symbol in reversed(chemical_symbols[1:]) if symbol not in subject.elements
-    ]
-    if not unknown:
-        raise NotApplicable("the calculator knows every element")
+    symbol = unknown_element(subject)
     atoms = subject.crystal()
-    atoms.symbols[0] = unknown[0]
-    return _refusals(subject, [(f"one atom of {unknown[0]}", atoms)])
+    atoms.symbols[0] = symbol
+    return _refusals(subject, [(f"one atom of {symbol}", atoms)])
 
 
 def flat_cell_refused(subject: Subject) -> Measured:
     """Give a structure that is periodic along directions without lattice vectors."""
-    flat = subject.crystal()
+    flat = subject.periodic()
     flat.set_cell(np.zeros((3, 3)))
-    dependent = subject.crystal()
+    dependent = subject.periodic()
     cell = dependent.cell.array.copy()
     cell[2] = cell[0] + cell[1]
     dependent.set_cell(cell)
@@ -141,7 +140,7 @@ def overlapping_atoms(subject: Subject) -> Measured:
     bonded = subject.energy(atoms)
     atoms.positions[1] = atoms.positions[0]
     try:
-        with _quiet():
+        with quiet():
             energy = subject.energy(atoms, calculator=subject.factory())
     except Exception as error:
         return Measured(0.0, f"refused: {describe(error)}")
@@ -149,53 +148,10 @@ def overlapping_atoms(subject: Subject) -> Measured:
     return Measured(float(not accepted), f"energy {energy:.6g} eV, bonded {bonded:.6g} eV")
 
 
-def _in_threads(subject: Subject, calculator_of_thread: Callable[[], Calculator]) -> Measured:
-    """Evaluate in threads what was evaluated alone before; errors are silent or raised."""
-    structures = [_workload(subject, thread) for thread in range(N_THREADS)]
-    serial = subject.factory()
-    expected = [[subject.evaluate(a, calculator=serial) for a in work] for work in structures]
-    subject.has_stress  # noqa: B018 - cached before the threads race for it
-    barrier = threading.Barrier(N_THREADS)
-    energy_errors, distances, raised = [], [], []
-
-    def work(thread: int) -> None:
-        try:
-            calculator = calculator_of_thread()
-        except Exception as error:
-            raised.append(f"on construction {describe(error)}")
-            barrier.abort()
-            return
-        for atoms, reference in zip(structures[thread], expected[thread], strict=True):
-            try:
-                barrier.wait(timeout=120)
-            except threading.BrokenBarrierError:
-                return
-            try:
-                found = subject.evaluate(atoms, calculator=calculator)
-            except Exception as error:
-                raised.append(describe(error))
-                continue
-            energy_errors.append(abs(found.energy - reference.energy))
-            distances.append(reference.distance(found))
-
-    with _quiet(), _frequent_switches():
-        threads = [threading.Thread(target=work, args=(k,), daemon=True) for k in range(N_THREADS)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    figure = float(np.max(distances)) if distances else math.inf
-    note = f"energy wrong by up to {np.max(energy_errors, initial=0.0):.1e} eV"
-    if raised:
-        note += f"; {len(raised)} calls raised, e.g. {raised[0]}"
-    return Measured(figure, note, broken=bool(raised))
-
-
-def _workload(subject: Subject, thread: int) -> list[Atoms]:
-    """Return the structures of one thread: crystals of one size, then a cluster, all different."""
-    random = subject.random(f"thread {thread}")
-    crystals = [rattled(subject.crystal(), random, width=0.1) for _ in range(_ROUNDS - 1)]
-    return [*crystals, rattled(subject.cluster(), random)]
+def _evaluate(calculator: Calculator, structures: list[Atoms]) -> list[Evaluation]:
+    """Evaluate structures in another process, with a calculator that came by pickle."""
+    subject = Subject(lambda: calculator, [])
+    return [subject.evaluate(atoms) for atoms in structures]
 
 
 def _copied(subject: Subject, copied: Callable[[Calculator], Calculator]) -> Measured:
@@ -232,7 +188,10 @@ def _changes(atoms: Atoms) -> Iterator[Callable[[], object]]:
     def move_nothing() -> None:
         atoms.positions[:] = atoms.positions
 
-    yield from (move, stretch, stretch_cell_alone, swap, open_up, move_nothing)
+    if atoms.pbc.all():
+        yield from (move, stretch, stretch_cell_alone, swap, open_up, move_nothing)
+    else:
+        yield from (move, swap, move_nothing)
 
 
 def _non_finite(subject: Subject, value: float) -> Measured:
@@ -271,34 +230,16 @@ def _refusals(subject: Subject, structures: list[tuple[str, Atoms]]) -> Measured
 def _acceptance(compute: Callable[[], tuple]) -> str | None:
     """Return what came back for a bad structure, None if it was refused."""
     try:
-        with _quiet():
+        with quiet():
             energy = compute()[0]
     except Exception:
         return None
     return f"energy {energy:.6g} eV"
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings(), np.errstate(all="ignore"):
-        warnings.simplefilter("ignore")
-        yield
-
-
-@contextmanager
-def _frequent_switches() -> Iterator[None]:
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(_SWITCH_INTERVAL)
-    try:
-        yield
-    finally:
-        sys.setswitchinterval(interval)
-
-
 SOFTWARE_LAWS = (
-    Law("shared by 8 threads", shared_by_threads, "eV, Å", 1e-10, 1e-4),
-    Law("one per thread", one_per_thread, "eV, Å", 1e-10, 1e-4),
     Law("pickling", pickling, "eV, Å", 1e-10, 1e-4),
+    Law("spawned workers", spawned_workers, "eV, Å", 1e-10, 1e-4, depth="full"),
     Law("deepcopy", deep_copy, "eV, Å", 1e-10, 1e-4),
     Law("changes in place", changes_in_place, "eV, Å", 1e-10, 1e-4),
     Law("structure left untouched", structure_untouched, "fields", 0, 0),

@@ -22,6 +22,10 @@ _MAX_CELLS = 5e4
 # distances need, and vesin's integer offsets soon overflow.
 _MAX_IMAGES = 1e6
 _MAX_SPREAD = 1e8  # Å, the same for directions that are not periodic
+# No lattice whose points are all this far apart (Å) has less length, area or volume per point than
+# the closest packings: a wire, triangles, fcc. Below it the pairs would fill any memory.
+_NEAREST_IMAGE = 0.1
+_CLOSEST_PACKING = (1.0, 1.0, math.sqrt(3) / 2, 1 / math.sqrt(2))  # by number of periodic vectors
 
 
 class Edges(NamedTuple):
@@ -55,7 +59,8 @@ def neighbor_list(
 
     Raises:
         ValueError: The cutoff is not a positive number, a periodic cell vector is zero or depends
-            on the others, or an atom is too far away to be resolved.
+            on the others, the cell is so small that an atom overlaps with its images, or an atom is
+            too far away to be resolved.
 
     Example:
         >>> pos, cell = np.zeros((1, 3)), 2.5 * np.eye(3)
@@ -75,7 +80,9 @@ def neighbor_list_with_lengths(
     if len(pos) == 0:
         return Edges(np.zeros((2, 0), np.int64), np.zeros((0, 3), np.int64)), np.zeros(0)
     cell = np.asarray(cell, dtype=np.float64)
-    boxed, box = _enclose(pos, complete_cell(cell, pbc), pbc, cutoff)
+    completed = complete_cell(cell, pbc)
+    _refuse_collapsed(cell[pbc])
+    boxed, box = _enclose(pos, completed, pbc, cutoff)
     search = _search_tree if _too_thin_for_vesin(box, cutoff) else _search_vesin
     target, source, offsets, lengths = search(boxed, box, pbc, cutoff + _BORDER)
     inside = lengths < cutoff - _BORDER
@@ -226,6 +233,17 @@ def check_cutoff(cutoff: float) -> None:
     """
     if not (math.isfinite(cutoff) and cutoff > 0):
         raise ValueError(f"cutoff must be a positive finite length in Å, not {cutoff!r}")
+
+
+def _refuse_collapsed(vectors: NDArray[np.float64]) -> None:
+    """Refuse periodic vectors (n_periodic, 3) whose lattice must put images on each other."""
+    size = math.sqrt(max(0.0, float(np.linalg.det(vectors @ vectors.T))))
+    smallest = _CLOSEST_PACKING[len(vectors)] * _NEAREST_IMAGE ** len(vectors)
+    if size < smallest:
+        raise ValueError(
+            f"the periodic cell has collapsed: {size:.3g} Å^{len(vectors)} puts images of each "
+            f"atom nearer than {_NEAREST_IMAGE} Å; see whether the cell is in Å, or what shrank it"
+        )
 
 
 def _enclose(

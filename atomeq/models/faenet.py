@@ -41,6 +41,7 @@ from atomeq.typing import EdgeLengths, PropertyKey
 MessageType = Literal["base", "simple", "updownscale", "updownscale_base", "updown_local_env"]
 SkipConnection = Literal["none", "add", "concat", "concat_atom"]
 EnergyHead = Literal["sum", "weighted_initial", "weighted_final"]
+_SCALARS = [Path(0, 0, 0)]
 
 
 class FAENetOutput(NamedTuple):

@@ -25,6 +25,7 @@ from atomeq.models.base import AtomisticModel, Propagator
 from atomeq.potential.long_step import LongStep
 from atomeq.potential.potential import Potential
 from atomeq.potential.predictor import Predictor
+from atomeq.potential.references import AtomicReferences
 from atomeq.potential.scalar import ScalarPredictor
 from atomeq.potential.terms import EnergyTerm
 
@@ -312,6 +313,37 @@ def build_model(node: Any, *, named_in: str | Path = "the node") -> AtomisticMod
         return model_class(**arguments)
     except TypeError as error:
         raise CheckpointError(f"{named_in}, init_args: {error}") from error
+
+
+def untrained_potential(
+    config: str | Path, *, scale: float = 1.0, dtype: torch.dtype = torch.float64
+) -> Potential:
+    """Build a potential with random weights from the YAML of a model, to check what holds for any.
+
+    They are always the same, and away from the zeros and ones of their initialisation.
+
+    Args:
+        config: A file as ``configs/model/egnn.yaml``.
+        scale: eV per unit of the network's output, which is small with such weights.
+        dtype: The dtype the network computes in.
+
+    Raises:
+        CheckpointError: The file is not there, or names no model of this package.
+    """
+    path = Path(config)
+    try:
+        node = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is not readable YAML: {error}") from error
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = build_model(node, named_in=path)
+    potential = Potential(model, AtomicReferences(scale=scale)).double()
+    generator = torch.Generator().manual_seed(7)
+    for parameter in potential.parameters():
+        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        parameter.data += 0.05 * noise
+    return potential.to(dtype).requires_grad_(False).eval()
 
 
 def build_term(node: Any, *, named_in: str | Path = "the node") -> EnergyTerm:

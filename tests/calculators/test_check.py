@@ -1,6 +1,9 @@
+import copy
 import math
 import re
+import threading
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -11,11 +14,23 @@ from ase.calculators.emt import EMT
 from ase.calculators.lj import LennardJones
 from small_potential import small_potential
 
+from atomeq.calculators import thread_laws
 from atomeq.calculators.ase import AtomeqCalculator
 from atomeq.calculators.check import LAWS, _chosen, check_calculator, known_elements
-from atomeq.calculators.laws import EXEMPTIONS, Law, LawResult, Measured, NotApplicable, Subject
+from atomeq.calculators.degenerate_structures import DEGENERATE_STRUCTURES
+from atomeq.calculators.laws import (
+    EXEMPTIONS,
+    Depth,
+    Law,
+    LawResult,
+    Measured,
+    NotApplicable,
+    Subject,
+)
 from atomeq.calculators.physical_laws import energy_drift
-from atomeq.calculators.software_laws import shared_by_threads
+from atomeq.potential.checkpoint import untrained_potential
+
+MODEL_CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "model").glob("*.yaml"))
 
 
 def verdicts(factory, **options) -> dict[str, LawResult]:
@@ -50,17 +65,78 @@ def test_our_calculator_keeps_every_law_in_single_precision():
     assert results["rotation"].figure > 1e-10  # float32 it was
 
 
+def test_our_calculator_answers_where_there_is_an_answer():
+    potential = small_potential()
+    names = [law.name for law in DEGENERATE_STRUCTURES]
+    results = verdicts(lambda: AtomeqCalculator(potential), only=names)
+    assert len(results) == 26
+    notes = {name: law.note for name, law in results.items()}
+    refused = {name for name, note in notes.items() if note.startswith("refused: StructureError")}
+    answered = {name for name, note in notes.items() if note.startswith("answered")}
+    impossible = {
+        *("atoms on one place", "no atoms", "NaN position", "infinite position", "NaN cell"),
+        *("unknown element", "atom of number 0", "periodic without a cell"),
+        *("coplanar lattice vectors",),
+    }
+    assert refused == impossible
+    assert answered == results.keys() - impossible - {"arrays of wrong shape"}
+
+
+@pytest.mark.slow
+def test_our_calculator_computes_in_spawned_processes():
+    potential = small_potential()
+    law = verdicts(lambda: AtomeqCalculator(potential), only=["spawned workers"])
+    assert law["spawned workers"].passed, law
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", MODEL_CONFIGS, ids=lambda path: path.stem)
+def test_every_model_keeps_every_law(config):
+    potential = untrained_potential(config, scale=30.0)
+    results = verdicts(
+        lambda: AtomeqCalculator(potential),
+        depth="full",
+        dynamics_structure=bulk("Cu", cubic=True).repeat((2, 1, 1)),
+        dynamics_picoseconds=0.05,
+        timestep=0.5,
+    )
+    assert len(results) == len(LAWS)
+    assert {name: (r.figure, r.note) for name, r in results.items() if r.passed is False} == {}
+    exempt = {EXEMPTIONS[name] for name, r in results.items() if r.exempt}
+    assert exempt == potential.model.exempt_laws.keys()
+
+
 def test_emt_is_wrong_when_threads_share_it(emt):
     law = emt["shared by 8 threads"]
     assert law.passed is False
-    assert "energy wrong by up to" in law.note or "raised" in law.note
+    assert law.figure > 0.01  # eV per atom or eV/Å, silently
+    assert "energy wrong by up to" in law.note
 
 
-def test_emt_race_shows_every_time():
-    subject = Subject(EMT, ["Cu"])
-    for _ in range(3):
-        measured = shared_by_threads(subject)
-        assert measured.figure > 0.01  # eV per atom or eV/Å, silently
+def test_a_race_does_not_depend_on_luck(monkeypatch):
+    """Without the crowd, where collisions are chance, two threads are made to collide."""
+    monkeypatch.setattr(thread_laws, "_crowd", lambda *_: None)
+    found = {thread_laws.shared_by_threads(Subject(EMT, ["Cu"])) for _ in range(2)}
+    assert len(found) == 1
+    assert found.pop().figure > 0.01
+
+
+class Locked(EMT):
+    """Right in every thread, by letting in one at a time."""
+
+    lock = threading.RLock()
+
+    def get_property(self, *args, **kwargs):
+        with self.lock:
+            self.reset()
+            return copy.deepcopy(super().get_property(*args, **kwargs))
+
+
+def test_a_calculator_that_lets_in_one_thread_at_a_time_keeps_the_law(monkeypatch):
+    monkeypatch.setattr(thread_laws, "_INTERRUPTIONS", 2)
+    measured = thread_laws.shared_by_threads(Subject(Locked, ["Cu"]))
+    assert measured.figure == 0
+    assert not measured.broken
 
 
 def test_emt_accepts_nan_with_a_finite_energy(emt):
@@ -176,12 +252,35 @@ def test_energy_drift_is_found_where_forces_are_not_gradients():
     assert energy_drift(Subject(faulty("swirl"), ["Cu"], **options)).figure > 10 * sound
 
 
-def test_only_the_full_check_runs_long_laws():
-    assert [law.name for law in LAWS if law.long] == ["NVE drift"]
-    assert "NVE drift" not in {law.name for law in _chosen(None, full=False)}
-    assert len(_chosen(None, full=True)) == len(LAWS)
+def test_each_depth_adds_to_the_one_before():
+    quick, default, full = (
+        {law.name for law in _chosen(None, depth=depth)} for depth in get_args(Depth)
+    )
+    assert default - quick == {"NVE drift"}
+    assert full - default == {"spawned workers", *(law.name for law in DEGENERATE_STRUCTURES)}
+    assert full == {law.name for law in LAWS}
+    assert len(full) == len(LAWS)
     with pytest.raises(ValueError, match="no law 'beauty'"):
-        _chosen(["beauty"], full=True)
+        _chosen(["beauty"], depth="full")
+
+
+def test_a_stumble_is_no_refusal():
+    class Stumbles(EMT):
+        def calculate(self, *args, **kwargs):
+            raise self.error
+
+    def error_of(kind, text):
+        return type("Stumbles", (Stumbles,), {"error": kind(text)})
+
+    for kind, text, passed in (
+        (IndexError, "list index out of range", False),
+        (np.linalg.LinAlgError, "Singular matrix", False),
+        (ValueError, "", False),
+        (ValueError, "positions must be finite", True),
+        (NotImplementedError, "no potential for Og", True),
+    ):
+        law = verdicts(error_of(kind, text), elements=["Cu"], only=["NaN position"])
+        assert law["NaN position"].passed is passed, (kind, text)
 
 
 def test_hundred_atoms_of_copper_are_108():

@@ -179,6 +179,26 @@ def test_a_periodic_direction_without_cell_vector_is_refused():
         complete_cell(np.diag([3.0, 3.0, 0.0]), np.array([False, False, True]))
 
 
+@pytest.mark.parametrize(
+    ("cell", "pbc"),
+    [
+        (1e-3 * np.eye(3), (True, True, True)),  # once filled the memory
+        ([[4, 0, 0], [4.001, 0.002, 0], [0, 0, 0.05]], (True, True, True)),
+        (np.diag([1e-4, 1e-4, 20.0]), (True, True, False)),
+        (np.diag([30.0, 30.0, 1e-9]), (False, False, True)),
+    ],
+)
+def test_a_collapsed_cell_is_refused_before_its_images_are_counted(cell, pbc):
+    with pytest.raises(ValueError, match="collapsed"):
+        neighbor_list(np.zeros((1, 3)), np.array(cell, dtype=float), np.array(pbc), 4.91)
+
+
+def test_the_smallest_lattice_without_overlap_is_searched():
+    closest = 0.1001 / np.sqrt(2) * np.array([[0, 1, 1], [1, 0, 1], [1, 1, 0]])
+    edges = neighbor_list(np.zeros((1, 3)), closest, np.array([True] * 3), 0.11)
+    assert edges.edge_index.shape == (2, 12)
+
+
 def test_an_atom_too_many_cells_away_is_refused():
     pos = np.array([[0.0, 0, 0], [1e9, 0, 0]])
     with pytest.raises(ValueError, match=r"atom 1 lies .* lattice vectors outside"):

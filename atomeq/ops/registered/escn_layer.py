@@ -91,10 +91,15 @@ class EdgeBlock:
         return torch.nn.functional.linear(radial, weight, bias)
 
     def into(
-        self, x: Tensor, wigner: Tensor | None = None, *, scale: Tensor | None = None
+        self,
+        x: Tensor,
+        wigner: Tensor | None = None,
+        *,
+        scale: Tensor | None = None,
+        operand: bool = False,
     ) -> Tensor:
         """Return scale * W G x of both atoms, (n, n_rows * 2C)."""
-        return self._into(x, self.indices, wigner, scale)
+        return self._into(x, self.indices, wigner, scale, operand=operand)
 
     def into_target(self, x: Tensor, wigner: Tensor | None = None) -> Tensor:
         """Return W G x of the target atoms, (n, n_rows * C)."""
@@ -185,12 +190,18 @@ class EdgeBlock:
         return self.layer.maps[number].transposed(grad, rows)
 
     def _into(
-        self, x: Tensor, indices: list[Tensor], wigner: Tensor | None, scale: Tensor | None
+        self,
+        x: Tensor,
+        indices: list[Tensor],
+        wigner: Tensor | None,
+        scale: Tensor | None,
+        *,
+        operand: bool = False,
     ) -> Tensor:
         wigner = self.wigner if wigner is None else wigner
         lmax, mmax = self.layer.first[:2]
         rows = self.layer.kernels.gather_rotate(
-            x, wigner, indices, lmax=lmax, mmax=mmax, scale=scale
+            x, wigner, indices, lmax=lmax, mmax=mmax, scale=scale, operand=operand
         )
         return rows.flatten(1)
 
@@ -239,10 +250,11 @@ def value(layer: EdgeLayer, *, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     n_kept = layer.n_edges if keep else 0
     y, u = (x.new_empty(n_kept, shape.width) for shape in (layer.first, layer.second))
     for block in layer.blocks():
-        rows = block.into(x, scale=block.scale())
-        rows = block.first(rows, out=y[block.part] if keep else None)
-        rows = block.second(block.gate(rows).value(), out=u[block.part] if keep else None)
-        block.back_to_target(rows, total, factor=block.edges("envelope"))
+        rows = block.into(x, scale=block.scale(), operand=True)
+        block_y = y[block.part] if keep else block.empty(layer.first.width, x)
+        block_u = u[block.part] if keep else block.empty(layer.second.width, x)
+        block.second(layer.maps[0].gated(rows, block_y, keep=keep), out=block_u)
+        block.back_to_target(block_u, total, factor=block.edges("envelope"))
     return total, y, u
 
 
