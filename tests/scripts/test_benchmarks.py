@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from benchmark_bars import bars, verdict
 from benchmark_loader import main as benchmark_loader
 from benchmark_models import main as benchmark_models
 from benchmark_models import slab
@@ -80,3 +81,16 @@ def test_example_data_train_an_experiment(
     best = f"--ckpt_path={tmp_path / 'checkpoints' / 'best.ckpt'}"
     command(["test", *words, best, "--trainer.accelerator=cpu"])
     assert "EFwT" in capsys.readouterr().out
+
+
+def test_bars_are_judged_by_the_rows_and_said_in_the_last_line():
+    shared = {"op": "edge_wigner", "channels": 1, "n_edges": 10}
+    rows = [
+        {**shared, "lmax": lmax, "implementation": "e3nn", "ratio": {"forward": ratio}}
+        for lmax, ratio in ((3, 28.0), (4, 19.0))
+    ]
+    judged, line = verdict("cpu", rows)
+    assert len(judged) == len(bars("cpu"))
+    assert [entry["met"] for entry in judged if entry["figure"] is not None] == [True, False]
+    assert line.startswith("bars: 1 met, 1 missed (edge_wigner L=4 C=1 forward >= 20x e3nn: 19)")
+    assert f"{len(judged) - 2} not measured" in line
