@@ -16,6 +16,7 @@ from atomeq.ops.gaunt import gaunt_product
 from atomeq.ops.orders import m_primary_order
 from atomeq.ops.paths import Mode, tensor_product_paths
 from atomeq.ops.paths import Path as CouplingPath
+from atomeq.ops.segment import segment_sum
 from atomeq.ops.so2 import (
     escn_conv,
     rotate_from_edge,
@@ -245,6 +246,45 @@ def escn_case(lmax: int, channels: int, n_edges: int, dtype: torch.dtype, device
     return Case("escn_layer", lmax, channels, n_edges, dtype, inputs, implementations, layer)
 
 
+def filter_case(channels: int, n_edges: int, dtype: torch.dtype, device: str) -> Case:
+    """FAENet's sum of neighbours times filters: the product 0 x 0 -> 0, or one step at a time."""
+    edge_index, n_atoms = random_edges(n_edges, device)
+    options = {"dtype": dtype, "device": device}
+    inputs = [torch.randn(n, channels, **options) for n in (n_atoms, n_edges)]
+    inputs.append(torch.rand(n_edges, 1, **options))
+    scalars = [CouplingPath(0, 0, 0)]
+
+    def fused(x: Tensor, filters: Tensor, envelope: Tensor) -> Tensor:
+        return cg_conv(x[:, None], envelope, filters[:, None], edge_index, n_atoms, scalars)[:, 0]
+
+    def stepwise(x: Tensor, filters: Tensor, envelope: Tensor) -> Tensor:
+        messages = x.index_select(0, edge_index[0]) * filters * envelope
+        return segment_sum(messages, edge_index[1], n_atoms)
+
+    implementations = [ours("auto", fused), ours("gather, multiply, sum", stepwise)]
+    return Case("faenet_filter", 0, channels, n_edges, dtype, inputs, implementations, stepwise)
+
+
+def pull_case(n_edges: int, dtype: torch.dtype, device: str) -> Case:
+    """EGNN's sum of directions times strengths: the product 0 x 1 -> 1 of a single channel."""
+    edge_index, n_atoms = random_edges(n_edges, device)
+    options = {"dtype": dtype, "device": device}
+    inputs = [torch.randn(n_edges, 3, **options), torch.randn(n_edges, 1, **options)]
+    ones, path = torch.ones(n_atoms, 1, 1, **options), [CouplingPath(0, 1, 1)]
+
+    def stepwise(directions: Tensor, strengths: Tensor) -> Tensor:
+        return segment_sum(directions * strengths, edge_index[1], n_atoms)
+
+    def fused(directions: Tensor, strengths: Tensor) -> Tensor:
+        y = torch.nn.functional.pad(directions, (1, 0))
+        like = ones.to(y.dtype)
+        weights = strengths[:, None]
+        return cg_conv(like, y, weights, edge_index, n_atoms, path, output="paths").squeeze(-1)
+
+    implementations = [ours("auto", stepwise), ours("cg_conv", fused)]
+    return Case("egnn_pull", 1, 1, n_edges, dtype, inputs, implementations, stepwise)
+
+
 def so2_weights(
     sizes: list[int], c_in: int, c_out: int, n_scalars: int, options: dict
 ) -> list[Tensor]:
@@ -350,10 +390,22 @@ def cases(device: str, quick: bool, shrink: int) -> Iterator[tuple[str, Callable
             else {2: 500_000}.get(lmax, 100_000) // shrink
         )
         yield "escn_layer", lambda l=lmax, c=width, n=n: escn_case(l, c, n, single, device)
+    if device == "cpu":
+        yield from cases_of_light_models(single, device)
     for lmax in (4,) if quick else (2, 4, 6):
         n = int(200 * size)
         yield "sphere_silu", lambda l=lmax, n=n: activation_case(l, channels, n, single, device)
         yield "gaunt_product", lambda l=lmax, n=n // 2: gaunt_case(l, channels, n, single, device)
+
+
+def cases_of_light_models(
+    dtype: torch.dtype, device: str
+) -> Iterator[tuple[str, Callable[[], Case]]]:
+    """Yield the sums of FAENet and EGNN, of a molecule and of a slab or a box of water."""
+    for width, n in ((128, 400), (480, 5000)):
+        yield "faenet_filter", lambda c=width, n=n: filter_case(c, n, dtype, device)
+    for n in (400, 20_000):
+        yield "egnn_pull", lambda n=n: pull_case(n, dtype, device)
 
 
 def installed(package: str) -> str | None:

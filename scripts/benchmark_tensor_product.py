@@ -2,9 +2,9 @@
 
 ``.venv/bin/python scripts/benchmark_tensor_product.py [--device cpu|cuda] [--quick] [--only OP]``
 
-One process, one thread on a CPU, implementations by turns: benchmark_rounds.py measures the cases of
-benchmark_cases.py, benchmark_bars.py judges them. Times are CPU seconds of the process on a CPU and
-CUDA events on a GPU. Errors stand beside the times: the largest deviation from the reference
+One process, one thread on a CPU, implementations by turns: benchmark_rounds.py measures the cases
+of benchmark_cases.py, benchmark_bars.py judges them. Times are CPU seconds of the process on a CPU
+and CUDA events on a GPU. Errors stand beside the times: the largest deviation from the reference
 backend in float64, of the value, its gradient and its second gradient, relative to their largest
 number. The last line says which bars are met.
 """
