@@ -38,7 +38,9 @@ def test_layer_agrees_with_the_reference_in_value_and_both_derivatives(
 
 
 SINGLE = 2e-6  # float32
-KEPT = {2: 6000, 4: 13000, 6: 21000}  # bytes of an edge, without the frame that layers share
+# Bytes of an edge, the outputs of both maps, without the frame that layers share; plain torch keeps
+# four times as much. With recomputation it is nothing but a few numbers.
+KEPT, RECOMPUTED = {2: 11_000, 4: 23_000, 6: 35_000}, 500
 
 
 @pytest.mark.usefixtures("kernels")
@@ -56,7 +58,7 @@ def test_layer_keeps_little_of_an_edge_for_the_backward_pass(lmax: int) -> None:
     n_scales = len(layer.leaves["radial_bias"])
     layer.leaves["radial_weight"] = torch.randn(n_scales, 64, requires_grad=True)
     assert kept_bytes_of_an_edge(layer) <= KEPT[lmax]
-    assert kept_bytes_of_an_edge(layer, recompute=True) <= 500
+    assert kept_bytes_of_an_edge(layer, recompute=True) <= RECOMPUTED
 
 
 def test_graph_without_edges_gives_zeros_and_gradients() -> None:

@@ -187,19 +187,19 @@ def test_operations_are_registered_as_torch_expects(
     given = layer_arguments(EdgeLayer(1, 1))
     for keep in (True, False):
         check(escn_conv, (), given | {"keep": keep})
-    out, y = escn_conv(**given, keep=True)
+    out, *kept = escn_conv(**given, keep=True)
     wanted = {"wanted": "first,second,vectors,x"}
-    check(escn_conv_gradient, (), given | wanted | {"grad": torch.randn_like(out), "y": y})
+    check(escn_conv_gradient, (), given | wanted | {"grad": torch.randn_like(out), "kept": kept})
     along = {"along": "x,vectors", "directions": [torch.randn_like(given["x"]), vectors.detach()]}
     along["directions"][1] = torch.randn(len(given["vectors"]), 3, dtype=torch.float64)
-    second = {"grad": torch.randn_like(out), "y": y, "wanted": "first,grad,x"}
+    second = {"grad": torch.randn_like(out), "kept": kept, "wanted": "first,grad,x"}
     check(escn_conv_second_gradient, (), given | along | second)
 
 
 def test_layer_feels_no_torque_about_its_edges() -> None:
     given = layer_arguments(EdgeLayer(3, 2, channels=8, hidden=8, n_edges=20, chiral=True))
-    out, y = escn_conv(**given, keep=True)
-    found = escn_conv_gradient(torch.randn_like(out), **given, y=y, wanted="vectors")
+    out, *kept = escn_conv(**given, keep=True)
+    found = escn_conv_gradient(torch.randn_like(out), **given, kept=kept, wanted="vectors")
     turn, direction = found[1], torch.nn.functional.normalize(given["vectors"], dim=1)
     assert turn.norm(dim=1).min() > 0
     assert (turn * direction).sum(1).abs().max() <= EXACT * turn.norm(dim=1).max()

@@ -6,6 +6,7 @@ from pathlib import Path
 import measure_rollout
 import pytest
 import torch
+from benchmark_bars import bars, verdict
 from benchmark_loader import main as benchmark_loader
 from benchmark_models import main as benchmark_models
 from benchmark_models import slab
@@ -111,3 +112,16 @@ def test_rollouts_of_trained_propagators(tmp_path: Path):
     document = json.loads(out.read_text())
     assert set(document["training"]) == set(measure_rollout.TRAINED)
     assert set(document["errors"]) == {*measure_rollout.TRAINED, *measure_rollout.UNTRAINED}
+
+
+def test_bars_are_judged_by_the_rows_and_said_in_the_last_line():
+    shared = {"op": "edge_wigner", "channels": 1, "n_edges": 10}
+    rows = [
+        {**shared, "lmax": lmax, "implementation": "e3nn", "ratio": {"forward": ratio}}
+        for lmax, ratio in ((3, 28.0), (4, 19.0))
+    ]
+    judged, line = verdict("cpu", rows)
+    assert len(judged) == len(bars("cpu"))
+    assert [entry["met"] for entry in judged if entry["figure"] is not None] == [True, False]
+    assert line.startswith("bars: 1 met, 1 missed (edge_wigner L=4 C=1 forward >= 20x e3nn: 19)")
+    assert f"{len(judged) - 2} not measured" in line

@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from atomeq.ops.backends.triton.launch import ceil_div, channel_tile, contiguous, launch
+from atomeq.ops.registered.radial_scale import RadialScale
 from atomeq.ops.registered.so2_shape import SO2Shape
 
 _NUMBERS = 2048  # of one row in a program
@@ -28,12 +29,8 @@ def row_products(left: Tensor, right: Tensor, shape: SO2Shape) -> Tensor:
     return result
 
 
-class TritonRadialScale:
-    """See :class:`~atomeq.ops.registered.radial_scale.RadialScale`."""
-
-    def __init__(self, scale: Tensor, shape: SO2Shape) -> None:
-        self.scale = scale
-        self.shape = shape
+class TritonRadialScale(RadialScale):
+    """See :class:`~atomeq.ops.registered.radial_scale.RadialScale`; one kernel for each step."""
 
     def value(
         self, rows: Tensor, moved: Tensor, moved_scale: Tensor | None
