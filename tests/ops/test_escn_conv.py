@@ -3,7 +3,6 @@ import torch
 from edge_layers import EdgeLayer, kept_bytes_of_an_edge, relative
 
 from atomeq.ops.backends.cpu import native_edge
-from atomeq.ops.registered.escn_conv import escn_conv
 from atomeq.ops.wigner import edge_quaternion, rotation_matrix
 
 EXACT = 1e-12  # float64 rounding through second derivatives
@@ -84,23 +83,3 @@ def test_roll_of_the_frame_changes_nothing() -> None:
     roll = rotation_matrix(torch.stack([angles.cos(), zero, angles.sin(), zero], dim=1))
     rolled = layer.frame(rotation=roll @ rotation_matrix(edge_quaternion(unit)))
     assert relative(layer("cpu", frame=rolled), layer("cpu")) <= EXACT
-
-
-def test_traced_operation_gives_the_same_value_and_gradient() -> None:
-    layer = EdgeLayer(2, 1)
-    frame, leaves = layer.frame(), layer.leaves
-
-    def energy() -> torch.Tensor:
-        names = ("radial", "radial_weight", "radial_bias", "envelope")
-        total, _ = escn_conv(
-            *(leaves["x"], leaves["vectors"], frame.wigner, *(leaves[name] for name in names)),
-            *([leaves[f"{name}.{m}"] for m in range(2)] for name in ("first", "second")),
-            *(frame.source, frame.target, [], 2, 1, True, "cpu"),
-        )
-        return total.square().sum()
-
-    inputs = list(leaves.values())
-    traced = torch.compile(energy, backend="aot_eager", fullgraph=True)
-    found = torch.autograd.grad(traced(), inputs)
-    expected = torch.autograd.grad(energy(), inputs)
-    assert max(map(relative, found, expected)) <= EXACT

@@ -219,37 +219,6 @@ def test_threads_change_rounding_alone_and_their_results_are_repeatable() -> Non
         assert torch.equal(found[name], again[name]), name
 
 
-def test_compiled_step_of_force_training_equals_the_eager_one() -> None:
-    config = torch._dynamo.config
-    if not hasattr(config, "trace_autograd_ops"):
-        pytest.skip("this torch does not trace autograd.grad inside a compiled function")
-    layer = EdgeLayer(2, 1)
-    shared = layer_arguments(layer)
-    inputs = list(layer.leaves.values())
-
-    def step() -> Tensor:
-        leaves = layer.leaves
-        given = {name: leaves[name] for name in shared.keys() & leaves.keys()}
-        for name in ("first", "second"):
-            given[name] = [leaves[f"{name}.{m}"] for m in range(2)]
-        total, _ = escn_conv(**(shared | given), keep=True)
-        energy = total.square().sum()
-        (forces,) = torch.autograd.grad(energy, leaves["vectors"], create_graph=True)
-        loss = energy + forces.square().sum()
-        loss.backward()
-        return loss.detach()
-
-    expected = step()
-    gradients = [tensor.grad for tensor in inputs]
-    for tensor in inputs:
-        tensor.grad = None
-    with config.patch(trace_autograd_ops=True):
-        found = torch.compile(step, backend="aot_eager", fullgraph=True)()
-    assert relative(found, expected) <= EXACT
-    for tensor, gradient in zip(inputs, gradients, strict=True):
-        assert relative(tensor.grad, gradient) <= EXACT
-
-
 def test_force_training_of_a_whole_model_does_not_depend_on_the_backend() -> None:
     torch.manual_seed(0)
     model = ESCN(4.0, lmax=2, mmax=1, num_layers=2, sphere_channels=8, hidden_channels=8)

@@ -23,7 +23,6 @@ from atomeq.ops.registered.kernel_sets import EdgeKernels
 from atomeq.ops.registered.so2_shape import (
     SO2Shape,
     add_scaled_rows_,
-    scale_gradient,
     scale_rows_,
 )
 
@@ -265,7 +264,8 @@ def _block_inputs(block: EdgeBlock, gy: Tensor, scale: Tensor | None, found: Nam
         _add(block, block.into(x, scale=scale), gy, found, "first")
     gz = block.first_back(gy)
     if _RADIAL & found.keys():
-        _add_radial(block, scale_gradient(gz, block.into(x), layer.first), None, found)
+        through = layer.kernels.row_products(gz, block.into(x), layer.first)
+        _add_radial(block, through, None, found)
     if scale is not None:
         scale_rows_(gz, scale, layer.first)
     if "x" in found:
@@ -317,10 +317,11 @@ class _Second:
         block, layer = self.block, self.layer
         r, moved_r = self._rows()
         moved_scale = self._moved_scale()
-        z, moved_z = r.clone(), moved_r.clone()
+        z, moved_z = r, moved_r
         if self.scale is not None:
-            scale_rows_(z, self.scale, layer.first)
-            scale_rows_(moved_z, self.scale, layer.first)
+            z, moved_z = (
+                layer.kernels.scaled_rows(rows, self.scale, layer.first) for rows in (r, moved_r)
+            )
         if moved_scale is not None:
             add_scaled_rows_(moved_z, r, moved_scale, layer.first)
         y = self.kept[self.part] if len(self.kept) else block.first(z)
@@ -435,8 +436,9 @@ class _Second:
         """Add the gradients that stem from the way in."""
         block, found, part, shape = self.block, self.found, self.part, self.layer.first
         if found.keys() & _RADIAL:
-            through = scale_gradient(gz, moved_r, shape) + scale_gradient(moved_gz, r, shape)
-            _add_radial(block, through, (scale_gradient(gz, r, shape), self.along), found)
+            products = self.layer.kernels.row_products
+            through = products(gz, moved_r, shape) + products(moved_gz, r, shape)
+            _add_radial(block, through, (products(gz, r, shape), self.along), found)
         gr, moved_gr = gz, moved_gz
         if self.scale is not None:
             scale_rows_(moved_gr, self.scale, shape)
