@@ -129,6 +129,6 @@ class EGNNLayer(nn.Module):
         # The envelope is applied once more: φ_x has biases, and its output must end at the cutoff.
         direction = separation * torch.rsqrt((separation**2).sum(dim=1, keepdim=True) + 1.0)
         pull = direction * self.shift(m) * envelope  # (n_edges, 3)
-        moved = moved + segment_sum(pull, target, len(h))  # eq. 4
-        total = segment_sum(m, target, len(h))  # eq. 5
+        moved = moved + segment_sum(pull, target, h.shape[0])  # eq. 4
+        total = segment_sum(m, target, h.shape[0])  # eq. 5
         return h + self.update(torch.cat([h, total], dim=1)), moved  # eq. 6
