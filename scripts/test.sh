@@ -3,5 +3,20 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash scripts/setup.sh test
+
+# A browser for the test of the screening report; without one that test skips and says so.
+export PLAYWRIGHT_BROWSERS_PATH=$PWD/.venv/browsers
+install_browser() {
+  if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+    { apt-get update && apt-get install -y --no-install-recommends chromium; } >/dev/null 2>&1
+  else
+    .venv/bin/python -m playwright install chromium >/dev/null 2>&1
+  fi
+}
+if ! command -v chromium >/dev/null && [ ! -d "$PLAYWRIGHT_BROWSERS_PATH" ]; then
+  echo "test: installing Chromium"
+  install_browser || echo "test: Chromium cannot be installed here; the browser test skips"
+fi
+
 export OMP_NUM_THREADS=1 # two test processes must not fight for the cores
 exec .venv/bin/python -m pytest -n 2 "$@"

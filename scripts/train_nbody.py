@@ -50,12 +50,12 @@ def train(model: str, seed: int, run: Path) -> None:
     resumed = ["--ckpt_path=last"] if (checkpoints / "last.ckpt").exists() else []
     spent = run / "cpu_seconds.json"
     earlier = json.loads(spent.read_text()) if spent.exists() else []
-    (run / "commit").write_text(_commit())
-    before = _children_cpu_seconds()
+    (run / "commit").write_text(commit())
+    before = children_cpu_seconds()
     try:
         atomeq("fit", *words, *resumed)
     finally:  # a fit that was stopped has cost its time too
-        spent.write_text(json.dumps([*earlier, round(_children_cpu_seconds() - before, 1)]))
+        spent.write_text(json.dumps([*earlier, round(children_cpu_seconds() - before, 1)]))
     atomeq("test", *words, f"--ckpt_path={checkpoints / 'best.ckpt'}")
 
 
@@ -130,12 +130,14 @@ def _version_number(path: Path) -> int:
     return int(path.parent.name.rpartition("_")[2])
 
 
-def _children_cpu_seconds() -> float:
+def children_cpu_seconds() -> float:
+    """Return the CPU seconds of all processes that this one has started and awaited."""
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime
 
 
-def _commit() -> str:
+def commit() -> str:
+    """Return the commit of the source tree."""
     command = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 

@@ -17,7 +17,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from atomeq.ops.backends.triton import coupling, gate, rotation, segment, so2, sphere
+from atomeq.ops.backends.triton import (
+    coupling,
+    gate,
+    rotation,
+    row_scale,
+    segment,
+    so2,
+    sphere,
+)
 from atomeq.ops.clebsch_gordan import Form
 from atomeq.ops.paths import tensor_product_paths
 from atomeq.ops.registered.so2_shape import SO2Shape
@@ -92,6 +100,9 @@ def compile_all(lmax: int, mmax: int, channels: int, dtype: torch.dtype) -> None
     so2_map, y = so2.TritonSO2Map(weights, shape), zeros(n_edges, shape.width)
     so2_map.forward(rows.flatten(1), y)
     so2_map.transposed(y, rows.flatten(1))
+    so2_map.gated(rows.flatten(1), y, keep=True)
+    row_scale.scaled_rows(rows.flatten(1), zeros(n_edges, shape.n_scales), shape)
+    row_scale.row_products(rows.flatten(1), rows.flatten(1), shape)
     gated = gate.TritonGate(y, lmax, mmax, channels)
     gated.value()
     gated.gradient(rows.flatten(1))
@@ -113,11 +124,12 @@ def compile_all(lmax: int, mmax: int, channels: int, dtype: torch.dtype) -> None
     if dtype == torch.float32:
         torch.set_float32_matmul_precision("medium")
         so2_map.forward(rows.flatten(1), y)
+        so2_map.gated(rows.flatten(1), y, keep=True)
         torch.set_float32_matmul_precision("highest")
 
 
 if __name__ == "__main__":
-    for module in (coupling, gate, rotation, segment, so2, sphere):
+    for module in (coupling, gate, rotation, row_scale, segment, so2, sphere):
         module.launch = compile_only
     degrees = [int(number) for number in sys.argv[1:3]] or [2, 2]
     for precision in (torch.float32, torch.bfloat16):

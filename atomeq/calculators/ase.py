@@ -21,7 +21,7 @@ from ase.vibrations import VibrationsData
 from numpy.typing import NDArray
 
 from atomeq.graph.atom_graph import AtomGraph
-from atomeq.graph.builders import RadiusGraph
+from atomeq.graph.builders import HyperGraph, RadiusGraph
 from atomeq.graph.convert import (
     StructureError,
     StructureLike,
@@ -29,7 +29,8 @@ from atomeq.graph.convert import (
     to_ase,
     validate_structure,
 )
-from atomeq.graph.hyperedges import INFO_KEY
+from atomeq.graph.hyperedges import INFO_KEY, Hyperedges
+from atomeq.graph.topology import KeptTopologies
 from atomeq.potential.checkpoint import (
     WEIGHTS_FILE,
     find_potential,
@@ -65,6 +66,9 @@ class AtomeqCalculator(Calculator):
     Asked for forces or stress it computes the energy along. What was asked of the previous
     structure is computed at once for the next, so that dynamics at constant pressure and
     relaxations of a cell, which ask for forces and then for stress, take one pass per step.
+
+    A potential of hypergraphs perceives the bonds of an Atoms object when it is first computed, and
+    the object keeps them as it moves; :func:`~atomeq.graph.hyperedges.fix_topology` rebuilds them.
 
     Args:
         potential: Name of a shipped potential, folder of a saved one, or a :class:`Potential`; or a
@@ -104,6 +108,11 @@ class AtomeqCalculator(Calculator):
         if not members:
             raise ValueError("a committee needs at least one potential, and none was given")
         self.potentials = tuple(_frozen(one, device, _resolve_dtype(dtype)) for one in members)
+        builders = [one.model.graph_builder() for one in self.potentials]
+        hypergraphs = [builder for builder in builders if isinstance(builder, HyperGraph)]
+        self.molecules_only = any(one.perceive for one in hypergraphs)  # crystals have no topology
+        self._topologies = KeptTopologies(perceive=self.molecules_only)
+        self._sees_topology = bool(hypergraphs)
         self._origins = [None if isinstance(one, Potential) else str(one) for one in members]
         self.implemented_properties = _properties(self.potentials)
         if not self.elements:
@@ -178,6 +187,13 @@ class AtomeqCalculator(Calculator):
         self._asked.add(name)
         return value
 
+    def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
+        """Return what differs from this thread's last calculation, the topology included."""
+        changes = super().check_state(atoms, tol)
+        if not changes and self._topology(atoms) != getattr(self._local, "topology", None):
+            changes = ["info"]
+        return changes
+
     def calculate(
         self,
         atoms: Atoms | None = None,
@@ -205,14 +221,14 @@ class AtomeqCalculator(Calculator):
                 f"{atoms.get_chemical_formula()} has pbc {atoms.pbc.tolist()} and a cell of "
                 f"{abs(np.linalg.det(atoms.cell.array)):.3g} Å³"
             )
-        bare = _bare(atoms)
-        validate_structure(bare, known_elements=self.elements, min_distance=None)
+        bare = self._bare(atoms)
         graphs = self._graphs(bare)
         results = self._results(graphs, self._to_compute(atoms, properties, system_changes))
         if system_changes:
             self.results = {}
             self._local.asked = set()
         self.atoms = atoms.copy()
+        self._local.topology = self._topology(atoms)
         self.results.update(_in_ase_form(results))
         if "hessian" in properties:
             self.results["hessian"] = np.mean(
@@ -296,6 +312,19 @@ class AtomeqCalculator(Calculator):
             wanted |= self._asked
         return _keys(name for name in wanted if "stress" not in name or has_volume(atoms))
 
+    def _topology(self, atoms: Atoms, index: int = 0) -> Hyperedges | None:
+        return self._topologies.of(atoms, index=index) if self._sees_topology else None
+
+    def _bare(self, structure: StructureLike, index: int = 0) -> Atoms:
+        """Return a valid structure without labels, velocities and tags, with its hyperedges."""
+        atoms = structure if isinstance(structure, Atoms) else to_ase(from_structures(structure))[0]
+        bare = Atoms(atoms.numbers, atoms.positions, cell=atoms.cell, pbc=atoms.pbc)
+        name, known = f"structure {index}", self.elements
+        validate_structure(bare, name=name, known_elements=known, min_distance=None)
+        if (topology := self._topology(atoms, index)) is not None:
+            bare.info[INFO_KEY] = topology.to_info()
+        return bare
+
     def _graphs(self, bare: Atoms) -> list[AtomGraph]:
         """Build the graph of each member, with the neighbours this thread remembers."""
         graphs: dict[str, AtomGraph] = {}
@@ -316,9 +345,7 @@ class AtomeqCalculator(Calculator):
         waiting: list[AtomGraph] = []
         n_edges = 0
         for k, structure in enumerate(structures):
-            bare = _bare(structure)
-            known = self.elements
-            validate_structure(bare, name=f"structure {k}", known_elements=known, min_distance=None)
+            bare = self._bare(structure, k)
             if stress and not has_volume(bare):
                 raise StructureError(
                     f"structure {k}: stress needs three periodic directions and a volume", index=k
@@ -371,13 +398,6 @@ class AtomeqCalculator(Calculator):
 def has_volume(atoms: Atoms) -> bool:
     """Whether a structure is periodic in three directions that span a volume."""
     return bool(atoms.pbc.all() and abs(np.linalg.det(atoms.cell.array)) > _MIN_VOLUME)
-
-
-def _bare(structure: StructureLike) -> Atoms:
-    """Return a structure without labels, velocities and tags; fixed hyperedges stay."""
-    atoms = structure if isinstance(structure, Atoms) else to_ase(from_structures(structure))[0]
-    kept = {key: atoms.info[key] for key in (INFO_KEY,) if key in atoms.info}
-    return Atoms(atoms.numbers, atoms.positions, cell=atoms.cell, pbc=atoms.pbc, info=kept)
 
 
 def _frozen(

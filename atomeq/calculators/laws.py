@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 from ase import Atoms
-from ase.build import bulk
+from ase.build import bulk, molecule
 from ase.calculators.calculator import Calculator, PropertyNotImplementedError
 from ase.data import atomic_numbers, chemical_symbols, covalent_radii, reference_states
 
@@ -26,6 +26,8 @@ Depth = Literal["quick", "default", "full"]
 #: Supercell of the cubic cell that has about a hundred atoms, by atoms in the cubic cell.
 _REPEATS = {1: 5, 2: 4, 4: 3, 8: 2}
 
+#: Tried in this order on calculators of molecules, by what elements they know.
+_MOLECULES = ("CH3CONH2", "CH3CH2OH", "C2H6", "NH3", "H2O", "H2", "P2", "Cl2", "N2", "O2")
 _MIN_VOLUME = 1e-6  # Å³; what is flatter has no stress
 
 #: What ``exempt_laws`` of a model calls a law here; from any other law nothing is exempt.
@@ -160,15 +162,25 @@ class Subject:
     @cached_property
     def has_stress(self) -> bool:
         """Whether the calculator says it computes stress."""
-        return "stress" in self.calculator.implemented_properties
+        return "stress" in self.calculator.implemented_properties and not self.molecules_only
+
+    @cached_property
+    def molecules_only(self) -> bool:
+        """Whether the calculator says that it takes no periodic structures."""
+        return bool(getattr(self.calculator, "molecules_only", False))
 
     def random(self, purpose: str) -> np.random.Generator:
         """Return a generator of its own for each purpose, so that laws do not depend on order."""
         return np.random.default_rng([self.seed, zlib.crc32(purpose.encode())])
 
     def crystal(self, purpose: str = "crystal") -> Atoms:
-        """Return a periodic, triclinic, rattled cell: 16 to 32 atoms for the common lattices."""
+        """Return a periodic, triclinic, rattled cell: 16 to 32 atoms for the common lattices.
+
+        A calculator of molecules gets a rattled molecule.
+        """
         random = self.random(purpose)
+        if self.molecules_only:
+            return rattled(self._molecule(), random)
         atoms = cubic_cell(self.elements[0])
         atoms = atoms.repeat((2, 2, 2) if len(atoms) <= 4 else (2, 1, 1))
         self._alloy(atoms)
@@ -176,9 +188,21 @@ class Subject:
         atoms.set_cell(atoms.cell @ strain, scale_atoms=True)
         return rattled(atoms, random)
 
+    def periodic(self) -> Atoms:
+        """Return the crystal of laws that are about periodicity.
+
+        Raises:
+            NotApplicable: The calculator takes molecules only.
+        """
+        if self.molecules_only:
+            raise NotApplicable("the calculator takes molecules only")
+        return self.crystal()
+
     def cluster(self, purpose: str = "cluster") -> Atoms:
         """Return about a dozen atoms of the lattice without periodicity, rattled."""
         random = self.random(purpose)
+        if self.molecules_only:
+            return rattled(self._molecule(), random)
         atoms = cubic_cell(self.elements[0]).repeat(3)
         centre = atoms.positions.mean(axis=0) + 0.1
         nearest = np.argsort(np.linalg.norm(atoms.positions - centre, axis=1))[:13]
@@ -192,6 +216,8 @@ class Subject:
         """Return the structure of the NVE law."""
         if self.dynamics_structure is not None:
             return self.dynamics_structure.copy()
+        if self.molecules_only:
+            return self._molecule()
         atoms = cubic_cell(self.elements[0])
         return atoms.repeat(_REPEATS.get(len(atoms), 2))
 
@@ -215,6 +241,13 @@ class Subject:
         """Return the energy consistent with the forces, where the calculator publishes one."""
         consistent = "free_energy" in getattr(atoms.calc, "implemented_properties", ())
         return float(atoms.get_potential_energy(force_consistent=consistent))
+
+    def _molecule(self) -> Atoms:
+        for name in _MOLECULES:
+            atoms = molecule(name)
+            if set(atoms.symbols) <= set(self.elements):
+                return atoms
+        raise NotApplicable(f"no molecule of {', '.join(self.elements)} is known here")
 
     def _alloy(self, atoms: Atoms) -> None:
         """Put every known element in, cycling over the atoms but leaving the first in majority."""

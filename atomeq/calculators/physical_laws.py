@@ -122,14 +122,14 @@ def permutation(subject: Subject) -> Measured:
 def wrapping(subject: Subject) -> Measured:
     """Move atoms by lattice vectors, far outside of the cell."""
     random = subject.random("wrapping")
-    atoms = subject.crystal()
+    atoms = subject.periodic()
     moved = _moved(atoms, random.integers(-3, 4, (len(atoms), 3)) @ atoms.cell.array)
     return Measured(subject.evaluate(atoms).distance(subject.evaluate(moved)))
 
 
 def supercell(subject: Subject) -> Measured:
     """Repeat the cell: energy per atom and stress stay, forces repeat."""
-    atoms = subject.crystal()
+    atoms = subject.periodic()
     reference = subject.evaluate(atoms)
     worst = 0.0
     for repeats in ((2, 1, 1), (1, 1, 3)):
@@ -143,7 +143,7 @@ def supercell(subject: Subject) -> Measured:
 
 def skewed_cell(subject: Subject) -> Measured:
     """Describe the same crystal by other lattice vectors, strongly skewed."""
-    atoms = subject.crystal()
+    atoms = subject.periodic()
     reference = subject.evaluate(atoms)
     worst = 0.0
     for change in ([[1, 1, 0], [0, 1, 0], [0, 0, 1]], [[1, 2, -1], [0, 1, 1], [0, 0, 1]]):
@@ -167,16 +167,17 @@ def cutoff_force_jump(subject: Subject) -> Measured:
 
     Simpson's rule over the force equals the energy difference to h⁵ where the potential is smooth.
     """
-    start = 1.6 * float(covalent_radii[_dimer(subject, 1.0).numbers].sum()) / 2
+    dimer = _dimer(subject)
+    start = 1.6 * float(covalent_radii[dimer.numbers].sum()) / 2
     distances = np.arange(start, _SCAN_END, _SCAN_STEP / 2)
     distances = distances[: 2 * ((len(distances) - 1) // 2) + 1]
-    energies, forces = np.array([_pull(subject, r) for r in distances]).T
+    energies, forces = np.array([_pull(dimer, r) for r in distances]).T
     work = _SCAN_STEP / 6 * (forces[:-2:2] + 4 * forces[1:-1:2] + forces[2::2])
     mismatch = np.abs(energies[2::2] - energies[:-2:2] + work) / (_SOFT + np.abs(forces[2::2]))
     mismatch[np.abs(energies[2::2] - energies[-1]) > _HARD] = 0.0
     worst = int(np.argmax(mismatch))
     low, high = float(distances[2 * worst]), float(distances[2 * worst + 2])
-    jump_in_force, jump_in_energy = _zoom(subject, low, high)
+    jump_in_force, jump_in_energy = _zoom(dimer, low, high)
     note = f"largest at {low:.3f} Å; energy steps by {jump_in_energy:.1e} eV there"
     noise = 1e-4 if subject.single_precision else 1e-7
     return Measured(jump_in_force, note, broken=not jump_in_energy <= noise)
@@ -186,7 +187,8 @@ def single_atom(subject: Subject) -> Measured:
     """Compute one atom alone and one alone in a large periodic cell: no force, same energy."""
     alone = Atoms(subject.elements[0], positions=[[0.3, 0.2, 0.1]])
     boxed = Atoms(alone, cell=[30.0, 31.0, 32.0], pbc=True)
-    free, periodic = subject.evaluate(alone), subject.evaluate(boxed)
+    free = subject.evaluate(alone)
+    periodic = free if subject.molecules_only else subject.evaluate(boxed)
     figure = max(largest(free.forces), largest(periodic.forces), abs(free.energy - periodic.energy))
     return Measured(figure, f"E = {free.energy:.6f} eV")
 
@@ -257,27 +259,30 @@ def _strained(atoms: Atoms, strain: np.ndarray) -> Atoms:
     return strained
 
 
-def _dimer(subject: Subject, distance: float) -> Atoms:
+_OFF_THE_AXES = np.array([1.0, 2.0, 2.0]) / 3  # frames are special on them
+
+
+def _dimer(subject: Subject) -> Atoms:
+    """Return a dimer at the start of the scan; one object, so that it keeps what it is."""
     symbols = [subject.elements[0], subject.elements[-1]]
-    axis = np.array([1.0, 2.0, 2.0]) / 3  # off the axes, where frames are special
-    return Atoms(symbols, positions=[np.zeros(3), distance * axis])
+    dimer = Atoms(symbols, positions=[np.zeros(3), _OFF_THE_AXES])
+    dimer.calc = subject.calculator
+    return dimer
 
 
-def _pull(subject: Subject, distance: float) -> tuple[float, float]:
+def _pull(dimer: Atoms, distance: float) -> tuple[float, float]:
     """Return the energy of a dimer and the force along its bond, eV and eV/Å."""
-    atoms = _dimer(subject, distance)
-    atoms.calc = subject.calculator
-    axis = atoms.positions[1] / distance
-    force = float(atoms.get_forces()[1] @ axis)
-    return Subject.energy_of(atoms), force
+    dimer.positions[1] = distance * _OFF_THE_AXES
+    force = float(dimer.get_forces()[1] @ _OFF_THE_AXES)
+    return Subject.energy_of(dimer), force
 
 
-def _zoom(subject: Subject, low: float, high: float) -> tuple[float, float]:
+def _zoom(dimer: Atoms, low: float, high: float) -> tuple[float, float]:
     """Bisect towards the steepest change; return the steps of force (eV/Å) and energy (eV) left."""
-    at_low, at_high = np.array(_pull(subject, low)), np.array(_pull(subject, high))
+    at_low, at_high = np.array(_pull(dimer, low)), np.array(_pull(dimer, high))
     while high - low > 1e-8:
         middle = 0.5 * (low + high)
-        at_middle = np.array(_pull(subject, middle))
+        at_middle = np.array(_pull(dimer, middle))
         below, above = np.abs(at_middle - at_low).max(), np.abs(at_high - at_middle).max()
         if below > above:
             high, at_high = middle, at_middle

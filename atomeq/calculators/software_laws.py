@@ -121,9 +121,9 @@ def unknown_element_refused(subject: Subject) -> Measured:
 
 def flat_cell_refused(subject: Subject) -> Measured:
     """Give a structure that is periodic along directions without lattice vectors."""
-    flat = subject.crystal()
+    flat = subject.periodic()
     flat.set_cell(np.zeros((3, 3)))
-    dependent = subject.crystal()
+    dependent = subject.periodic()
     cell = dependent.cell.array.copy()
     cell[2] = cell[0] + cell[1]
     dependent.set_cell(cell)
@@ -188,7 +188,10 @@ def _changes(atoms: Atoms) -> Iterator[Callable[[], object]]:
     def move_nothing() -> None:
         atoms.positions[:] = atoms.positions
 
-    yield from (move, stretch, stretch_cell_alone, swap, open_up, move_nothing)
+    if atoms.pbc.all():
+        yield from (move, stretch, stretch_cell_alone, swap, open_up, move_nothing)
+    else:
+        yield from (move, swap, move_nothing)
 
 
 def _non_finite(subject: Subject, value: float) -> Measured:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from atomeq.graph.atom_graph import AtomGraph
+from atomeq.graph.builders import HyperGraph
 from atomeq.potential.checkpoint import load_potential, resolve_device
 from atomeq.potential.potential import Potential
 from atomeq.typing import PropertyKey
@@ -35,7 +36,8 @@ def torchsim_model(
 
     Raises:
         ImportError: torch-sim is not installed.
-        ValueError: A stress is wanted of a potential with a force head.
+        ValueError: A stress is wanted of a potential with a force head, or the potential perceives
+            the topology of molecules, which torch-sim's states cannot keep.
 
     Example:
         >>> model = torchsim_model("cu-pbe")  # doctest: +SKIP
@@ -43,6 +45,12 @@ def torchsim_model(
     """
     if not isinstance(potential, Potential):
         potential = load_potential(potential, device=device, dtype=dtype)
+    builder = potential.model.graph_builder()
+    if isinstance(builder, HyperGraph) and builder.perceive:
+        raise ValueError(
+            "this potential perceives the topology of molecules where a motion starts, and a state "
+            "of torch-sim cannot keep it; use atomeq.relax and atomeq.simulate"
+        )
     target = potential.device if device is None else resolve_device(device)
     return _model_class()(potential, target, dtype or potential.dtype, compute_stress)
 

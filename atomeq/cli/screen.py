@@ -1,6 +1,7 @@
 """``atomeq screen``: from a pile of structures to a ranked, explained table."""
 
 import os
+import shlex
 import signal
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,6 +34,7 @@ crash, computes only what has no row yet; "atomeq screen --out OUT --resume" is 
 steps.yaml is a list of steps, of which these are the default:
   steps: [validate, dedupe, relax, properties, rank]
 with options such as
+  - dedupe: structure     # also other cells, other orders of atoms, small displacements
   - relax: {fmax: 0.05, cell: true}
   - properties: {hull: references/, symprec: 0.01}
   - filter: energy_above_hull < 0.05 and n_atoms <= 20
@@ -76,7 +78,9 @@ def build_parser() -> Parser:
     parser.add_argument(
         "--max-steps", type=PositiveInt, default=None, help="of the step relax; by default 500"
     )
-    parser.add_argument("--engine", type=EngineName, default="local", help="who computes")
+    parser.add_argument(
+        "--engine", type=EngineName, default=None, help="who computes; by default local"
+    )
     parser.add_argument("--workers", type=PositiveInt, default=None, help="of processes and ray")
     parser.add_argument("--address", type=str, default=None, help="of a Ray cluster")
     parser.add_argument("--device", type=str, default="cpu", help="cpu, cuda or cuda:1")
@@ -88,7 +92,7 @@ def build_parser() -> Parser:
         "--shard", type=str, default=None, help="k/n: every n-th structure; in a SLURM array auto"
     )
     parser.add_argument(
-        "--resume", action="store_true", help="take SOURCE, potential and steps from the run in OUT"
+        "--resume", action="store_true", help="take all that is not given from the run in OUT"
     )
     parser.add_argument(
         "--retry", type=str, default=None, help="failures to compute again: kinds with commas, all"
@@ -107,7 +111,9 @@ def _take_up(options: Namespace) -> None:
             f"{options.out} was not begun by this command, and does not know its sources; give them"
         )
     for name in ("potential", "device", "dtype", "max_edges"):
-        if name in request:
+        setattr(options, name, request[name])
+    for name in ("engine", "workers", "address"):  # another one gives the same rows
+        if options[name] is None:
             setattr(options, name, request[name])
     options.sources = request["sources"]
     options.steps = request["steps"]
@@ -148,10 +154,14 @@ def _run(options: Namespace) -> int:
         "device": options.device,
         "dtype": options.dtype,
         "max_edges": options.max_edges,
+        "engine": options.engine,
+        "workers": options.workers,
+        "address": options.address,
     }
     found = read_sources(options.sources, working_directory=directory)
-    meter = Meter("screen", count_structures(whole) or 0, unit="structures")
-    meter_of_rows = _Observer(meter)
+    shard = _shard(options.shard)
+    meter = Meter("screen", 0, unit="structures")
+    observer = _Observer(meter, (count_structures(whole) or 0) // shard[1])
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as schedulers end jobs
     try:
         with meter.running():
@@ -160,21 +170,22 @@ def _run(options: Namespace) -> int:
                 request["potential"],
                 out=options.out,
                 steps=steps,
-                engine=options.engine,
+                engine=options.engine or "local",
                 workers=options.workers,
                 address=options.address,
                 device=options.device,
                 dtype=options.dtype,
-                shard=_shard(options.shard),
+                shard=shard,
                 retry=_retry(options.retry),
                 max_edges=options.max_edges,
-                observe=meter_of_rows,
+                observe=observer,
                 request=request,
             )
     except KeyboardInterrupt:
+        shown = f" --shard {options.shard}" if options.shard else ""
         raise KeyboardInterrupt(
-            f"after {meter_of_rows.n_rows} structures, whose rows are written; go on with: "
-            f"atomeq screen --out {options.out} --resume"
+            f"after {meter.done} structures, whose rows are written; go on with: "
+            f"atomeq screen --out {shlex.quote(options.out)}{shown} --resume"
         ) from None
     _tell(summary, parse_steps(steps))
     _export(options)
@@ -182,18 +193,19 @@ def _run(options: Namespace) -> int:
 
 
 class _Observer:
-    """Moves the meter as structures are seen and rows come."""
+    """Moves the meter as rows come; what earlier runs did is not part of its total."""
 
-    def __init__(self, meter: Meter) -> None:
-        self._meter, self.n_rows, self._failed, self._seen = meter, 0, 0, 0
+    def __init__(self, meter: Meter, n_structures: int) -> None:
+        self._meter, self._n_structures = meter, n_structures
 
     def __call__(self, seen: Seen, row: Row | None) -> None:
-        if row is not None:
-            self.n_rows += 1
-            self._failed += row["status"] == "failed"
-        new, self._seen = seen.structures - self._seen, seen.structures
-        self._meter.total = max(self._meter.total, seen.structures)
-        self._meter.advance(new, note=f"{self.n_rows} computed, {self._failed} failed")
+        known = max(self._n_structures, seen.structures) - seen.earlier
+        # Sources that do not tell how many they hold have at least one more, until the end.
+        self._meter.total = max(known, seen.rows + (self._n_structures == 0))
+        if row is None:
+            self._meter.total = seen.rows
+        earlier = f", {seen.earlier} done earlier" if seen.earlier else ""
+        self._meter.advance(seen.rows - self._meter.done, note=f"{seen.failed} failed{earlier}")
 
 
 def _dry_run(options: Namespace) -> int:

@@ -62,6 +62,7 @@ class Meter:
         self.label, self.total, self.unit = label, total, unit
         self.console = console if console is not None else Console(stderr=True)
         self.done = 0
+        self._told = -1  # what the last line said
         self.started = self._last_line = time.monotonic()
         self._bar: Progress | None = None
 
@@ -90,12 +91,13 @@ class Meter:
         self.done += steps
         if self._bar is not None:
             rate = f"{self.rate:.1f} {self.unit}/s {note}"
-            self._bar.update(self._task, completed=self.done, rate=rate)
+            self._bar.update(self._task, completed=self.done, total=self.total, rate=rate)
             return
         now = time.monotonic()
-        if self.done < self.total and now - self._last_line < _QUIET_SECONDS:
+        early = self.done < self.total and now - self._last_line < _QUIET_SECONDS
+        if early or self.done == self._told:
             return
-        self._last_line = now
+        self._last_line, self._told = now, self.done
         self.console.file.write(f"{self.line()}{', ' + note if note else ''}\n")
         self.console.file.flush()
 

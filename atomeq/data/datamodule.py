@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import numpy as np
@@ -61,7 +62,8 @@ class Split:
         val: Fraction held out for validation, or a number of structures if 1 or more.
         test: The same of the test set ``held_out``.
         seed: Of the permutation; the test part depends on ``test`` and ``seed`` alone.
-        file: .npz or .json with index lists ``train``, ``val`` and ``test``; replaces the above.
+        file: .npz or .json with index lists ``train``, ``val`` and ``test``, or OGB's
+            ``split_dict.pt``, whose test sets have no labels and are left out; replaces the above.
     """
 
     val: float = 0.0
@@ -313,15 +315,12 @@ def split_indices(n_structures: int, split: Split) -> dict[str, list[int]]:
 
 def _indices_from_file(path: Path, n_structures: int) -> dict[str, list[int]]:
     try:
-        if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as archive:
-                given: Mapping[str, Any] = {key: archive[key].tolist() for key in archive.files}
-        else:
-            given = json.loads(path.read_text(encoding="utf-8"))
+        given = _READ_SPLIT.get(path.suffix, _read_json)(path)
         indices = {key: [int(i) for i in given.get(key, [])] for key in ("train", "val", "test")}
-    except (ValueError, OSError, AttributeError, TypeError) as error:
+    except (ValueError, OSError, AttributeError, TypeError, RuntimeError, UnpicklingError) as error:
         raise DataError(
-            f"split file {path} is not an .npz or .json of index lists: {error}"
+            f"split file {path} is not an .npz or .json of index lists, nor OGB's split_dict.pt: "
+            f"{error}"
         ) from error
     if not indices["train"]:
         raise DataError(f"split file {path} lists no 'train' indices; it has {', '.join(given)}")
@@ -332,6 +331,31 @@ def _indices_from_file(path: Path, n_structures: int) -> dict[str, list[int]]:
     if len(set(used)) != len(used):
         raise DataError(f"split file {path} uses a structure in two parts, or twice in one")
     return indices
+
+
+def _read_json(path: Path) -> Mapping[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _read_npz(path: Path) -> Mapping[str, Any]:
+    with np.load(path, allow_pickle=False) as archive:
+        return {key: archive[key].tolist() for key in archive.files}
+
+
+def _read_split_dict(path: Path) -> Mapping[str, Any]:
+    """Read OGB's pickled NumPy arrays; no name but NumPy's own for an array is looked up."""
+    reconstruct: Any = np.zeros(0).__reduce__()[0]
+    allowed: list[Any] = [np.ndarray, np.dtype, np.dtypes.Int64DType, np.dtypes.Int32DType]
+    # NumPy moved it in 2.0; OGB's file is older.
+    allowed += [
+        (reconstruct, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")
+    ]
+    with torch.serialization.safe_globals(allowed):
+        given = torch.load(path, map_location="cpu", weights_only=True)
+    return {"train": given["train"].tolist(), "val": given["valid"].tolist()}
+
+
+_READ_SPLIT = {".npz": _read_npz, ".pt": _read_split_dict}
 
 
 def _labelled(graph: AtomGraph, atoms: Atoms) -> AtomGraph:

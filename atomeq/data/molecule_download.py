@@ -18,6 +18,10 @@ _FIGSHARE = "https://ndownloader.figshare.com/files"
 _NREL = "https://data.nrel.gov/system/files/236/1712697052-"
 
 
+# Of PCQM4Mv2's archive: the table of SMILES and gaps, and the published split of its rows.
+_TAKEN_OUT = ("data.csv.gz", "split_dict.pt")
+
+
 @dataclass(frozen=True)
 class MoleculeSet:
     """A public set of molecules.
@@ -102,7 +106,8 @@ def download_molecules(
             file = replace(file, url=f"{source.rstrip('/')}/{file.file_name}", name=file.file_name)
         paths.append(fetch(file, target, report=report))
         if paths[-1].suffix == ".zip":
-            _take_out(paths[-1], "data.csv.gz")
+            for member in _TAKEN_OUT:
+                _take_out(paths[-1], member)
     return paths
 
 

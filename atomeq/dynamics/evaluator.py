@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from atomeq.dynamics.state import prepare
 from atomeq.graph.atom_graph import AtomGraph
-from atomeq.graph.builders import RadiusGraph
-from atomeq.graph.convert import MIN_DISTANCE, StructureError
+from atomeq.graph.builders import HyperGraph, RadiusGraph
+from atomeq.graph.convert import MIN_DISTANCE, StructureError, Structures
 from atomeq.graph.moving import MovingNeighbors
 from atomeq.potential.checkpoint import load_potential
 from atomeq.potential.potential import Potential
@@ -68,16 +69,33 @@ class Evaluator:
             loaded = copy.deepcopy(loaded).requires_grad_(False).eval()
         self.potential = loaded
         builder = loaded.model.graph_builder()
-        plain = type(builder) is RadiusGraph
+        # Of a HyperGraph only the edges change on the way: see prepare().
+        plain = type(builder) in (RadiusGraph, HyperGraph)
         self._builder = builder
         self._neighbors = MovingNeighbors(builder.cutoff, skin) if plain else None
         self.n_edges = torch.zeros(0, dtype=torch.int64)
+
+    def prepare(self, structures: Structures) -> AtomGraph:
+        """Return the batch that steppers start from, on the potential's device.
+
+        A potential of hypergraphs has their topology perceived here, and the graph keeps it however
+        the atoms move; structures that bring one in ``atoms.info["hyperedges"]`` keep that.
+
+        Args:
+            structures: As in :func:`~atomeq.dynamics.state.prepare`.
+
+        Raises:
+            StructureError: A structure is not usable, or its topology cannot be perceived.
+        """
+        if isinstance(self._builder, HyperGraph):
+            structures = self._builder.fix_topology(structures, dtype=torch.float64)
+        return prepare(structures, device=self.potential.device)
 
     def __call__(self, graph: AtomGraph, *, stress: bool = False) -> AtomGraph:
         """Compute energy, forces and, if asked, stress.
 
         Args:
-            graph: As :func:`~atomeq.dynamics.state.prepare` makes it.
+            graph: As :meth:`prepare` makes it.
             stress: Whether the stress is needed; structures must have a volume.
 
         Returns:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from atomeq.dynamics.budget import EdgeBudget, is_out_of_memory
 from atomeq.dynamics.evaluator import Evaluator, Failure
-from atomeq.dynamics.state import State, prepare
+from atomeq.dynamics.state import State
 from atomeq.dynamics.trajectory import Passenger, Recorder
 from atomeq.graph.atom_graph import AtomGraph
 from atomeq.graph.convert import StructureError, StructureLike, to_ase
@@ -203,7 +203,7 @@ class Flight(Generic[S]):
         index, self.n_taken = self.n_taken, self.n_taken + 1
         name = index if name is None else name
         try:
-            graph = prepare(structure, device=self.evaluate.potential.device)
+            graph = self.evaluate.prepare(structure)
             if graph.n_graphs != 1:
                 raise StructureError("it is a batch of structures; give them one by one")
             self.evaluate.potential.check_elements(graph)

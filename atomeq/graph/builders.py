@@ -20,19 +20,14 @@ from atomeq.graph.convert import (
     refuse_overlap,
     structure_name,
 )
-from atomeq.graph.hyperedges import (
-    INFO_KEY,
-    NO_HYPEREDGES,
-    PERIODIC,
-    Hyperedges,
-    perceive_hyperedges,
-)
+from atomeq.graph.hyperedges import INFO_KEY, NO_HYPEREDGES, Hyperedges
 from atomeq.graph.neighbors import (
     Edges,
     SkinNeighborList,
     check_cutoff,
     neighbor_list_with_lengths,
 )
+from atomeq.graph.topology import given_topology, perceived_topology
 
 # OC20's tolerance, in Å² of SQUARED distance, for neighbours that count as equally far.
 _DEGENERACY = 0.01
@@ -170,8 +165,9 @@ class HyperGraph:
 
     They are, in this order of preference: those of a given AtomGraph; those in
     ``atoms.info["hyperedges"]``, where :func:`~atomeq.graph.hyperedges.fix_topology` writes them;
-    those perceived from the coordinates. Perceived anew for every geometry they jump when a bond
-    breaks, and a potential's energy with them: for dynamics fix them, or do without perception.
+    those perceived from the coordinates. Perceived anew for every geometry they would jump when a
+    bond breaks, and a potential's energy with them: what moves atoms calls :meth:`fix_topology`
+    once, or keeps a :class:`~atomeq.graph.topology.KeptTopologies`.
 
     Args:
         cutoff: Å.
@@ -194,29 +190,42 @@ class HyperGraph:
             ImportError: They must be perceived, and RDKit is not installed.
         """
         many = list(structures) if isinstance(structures, Sequence) else [structures]
-        graph = self._edges(many, dtype=dtype)
-        singles = graph.to_list()
+        return self._with_hyperedges(self._edges(many, dtype=dtype), many)
+
+    def fix_topology(self, structures: Structures, dtype: torch.dtype | None = None) -> AtomGraph:
+        """Return structures without edges, with hyperedges that they keep as their atoms move.
+
+        Args:
+            structures: As in :class:`RadiusGraph`.
+            dtype: As in :class:`RadiusGraph`.
+
+        Raises:
+            StructureError: As in :meth:`__call__`.
+            ImportError: As in :meth:`__call__`.
+        """
+        many = list(structures) if isinstance(structures, Sequence) else [structures]
+        return self._with_hyperedges(from_structures(many, dtype=dtype), many)
+
+    def _with_hyperedges(self, graph: AtomGraph, many: Sequence[object]) -> AtomGraph:
         given = [item for one in many for item in _given_hyperedges(one)]
+        if all(item is True for item in given):
+            return graph
+        singles = graph.to_list()
         for k, hyperedges in enumerate(given):
-            if hyperedges is None:
-                hyperedges = self._perceive(singles[k], k)
-            elif isinstance(hyperedges, dict):
-                hyperedges = _read_hyperedges(hyperedges, _title(graph, k), k)
-            else:
-                continue
-            singles[k] = singles[k].replace(**_hyperedge_fields(hyperedges, singles[k], k))
+            if hyperedges is not True:
+                found = self._hyperedges(singles[k], hyperedges, k)
+                singles[k] = singles[k].replace(**_hyperedge_fields(found, singles[k], k))
         return AtomGraph.concatenate(singles)
 
-    def _perceive(self, graph: AtomGraph, k: int) -> Hyperedges:
+    def _hyperedges(self, graph: AtomGraph, given: object, k: int) -> Hyperedges:
+        """Return those of structure k: as they were given, or perceived."""
+        numbers = graph.atomic_numbers.cpu().numpy()
+        if given is not None:
+            return given_topology(given, numbers, index=k)
         if not self.perceive:
             return NO_HYPEREDGES
-        if bool(graph.pbc.any()):
-            raise StructureError(f"{_title(graph, 0)}: {PERIODIC}", index=k)
-        numbers, positions = graph.atomic_numbers.tolist(), graph.pos.detach().cpu().numpy()
-        try:
-            return perceive_hyperedges(numbers, positions, name=f"structure {k}")
-        except ValueError as error:
-            raise StructureError(str(error), index=k) from error
+        positions = graph.pos.detach().cpu().numpy()
+        return perceived_topology(numbers, positions, graph.pbc[0].cpu().numpy(), index=k)
 
     def __repr__(self) -> str:
         return f"HyperGraph(cutoff={self.cutoff}, perceive={self.perceive})"
@@ -228,15 +237,6 @@ def _given_hyperedges(structure: object) -> list[object]:
         given = True if "num_hyperedges" in structure else None
         return [given] * structure.n_graphs
     return [getattr(structure, "info", {}).get(INFO_KEY)]
-
-
-def _read_hyperedges(given: dict, title: str, k: int) -> Hyperedges:
-    try:
-        return Hyperedges.from_lists(given["members"], given["types"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise StructureError(
-            f"{title}: info[{INFO_KEY!r}] is unusable: {error}", index=k
-        ) from error
 
 
 def _hyperedge_fields(hyperedges: Hyperedges, graph: AtomGraph, k: int) -> dict[str, torch.Tensor]:

@@ -19,11 +19,8 @@ from ase.symbols import Symbols
 from numpy.typing import NDArray
 
 from atomeq.graph.atom_graph import AtomGraph
-from atomeq.graph.neighbors import (
-    Edges,
-    neighbor_list_with_lengths,
-    spans_periodic_directions,
-)
+from atomeq.graph.hyperedges import INFO_KEY, Hyperedges
+from atomeq.graph.neighbors import Edges, neighbor_list_with_lengths, spans_periodic_directions
 
 MIN_DISTANCE = 0.1  # Å; no two nuclei come so near, so such atoms are an error in the input
 _LAST_ELEMENT = 118
@@ -150,7 +147,7 @@ def from_pymatgen(
 
 
 def to_ase(graph: AtomGraph) -> list[Atoms]:
-    """Make one Atoms of each structure; known labels become a SinglePointCalculator's results."""
+    """Make one Atoms of each structure: hyperedges in its info, labels as calculator results."""
     return [_atoms_of_graph(single) for single in graph.to("cpu").to_list()]
 
 
@@ -484,8 +481,7 @@ def _atoms_of_graph(graph: AtomGraph) -> Atoms:
         atoms.set_velocities(array("velocities") / units.fs)
     if "fixed" in graph and bool(graph["fixed"].any()):
         atoms.set_constraint(FixAtoms(mask=graph["fixed"].numpy()))
-    if "weight" in graph:
-        atoms.info["weight"] = float(graph["weight"][0])
+    atoms.info.update(_info_of_graph(graph))
     results: dict[str, Any] = {
         name: array(name)
         for name in ("energy", "forces", "stress")
@@ -498,3 +494,10 @@ def _atoms_of_graph(graph: AtomGraph) -> Atoms:
     if results:
         atoms.calc = SinglePointCalculator(atoms, **results)
     return atoms
+
+
+def _info_of_graph(graph: AtomGraph) -> dict[str, Any]:
+    weight = {"weight": float(graph["weight"][0])} if "weight" in graph else {}
+    if "num_hyperedges" not in graph:
+        return weight
+    return {**weight, INFO_KEY: Hyperedges.of_graph(graph).to_info()}

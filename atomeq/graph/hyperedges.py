@@ -17,6 +17,8 @@ from atomeq.graph.perception import import_chem, molecule_from_coordinates
 if TYPE_CHECKING:
     from ase import Atoms
 
+    from atomeq.graph.atom_graph import AtomGraph
+
 Molecule: TypeAlias = Any  # rdkit.Chem.Mol; RDKit is optional
 
 #: Kinds of hyperedges. The first five are bonds, by the order in which OGB numbers them; the sixth
@@ -71,6 +73,31 @@ class Hyperedges:
             tuple(tuple(int(atom) for atom in edge) for edge in members),
             tuple(int(kind) for kind in types),
         )
+
+    @classmethod
+    def from_info(cls, given: Any) -> "Hyperedges":
+        """Read what stands in ``atoms.info[INFO_KEY]``.
+
+        Raises:
+            ValueError: It is not ``{"members": [[0, 1], ...], "types": [0, ...]}``.
+        """
+        try:
+            return cls.from_lists(given["members"], given["types"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"info[{INFO_KEY!r}] is unusable: {error}") from error
+
+    def to_info(self) -> dict[str, list[Any]]:
+        """Return what stands for them in ``atoms.info[INFO_KEY]``; files of ASE keep it."""
+        return {"members": [list(edge) for edge in self.members], "types": list(self.types)}
+
+    @classmethod
+    def of_graph(cls, graph: "AtomGraph") -> "Hyperedges":
+        """Return those of an AtomGraph of one structure."""
+        atoms, edges = graph.hyperedge_index.tolist()
+        members: list[list[int]] = [[] for _ in range(int(graph.num_hyperedges))]
+        for atom, edge in zip(atoms, edges, strict=True):
+            members[edge].append(atom)
+        return cls.from_lists(members, graph.hyperedge_type.tolist())
 
     def of_type(self, kind: int) -> list[tuple[int, ...]]:
         """Return the members of all hyperedges of a kind."""
@@ -146,8 +173,8 @@ def perceive_hyperedges(
     """Perceive the hyperedges of molecules from coordinates alone.
 
     Bonds are pairs closer than 1.3 times the sum of their covalent radii; bond orders fill the
-    valences. The result jumps as a bond breaks: what needs a smooth energy perceives once and keeps
-    the result (:func:`fix_topology`).
+    valences. The result jumps as a bond breaks: whatever moves atoms perceives once, at the start,
+    and keeps the result (:mod:`atomeq.graph.topology`).
 
     Args:
         atomic_numbers: (n_atoms,).
@@ -167,8 +194,8 @@ def perceive_hyperedges(
 def fix_topology(atoms: "Atoms", *, charge: int = 0) -> Hyperedges:
     """Perceive the hyperedges of a molecule and keep them in ``atoms.info``.
 
-    From then on every builder and calculator takes them from there, however the atoms move, which
-    is what molecular dynamics and relaxations want. Call it again to rebuild them.
+    From then on builders, calculators and dynamics take them from there, however the atoms move,
+    and files keep them. Call it again to rebuild them.
 
     Args:
         atoms: Not periodic.
@@ -180,7 +207,7 @@ def fix_topology(atoms: "Atoms", *, charge: int = 0) -> Hyperedges:
     if any(atoms.pbc):
         raise ValueError(PERIODIC)
     found = perceive_hyperedges(atoms.numbers.tolist(), atoms.positions, charge=charge)
-    atoms.info[INFO_KEY] = {"members": [list(m) for m in found.members], "types": list(found.types)}
+    atoms.info[INFO_KEY] = found.to_info()
     return found
 
 

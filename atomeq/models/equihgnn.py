@@ -14,10 +14,11 @@ This is our default form, an energy potential. It differs from the paper on purp
   large hyperedge are nothing special;
 * convolutions are residual, activations smooth, normalisation knows no batch.
 
-**The topology is an input.** With given hyperedges the energy is smooth in the coordinates. Where
-they are perceived anew for each geometry (``perceive=True``, right for data sets of molecules at
-rest) the energy jumps as a bond breaks: fix them first, with
-:func:`~atomeq.graph.hyperedges.fix_topology`, before anything moves.
+**The topology is an input.** With given hyperedges the energy is smooth in the coordinates. Where a
+structure brings none they are perceived (``perceive=True``), once, where a motion starts: an Atoms
+object keeps those of its first calculation, batched dynamics those of its first step, and
+:func:`~atomeq.graph.hyperedges.fix_topology` rebuilds them. Two objects on either side of a bond
+that breaks lie on two surfaces.
 """
 
 from functools import partial

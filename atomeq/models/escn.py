@@ -18,12 +18,15 @@ This is our default form. It differs from the paper on purpose:
 """
 
 import math
+from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from atomeq.graph.atom_graph import AtomGraph
 from atomeq.models.base import AtomisticModel
+from atomeq.nn.gaunt import GauntProduct
 from atomeq.nn.mlp import MLP
 from atomeq.nn.norms import EquivariantRMSNorm
 from atomeq.nn.radial import BesselBasis, PolynomialEnvelope
@@ -48,6 +51,8 @@ class ESCN(AtomisticModel):
         num_radial: Bessel functions of the edge length.
         avg_num_neighbors: Messages are divided by its square root; a typical count of the data.
         num_elements: Atomic numbers below this are embedded.
+        update: What an atom does with its messages: ``gate``, a gated perceptron, or ``gaunt``,
+            which adds products of two features on the sphere to it (:class:`GauntUpdate`).
     """
 
     def __init__(
@@ -63,8 +68,11 @@ class ESCN(AtomisticModel):
         num_radial: int = 8,
         avg_num_neighbors: float = 40.0,
         num_elements: int = 119,
+        update: Literal["gate", "gaunt"] = "gate",
     ) -> None:
         super().__init__()
+        if update not in UPDATES:
+            raise ValueError(f"update is {' or '.join(UPDATES)}, not {update!r}")
         if not 0 <= mmax <= lmax:
             raise ValueError(f"mmax must lie between 0 and lmax; got mmax={mmax}, lmax={lmax}")
         self.cutoff = cutoff
@@ -77,6 +85,7 @@ class ESCN(AtomisticModel):
         self.num_radial = num_radial
         self.avg_num_neighbors = avg_num_neighbors
         self.num_elements = num_elements
+        self.update = update
 
         self.embedding = nn.Embedding(num_elements, sphere_channels)
         self.source_embedding = nn.Embedding(num_elements, edge_channels)
@@ -88,7 +97,10 @@ class ESCN(AtomisticModel):
             lmax, sphere_channels, edge_channels, n_edge_scalars
         )
         self.layers = nn.ModuleList(
-            ESCNLayer(lmax, mmax, sphere_channels, hidden_channels, edge_channels, n_edge_scalars)
+            ESCNLayer(
+                *(lmax, mmax, sphere_channels, hidden_channels, edge_channels, n_edge_scalars),
+                update=UPDATES[update],
+            )
             for _ in range(num_layers)
         )
         self.norm = EquivariantRMSNorm(lmax, sphere_channels)
@@ -166,6 +178,8 @@ class ESCNLayer(nn.Module):
         hidden_channels: int,
         edge_channels: int,
         n_edge_scalars: int,
+        *,
+        update: Callable[[int, int, int], nn.Module],
     ) -> None:
         super().__init__()
         self.message_norm = EquivariantRMSNorm(lmax, sphere_channels)
@@ -173,7 +187,7 @@ class ESCNLayer(nn.Module):
             lmax, mmax, sphere_channels, hidden_channels, edge_channels, n_edge_scalars
         )
         self.update_norm = EquivariantRMSNorm(lmax, sphere_channels)
-        self.update = GatedUpdate(lmax, sphere_channels, hidden_channels)
+        self.update = update(lmax, sphere_channels, hidden_channels)
 
     def forward(
         self, x: NodeFeatures, frame: EdgeFrame, edge_scalars: Tensor, envelope: Tensor
@@ -238,3 +252,30 @@ class GatedUpdate(nn.Module):
         """Return the update of ``x`` (n_atoms, n_sph, C)."""
         gates = self.gates(x[:, 0]) if self.gates is not None else None
         return self.second(self.gate(self.first(x), gates))
+
+
+class GauntUpdate(nn.Module):
+    """The gated update and, beside it, the product of two linear maps on the sphere.
+
+    Messages are sums over neighbours, so the products are of pairs of them: angles between three
+    atoms enter at one atom, which a gated map of sums can not make by itself. Products are Gaunt's,
+    so what is antisymmetric in the two, a cross product, is absent (:mod:`atomeq.ops.gaunt`).
+    """
+
+    def __init__(self, lmax: int, sphere_channels: int, hidden_channels: int) -> None:
+        super().__init__()
+        self.gated = GatedUpdate(lmax, sphere_channels, hidden_channels)
+        self.first = SO3Linear(lmax, sphere_channels, hidden_channels)
+        self.second = SO3Linear(lmax, sphere_channels, hidden_channels)
+        self.product = GauntProduct(lmax, lmax, lmax, hidden_channels)
+        self.out = SO3Linear(lmax, hidden_channels, sphere_channels)
+
+    def forward(self, x: NodeFeatures) -> NodeFeatures:
+        """Return the update of ``x`` (n_atoms, n_sph, C)."""
+        return self.gated(x) + self.out(self.product(self.first(x), self.second(x)))
+
+
+UPDATES: dict[str, Callable[[int, int, int], nn.Module]] = {
+    "gate": GatedUpdate,
+    "gaunt": GauntUpdate,
+}

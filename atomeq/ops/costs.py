@@ -15,32 +15,70 @@ from atomeq.ops.paths import tensor_product_paths
 from atomeq.ops.specification import OpSpec
 from atomeq.ops.sphere_grid import SphereGrid
 
+_NOTHING = 1e-12  # below this a 3j symbol is rounding
+
 
 class Machine(NamedTuple):
-    """An assumed machine: memory bandwidth in bytes/s and arithmetic in FLOP/s."""
+    """An assumed machine: memory bandwidth in bytes/s and arithmetic in FLOP/s.
+
+    ``matrices`` are the rates of products of large matrices by how they are multiplied: in double,
+    in single precision, in TF32 or in bfloat16.
+    """
 
     name: str
     bandwidth: float
     single: float
     double: float
+    matrices: dict[str, float]
 
 
 MACHINES = {
-    "cuda": Machine("one H200, without tensor cores", 4.3e12, 60e12, 30e12),
-    "cpu": Machine("one AVX2 core", 10e9, 100e9, 50e9),
+    "cuda": Machine(
+        *("one H200", 4.3e12, 60e12, 30e12),
+        {"double": 60e12, "single": 60e12, "tf32": 380e12, "bfloat16": 790e12},
+    ),
+    "cpu": Machine(
+        *("one AVX2 core", 10e9, 100e9, 50e9),
+        {"double": 50e9, "single": 100e9, "tf32": 100e9, "bfloat16": 100e9},
+    ),
 }
 
 
+class Floor(NamedTuple):
+    """The least time of a call, s, and what sets it: ``arithmetic`` or ``memory``."""
+
+    seconds: float
+    limit: str
+
+
 class Cost(NamedTuple):
-    """Floating-point operations and bytes of a call."""
+    """Floating-point operations, those of large matrices among them, and bytes of a call."""
 
     flops: int
+    matrix_flops: int
     bytes: int
 
-    def floor(self, machine: Machine, dtype: torch.dtype) -> float:
-        """Return the least time on a machine, s: the slower of arithmetic and traffic."""
+    def floor(self, machine: Machine, dtype: torch.dtype) -> Floor:
+        """Return the least time on a machine: the slower of arithmetic and traffic.
+
+        Matrices are multiplied as ``torch.set_float32_matmul_precision`` has it now.
+        """
         peak = machine.double if dtype == torch.float64 else machine.single
-        return max(self.flops / peak, self.bytes / machine.bandwidth)
+        arithmetic = (self.flops - self.matrix_flops) / peak
+        arithmetic += self.matrix_flops / machine.matrices[_multiplication(dtype)]
+        traffic = self.bytes / machine.bandwidth
+        if arithmetic > traffic:
+            return Floor(arithmetic, "arithmetic")
+        return Floor(traffic, "memory")
+
+
+def _multiplication(dtype: torch.dtype) -> str:
+    if dtype == torch.float64:
+        return "double"
+    if dtype in (torch.bfloat16, torch.float16):
+        return "bfloat16"
+    ways = {"highest": "single", "high": "tf32", "medium": "bfloat16"}
+    return ways[torch.get_float32_matmul_precision()]
 
 
 def cost(spec: OpSpec) -> Cost:
@@ -66,62 +104,90 @@ def cost(spec: OpSpec) -> Cost:
     }
     if spec.op not in counters:
         raise ValueError(f"operation {spec.op!r} is unknown; choose from {', '.join(counters)}")
-    flops, numbers, shared = counters[spec.op](spec)
+    flops, matrix_flops, numbers, shared = counters[spec.op](spec)
     itemsize = spec.dtype.itemsize
-    return Cost(spec.n_edges * flops, itemsize * (spec.n_edges * numbers + shared))
+    return Cost(
+        spec.n_edges * (flops + matrix_flops),
+        spec.n_edges * matrix_flops,
+        itemsize * (spec.n_edges * numbers + shared),
+    )
 
 
-def _harmonics(spec: OpSpec) -> tuple[int, int, int]:
-    """Return FLOPs per edge, numbers moved per edge, and numbers moved once; so do all below."""
+class _Work(NamedTuple):
+    """Of one edge: FLOPs, those of large matrices apart, and numbers moved; numbers moved once."""
+
+    flops: int
+    matrix_flops: int
+    numbers: int
+    shared: int = 0
+
+
+def _harmonics(spec: OpSpec) -> _Work:
     n_sph = (spec.lmax + 1) ** 2
-    return 5 * n_sph, 3 + n_sph, 0
+    return _Work(5 * n_sph, 0, 3 + n_sph)
 
 
-def _frame(spec: OpSpec) -> tuple[int, int, int]:
-    return 2 * (2 * spec.lmax + 1) * _nonzeros(spec), 3 + _nonzeros(spec), 0
+def _frame(spec: OpSpec) -> _Work:
+    return _Work(2 * (2 * spec.lmax + 1) * _nonzeros(spec), 0, 3 + _nonzeros(spec))
 
 
-def _rotation(spec: OpSpec) -> tuple[int, int, int]:
+def _rotation(spec: OpSpec) -> _Work:
     n_rows, n_sph = len(m_primary_order(spec.lmax, spec.mmax)), (spec.lmax + 1) ** 2
     features = n_rows + n_sph if spec.op == "rotate_to_edge" else n_rows
-    return 2 * _nonzeros(spec) * spec.channels, features * spec.channels + _nonzeros(spec), 0
+    nonzeros = _nonzeros(spec)
+    return _Work(2 * nonzeros * spec.channels, 0, features * spec.channels + nonzeros)
 
 
-def _so2(spec: OpSpec) -> tuple[int, int, int]:
+def _so2(spec: OpSpec) -> _Work:
+    """Count four products of a pair +-m; three would do, for some more sums."""
     degrees = [spec.lmax - m + 1 for m in range(spec.mmax + 1)]
     weights = sum(n * n * (1 if m == 0 else 2) for m, n in enumerate(degrees)) * spec.channels**2
     products = sum(n * n * (1 if m == 0 else 4) for m, n in enumerate(degrees))
     n_rows = len(m_primary_order(spec.lmax, spec.mmax))
-    return 2 * products * spec.channels**2, 2 * n_rows * spec.channels, weights
+    return _Work(0, 2 * products * spec.channels**2, 2 * n_rows * spec.channels, weights)
 
 
-def _layer(spec: OpSpec) -> tuple[int, int, int]:
+def _layer(spec: OpSpec) -> _Work:
     """Count both atoms in, as many hidden channels, gates of every degree, and the sum out."""
     rotation, map_ = _rotation(spec), _so2(spec)
     gates = 2 * 2 * (spec.lmax + 1) * spec.lmax * spec.channels**2
-    flops = 3 * rotation[0] + 3 * map_[0] + gates
-    return flops, 2 * (spec.lmax + 1) ** 2 * spec.channels + _nonzeros(spec), 3 * map_[2]
+    features = 2 * (spec.lmax + 1) ** 2 * spec.channels
+    return _Work(
+        3 * rotation.flops,
+        3 * map_.matrix_flops + gates,
+        features + _nonzeros(spec),
+        3 * map_.shared,
+    )
 
 
-def _coupling(spec: OpSpec) -> tuple[int, int, int]:
+def _coupling(spec: OpSpec) -> _Work:
+    """Count all paths up to lmax; y and the weights have channels of their own but in mode uvu."""
     paths = tensor_product_paths(spec.lmax, spec.lmax, spec.lmax)
-    nonzeros = sum(int((clebsch_gordan(*path).abs() > 1e-12).sum()) for path in paths)
-    n_sph = (spec.lmax + 1) ** 2
-    features = n_sph + len(paths) + (n_sph if spec.op == "tensor_product" else 0)
-    return 3 * nonzeros * spec.channels, features * spec.channels + n_sph, 0
+    nonzeros = sum(int((clebsch_gordan(*path).abs() > _NOTHING).sum()) for path in paths)
+    n_sph, channels = (spec.lmax + 1) ** 2, spec.channels
+    features = n_sph * channels * (2 if spec.op == "tensor_product" else 1)
+    if spec.mode == "uvu":
+        y, weights, flops, mixing = n_sph, len(paths) * channels, 3 * nonzeros * channels, 0
+    elif spec.mode == "uuu":
+        y, weights, flops, mixing = n_sph * channels, len(paths) * channels, 0, 0
+        flops = 4 * nonzeros * channels
+    else:  # the products of all pairs of channels, then a matrix for each path
+        y, weights, flops = n_sph * channels, len(paths) * channels**3, 3 * nonzeros * channels**2
+        mixing = 2 * sum(2 * path.l3 + 1 for path in paths) * channels**3
+    return _Work(flops, mixing, features + y + (weights if spec.weighted else 0))
 
 
-def _sphere(spec: OpSpec) -> tuple[int, int, int]:
+def _sphere(spec: OpSpec) -> _Work:
     n_rows = len(m_primary_order(spec.lmax, spec.mmax))
     n_points = SphereGrid(spec.lmax, spec.mmax).n_points
     n_features = 3 if spec.op == "sphere_product" else 2
     flops = 2 * n_features * n_rows * n_points * spec.channels
-    return flops, n_features * n_rows * spec.channels, 0
+    return _Work(0, flops, n_features * n_rows * spec.channels)
 
 
-def _segment(spec: OpSpec) -> tuple[int, int, int]:
+def _segment(spec: OpSpec) -> _Work:
     passes = 1 if spec.op == "segment_sum" else 4
-    return passes * spec.channels, (1 if passes == 1 else 2) * spec.channels, 0
+    return _Work(passes * spec.channels, 0, (1 if passes == 1 else 2) * spec.channels)
 
 
 def _nonzeros(spec: OpSpec) -> int:

@@ -3,17 +3,22 @@
 The choice is made call by call: ``with use_backend(name)``, else the environment variable
 ATOMEQ_BACKEND, else ``auto``, the first backend of :data:`AUTO_ORDER` that serves the operation. A
 backend asked for by name serves or the call raises, saying why; only ``auto`` may pass on.
+
+``torch.compile`` traces the choice too, inside a compiled function or around it: a graph belongs to
+the choice it was traced under, and another one makes another graph. Only the environment is read
+once, at the trace.
 """
 
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from functools import cache
 from importlib import import_module
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from atomeq.ops.edge_frame import EdgeFrame
@@ -36,7 +41,16 @@ BACKENDS: dict[str, str] = {
 AUTO_ORDER: tuple[str, ...] = ("cpu", "reference")  # the fastest first; others serve when named
 ENVIRONMENT_VARIABLE = "ATOMEQ_BACKEND"
 
-_chosen: ContextVar[str | None] = ContextVar("atomeq_backend", default=None)
+
+class _Choice(threading.local):
+    """The name asked for in this thread; a plain attribute, since that is what a trace guards."""
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+
+
+_choice = _Choice()
+_loaded: dict[str, "Backend"] = {}
 
 
 @runtime_checkable
@@ -49,14 +63,16 @@ class Backend(Protocol):
 
     Attributes:
         name: As in :data:`BACKENDS`.
-        by_torch: Operations that it has no kernels for and serves in plain torch.
     """
 
     name: str
-    by_torch: frozenset[str]
 
     def refusal(self, spec: OpSpec) -> str | None:
         """Return None if this backend serves the call, else the reason why not."""
+        ...
+
+    def by_torch(self, spec: OpSpec) -> bool:
+        """Whether a call that it serves runs in plain torch, by no kernel made for it."""
         ...
 
     def spherical_harmonics(
@@ -160,7 +176,8 @@ class Backend(Protocol):
 def use_backend(name: str) -> Iterator[None]:
     """Serve every operation inside the ``with`` block by one backend.
 
-    The choice belongs to the current thread or task, and ends with the block.
+    The choice belongs to the current thread, and ends with the block. The block may lie around a
+    function of ``torch.compile`` or within it.
 
     Args:
         name: ``cpu`` (C kernels), ``reference`` (plain torch) or ``auto``.
@@ -174,11 +191,12 @@ def use_backend(name: str) -> Iterator[None]:
         'reference'
     """
     _check_name(name, "use_backend")
-    token = _chosen.set(name)
+    before = _choice.name
+    _choice.name = name
     try:
         yield
     finally:
-        _chosen.reset(token)
+        _choice.name = before
 
 
 def chosen_backend() -> str:
@@ -187,7 +205,7 @@ def chosen_backend() -> str:
     Raises:
         ValueError: If the environment asks for a backend that does not exist.
     """
-    name = _chosen.get()
+    name = _choice.name
     if name is None:
         name = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
         _check_name(name, ENVIRONMENT_VARIABLE)
@@ -221,34 +239,40 @@ def select(
         NotImplementedError: If the backend asked for by name does not serve this call.
         ValueError: If the environment asks for a backend that does not exist.
     """
+    if torch.compiler.is_compiling():  # sizes may be symbols; of the edges only 0 is told apart
+        channels, n_edges = len(range(channels)), 1 if n_edges > 0 else 0
     spec = OpSpec(op, lmax, mmax, channels, n_edges, like.dtype, like.device, mode, weighted)
-    name = chosen_backend()
-    if name == "auto":
-        return _first_serving(spec)
-    backend = load_backend(name)
-    reason = backend.refusal(spec)
-    if reason is not None:
-        raise NotImplementedError(
-            f"backend {name!r} was asked for but does not serve {op}: {reason}; "
-            f"choose another one or 'auto'"
-        )
-    return backend
+    asked_for = chosen_backend()
+    for name in AUTO_ORDER if asked_for == "auto" else (asked_for,):
+        reason = _refusal(name, *spec)
+        if reason is None:
+            return _loaded[name]
+    if asked_for == "auto":
+        raise NotImplementedError(f"no backend serves {spec}")  # the reference refuses nothing
+    raise NotImplementedError(
+        f"backend {asked_for!r} was asked for but does not serve {op}: {reason}; "
+        f"choose another one or 'auto'"
+    )
 
 
-@cache
 def load_backend(name: str) -> Backend:
     """Return a backend by its name, importing it when first asked for."""
-    module, _, attribute = BACKENDS[name].partition(":")
-    return getattr(import_module(module), attribute)()
+    if name not in _loaded:
+        module, _, attribute = BACKENDS[name].partition(":")
+        _loaded[name] = getattr(import_module(module), attribute)()
+    return _loaded[name]
 
 
-def _first_serving(spec: OpSpec) -> Backend:
-    for name in AUTO_ORDER:
-        backend = load_backend(name)
-        if backend.refusal(spec) is None:
-            _announce(spec.op, name)
-            return backend
-    raise NotImplementedError(f"no backend serves {spec}")  # the reference refuses nothing
+def _refusal(name: str, *call: Any) -> str | None:
+    """Return why a backend does not serve a call, or None; afterwards it is loaded."""
+    spec = OpSpec(*call)
+    reason = load_backend(name).refusal(spec)
+    if reason is None:
+        _announce(spec.op, name)
+    return reason
+
+
+_refusal._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see atomeq.ops.tables
 
 
 @cache

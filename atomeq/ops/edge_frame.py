@@ -55,6 +55,8 @@ class EdgeFrame:
         Returns:
             (n_atoms + 1,) and (n_edges,).
         """
+        if torch.compiler.is_compiling():  # a trace merges what is computed twice
+            return segments_of(index, self.n_atoms)
         return self._by_source if index is self.source else self._by_target
 
     @cached_property

@@ -5,10 +5,18 @@ from dataclasses import dataclass
 import torch
 
 from atomeq.ops.backends.native.builder import unavailable
-from atomeq.ops.costs import MACHINES, cost
+from atomeq.ops.costs import MACHINES, Floor, cost
 from atomeq.ops.dispatch import AUTO_ORDER, BACKENDS, chosen_backend, load_backend
 from atomeq.ops.paths import Mode
 from atomeq.ops.specification import OpSpec
+
+# Functions of atomeq.ops that are served by a method of another name.
+_METHODS = {
+    "build_edge_frame": "edge_wigner",
+    "so2_linear_with_scalars": "so2_linear",
+    "gaunt_product": "sphere_product",
+    "segment_mean": "segment_sum",
+}
 
 
 @dataclass(frozen=True)
@@ -20,12 +28,14 @@ class Explanation:
         asked_for: The name asked for, or ``auto``.
         auto: What ``auto`` chooses.
         backend: The name of the backend that serves it; None if the one asked for does not.
-        by_torch: Whether it does so in plain torch, having no kernels for this operation.
+        by_torch: Whether it does so in plain torch, by no kernel made for this call.
         refusals: Why each of the other backends does not.
         kernels: What this machine has to run kernels by, see :func:`kernels_here`.
         flops: Arithmetic of one forward call.
+        matrix_flops: That part of it which is products of large matrices.
         bytes: Memory traffic of a fused kernel.
         floor: Least time on ``machine``, s.
+        limit: What sets it, ``arithmetic`` or ``memory``.
         machine: The machine assumed for the floor.
     """
 
@@ -37,8 +47,10 @@ class Explanation:
     refusals: dict[str, str]
     kernels: dict[str, str]
     flops: int
+    matrix_flops: int
     bytes: int
     floor: float
+    limit: str
     machine: str
 
     def __str__(self) -> str:
@@ -53,9 +65,14 @@ class Explanation:
             lines.append(f"  auto takes  {self.auto or 'none'}")
         lines += [f"  not by      {name}: {reason}" for name, reason in self.refusals.items()]
         lines += [f"  {name:<11} {found}" for name, found in self.kernels.items()]
-        lines.append(f"  arithmetic  {self.flops / 1e6:.3g} MFLOP")
-        lines.append(f"  traffic     {self.bytes / 1e6:.3g} MB, if fused")
-        lines.append(f"  floor       {self.floor * 1e6:.3g} µs on {self.machine} (assumed)")
+        share = self.matrix_flops / self.flops
+        lines.append(f"  arithmetic  {self.flops / 1e6:.3g} MFLOP, {share:.0%} in large matrices")
+        lines.append(f"  memory      {self.bytes / 1e6:.3g} MB read and written, if fused")
+        per_row = self.floor / max(1, spec.n_edges) * 1e9
+        lines.append(
+            f"  floor       {self.floor * 1e6:.3g} µs, {per_row:.3g} ns per edge: no backend is "
+            f"faster on {self.machine} (assumed), {self.limit} sets it"
+        )
         return "\n".join(lines)
 
 
@@ -74,7 +91,8 @@ def explain(
     """Report which backend would serve a call here, why the others would not, and the least cost.
 
     Args:
-        op: Name of a method of :class:`~atomeq.ops.dispatch.Backend`.
+        op: Name of a function of :mod:`atomeq.ops`, or of a method of
+            :class:`~atomeq.ops.dispatch.Backend`.
         lmax: Highest degree.
         mmax: Highest order.
         channels: Number of channels.
@@ -93,7 +111,9 @@ def explain(
         >>> report.backend
         'cpu'
     """
-    spec = OpSpec(op, lmax, mmax, channels, n_edges, dtype, torch.device(device), mode, weighted)
+    method = _METHODS.get(op, op)
+    where = torch.device(device)
+    spec = OpSpec(method, lmax, mmax, channels, n_edges, dtype, where, mode, weighted)
     work = cost(spec)
     asked_for = chosen_backend()
     reasons = {name: load_backend(name).refusal(spec) for name in BACKENDS}
@@ -101,12 +121,13 @@ def explain(
     named = asked_for if asked_for != "auto" and reasons[asked_for] is None else None
     backend = auto if asked_for == "auto" else named
     machine = MACHINES["cuda" if spec.device.type == "cuda" else "cpu"]
+    floor: Floor = work.floor(machine, dtype)
     return Explanation(
         spec=spec,
         asked_for=asked_for,
         auto=auto,
         backend=backend,
-        by_torch=backend is not None and op in load_backend(backend).by_torch,
+        by_torch=backend is not None and load_backend(backend).by_torch(spec),
         refusals={
             name: reason or _passed_over(name, asked_for, auto)
             for name, reason in reasons.items()
@@ -114,8 +135,10 @@ def explain(
         },
         kernels=kernels_here(),
         flops=work.flops,
+        matrix_flops=work.matrix_flops,
         bytes=work.bytes,
-        floor=work.floor(machine, dtype),
+        floor=floor.seconds,
+        limit=floor.limit,
         machine=machine.name,
     )
 

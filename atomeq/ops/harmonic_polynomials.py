@@ -53,7 +53,7 @@ def directions(vectors: Float[Tensor, "*batch 3"]) -> tuple[Tensor, Tensor]:
 
 def legendre_start(m: int) -> float:
     """Return P_m^m / sin^m, 'component' normalised."""
-    start = math.sqrt(math.prod((2 * k + 1) / (2 * k) for k in range(1, m + 1)))
+    start = math.sqrt(math.prod([(2 * k + 1) / (2 * k) for k in range(1, m + 1)]))
     return start * (math.sqrt(2.0) if m else 1.0)
 
 

@@ -6,7 +6,7 @@ with weights that integrate exactly what the grid resolves.
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -74,15 +74,22 @@ class SphereGrid:
 
     def to_matrix(self, *, like: Tensor) -> Float[Tensor, "n_points n_rows"]:
         """Return the matrix from coefficients to values, in dtype and on device of ``like``."""
-        return table_like(_to_grid, self, like=like)
+        return table_like(_to_grid, *self._sizes, like=like)
 
     def from_matrix(self, *, like: Tensor) -> Float[Tensor, "n_rows n_points"]:
         """Return the matrix from values to coefficients, in dtype and on device of ``like``."""
-        return table_like(_from_grid, self, like=like)
+        return table_like(_from_grid, *self._sizes, like=like)
+
+    @property
+    def _sizes(self) -> tuple[int | str | None, ...]:
+        """The fields: what a table is told by, in a trace too, which takes no object for a key."""
+        grid = (self.lmax, self.mmax, self.n_beta, self.n_alpha)
+        return (*grid, self.normalization, self.rescale, self.order)
 
 
 @constant_table
-def _to_grid(grid: SphereGrid) -> Tensor:
+def _to_grid(*sizes: Any) -> Tensor:
+    grid = SphereGrid(*sizes)
     harmonics, degrees = _harmonics_on(grid)
     if grid.normalization == "component":
         degrees_scale = 1 / np.sqrt((2 * degrees + 1) * (grid.lmax + 1))
@@ -92,7 +99,8 @@ def _to_grid(grid: SphereGrid) -> Tensor:
 
 
 @constant_table
-def _from_grid(grid: SphereGrid) -> Tensor:
+def _from_grid(*sizes: Any) -> Tensor:
+    grid = SphereGrid(*sizes)
     harmonics, degrees = _harmonics_on(grid)
     if grid.normalization == "component":
         degrees_scale = np.sqrt((2 * degrees + 1) * (grid.lmax + 1))

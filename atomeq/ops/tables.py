@@ -7,7 +7,8 @@ made by a function under :func:`constant_table`, and reaches a computation throu
 
 import functools
 from collections.abc import Callable
-from typing import ParamSpec, cast
+from types import SimpleNamespace
+from typing import ParamSpec
 
 import torch
 from torch import Tensor
@@ -22,16 +23,23 @@ def constant_table(build: Callable[P, Tensor]) -> Callable[P, Tensor]:
     no later training step could save for its backward pass: so tables are built outside that mode.
     """
 
-    def outside_inference(*args: P.args, **kwargs: P.kwargs) -> Tensor:
+    @functools.cache
+    def built(*args: P.args, **kwargs: P.kwargs) -> Tensor:
         with torch.inference_mode(False), torch.no_grad():
             return build(*args, **kwargs)
 
-    functools.update_wrapper(outside_inference, build)
-    return cast(Callable[P, Tensor], functools.cache(outside_inference))
+    @functools.wraps(build)
+    def table(*args: P.args, **kwargs: P.kwargs) -> Tensor:
+        return built(*args, **kwargs)
+
+    return table
 
 
 def table_like(table: Callable[..., Tensor], *args: object, like: Tensor) -> Tensor:
     """Return ``table(*args)`` on the device of ``like``, and in its dtype if it is floating."""
+    if torch.compiler.is_compiling():
+        # A trace can not look into a cache, but it can read a tensor from where it always stands.
+        return getattr(_shelf, _shelve(table, args, like.dtype, like.device))
     return _converted(table, args, like.dtype, like.device)
 
 
@@ -41,3 +49,21 @@ def _converted(
 ) -> Tensor:
     values = table(*args)
     return values.to(device=device, dtype=dtype if values.is_floating_point() else None)
+
+
+_shelf = SimpleNamespace()  # tables that traces have asked for
+
+
+def _shelve(
+    table: Callable[..., Tensor], args: tuple, dtype: torch.dtype, device: torch.device
+) -> str:
+    """Put a table on the shelf and return its place, the same one every time."""
+    values = _converted(table, args, dtype, device)
+    place = f"{table.__name__}_{id(values)}"  # the cache keeps it alive
+    setattr(_shelf, place, values)
+    return place
+
+
+# What torch.compiler.assume_constant_result sets, which imports the compiler to do so, two seconds
+# that nobody else should wait: a trace runs the function and takes its answer for a constant.
+_shelve._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -52,7 +52,7 @@ class Matcher:
         mark = _fingerprint(primitive)
         size = float(mark[0])
         margin = 3 * self._step.length * abs(size) + 1e-9
-        bucket = f"{_reduced_formula(atoms)} {int(atoms.pbc.sum())}"
+        bucket = bucket_of(atoms)
         for other, stored in self._ledger.representatives(bucket, size - margin, size + margin):
             representative, other_mark = _load(stored)
             if self._near(mark, other_mark) and self._same(primitive, representative):
@@ -92,6 +92,14 @@ class Matcher:
         return bool(matcher.fit(first, second))
 
 
+def bucket_of(atoms: Atoms) -> str:
+    """Return what all copies share to the letter: reduced formula and periodic directions."""
+    numbers, counts = np.unique(atoms.numbers, return_counts=True)
+    divisor = int(np.gcd.reduce(counts)) if len(counts) else 1
+    formula = (f"{z}:{count // divisor}" for z, count in zip(numbers, counts, strict=True))
+    return f"{' '.join(formula)} {int(atoms.pbc.sum())}"
+
+
 def _primitive(atoms: Atoms, tolerance: float) -> Atoms:
     """Return the primitive cell within a tolerance, Å; a molecule as it is."""
     if not atoms.pbc.all():
@@ -100,12 +108,6 @@ def _primitive(atoms: Atoms, tolerance: float) -> Atoms:
     if found is None:
         return Atoms(atoms.numbers, atoms.positions, cell=atoms.cell.array, pbc=True)
     return found
-
-
-def _reduced_formula(atoms: Atoms) -> str:
-    numbers, counts = np.unique(atoms.numbers, return_counts=True)
-    divisor = int(np.gcd.reduce(counts))
-    return " ".join(f"{z}:{count // divisor}" for z, count in zip(numbers, counts, strict=True))
 
 
 def _fingerprint(atoms: Atoms) -> NDArray[np.float64]:

@@ -32,9 +32,14 @@ def content_hash(atoms: Atoms) -> str:
 
 def place_hash(content: str, locator: str) -> str:
     """Return the identity of what stands at a place: of a copy, or of what cannot be read."""
-    return hashlib.sha256(f"{content}|{locator}".encode()).hexdigest()[:_DIGITS]
+    return text_hash(f"{content}|{locator}")
+
+
+def text_hash(text: str) -> str:
+    """Return the hash of a text, as long as that of a structure."""
+    return hashlib.sha256(text.encode()).hexdigest()[:_DIGITS]
 
 
 def shard_of(content: str, n_shards: int) -> int:
-    """Return which of n shards a structure belongs to; copies belong to the same."""
+    """Return which of n shards a hash belongs to."""
     return int(content[:15], 16) % n_shards

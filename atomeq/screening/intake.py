@@ -3,14 +3,14 @@
 What is done already is passed over; what cannot be read or used, or is a copy, gets its row here.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from ase import Atoms
 
 from atomeq.screening.compute import Candidate, refuse
-from atomeq.screening.dedupe import Matcher
-from atomeq.screening.identity import content_hash, place_hash, shard_of
+from atomeq.screening.dedupe import Matcher, bucket_of
+from atomeq.screening.identity import content_hash, place_hash, shard_of, text_hash
 from atomeq.screening.results import Results
 from atomeq.screening.rows import Row
 from atomeq.screening.sources import Found
@@ -19,15 +19,19 @@ from atomeq.screening.steps import Dedupe, Step, Validate
 
 @dataclass
 class Seen:
-    """What came out of the sources.
+    """What came out of the sources, and what of it has ended.
 
     Attributes:
         structures: Everything, readable or not, of this shard.
         earlier: Of them, those whose rows were there before.
+        rows: Of them, those that got their row in this run.
+        failed: Of these rows, the failures.
     """
 
     structures: int = 0
     earlier: int = 0
+    rows: int = 0
+    failed: int = 0
 
 
 class Intake:
@@ -35,24 +39,28 @@ class Intake:
 
     Args:
         found: The stream.
-        results: Knows what is done, and takes the rows of what ends here.
+        results: Knows what is done.
+        take: Takes the rows of what ends here.
         steps: All steps.
         elements: Atomic numbers that the potential knows.
-        shard: ``(k, n)``: only every n-th, by hash.
+        seen: Is kept up to date.
+        shard: ``(k, n)``: only every n-th, by hash; where copies are looked for, by the hash of the
+            formula, so that a copy is in the shard of its original.
     """
 
     def __init__(
         self,
         found: Iterable[Found],
         results: Results,
+        take: Callable[[Row], None],
         *,
         steps: Sequence[Step],
         elements: Sequence[int],
+        seen: Seen,
         shard: tuple[int, int] = (0, 1),
     ) -> None:
-        self._found, self._results = found, results
-        self._elements, self._shard = elements, shard
-        self.seen = Seen()
+        self._found, self._results, self._take = found, results, take
+        self._elements, self._shard, self._seen = elements, shard, seen
         self._validate = next((step for step in steps if isinstance(step, Validate)), None)
         self._dedupe = next((step for step in steps if isinstance(step, Dedupe)), None)
         self._matcher = None
@@ -68,12 +76,12 @@ class Intake:
                 if found.atoms is None
                 else content_hash(found.atoms)
             )
-            if shard_of(content, self._shard[1]) != self._shard[0]:
+            if not self._is_ours(content, found.atoms):
                 continue
-            self.seen.structures += 1
+            self._seen.structures += 1
             identifier, is_copy = self._identify(content, found.locator)
             if identifier is None:
-                self.seen.earlier += 1
+                self._seen.earlier += 1
                 continue
             self._results.ledger.start(identifier, found.locator)
             candidate = Candidate(identifier, content, found.locator, found.atoms or Atoms())
@@ -85,7 +93,15 @@ class Intake:
             if row is None:
                 yield candidate
             else:
-                self._results.add(row)
+                self._take(row)
+
+    def _is_ours(self, content: str, atoms: Atoms | None) -> bool:
+        k, n = self._shard
+        if n == 1:
+            return True
+        if self._matcher is not None and atoms is not None:
+            content = text_hash(bucket_of(atoms))
+        return shard_of(content, n) == k
 
     def _identify(self, content: str, locator: str) -> tuple[str | None, bool]:
         """Return the id of a row to come, None if it is there, and whether it is a further copy."""

@@ -4,6 +4,7 @@ pymatgen's own decoder imports the classes that a document names; a file from el
 choose what runs here.
 """
 
+import itertools
 import json
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeAlias
@@ -36,9 +37,12 @@ def structures_of_document(document: Any) -> Iterator[_Item]:
         return
     if isinstance(document, dict) and not _is_structure(document):
         inner = [value for value in document.values() if isinstance(value, dict)]
-        if inner:
+        if any(map(_is_structure, inner)):
             yield from map(_structure, inner)
             return
+        keys = ", ".join(map(str, itertools.islice(document, 5)))
+        yield ValueError(f"the document holds no structure; its keys are {keys or 'none'}")
+        return
     yield _structure(document)
 
 

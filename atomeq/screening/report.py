@@ -6,51 +6,49 @@ the page forbids itself to load or send anything. What is drawn is in report.htm
 
 import json
 import math
+import shlex
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ase import Atoms
 from ase.data import chemical_symbols, covalent_radii
 from ase.data.colors import jmol_colors
 
 from atomeq.files import write_atomically
+from atomeq.screening.plots import UNITS, plots, words
 from atomeq.screening.ranking import best_rows
 from atomeq.screening.results import read_rows, read_run
 from atomeq.screening.rows import STATUSES, Row, structure_of
 from atomeq.screening.steps import Rank, parse_steps
 
-_BINS = 40
-_POINTS = 1500  # of a scatter plot; more would only be black
 _LARGEST = 2000  # atoms that the viewer draws
-_SHOWN = (
-    "formula",
-    "n_atoms",
-    "energy_per_atom",
-    "energy_above_hull",
-    "formation_energy",
-    "adsorption_energy",
-    "max_force",
-    "converged",
-    "n_steps",
-    "energy_std",
-    "force_std",
-    "volume",
-    "density",
-    "space_group",
-    "locator",
+_EXAMPLES = 3  # of every kind of failure
+_EDGE = (
+    1e-3  # of a lattice vector; atoms so near a face of the cell are drawn on the opposite one too
 )
-_UNITS = {
-    "energy": "eV",
-    "energy_per_atom": "eV per atom",
-    "energy_above_hull": "eV per atom",
-    "formation_energy": "eV per atom",
-    "adsorption_energy": "eV",
-    "max_force": "eV/Å",
-    "volume": "Å³",
-    "density": "g/cm³",
+
+#: Columns of the table, with the digits after the point; None for whole numbers and texts.
+_SHOWN: dict[str, int | None] = {
+    "formula": None,
+    "n_atoms": None,
+    "energy_per_atom": 4,
+    "energy_above_hull": 4,
+    "formation_energy": 4,
+    "adsorption_energy": 4,
+    "max_force": 4,
+    "converged": None,
+    "n_steps": None,
+    "energy_std": 4,
+    "force_std": 4,
+    "volume": 2,
+    "density": 3,
+    "space_group": None,
+    "locator": None,
 }
+_TEXTS = ("formula", "space_group", "locator")
 
 
 def write_report(folder: Path) -> Path:
@@ -75,71 +73,72 @@ def write_report(folder: Path) -> Path:
 
 def _document(folder: Path, provenance: dict[str, Any], rank: Rank) -> dict[str, Any]:
     counts: Counter[str] = Counter()
-    failures: dict[tuple[str, str], list[Any]] = {}
-    for row in read_rows(folder, ["status", "kind", "stage", "locator", "reason"]):
+    failures: dict[tuple[str, str], dict[str, Any]] = {}
+    for row in read_rows(folder, ["status", "kind", "stage", "locator", "reason", "converged"]):
         counts[row["status"]] += 1
+        counts["not converged"] += row["status"] == "done" and row["converged"] is False
         if row["status"] == "failed":
-            key = (row["kind"] or "", row["stage"] or "")
-            failures.setdefault(key, [0, row["locator"], row["reason"]])[0] += 1
+            kind, stage = row["kind"] or "", row["stage"] or ""
+            new = {"kind": kind, "stage": stage, "count": 0, "examples": []}
+            failure = failures.setdefault((kind, stage), new)
+            failure["count"] += 1
+            if failure["count"] <= _EXAMPLES:
+                failure["examples"].append((row["locator"], row["reason"]))
     best = best_rows(folder, rank)
     columns = [name for name in _SHOWN if any(row[name] is not None for row in best)]
     direction = "largest" if rank.descending else "smallest"
+    title = f"Best {len(best)} by {words(rank.by)}, {direction} first"
+    if not best:
+        title = f"Nothing to rank: no structure that is done has a value of {words(rank.by)}"
+    total = sum(counts[status] for status in STATUSES)
+    kinds = ",".join(dict.fromkeys(kind for kind, _ in failures if kind))
     return {
-        "lead": f"{counts.total():,} structures with {provenance['potential']['name']}, "
-        f"{provenance['dtype']} on {provenance['device']}; settings {provenance['settings_hash']}",
-        "counts": [(status, counts[status]) for status in STATUSES],
-        "plots": list(_plots(folder, rank.by)),
-        "best_title": f"Best {len(best)} by {rank.by.replace('_', ' ')}, {direction} first",
-        "columns": columns,
-        "best": [_entry(row, columns) for row in best],
-        "failures": [
-            [kind, stage, number, locator, reason]
-            for (kind, stage), (number, locator, reason) in sorted(
-                failures.items(), key=lambda item: -item[1][0]
-            )
+        "lead": f"{total:,} structures with {provenance['potential']['name']}, "
+        f"{provenance['dtype']} on {provenance['device']}",
+        "counts": [
+            *((status, counts[status], status == "failed") for status in STATUSES),
+            ("done, but not converged", counts["not converged"], True),
         ],
-        "provenance": provenance,
+        "plots": list(plots(folder, rank.by)),
+        "best_title": title,
+        "columns": [
+            {
+                "name": name,
+                "unit": UNITS.get(name, ""),
+                "digits": _SHOWN[name],
+                "text": name in _TEXTS,
+            }
+            for name in columns
+        ],
+        "best": [_entry(row, columns) for row in best],
+        "failures": sorted(failures.values(), key=lambda failure: -failure["count"]),
+        "retry": f"atomeq screen --out {shlex.quote(folder.name)} --resume --retry {kinds}",
+        "provenance": list(_provenance(provenance)),
+        "settings": provenance,
     }
 
 
-def _plots(folder: Path, by: str) -> Iterator[dict[str, Any]]:
-    names = list(dict.fromkeys([by, "energy_per_atom", "max_force", "n_steps", "volume"]))
-    rows = read_rows(folder, ["status", "n_atoms", *names])
-    done = [
-        [math.nan if row[name] is None else float(row[name]) for name in (*names, "n_atoms")]
-        for row in rows
-        if row["status"] == "done"
-    ]
-    table = np.array(done, dtype=np.float64).reshape(-1, len(names) + 1)
-    for name in dict.fromkeys([by, "energy_per_atom", "n_steps"]):
-        yield from _histogram(name, table[:, names.index(name)])
-    per_atom = table[:, names.index("volume")] / table[:, -1]
-    points = np.stack([per_atom, table[:, names.index("energy_per_atom")]], axis=1)
-    points = points[np.isfinite(points).all(axis=1)]
-    if len(points) > 1:
-        chosen = points[:: max(1, len(points) // _POINTS)]
-        yield {
-            "caption": "Energy per atom (eV) over volume per atom",
-            "label": "Å³ per atom",
-            "points": [[round(float(x), 5), round(float(y), 5)] for x, y in chosen],
-        }
+def _provenance(provenance: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield what the numbers depend on, a name and a text each."""
+    yield "potential", f"{provenance['potential']['name']}"
+    yield "its SHA-256", provenance["potential"]["sha256"]
+    yield "computed in", f"{provenance['dtype']} on {provenance['device']}"
+    for step in provenance["settings"]["steps"]:
+        ((name, options),) = step.items()
+        given = ", ".join(
+            f"{option.replace('_', ' ')} {_plain(value)}"
+            for option, value in options.items()
+            if value not in (None, {}, [])
+        )
+        yield f"step {name.replace('_', ' ')}", given or "no options"
+    yield "versions", ", ".join(f"{name} {text}" for name, text in provenance["versions"].items())
+    yield "settings hash", provenance["settings_hash"]
 
 
-def _histogram(name: str, values: np.ndarray) -> Iterator[dict[str, Any]]:
-    finite = values[np.isfinite(values)]
-    if not len(finite):
-        return
-    low, high = float(finite.min()), float(finite.max())
-    margin = max(1e-6, 1e-6 * abs(low)) if high - low < 1e-6 * max(1.0, abs(low)) else 0.0
-    counts, edges = np.histogram(finite, bins=_BINS, range=(low - margin, high + margin))
-    words = name.replace("_", " ")
-    yield {
-        "caption": f"Structures by {words}",
-        "label": f"{words} / {_UNITS[name]}" if name in _UNITS else words,
-        "counts": counts.tolist(),
-        "low": float(edges[0]),
-        "high": float(edges[-1]),
-    }
+def _plain(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _entry(row: Row, columns: Sequence[str]) -> dict[str, Any]:
@@ -152,14 +151,14 @@ def _view(row: Row) -> dict[str, Any]:
     atoms = structure_of(row)
     assert atoms is not None  # a row that is done has a structure
     if atoms.pbc.any():
-        atoms.wrap(eps=1e-6)
+        atoms = _closed(atoms)
     numbers = atoms.numbers[:_LARGEST].tolist()
     elements = {
         chemical_symbols[z]: {
             "color": "#" + "".join(f"{round(255 * part):02x}" for part in jmol_colors[z]),
             "radius": float(covalent_radii[z]),
         }
-        for z in set(numbers)
+        for z in sorted(set(numbers))
     }
     return {
         "positions": np.round(atoms.positions[:_LARGEST], 3).tolist(),
@@ -167,6 +166,18 @@ def _view(row: Row) -> dict[str, Any]:
         "elements": elements,
         "cell": np.round(atoms.cell.array, 3).tolist() if atoms.cell.rank == 3 else None,
     }
+
+
+def _closed(atoms: Atoms) -> Atoms:
+    """Return the atoms in the cell, those on its faces on the opposite ones too."""
+    atoms.wrap(eps=_EDGE)
+    for axis in np.flatnonzero(atoms.pbc):
+        scaled = atoms.get_scaled_positions(wrap=False)[:, axis]
+        images = atoms[np.flatnonzero(np.abs(scaled) < _EDGE).tolist()]
+        assert isinstance(images, Atoms)  # of a list of indices
+        images.positions += atoms.cell.array[axis]
+        atoms = atoms + images
+    return atoms
 
 
 def _finite(value: Any) -> Any:

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -85,7 +86,7 @@ def screen(
         shard: ``(k, n)``: take every n-th structure, by hash; n such runs share the folder.
         retry: Compute failures again: True for all, or the kinds, such as ``["overlap"]``.
         max_edges: Edges computed at once by each worker.
-        observe: Called with what has been seen so far, and each row that an engine gives.
+        observe: Called with what has been seen so far and each new row, and at the end with None.
         request: Plain values kept in ``run.json``, from which a caller takes up the run.
 
     Returns:
@@ -116,10 +117,16 @@ def screen(
     with closing(Results(folder, provenance, shard=shard, request=request)) as results:
         if retry:
             results.retry(None if retry is True else retry)
-        intake = Intake(found, results, steps=parsed, elements=elements, shard=shard)
-        _work(chosen, intake.candidates(), results, intake.seen, observe)
+        seen = Seen()
+        take = partial(_take, results, seen, observe)
+        intake = Intake(
+            found, results, take, steps=parsed, elements=elements, seen=seen, shard=shard
+        )
+        _work(chosen, intake.candidates(), take)
         results.flush()
-        summary = Summary(folder, results.ledger.counts(), results.ledger.kinds(), intake.seen)
+        summary = Summary(folder, results.ledger.counts(), results.ledger.kinds(), seen)
+    if observe is not None:
+        observe(seen, None)
     summary.ranking = rank(folder, parsed)
     summary.report = write_report(folder)
     summary.seconds = time.perf_counter() - started
@@ -132,24 +139,24 @@ def rank(folder: Path, steps: Sequence[Any]) -> Path | None:
     return None if step is None else write_ranking(folder, best_rows(folder, step))
 
 
-def _work(
-    engine: Engine,
-    candidates: Iterator[Candidate],
-    results: Results,
-    seen: Seen,
-    observe: Callable[[Seen, Row | None], None] | None,
+def _take(
+    results: Results, seen: Seen, observe: Callable[[Seen, Row | None], None] | None, row: Row
 ) -> None:
+    results.add(row)
+    seen.rows += 1
+    seen.failed += row["status"] == "failed"
+    if observe is not None:
+        observe(seen, row)
+
+
+def _work(engine: Engine, candidates: Iterator[Candidate], take: Callable[[Row], None]) -> None:
     rows = engine.run(candidates)
     try:
         for row in rows:
-            results.add(row)
-            if observe is not None:
-                observe(seen, row)
+            take(row)
     finally:
         if isinstance(rows, Generator):
             rows.close()  # workers end before the folder is given back
-    if observe is not None:
-        observe(seen, None)
 
 
 def _stream(sources: Any) -> Iterable[Found]:

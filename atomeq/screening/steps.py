@@ -178,6 +178,7 @@ STEPS: dict[str, type[Step]] = {
 }
 _NAMES = {kind: name for name, kind in STEPS.items()}
 _REPEATABLE = ("filter",)
+_FIRST_OPTION = ("dedupe", "filter", "rank")  # dedupe: structure is short for {match: structure}
 
 DEFAULT_STEPS: tuple[str, ...] = ("validate", "dedupe", "relax", "properties", "rank")
 
@@ -237,8 +238,8 @@ def _parse(item: Any) -> Step:
         raise ValueError(f"there is no step {name!r}; steps are {', '.join(STEPS)}")
     kind = STEPS[name]
     known = [part.name for part in dataclasses.fields(kind)]
-    if not isinstance(options, Mapping) and len(known) and name in ("filter", "rank"):
-        options = {known[0]: options}  # filter: "energy < 0"
+    if not isinstance(options, Mapping) and len(known) and name in _FIRST_OPTION:
+        options = {known[0]: options}
     if not isinstance(options, Mapping):
         raise ValueError(f"options of {name} must be a mapping, not {options!r}")
     unknown = sorted(set(options) - set(known))

@@ -173,6 +173,27 @@ class RunCheckpoint(ModelCheckpoint):
             super().on_train_batch_end(trainer, pl_module, None, None, 0)
 
 
+def forget_scores(checkpoint: dict[str, Any], monitor: str = "val/loss") -> None:
+    """Take from a training checkpoint what was the best of a quantity, and how long ago.
+
+    For a run that goes on with another loss, whose values cannot be compared with earlier ones:
+    kept, a lower old score would leave the best checkpoint, early stopping and the schedule that
+    waits for a plateau where they are for good.
+
+    Args:
+        checkpoint: Changed in place, before callbacks and schedules are restored.
+        monitor: The quantity.
+    """
+    states: dict[str, dict[str, Any]] = checkpoint.get("callbacks", {})
+    for key in list(states):
+        watches = states[key].get("monitor", monitor if repr(monitor) in key else None)
+        if watches == monitor and {"best_model_score", "best_score"} & set(states[key]):
+            del states[key]
+    plateau = checkpoint.get("plateau")
+    if plateau is not None and plateau.get("monitor") == monitor:
+        plateau.update(best=plateau["mode_worse"], num_bad_epochs=0)
+
+
 class SavePotential(Callback):
     """Writes the best weights as a potential folder when the fit ends.
 

@@ -23,6 +23,7 @@ from atomeq.potential.potential import Potential
 from atomeq.potential.predictor import Predictor
 from atomeq.potential.references import AtomicReferences
 from atomeq.potential.scalar import ScalarPredictor
+from atomeq.training.callbacks import forget_scores
 from atomeq.training.losses import Loss, PotentialLoss, ScalarLoss
 from atomeq.training.metrics import ErrorMetric, PotentialErrors, ScalarErrors
 from atomeq.training.normalisation import fit_references, fit_scalar_references, take_weights
@@ -261,8 +262,9 @@ class AtomisticTask(LightningModule):
             self._rng_state = None
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the random state and the validation errors of these weights."""
+        """Add the random state, the loss and the validation errors of these weights."""
         checkpoint["rng_state"] = _get_rng_state()
+        checkpoint["loss"] = repr(self.loss)
         checkpoint["validation"] = dict(self.val_results)
         if self._plateau is not None:
             checkpoint["plateau"] = self._plateau.state_dict()
@@ -270,6 +272,10 @@ class AtomisticTask(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take what is restored when there are optimizers and training starts."""
         self._loaded = True
+        # Checkpoints of before this was written down say nothing, and are taken as they are.
+        if checkpoint.get("loss", repr(self.loss)) != repr(self.loss):
+            logger.info("the loss is another one: the lowest val/loss so far no longer counts")
+            forget_scores(checkpoint)
         self._rng_state = checkpoint.get("rng_state")
         self._plateau_state = checkpoint.get("plateau")
 

@@ -3,12 +3,14 @@
 Those of other tasks than potentials are fitted in tests/training.
 """
 
+import gzip
 import shutil
 from pathlib import Path
 
 import ase.io
 import numpy as np
 import pytest
+import torch
 import yaml
 from ase import Atoms
 from ase.build import bulk, molecule
@@ -58,7 +60,7 @@ def labelled(atoms: Atoms, n_structures: int) -> list[Atoms]:
 def generated_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with the names of the public sets and small structures of the same elements."""
     folder = tmp_path / "data"
-    for name in ("acac", "mvl_snap", "qm7", "qm9"):
+    for name in ("acac", "mvl_snap", "qm7", "qm9", "pcqm4mv2"):
         (folder / name).mkdir(parents=True)
     acid = labelled(molecule("CH3COOH"), 20)
     for name in ("train_300K", "test_MD_300K", "test_MD_600K"):
@@ -70,6 +72,10 @@ def generated_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         del atoms.calc.results["forces"]  # QM7 has none
     ase.io.write(folder / "qm7" / "qm7.extxyz.gz", energies_only)
     write_archive(folder / "qm9", repeats=5)
+    with gzip.open(folder / "pcqm4mv2" / "data.csv.gz", "wt") as table:
+        table.write("idx,smiles,homolumogap\n" + "".join(f"{k},CC=O,{k}\n" for k in range(20)))
+    parts = {"train": np.arange(16), "valid": np.arange(16, 18), "test-dev": np.arange(18, 20)}
+    torch.save(parts, folder / "pcqm4mv2" / "split_dict.pt")
     monkeypatch.setenv("ATOMEQ_DATA", str(folder))
     return folder
 

@@ -14,7 +14,7 @@ from ase import Atoms
 
 from atomeq.data import molecule_download
 from atomeq.data.ase_files import DataError, LabelKeys, read_structures
-from atomeq.data.datamodule import AtomisticDataModule
+from atomeq.data.datamodule import AtomisticDataModule, Split, split_indices
 from atomeq.data.molecule_download import MOLECULE_SETS, MoleculeSet, download_molecules
 from atomeq.data.molecule_files import reader_of
 from atomeq.data.molecules import NO_GEOMETRY
@@ -106,6 +106,52 @@ def test_pcqm4mv2_joins_geometries_and_table(pcqm: Path):
     assert INFO_KEY in thiophene.info
 
 
+def split_dict(path: Path, parts: dict[str, list[int]], *, old: bool = True) -> Path:
+    """Write OGB's file: NumPy arrays, pickled when NumPy's core had no underscore."""
+    arrays = {name: np.array(rows) for name, rows in parts.items()}
+    torch.save(arrays, path, pickle_protocol=2)
+    if old:
+        with zipfile.ZipFile(path) as archive:
+            content = {name: archive.read(name) for name in archive.namelist()}
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, stored in content.items():
+                archive.writestr(name, stored.replace(b"numpy._core.", b"numpy.core."))
+    return path
+
+
+PARTS = {"train": [0, 3], "valid": [1], "test-dev": [2], "test-challenge": [4]}
+
+
+@pytest.mark.parametrize("old", [True, False])
+def test_pcqm4mv2_is_divided_as_published(pcqm: Path, old: bool):
+    table = pcqm.with_name("data.csv.gz")
+    with gzip.open(table, "at") as stream:
+        stream.write("3,CCO,7.5\n4,C,\n")
+    path = split_dict(table.with_name("split_dict.pt"), PARTS, old=old)
+    data = AtomisticDataModule(
+        str(table), split=Split(file=str(path)), labels=LabelKeys(scalar="gap")
+    )
+    data.use_builder(HyperGraph(0.5))
+    data.setup("fit")
+    assert data.train_set is not None
+    assert data.val_set is not None
+    assert [float(graph.scalar) for graph in data.train_set.graphs] == [4.0, 7.5]
+    assert [graph.n_atoms for graph in data.val_set.graphs] == [7]
+    with pytest.raises(DataError, match="nothing to test"):
+        data.setup("test")
+
+
+def test_split_files_execute_nothing(tmp_path: Path):
+    class Trap:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "executed",))
+
+    torch.save({"train": Trap(), "valid": Trap()}, tmp_path / "split_dict.pt")
+    with pytest.raises(DataError, match=r"split_dict\.pt is not"):
+        split_indices(3, Split(file=str(tmp_path / "split_dict.pt")))
+    assert not (tmp_path / "executed").exists()
+
+
 def test_smiles_alone_have_a_hypergraph_and_no_geometry(pcqm: Path):
     structures = read(pcqm.with_name("data.csv.gz"))
     assert [len(atoms) for atoms in structures] == [9, 7, 3]
@@ -164,6 +210,7 @@ def test_downloads_are_checked_and_the_table_is_taken_out(tmp_path: Path, monkey
     source.mkdir()
     with zipfile.ZipFile(source / "set.zip", "w") as archive:
         archive.writestr("pcqm4m-v2/raw/data.csv.gz", b"table")
+        archive.writestr("pcqm4m-v2/split_dict.pt", b"split")
     (source / "known.txt").write_bytes(b"abc")
     known = Archive("nowhere/1", "900150983cd24fb0d6963f7d28e17f72", "3 B", name="known.txt")
     toy = MoleculeSet("CC0", (Archive("nowhere/set.zip", None, "1 kB"), known))
@@ -171,6 +218,7 @@ def test_downloads_are_checked_and_the_table_is_taken_out(tmp_path: Path, monkey
     folder = tmp_path / "data"
     first, second = download_molecules("toy", folder, source=source.as_uri())
     assert (folder / "toy" / "data.csv.gz").read_bytes() == b"table"
+    assert (folder / "toy" / "split_dict.pt").read_bytes() == b"split"
     assert second.read_bytes() == b"abc"
     # The sum of the first download is kept, and holds later ones.
     first.write_bytes(b"something else")

@@ -1,12 +1,19 @@
 """EquiHGNN's own promises: no molecule knows its batch, small ones are fine, checkpoints nest."""
 
+from functools import partial
+from pathlib import Path
+
+import ase.io
 import numpy as np
 import pytest
 import torch
 from ase import Atoms
 from ase.build import molecule
+from ase.calculators.emt import EMT
+from lightning.pytorch import Callback, Trainer
 from scipy.spatial.transform import Rotation
 
+from atomeq.data.datamodule import AtomisticDataModule
 from atomeq.graph.builders import HyperGraph, RadiusGraph
 from atomeq.graph.hyperedges import INFO_KEY, fix_topology
 from atomeq.models.base import AtomisticModel
@@ -20,6 +27,7 @@ from atomeq.models.frame_averaged import FrameAveraged
 from atomeq.models.segno import SEGNO
 from atomeq.potential.checkpoint import load_potential, save_potential
 from atomeq.potential.potential import Potential
+from atomeq.training.task import AtomisticTask
 
 SMALL = ["H", "H2", "H2O", "CH4", "C6H6", "CH3CONH2"]
 
@@ -84,6 +92,61 @@ def test_batch_equals_single(layer: str, encoder: str):
         np.testing.assert_allclose(together[key], expected, rtol=0, atol=1e-12)
 
 
+def labelled_molecules(path: Path) -> Path:
+    """Molecules of several sizes with energies and forces of EMT."""
+    frames = []
+    for k, name in enumerate(["H2O", "CH4", "CH3OH", "NH3", "C2H4", "HCN"]):
+        atoms = molecule(name)
+        atoms.rattle(0.05, seed=k)
+        atoms.calc = EMT()
+        atoms.get_forces()
+        frames.append(atoms)
+    ase.io.write(path, frames)
+    return path
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # Lightning's own use of PyTorch
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+@pytest.mark.filterwarnings("ignore:The number of training batches")
+@pytest.mark.parametrize("encoder", ["egnn", "segno", "faenet", "escn", "equiformer_v2"])
+def test_fit_steps_reach_encoder_and_hypergraph(tmp_path: Path, encoder: str):
+    """Energies and forces of a batch of molecules train every weight that the energy stands on."""
+    torch.manual_seed(0)
+    model = EquiHGNN(small_encoder(encoder), num_layers=2, hidden_channels=8)
+    task = AtomisticTask(model, optimizer=partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.0))
+    data = AtomisticDataModule(train=labelled_molecules(tmp_path / "set.extxyz"), max_structures=6)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    losses = LossRecorder()
+    trainer = Trainer(
+        max_epochs=12,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+        callbacks=losses,
+    )
+    trainer.fit(task, datamodule=data)
+    assert losses.values[-1] < 0.9 * losses.values[0]
+    graph = task.potential.build_graph([molecule("CH3OH"), molecule("H2O")])
+    task.potential(graph, ("energy",))["energy"].sum().backward()
+    used = [name for name, p in model.named_parameters() if p.grad is not None]
+    assert {"encoder", "projection", "convolutions", "energy"} <= {n.split(".")[0] for n in used}
+    unmoved = [n for n in used if torch.equal(before[n], dict(model.named_parameters())[n])]
+    assert not unmoved
+
+
+class LossRecorder(Callback):
+    """Keeps the training loss of each step."""
+
+    def __init__(self) -> None:
+        self.values: list[float] = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        self.values.append(float(outputs["loss"]))
+
+
 def test_a_graph_without_geometry_sees_the_topology_alone():
     potential = generic_potential("none")
     left, right = molecule("CH3CH2OH"), molecule("CH3OCH3")
@@ -107,7 +170,7 @@ def test_hyperedges_count(layer: str):
     assert abs(energies[0] - energies[1]) > 1e-6
 
 
-@pytest.mark.parametrize("encoder", ["egnn", "escn", "faenet", "equiformer_v2"])
+@pytest.mark.parametrize("encoder", ["egnn", "segno", "escn", "faenet", "equiformer_v2"])
 def test_laws_hold_with_hyperedges(encoder: str):
     potential = generic_potential(encoder)
     atoms = molecule("CH3CONH2")

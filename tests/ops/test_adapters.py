@@ -32,7 +32,7 @@ ADAPTERS = ["e3nn", "cuequivariance", "openequivariance"]
 OPERATIONS = [
     name
     for name, value in vars(Backend).items()
-    if not name.startswith("_") and callable(value) and name != "refusal"
+    if not name.startswith("_") and callable(value) and name not in ("refusal", "by_torch")
 ]
 
 installed = {

@@ -18,6 +18,7 @@ from atomeq.ops.registered.escn_conv import (
     escn_conv_gradient,
     escn_conv_second_gradient,
 )
+from atomeq.ops.registered.row_scale import row_products, scaled_rows
 from atomeq.ops.registered.so2_map import so2_forward, so2_transposed, so2_weight_gradient
 from atomeq.ops.registered.so2_shape import SO2Shape
 from atomeq.ops.wigner import block_diagonal, build_edge_frame, wigner_matrices
@@ -114,11 +115,23 @@ def test_so2_maps_pass_gradcheck_and_gradgradcheck(chiral: bool) -> None:
     weights, sizes = so2_weights(chiral), list(SHAPE)
     rows, grad = random(2, SHAPE.n_rows * SHAPE.c_in), random(2, SHAPE.width)
     complex_ = [False, chiral]
-    assert_gradients(lambda x, *w: so2_forward(x, list(w), sizes, "cpu"), rows, *weights)
+    bias = random(SHAPE.n_biases)
+    assert_gradients(
+        lambda x, b, *w: so2_forward(x, list(w), b, sizes, "cpu"), rows, bias, *weights
+    )
     assert_gradients(lambda g, *w: so2_transposed(g, list(w), sizes, "cpu"), grad, *weights)
     assert_gradients(
         lambda x, g: tuple(so2_weight_gradient(x, g, complex_, sizes, "cpu")), rows, grad
     )
+
+
+def test_radial_factors_pass_gradcheck_and_gradgradcheck() -> None:
+    sizes, width = list(SHAPE), SHAPE.n_rows * SHAPE.c_in
+    rows, other, scale = random(2, width), random(2, width), random(2, SHAPE.n_scales)
+    assert_gradients(lambda x, s: scaled_rows(x, s, sizes, "cpu"), rows, scale)
+    assert_gradients(lambda x, y: row_products(x, y, sizes, "cpu"), rows, other)
+    torch.library.opcheck(scaled_rows, (rows, scale, sizes, "cpu"))
+    torch.library.opcheck(row_products, (rows, other, sizes, "cpu"))
 
 
 def layer_function(layer: EdgeLayer, *, recompute: bool = False) -> tuple[Function, list[Tensor]]:
@@ -168,7 +181,7 @@ def test_operations_are_registered_as_torch_expects(
     check(torque, (x, rows, vectors, wigner, indices, none, *last))
     weights, sizes = so2_weights(True), list(SHAPE)
     rows, grad = random(2, SHAPE.n_rows * SHAPE.c_in), random(2, SHAPE.width)
-    check(so2_forward, (rows, weights, sizes, "cpu"))
+    check(so2_forward, (rows, weights, random(SHAPE.n_biases), sizes, "cpu"))
     check(so2_transposed, (grad, weights, sizes, "cpu"))
     check(so2_weight_gradient, (rows, grad, [False, True], sizes, "cpu"))
     given = layer_arguments(EdgeLayer(1, 1))

@@ -150,6 +150,55 @@ def test_so2_products_agree_with_one_dense_matrix(
     assert relative(back.double(), grad.double() @ dense) <= bar
 
 
+@pytest.mark.parametrize("keep", [True, False], ids=["kept", "gates alone"])
+@pytest.mark.parametrize("precision", ["highest", "medium"])
+@pytest.mark.parametrize(("lmax", "mmax", "c_out"), [(2, 2, 16), (1, 0, 48), (0, 0, 16)])
+def test_gates_opened_while_writing_are_those_opened_afterwards(
+    lmax: int, mmax: int, c_out: int, precision: str, keep: bool
+) -> None:
+    from atomeq.ops.backends.triton import so2
+    from atomeq.ops.backends.triton.gate import TritonGate
+
+    shape = SO2Shape(lmax, mmax, 16, c_out, lmax * c_out)
+    weights = [
+        torch.randn(*((2,) if block.order == 2 else ()), *sizes(block), device=DEVICE) / 4
+        for block in shape.blocks
+    ]
+    rows = torch.randn(21, shape.n_rows * shape.c_in, device=DEVICE)
+    so2_map = so2.TritonSO2Map(weights, shape)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        expected = so2_map.forward(rows, rows.new_empty(21, shape.width))
+        y = torch.zeros_like(expected)
+        found = so2_map.gated(rows, y, keep=keep)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    written = slice(None) if keep or lmax == 0 else slice(0, shape.n_scalars)
+    assert relative(y[:, written], expected[:, written]) <= SINGLE
+    assert keep or lmax == 0 or not y[:, shape.n_scalars :].any()
+    value = TritonGate(expected, lmax, mmax, c_out).value()
+    bar = SINGLE if found.dtype == torch.float32 else HALF
+    assert (found.dtype == torch.bfloat16) == (precision == "medium" and lmax > 0)
+    assert relative(found.float(), value) <= bar
+
+
+def test_radial_factors_meet_the_rows_of_both_signs() -> None:
+    from atomeq.ops.backends.cpu.edge import CPUEdgeKernels
+    from atomeq.ops.backends.triton.edge import TritonEdgeKernels
+
+    for lmax, mmax in ((0, 0), (3, 2), (6, 6)):
+        shape = SO2Shape(lmax, mmax, 16, 16, 0)
+        rows, other = torch.randn(2, 9, shape.n_rows * 16)
+        scale = torch.randn(9, shape.n_scales)
+        given = [tensor.to(DEVICE) for tensor in (rows, other, scale)]
+        kernels, truth = TritonEdgeKernels(), CPUEdgeKernels()
+        scaled = kernels.scaled_rows(given[0], given[2], shape).cpu()
+        products = kernels.row_products(given[0], given[1], shape).cpu()
+        assert relative(scaled, truth.scaled_rows(rows, scale, shape)) <= SINGLE
+        assert relative(products, truth.row_products(rows, other, shape)) <= SINGLE
+
+
 @pytest.fixture
 def halved() -> Iterator[None]:
     before = torch.get_float32_matmul_precision()
@@ -182,6 +231,15 @@ def test_medium_precision_rounds_the_operands_of_so2_products_and_nothing_else(
     assert relative(back, to_half(grad).double() @ rounded) <= SINGLE
     assert SINGLE < relative(forward, rows.double() @ exact.T) <= HALF
     assert SINGLE < relative(back, grad.double() @ exact) <= HALF
+
+
+@pytest.mark.usefixtures("halved")
+def test_layer_of_medium_precision_keeps_the_bar_of_bfloat16() -> None:
+    layer = on_device(EdgeLayer(2, 1, channels=16, hidden=16, dtype=torch.float32, chiral=True))
+    found = layer("triton")
+    truth = on_device(EdgeLayer(2, 1, channels=16, hidden=16, chiral=True))
+    bar = HALF if DEVICE == "cuda" else 2 * HALF  # the interpreter cuts off: see to_half
+    assert SINGLE < relative(found.double(), truth("reference")) <= bar
 
 
 def to_half(x: torch.Tensor) -> torch.Tensor:

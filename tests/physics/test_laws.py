@@ -8,9 +8,11 @@ import pytest
 import torch
 from ase import Atoms
 from ase.build import make_supercell
+from bonded import BondedHyperGraph
 from scipy.spatial.transform import Rotation
 from structures import RATTLED, rattled_crystal, rattled_molecule
 
+from atomeq.graph.builders import HyperGraph
 from atomeq.potential.potential import Potential
 
 EXACT = 1e-10  # float64 rounding through a network of some layers, relative to values of order one
@@ -228,6 +230,18 @@ def test_gradient_of_a_force_loss_is_its_derivative_along_any_weight(potential):
     near, far = values[0] - values[1], values[2] - values[3]
     difference = float(8 * near - far) / (12 * step)
     assert slope == pytest.approx(difference, rel=1e-5)
+
+
+def test_hyperedges_count_where_there_are_some(potential, structure):
+    """Else the laws would say nothing about them."""
+    if not isinstance(potential._builder, BondedHyperGraph):
+        assert not int(potential.build_graph(structure).get("num_hyperedges", torch.zeros(1)).sum())
+        return
+    graph = potential.build_graph(structure)
+    assert int(graph.num_hyperedges) > len(structure)
+    bare = HyperGraph(potential.cutoff, perceive=False)(structure)
+    energies = [float(potential(one, ("energy",))["energy"].detach()) for one in (graph, bare)]
+    assert abs(energies[0] - energies[1]) > 1e-6
 
 
 def test_exemptions_name_laws_that_are_tested(potential):

@@ -235,6 +235,33 @@ def test_shards_together_are_the_whole(tmp_path):
     assert len(list(read_rows(tmp_path / "out"))) == len(rows_of(tmp_path / "out")) == 10
 
 
+def test_a_near_copy_is_in_the_shard_of_its_original(tmp_path):
+    """Their content hashes differ, and each shard knows its own structures only."""
+    originals = crystals(4)
+    copies = [atoms.repeat((2, 1, 1)) for atoms in originals]
+    source = write(tmp_path / "in", originals + copies) / "s.extxyz"
+    options = {"out": tmp_path / "out", "steps": [{"dedupe": "structure"}]}
+    for k in range(2):
+        screen(source, potential(), **options, shard=(k, 2))
+    statuses = [row["status"] for row in read_rows(tmp_path / "out")]
+    assert sorted(statuses) == ["done"] * 4 + ["duplicate"] * 4
+
+
+def test_rows_are_observed_whoever_made_them(tmp_path):
+    found = [Found("a", crystal()), Found("b", None, "broken"), Found("c", crystal())]
+    seen = []
+    screen(
+        iter(found),
+        potential(),
+        out=tmp_path,
+        steps=["dedupe", "single_point"],
+        observe=lambda now, row: seen.append((now.rows, now.failed, row and row["status"])),
+    )
+    assert [count for count, _, _ in seen] == [1, 2, 3, 3]
+    assert {status for _, _, status in seen} == {"done", "failed", "duplicate", None}
+    assert seen[-1] == (3, 1, None)
+
+
 def test_settings_and_shards_are_refused_at_the_door(tmp_path):
     with pytest.raises(ValueError, match="0 <= k < n"):
         screen([], potential(), out=tmp_path / "o", shard=(2, 2))

@@ -179,6 +179,12 @@ def test_partial_occupancy_is_refused_not_guessed(tmp_path):
     assert second.atoms is not None
 
 
+def test_a_document_of_something_else_is_one_failure(tmp_path):
+    write_json(tmp_path / "notes.json", {"author": {"name": "A"}, "year": {"of": 1}})
+    (found,) = read_sources([tmp_path / "notes.json"])
+    assert "holds no structure; its keys are author, year" in found.error
+
+
 def test_sources_are_refused_at_the_door(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nowhere\.cif"):
         read_sources([tmp_path / "nowhere.cif"])

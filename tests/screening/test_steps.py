@@ -62,10 +62,16 @@ def test_filter_names_the_value_that_is_missing():
 
 
 def test_described_steps_parse_to_themselves():
-    given = ["validate", {"relax": {"cell": True}}, {"filter": "energy < 0"}, {"rank": "volume"}]
+    given = [
+        "validate",
+        {"dedupe": "structure"},
+        {"relax": {"cell": True}},
+        {"filter": "energy < 0"},
+        {"rank": "volume"},
+    ]
     steps = parse_steps(given)
     assert parse_steps(describe_steps(steps)) == steps
-    assert describe_steps(steps)[1]["relax"]["fmax"] == 0.03
+    assert describe_steps(steps)[2]["relax"]["fmax"] == 0.03
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,36 @@ def test_last_checkpoint_follows_a_run_that_does_not_improve(tmp_path: Path, exp
     assert checkpoint(tmp_path / "run", "last")["epoch"] == 2
 
 
+def scores(saved: dict) -> dict[str, float]:
+    """The lowest val/loss so far, as each of those who wait for a lower one remembers it."""
+    found = {
+        key.partition("{")[0]: float(state[name])
+        for key, state in saved["callbacks"].items()
+        for name in ("best_model_score", "best_score")
+        if name in state
+    }
+    return found | {"plateau": saved["plateau"]["best"]}
+
+
+def test_scores_of_another_loss_do_not_count(tmp_path: Path, experiment: Path):
+    """A run that goes on with a larger loss never beats the old scores, and must not have to."""
+    plateau = "lightning.pytorch.cli.ReduceLROnPlateau"
+    words = ["fit", "-c", str(experiment), f"--model.scheduler={plateau}"]
+    words += ["--model.scheduler.monitor=val/loss", "--trainer.callbacks+=EarlyStopping"]
+    words += ["--trainer.callbacks.monitor=val/loss"]
+    main([*words, "--trainer.max_epochs=2"])
+    old = scores(checkpoint(tmp_path / "run"))
+    assert set(old) == {"RunCheckpoint", "EarlyStopping", "plateau"}
+    main([*words, "--ckpt_path=last", "--trainer.max_epochs=3"])
+    kept = scores(checkpoint(tmp_path / "run"))
+    assert all(kept[name] <= old[name] for name in old)
+    larger = [f"--model.loss.{part}=1000.0" for part in ("energy", "forces", "stress")]
+    main([*words, "--ckpt_path=last", "--trainer.max_epochs=4", *larger])
+    new = scores(checkpoint(tmp_path / "run"))
+    assert all(new[name] > 10 * old[name] for name in old)
+    assert checkpoint(tmp_path / "run", "best")["epoch"] == 3
+
+
 @pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # Lightning's own use of PyTorch
 def test_validation_sees_the_average(tmp_path: Path, experiment: Path, monkeypatch):
     seen: list[dict[str, torch.Tensor]] = []

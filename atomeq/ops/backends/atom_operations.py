@@ -9,6 +9,7 @@ from atomeq.ops.registered.coupling import couple
 from atomeq.ops.registered.harmonics import harmonics
 from atomeq.ops.registered.segments import segment_softmax, segment_total
 from atomeq.ops.registered.sphere import sphere_form
+from atomeq.ops.specification import OpSpec
 from atomeq.ops.sphere_grid import SphereGrid
 
 # Which kernels serve an operation.
@@ -30,10 +31,12 @@ class AtomOperations:
         kernels: Name of the kernel set.
     """
 
-    by_torch: frozenset[str] = frozenset()
-
     def __init__(self, kernels: str) -> None:
         self.name = kernels
+
+    def by_torch(self, spec: OpSpec) -> bool:
+        """Nothing that is served: these are kernels."""
+        return False
 
     def spherical_harmonics(
         self, vectors: Tensor, lmax: int, normalization: Normalization, normalize: bool

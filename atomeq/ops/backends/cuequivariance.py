@@ -40,7 +40,6 @@ class CuEquivarianceBackend:
     """cuEquivariance; see :class:`~atomeq.ops.dispatch.Backend` for what each method does."""
 
     name = "cuequivariance"
-    by_torch: frozenset[str] = frozenset()
 
     def refusal(self, spec: OpSpec) -> str | None:
         """Return None for float32 and float64 harmonics and products that its kernels serve."""
@@ -57,6 +56,10 @@ class CuEquivarianceBackend:
         if spec.device.type == "cpu":
             return None
         return _cuda_refusal(spec)
+
+    def by_torch(self, spec: OpSpec) -> bool:
+        """No: its own kernels serve, or on a CPU its own einsums."""
+        return False
 
     def spherical_harmonics(
         self, vectors: Tensor, lmax: int, normalization: Normalization, normalize: bool

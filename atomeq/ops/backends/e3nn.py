@@ -32,7 +32,6 @@ class E3nnBackend:
     """e3nn; see :class:`~atomeq.ops.dispatch.Backend` for what each method does."""
 
     name = "e3nn"
-    by_torch: frozenset[str] = frozenset()
 
     def refusal(self, spec: OpSpec) -> str | None:
         """Return None for harmonics and Clebsch-Gordan products up to degree 11."""
@@ -43,6 +42,10 @@ class E3nnBackend:
         if spec.lmax > HIGHEST_DEGREE:
             return f"e3nn ends at degree {HIGHEST_DEGREE}, this call has lmax={spec.lmax}"
         return None
+
+    def by_torch(self, spec: OpSpec) -> bool:
+        """No: e3nn's own code serves."""
+        return False
 
     def spherical_harmonics(
         self, vectors: Tensor, lmax: int, normalization: Normalization, normalize: bool

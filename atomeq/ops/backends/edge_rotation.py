@@ -12,6 +12,7 @@ and three numbers per edge replace the gradient of a matrix. Each backward pass 
 the same functions and plain torch, so it can be differentiated any number of times.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -69,11 +70,11 @@ class _RotateEdges(Function):
             if ctx.needs_input_grad[0]:
                 grad_x = _RotateEdges.apply(grad, vectors, wigner, ctx.lmax, False)
             if ctx.needs_input_grad[1]:
-                grad_vectors = _turn(_torque(grad, lab, ctx.lmax), vectors)
+                grad_vectors = _turn(torque_of(grad, lab, ctx.lmax), vectors)
         elif any(ctx.needs_input_grad[:2]):
             grad_x = rotate_back(grad, vectors, wigner, ctx.lmax)
             if ctx.needs_input_grad[1]:
-                grad_vectors = _turn(_torque(lab, grad_x, ctx.lmax), vectors)
+                grad_vectors = _turn(torque_of(lab, grad_x, ctx.lmax), vectors)
         return grad_x, grad_vectors, None, None, None
 
 
@@ -89,8 +90,8 @@ class _GatherRotate(Function):
         channels = len(indices) * x.shape[2]
         rotated = x.new_empty(*wigner.shape[:2], channels)
         for part in blocks(len(rotated), x.shape[1] * channels, x.device):
-            gathered = _gather(x, tuple(index[part] for index in indices))
-            torch.bmm(wigner[part], gathered, out=rotated[part])
+            members = gathered(x, tuple(index[part] for index in indices))
+            torch.bmm(wigner[part], members, out=rotated[part])
         return rotated
 
     @staticmethod
@@ -100,10 +101,10 @@ class _GatherRotate(Function):
         lab_grad = rotate_back(grad, vectors, wigner, ctx.lmax)  # (n_edges, n_sph, channels)
         grad_x = grad_vectors = None
         if ctx.needs_input_grad[0]:
-            grad_x = _scatter(lab_grad, indices, x.shape[0])
+            grad_x = scattered(lab_grad, indices, x.shape[0])
         if ctx.needs_input_grad[1]:
             # <x, X h> = -<h, X x>: the generators are antisymmetric.
-            grad_vectors = _turn(_torque(_gather(x, indices), lab_grad, ctx.lmax), vectors)
+            grad_vectors = _turn(torque_of(gathered(x, indices), lab_grad, ctx.lmax), vectors)
         return grad_x, grad_vectors, None, None, *(None for _ in indices)
 
 
@@ -141,7 +142,7 @@ class _RotateScatter(Function):
             lab_grad = grad.index_select(0, target)  # one gather serves both
             if needs_rows:
                 grad_y = _RotateEdges.apply(lab_grad, vectors, wigner, ctx.lmax, False)
-            torque = _torque(lab_grad, rotate_back(y, vectors, wigner, ctx.lmax), ctx.lmax)
+            torque = torque_of(lab_grad, rotate_back(y, vectors, wigner, ctx.lmax), ctx.lmax)
             if envelope is not None:
                 torque = torque * envelope[:, None]
             grad_vectors = _turn(torque, vectors)
@@ -154,12 +155,16 @@ class _RotateScatter(Function):
         return grad_y, grad_vectors, grad_envelope, None, None, None, None
 
 
-def _gather(x: Tensor, indices: tuple[Tensor, ...] | list[Tensor]) -> Tensor:
+def gathered(x: Tensor, indices: Sequence[Tensor]) -> Tensor:
+    """Return the atoms at each index, joined along the channels; x itself without any."""
+    if not indices:
+        return x
     parts = [x.index_select(0, index) for index in indices]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
-def _scatter(x: Tensor, indices: tuple[Tensor, ...] | list[Tensor], n_atoms: int) -> Tensor:
+def scattered(x: Tensor, indices: Sequence[Tensor], n_atoms: int) -> Tensor:
+    """Sum on the atoms at each index its part of the channels: the transpose of a gather."""
     channels = x.shape[-1] // len(indices)
     total = x.new_zeros(n_atoms, x.shape[1], channels)
     for index, part in zip(indices, x.split(channels, dim=-1), strict=True):
@@ -167,7 +172,7 @@ def _scatter(x: Tensor, indices: tuple[Tensor, ...] | list[Tensor], n_atoms: int
     return total
 
 
-def _torque(h: Tensor, x: Tensor, lmax: int) -> Tensor:
+def torque_of(h: Tensor, x: Tensor, lmax: int) -> Tensor:
     """Return <h, X_k x> for the three generators, (n_edges, 3)."""
     return _Torque.apply(h, x, lmax)  # type: ignore[no-any-return]
 

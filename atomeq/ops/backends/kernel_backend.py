@@ -6,8 +6,9 @@ from torch import Tensor
 from atomeq.ops.backends.atom_operations import ATOM_TOPICS, AtomOperations
 from atomeq.ops.edge_frame import EdgeFrame
 from atomeq.ops.registered import edge_rotation, escn_conv, so2_map, wigner
-from atomeq.ops.registered.kernel_sets import edge_kernels, refusal
-from atomeq.ops.registered.so2_shape import SO2Shape, scale_by_row
+from atomeq.ops.registered.kernel_sets import refusal, wants_segments
+from atomeq.ops.registered.row_scale import scale_by_row
+from atomeq.ops.registered.so2_shape import SO2Shape
 from atomeq.ops.specification import OpSpec
 
 _EDGE_OPS = ("rotate_to_edge", "rotate_from_edge", "so2_linear", "escn_conv")
@@ -63,7 +64,7 @@ class KernelBackend(AtomOperations):
         n_scalars = weights[0].shape[0] - (lmax + 1) * c_out
         shape = SO2Shape(lmax, mmax, x.shape[2], c_out, n_scalars)
         if scale is not None:
-            x = scale_by_row(x, scale, shape)
+            x = scale_by_row(x, scale, shape, self.name)
         return so2_map.so2_map(x, _views(weights), shape, bias, self.name)
 
     def escn_conv(
@@ -95,7 +96,7 @@ class KernelBackend(AtomOperations):
         return total
 
     def _segments(self, frame: EdgeFrame, indices: tuple[Tensor, ...]) -> list[Tensor]:
-        if not edge_kernels(self.name).wants_segments:
+        if not wants_segments("edge", self.name):
             return []
         return [part for index in indices for part in frame.segments(index)]
 

@@ -28,7 +28,6 @@ class OpenEquivarianceBackend:
     """OpenEquivariance; see :class:`~atomeq.ops.dispatch.Backend` for what each method does."""
 
     name = "openequivariance"
-    by_torch: frozenset[str] = frozenset()
 
     def refusal(self, spec: OpSpec) -> str | None:
         """Return None for weighted uvu convolutions in float32 and float64 on CUDA."""
@@ -45,6 +44,10 @@ class OpenEquivarianceBackend:
         if not spec.weighted:
             return "its paths must have weights"
         return _condition_refusal(spec)
+
+    def by_torch(self, spec: OpSpec) -> bool:
+        """No: its own kernels serve."""
+        return False
 
     def cg_conv(
         self,

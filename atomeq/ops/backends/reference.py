@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from atomeq.ops.backends import traced_rotation
 from atomeq.ops.backends.blocks import blocks
 from atomeq.ops.backends.edge_rotation import gather_rotate, rotate_back, rotate_scatter
 from atomeq.ops.backends.sphere_silu import silu_on_grid
@@ -27,11 +28,14 @@ class ReferenceBackend:
     """Plain torch; see :class:`~atomeq.ops.dispatch.Backend` for what each method does."""
 
     name = "reference"
-    by_torch: frozenset[str] = frozenset()
 
     def refusal(self, spec: OpSpec) -> str | None:
         """Return None: everything is served."""
         return None
+
+    def by_torch(self, spec: OpSpec) -> bool:
+        """All of it."""
+        return True
 
     def spherical_harmonics(
         self, vectors: Tensor, lmax: int, normalization: Normalization, normalize: bool
@@ -46,12 +50,16 @@ class ReferenceBackend:
 
     def rotate_to_edge(self, x: Tensor, frame: EdgeFrame, indices: tuple[Tensor, ...]) -> Tensor:
         """Gather by each index, join the channels, rotate into the edge frames."""
+        if torch.compiler.is_compiling():
+            return traced_rotation.rotate_to_edge(x, frame, indices)
         return gather_rotate(x, frame.vectors, frame.wigner, frame.lmax, indices)
 
     def rotate_from_edge(
         self, y: Tensor, frame: EdgeFrame, envelope: Tensor | None, total: bool
     ) -> Tensor:
         """Rotate back to the lab frame and, if total, sum on the targets."""
+        if torch.compiler.is_compiling():
+            return traced_rotation.rotate_from_edge(y, frame, envelope, total=total)
         if total:
             return rotate_scatter(
                 y, frame.vectors, envelope, frame.wigner, frame.lmax, frame.target, frame.n_atoms

@@ -16,7 +16,7 @@ from torch import Tensor
 from atomeq.ops.clebsch_gordan import Form
 from atomeq.ops.edge_frame import segments_of
 from atomeq.ops.paths import Mode, Path
-from atomeq.ops.registered.kernel_sets import coupling_kernels
+from atomeq.ops.registered.kernel_sets import coupling_kernels, wants_segments
 from atomeq.ops.registered.registration import registered
 
 ARGUMENTS = ("x", "y", "weights", "z")
@@ -56,7 +56,7 @@ def couple(
 
 def _segments(x: Tensor, ends: list[Tensor], n_targets: int, kernels: str) -> list[Tensor]:
     """Sort the edges once for the product and all its derivatives, if the kernels want that."""
-    if not ends or not coupling_kernels(kernels).wants_segments:
+    if not ends or not wants_segments("coupling", kernels):
         return []
     found = [*segments_of(ends[1], n_targets)]
     if x.requires_grad:  # only the derivative by x sums on the sources

@@ -97,10 +97,15 @@ class EdgeBlock:
         return torch.nn.functional.linear(radial, weight, bias)
 
     def into(
-        self, x: Tensor, wigner: Tensor | None = None, *, scale: Tensor | None = None
+        self,
+        x: Tensor,
+        wigner: Tensor | None = None,
+        *,
+        scale: Tensor | None = None,
+        operand: bool = False,
     ) -> Tensor:
         """Return scale * W G x of both atoms, (n, n_rows * 2C)."""
-        return self._into(x, self.indices, wigner, scale)
+        return self._into(x, self.indices, wigner, scale, operand=operand)
 
     def into_target(self, x: Tensor, wigner: Tensor | None = None) -> Tensor:
         """Return W G x of the target atoms, (n, n_rows * C)."""
@@ -138,9 +143,9 @@ class EdgeBlock:
         """Return M_1 z."""
         return self._forward(0, z)
 
-    def second(self, a: Tensor) -> Tensor:
-        """Return M_2 a."""
-        return self._forward(1, a)
+    def second(self, a: Tensor, *, like: Tensor | None = None) -> Tensor:
+        """Return M_2 a, in the dtype of ``like`` if a is an operand."""
+        return self._forward(1, a, like)
 
     def first_back(self, grad: Tensor) -> Tensor:
         """Return M_1^T grad."""
@@ -150,9 +155,10 @@ class EdgeBlock:
         """Return M_2^T grad."""
         return self._transposed(1, grad)
 
-    def _forward(self, number: int, rows: Tensor) -> Tensor:
+    def _forward(self, number: int, rows: Tensor, like: Tensor | None = None) -> Tensor:
         shape = (self.layer.first, self.layer.second)[number]
-        return self.layer.maps[number].forward(rows, rows.new_empty(self.n, shape.width))
+        out = (rows if like is None else like).new_empty(self.n, shape.width)
+        return self.layer.maps[number].forward(rows, out)
 
     def _transposed(self, number: int, grad: Tensor) -> Tensor:
         shape = (self.layer.first, self.layer.second)[number]
@@ -160,12 +166,18 @@ class EdgeBlock:
         return self.layer.maps[number].transposed(grad, rows)
 
     def _into(
-        self, x: Tensor, indices: list[Tensor], wigner: Tensor | None, scale: Tensor | None
+        self,
+        x: Tensor,
+        indices: list[Tensor],
+        wigner: Tensor | None,
+        scale: Tensor | None,
+        *,
+        operand: bool = False,
     ) -> Tensor:
         wigner = self.wigner if wigner is None else wigner
         lmax, mmax = self.layer.first[:2]
         rows = self.layer.kernels.gather_rotate(
-            x, wigner, indices, lmax=lmax, mmax=mmax, scale=scale
+            x, wigner, indices, lmax=lmax, mmax=mmax, scale=scale, operand=operand
         )
         return rows.flatten(1)
 
@@ -210,10 +222,9 @@ def value(layer: EdgeLayer, *, keep: bool) -> tuple[Tensor, Tensor]:
     total = x.new_zeros(x.shape[0], n_sph, channels)
     kept = x.new_empty(layer.n_edges if keep else 0, layer.first.width)
     for block in layer.blocks():
-        y = block.first(block.into(x, scale=block.scale()))
-        if keep:
-            kept[block.part] = y
-        u = block.second(_gate(block, y).value())
+        rows = block.into(x, scale=block.scale(), operand=True)
+        y = kept[block.part] if keep else rows.new_empty(block.n, layer.first.width, dtype=x.dtype)
+        u = block.second(layer.maps[0].gated(rows, y, keep=keep), like=x)
         block.back_to_target(u, total, factor=block.edges("envelope"))
     return total, kept
 

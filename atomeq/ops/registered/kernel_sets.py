@@ -7,7 +7,7 @@ traced graph can carry, and found here when first asked for. A set need not have
 from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
-from typing import Protocol, cast
+from typing import Literal, Protocol, cast
 
 from torch import Tensor
 
@@ -20,6 +20,7 @@ from atomeq.ops.specification import OpSpec
 KERNELS: dict[tuple[str, str], str] = {
     ("edge", "cpu"): "atomeq.ops.backends.cpu.edge:CPUEdgeKernels",
     ("edge", "triton"): "atomeq.ops.backends.triton.edge:TritonEdgeKernels",
+    ("edge", "reference"): "atomeq.ops.backends.traced_rotation:ReferenceRotations",
     ("coupling", "triton"): "atomeq.ops.backends.triton.coupling:TritonCouplingKernels",
     ("coupling", "cpu"): "atomeq.ops.backends.cpu.coupling:CPUCouplingKernels",
     ("segment", "triton"): "atomeq.ops.backends.triton.segment:TritonSegmentKernels",
@@ -33,8 +34,19 @@ KERNELS: dict[tuple[str, str], str] = {
 class SO2Map(Protocol):
     """A linear map of an edge's rows, one matrix for each order; see :class:`SO2Shape`."""
 
-    def forward(self, rows: Tensor, out: Tensor) -> Tensor:
-        """Write M rows, (n_edges, n_rows * c_in) -> (n_edges, width), to ``out``; return it."""
+    def forward(self, rows: Tensor, out: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Write M rows, (n_edges, n_rows * c_in) -> (n_edges, width), to ``out``; return it.
+
+        The bias, if there is one, belongs to the first of the outputs, those of m = 0.
+        """
+        ...
+
+    def gated(self, rows: Tensor, out: Tensor, *, keep: bool) -> Tensor:
+        """Write y = M rows to ``out``; return SiLU of l = 0 and gated rows of l > 0, a(y).
+
+        The extra outputs are the gates. Unless ``keep``, whatever of y is not needed may stay
+        unwritten. What is returned may have the precision of a product's operands.
+        """
         ...
 
     def transposed(self, grad: Tensor, out: Tensor) -> Tensor:
@@ -84,11 +96,12 @@ class EdgeKernels(Protocol):
         lmax: int,
         mmax: int,
         scale: Tensor | None = None,
+        operand: bool = False,
     ) -> Tensor:
         """Return scale * W G x, (n_edges, n_rows, S * channels).
 
         ``scale`` (n_edges, sum over m of (lmax - m + 1) * S * channels) has m ascending; +m and -m
-        share theirs.
+        share theirs. An ``operand`` is read by a map alone and may have the precision of those.
         """
         ...
 
@@ -133,6 +146,14 @@ class EdgeKernels(Protocol):
         self, rows: Tensor, grad: Tensor, into: list[Tensor], shape: SO2Shape
     ) -> None:
         """Add the gradients of <grad, M rows> with respect to the weights to ``into``."""
+        ...
+
+    def scaled_rows(self, rows: Tensor, scale: Tensor, shape: SO2Shape) -> Tensor:
+        """Return s rows, (n_edges, n_rows * c_in), for factors s (n_edges, n_scales)."""
+        ...
+
+    def row_products(self, left: Tensor, right: Tensor, shape: SO2Shape) -> Tensor:
+        """Return the products of rows, summed over +m and -m, (n_edges, n_scales)."""
         ...
 
     def gate(self, y: Tensor, lmax: int, mmax: int, channels: int) -> GateKernel:
@@ -269,6 +290,14 @@ class SphereKernels(Protocol):
         others.
         """
         ...
+
+
+def wants_segments(topic: Literal["edge", "coupling"], name: str) -> bool:
+    """Return whether the kernels of a set want sorted edges; a constant of a traced graph."""
+    return (edge_kernels(name) if topic == "edge" else coupling_kernels(name)).wants_segments
+
+
+wants_segments._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see atomeq.ops.tables
 
 
 @cache

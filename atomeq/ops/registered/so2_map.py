@@ -6,21 +6,17 @@ so every gradient is made of the other two.
 
 from types import SimpleNamespace
 
-import torch
 from torch import Tensor
 
 from atomeq.ops.registered.kernel_sets import edge_kernels
 from atomeq.ops.registered.registration import registered
-from atomeq.ops.registered.so2_shape import SO2Shape
+from atomeq.ops.registered.so2_shape import SO2Shape, shape_of
 
 
-def _shape(sizes: list[int]) -> SO2Shape:
-    """Return the shape; a trace with symbolic sizes becomes one of these: they never change."""
-    return SO2Shape(*(int(size) for size in sizes))
-
-
-def _fake_forward(rows: Tensor, weights: list[Tensor], sizes: list[int], kernels: str) -> Tensor:
-    return rows.new_empty(rows.shape[0], _shape(sizes).width)
+def _fake_forward(
+    rows: Tensor, weights: list[Tensor], bias: Tensor | None, sizes: list[int], kernels: str
+) -> Tensor:
+    return rows.new_empty(rows.shape[0], shape_of(sizes).width)
 
 
 def _forward_gradient(
@@ -34,19 +30,26 @@ def _forward_gradient(
         found["weights"] = list(
             so2_weight_gradient(saved.rows, grad, complex_, saved.sizes, saved.kernels)
         )
+    if "bias" in wanted:
+        found["bias"] = grad[:, : shape_of(saved.sizes).n_biases].sum(0)
     return found
 
 
 @registered(fake=_fake_forward, gradient=_forward_gradient, only_for={"rows": ("weights",)})
-def so2_forward(rows: Tensor, weights: list[Tensor], sizes: list[int], kernels: str) -> Tensor:
-    """Return M rows, (n_edges, n_rows * c_in) -> (n_edges, width); sizes make an SO2Shape."""
-    shape = _shape(sizes)
+def so2_forward(
+    rows: Tensor, weights: list[Tensor], bias: Tensor | None, sizes: list[int], kernels: str
+) -> Tensor:
+    """Return M rows + bias, (n_edges, n_rows * c_in) -> (n_edges, width); sizes: an SO2Shape.
+
+    The bias is that of m = 0, whose outputs come first.
+    """
+    shape = shape_of(sizes)
     out = rows.new_empty(len(rows), shape.width)
-    return edge_kernels(kernels).so2_map(weights, shape).forward(rows.contiguous(), out)
+    return edge_kernels(kernels).so2_map(weights, shape).forward(rows.contiguous(), out, bias)
 
 
 def _fake_transposed(grad: Tensor, weights: list[Tensor], sizes: list[int], kernels: str) -> Tensor:
-    shape = _shape(sizes)
+    shape = shape_of(sizes)
     return grad.new_empty(grad.shape[0], shape.n_rows * shape.c_in)
 
 
@@ -55,7 +58,7 @@ def _transposed_gradient(
 ) -> dict[str, Tensor | list[Tensor] | None]:
     found: dict[str, Tensor | list[Tensor] | None] = {}
     if "grad" in wanted:
-        found["grad"] = so2_forward(cotangent, saved.weights, saved.sizes, saved.kernels)
+        found["grad"] = so2_forward(cotangent, saved.weights, None, saved.sizes, saved.kernels)
     if "weights" in wanted:
         complex_ = [weight.ndim == 3 for weight in saved.weights]
         found["weights"] = list(
@@ -67,7 +70,7 @@ def _transposed_gradient(
 @registered(fake=_fake_transposed, gradient=_transposed_gradient, only_for={"grad": ("weights",)})
 def so2_transposed(grad: Tensor, weights: list[Tensor], sizes: list[int], kernels: str) -> Tensor:
     """Return M^T grad, (n_edges, width) -> (n_edges, n_rows * c_in)."""
-    shape = _shape(sizes)
+    shape = shape_of(sizes)
     out = grad.new_empty(len(grad), shape.n_rows * shape.c_in)
     return edge_kernels(kernels).so2_map(weights, shape).transposed(grad.contiguous(), out)
 
@@ -83,19 +86,19 @@ def _empty_weights(like: Tensor, complex_: list[bool], shape: SO2Shape) -> list[
 def _fake_weight_gradient(
     rows: Tensor, grad: Tensor, complex_: list[bool], sizes: list[int], kernels: str
 ) -> list[Tensor]:
-    return _empty_weights(rows, complex_, _shape(sizes))
+    return _empty_weights(rows, complex_, shape_of(sizes))
 
 
 def _weight_gradient_gradient(
     saved: SimpleNamespace, wanted: set[str], cotangents: list[Tensor | None]
 ) -> dict[str, Tensor | list[Tensor] | None]:
-    zeros = _empty_weights(saved.rows, saved.complex_, _shape(saved.sizes))
+    zeros = _empty_weights(saved.rows, saved.complex_, shape_of(saved.sizes))
     weights = [z if c is None else c for z, c in zip(zeros, cotangents, strict=True)]
     found: dict[str, Tensor | list[Tensor] | None] = {}
     if "rows" in wanted:
         found["rows"] = so2_transposed(saved.grad, weights, saved.sizes, saved.kernels)
     if "grad" in wanted:
-        found["grad"] = so2_forward(saved.rows, weights, saved.sizes, saved.kernels)
+        found["grad"] = so2_forward(saved.rows, weights, None, saved.sizes, saved.kernels)
     return found
 
 
@@ -104,7 +107,7 @@ def so2_weight_gradient(
     rows: Tensor, grad: Tensor, complex_: list[bool], sizes: list[int], kernels: str
 ) -> list[Tensor]:
     """Return the gradients of <grad, M rows> with respect to the weights."""
-    shape = _shape(sizes)
+    shape = shape_of(sizes)
     into = _empty_weights(rows, complex_, shape)
     edge_kernels(kernels).add_weight_gradients(rows.contiguous(), grad.contiguous(), into, shape)
     return into
@@ -114,8 +117,6 @@ def so2_map(
     x: Tensor, weights: list[Tensor], shape: SO2Shape, bias: Tensor | None, kernels: str
 ) -> tuple[Tensor, Tensor]:
     """Return the rows (n_edges, n_rows, c_out) and the extra scalars (n_edges, n_scalars)."""
-    y = so2_forward(x.flatten(1), weights, list(shape), kernels)
-    if bias is not None:
-        y = torch.cat((y[:, : len(bias)] + bias, y[:, len(bias) :]), dim=1)
+    y = so2_forward(x.flatten(1), weights, bias, list(shape), kernels)
     scalars, rows = y.split([shape.n_scalars, shape.n_rows * shape.c_out], dim=1)
     return rows.unflatten(1, (shape.n_rows, shape.c_out)), scalars

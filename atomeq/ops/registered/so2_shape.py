@@ -41,9 +41,19 @@ class SO2Shape(NamedTuple):
         return self.n_scalars + self.n_rows * self.c_out
 
     @property
+    def n_biases(self) -> int:
+        """Outputs of m = 0, extra scalars included."""
+        return self.n_scalars + (self.lmax + 1) * self.c_out
+
+    @property
     def blocks(self) -> list[Block]:
         """One for each order."""
         return _blocks(self)
+
+
+def shape_of(sizes: list[int]) -> SO2Shape:
+    """Return the shape; a trace with symbolic sizes becomes one of these: they never change."""
+    return SO2Shape(*(int(size) for size in sizes))
 
 
 @cache
@@ -75,14 +85,6 @@ def add_scaled_rows_(total: Tensor, rows: Tensor, scale: Tensor, shape: SO2Shape
         for columns in block.inputs:
             total[:, columns].addcmul_(rows[:, columns], scale[:, block.scales])
     return total
-
-
-def scale_by_row(x: Tensor, scale: Tensor, shape: SO2Shape) -> Tensor:
-    """Return rows (n_edges, n_rows, c_in) times the factors that +m and -m share."""
-    sizes = [part.stop - part.start for block in shape.blocks for part in block.inputs]
-    parts = iter(x.flatten(1).split(sizes, dim=1))
-    scaled = [next(parts) * scale[:, block.scales] for block in shape.blocks for _ in block.inputs]
-    return torch.cat(scaled, dim=1).view(x.shape)
 
 
 def scale_gradient(grad: Tensor, rows: Tensor, shape: SO2Shape) -> Tensor:

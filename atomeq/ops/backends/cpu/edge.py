@@ -16,7 +16,7 @@ from atomeq.ops.backends.cpu.gate import CPUGate
 from atomeq.ops.backends.cpu.so2 import CPUSO2Map, add_weight_gradients
 from atomeq.ops.backends.native.builder import unavailable
 from atomeq.ops.orders import radial_rows
-from atomeq.ops.registered.so2_shape import SO2Shape
+from atomeq.ops.registered.so2_shape import SO2Shape, scale_gradient, scale_rows_
 from atomeq.ops.specification import OpSpec
 from atomeq.ops.tables import table_like
 from atomeq.ops.wigner import flat_generators
@@ -50,6 +50,7 @@ class CPUEdgeKernels:
         lmax: int,
         mmax: int,
         scale: Tensor | None = None,
+        operand: bool = False,
     ) -> Tensor:
         """Return scale * W G x."""
         channels = max(1, len(indices)) * x.shape[2]
@@ -141,6 +142,14 @@ class CPUEdgeKernels:
     ) -> None:
         """Add the gradients of <grad, M rows> with respect to the weights."""
         add_weight_gradients(rows, grad, into, shape)
+
+    def scaled_rows(self, rows: Tensor, scale: Tensor, shape: SO2Shape) -> Tensor:
+        """Return s rows."""
+        return scale_rows_(rows.clone(), scale, shape)
+
+    def row_products(self, left: Tensor, right: Tensor, shape: SO2Shape) -> Tensor:
+        """Return the products of rows, summed over +m and -m."""
+        return scale_gradient(left, right, shape)
 
     def gate(self, y: Tensor, lmax: int, mmax: int, channels: int) -> CPUGate:
         """Return the gate of edges."""

@@ -8,6 +8,7 @@ A complex product costs three real ones: with s = x_+ + x_-,
 import torch
 from torch import Tensor
 
+from atomeq.ops.backends.cpu.gate import CPUGate
 from atomeq.ops.registered.so2_shape import SO2Shape
 
 
@@ -19,8 +20,8 @@ class CPUSO2Map:
         self.weights = weights
         self.parts = [_complex_parts(weight) for weight in weights]
 
-    def forward(self, rows: Tensor, out: Tensor) -> Tensor:
-        """Write M rows to ``out``."""
+    def forward(self, rows: Tensor, out: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Write M rows + bias to ``out``."""
         for block, weight, parts in zip(self.shape.blocks, self.weights, self.parts, strict=True):
             inputs = [rows[:, columns] for columns in block.inputs]
             outputs = [out[:, columns] for columns in block.outputs]
@@ -29,7 +30,14 @@ class CPUSO2Map:
                     torch.mm(x, weight.T, out=y)
             else:
                 _complex_product(inputs, [part.T for part in parts], outputs)
+        if bias is not None:
+            out[:, : len(bias)] += bias
         return out
+
+    def gated(self, rows: Tensor, out: Tensor, *, keep: bool) -> Tensor:
+        """Write y = M rows to ``out``; return a(y)."""
+        shape = self.shape
+        return CPUGate(self.forward(rows, out), shape.lmax, shape.mmax, shape.c_out).value()
 
     def transposed(self, grad: Tensor, out: Tensor) -> Tensor:
         """Write M^T grad to ``out``."""

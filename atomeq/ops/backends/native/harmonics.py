@@ -19,6 +19,7 @@ from atomeq.ops.tables import constant_table, table_like
 
 REALS = {torch.float32: "float", torch.float64: "double"}
 _VECTORS_PER_THREAD = 2000  # fewer do not pay for a thread
+_COMPLEX_STEP = 1e-100  # its square vanishes beside 1
 _ZERO = 1e-9  # of a coefficient of A_i, which is of the order of 1 or nothing
 
 
@@ -135,7 +136,9 @@ def slope_matrices(lmax: int) -> Tensor:
     for axis in range(3):
         along = torch.zeros_like(points)
         along[:, axis] = 1.0
-        slopes = torch.func.jvp(lambda v: harmonic_polynomials(v, lmax), (points,), (along,))[1]
+        # A complex step: exact, and without autograd, below which a registered operation runs.
+        stepped = harmonic_polynomials(torch.complex(points, _COMPLEX_STEP * along), lmax)
+        slopes = stepped.imag / _COMPLEX_STEP
         for l in range(1, lmax + 1):
             rows, lower = slice(l * l, (l + 1) ** 2), slice((l - 1) ** 2, l * l)
             fitted = torch.linalg.lstsq(values[:, lower], slopes[:, rows]).solution

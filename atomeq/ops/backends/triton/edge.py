@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from atomeq.ops.backends.triton import rotation, so2
+from atomeq.ops.backends.triton import rotation, row_scale, so2
 from atomeq.ops.backends.triton.gate import TritonGate
 from atomeq.ops.backends.triton.launch import refusal
 from atomeq.ops.registered.so2_shape import SO2Shape
@@ -32,9 +32,12 @@ class TritonEdgeKernels:
         lmax: int,
         mmax: int,
         scale: Tensor | None = None,
+        operand: bool = False,
     ) -> Tensor:
         """Return scale * W G x."""
-        return rotation.gather_rotate(x, wigner, indices, lmax=lmax, mmax=mmax, scale=scale)
+        dtype = so2.operand_dtype(x) if operand else x.dtype
+        size = {"lmax": lmax, "mmax": mmax}
+        return rotation.gather_rotate(x, wigner, indices, **size, scale=scale, dtype=dtype)
 
     def rotate_scatter(
         self,
@@ -84,6 +87,14 @@ class TritonEdgeKernels:
     ) -> None:
         """Add the gradients of <grad, M rows> with respect to the weights to ``into``."""
         so2.add_weight_gradients(rows, grad, into, shape)
+
+    def scaled_rows(self, rows: Tensor, scale: Tensor, shape: SO2Shape) -> Tensor:
+        """Return s rows."""
+        return row_scale.scaled_rows(rows, scale, shape)
+
+    def row_products(self, left: Tensor, right: Tensor, shape: SO2Shape) -> Tensor:
+        """Return the products of rows, summed over +m and -m."""
+        return row_scale.row_products(left, right, shape)
 
     def gate(self, y: Tensor, lmax: int, mmax: int, channels: int) -> TritonGate:
         """Return the gate of edges."""

@@ -42,6 +42,7 @@ def gather_rotate(
     lmax: int,
     mmax: int,
     scale: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Return scale * W G x; see :class:`~atomeq.ops.registered.kernel_sets.EdgeKernels`.
 
@@ -52,6 +53,7 @@ def gather_rotate(
         lmax: Highest degree.
         mmax: Highest order.
         scale: Factors shared by +m and -m, (n_edges, sum over m of (lmax - m + 1) * S * channels).
+        dtype: Of the result, where it is to be rounded.
 
     Returns:
         (n_edges, n_rows, S * channels).
@@ -60,7 +62,7 @@ def gather_rotate(
     n_edges, n_rows, _ = wigner.shape
     channels = x.shape[2]
     width = max(1, len(indices)) * channels
-    result = x.new_empty(n_edges, n_rows, width)
+    result = x.new_empty(n_edges, n_rows, width, dtype=dtype)
     sizes = slots(lmax, mmax)
     block_c = channel_tile(channels)
     block_e = edge_tile(max(sizes), block_c)

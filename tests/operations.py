@@ -1,0 +1,121 @@
+"""Every operation of atomeq.ops as a function of its inputs, for tests of them all."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from edge_layers import POLES
+from torch import Tensor
+
+from atomeq.ops.dispatch import use_backend
+from atomeq.ops.edge_frame import EdgeFrame
+from atomeq.ops.gaunt import gaunt_product
+from atomeq.ops.paths import Path
+from atomeq.ops.segment import segment_mean, segment_softmax, segment_sum
+from atomeq.ops.so2 import escn_conv, rotate_from_edge, rotate_to_edge, so2_linear
+from atomeq.ops.sphere import sphere_pointwise, sphere_silu
+from atomeq.ops.sphere_grid import SphereGrid
+from atomeq.ops.spherical_harmonics import spherical_harmonics
+from atomeq.ops.tensor_product import cg_conv, tensor_product
+from atomeq.ops.wigner import build_edge_frame
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+C = 16
+EDGES = torch.tensor([[0, 1, 2, 1, 0], [2, 0, 0, 2, 2]], device=DEVICE)  # of 4 atoms, 2 have none
+INDEX = EDGES[1]
+PATHS = [Path(0, 1, 1), Path(1, 0, 1), Path(1, 1, 0), Path(1, 1, 1)]
+GRID = SphereGrid(1, 1, order="m")
+
+
+class Operation(NamedTuple):
+    """A function of tensors and their shapes; ``vectors`` are the edges whose poles are tried."""
+
+    compute: Callable[..., Tensor]
+    shapes: Sequence[tuple[int, ...]]
+    vectors: int | None = None
+
+
+def frame_of(vectors: Tensor) -> EdgeFrame:
+    return build_edge_frame(vectors, EDGES, n_atoms=4, lmax=1, mmax=1)
+
+
+def rotate_both(x: Tensor, vectors: Tensor) -> Tensor:
+    return rotate_to_edge(x, frame_of(vectors), side="both")
+
+
+def rotate_back_and_sum(y: Tensor, vectors: Tensor, envelope: Tensor) -> Tensor:
+    return rotate_from_edge(y, frame_of(vectors), envelope=envelope)
+
+
+def rotate_back(y: Tensor, vectors: Tensor) -> Tensor:
+    return rotate_from_edge(y, frame_of(vectors), reduce="none")
+
+
+def mix(x: Tensor, zero: Tensor, one: Tensor, bias: Tensor, scale: Tensor) -> Tensor:
+    return so2_linear(x, [zero, one], lmax=1, mmax=1, bias=bias, scale=scale)
+
+
+def edge_layer(x: Tensor, vectors: Tensor, radial: Tensor, *weights: Tensor) -> Tensor:
+    return escn_conv(x, frame_of(vectors), weights[:2], weights[2:], radial=radial)
+
+
+def convolve(x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
+    return cg_conv(x, y, weights, EDGES, 4, PATHS, output="paths")
+
+
+def couple(x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
+    return tensor_product(x, y, weights, PATHS)
+
+
+OPERATIONS: dict[str, Operation] = {
+    "rotate_to_edge": Operation(rotate_both, [(4, 4, C), (5, 3)], 1),
+    "rotate_from_edge": Operation(rotate_back_and_sum, [(5, 4, C), (5, 3), (5,)], 1),
+    "rotate_from_edge per edge": Operation(rotate_back, [(5, 4, C), (5, 3)], 1),
+    "so2_linear": Operation(mix, [(5, 4, C), (2 * C, 2 * C), (2, C, C), (2 * C,), (5, 3 * C)]),
+    "escn_conv": Operation(
+        edge_layer,
+        [
+            *((4, 4, C), (5, 3), (5, 6 * C)),
+            *((3 * C, 4 * C), (2, C, 2 * C), (2 * C, 2 * C), (C, C)),
+        ],
+        1,
+    ),
+    "cg_conv": Operation(convolve, [(4, 4, C), (5, 4), (5, 4, C)]),
+    "cg_conv of shared weights": Operation(convolve, [(4, 4, C), (5, 4), (4, C)]),
+    "tensor_product": Operation(couple, [(5, 4, C), (5, 4), (5, 4, C)]),
+    "spherical_harmonics": Operation(lambda v: spherical_harmonics(v, 3), [(5, 3)], 0),
+    "segment_sum": Operation(lambda x: segment_sum(x, INDEX, 4), [(5, 3)]),
+    "segment_mean": Operation(lambda x: segment_mean(x, INDEX, 4), [(5, 2, 3)]),
+    "segment_softmax": Operation(lambda x: segment_softmax(x, INDEX, 4), [(5, 3)]),
+    "sphere_pointwise": Operation(lambda x: sphere_pointwise(x, torch.tanh, GRID), [(3, 4, C)]),
+    "sphere_silu": Operation(lambda x: sphere_silu(x, GRID), [(3, 4, C)]),
+    "sphere_product": Operation(lambda x, y: gaunt_product(x, y, 1), [(2, 4, C), (2, 1, C)]),
+}
+
+
+def leaves_of(operation: Operation, dtype: torch.dtype) -> list[Tensor]:
+    """Return random inputs, the same ones every time."""
+    generator = torch.Generator().manual_seed(0)
+    leaves = []
+    for place, shape in enumerate(operation.shapes):
+        values = torch.randn(shape, generator=generator, dtype=torch.float64)
+        if place == operation.vectors:
+            values[: len(POLES)] = torch.tensor(POLES, dtype=torch.float64)
+        leaves.append(values.to(DEVICE, dtype).requires_grad_())
+    return leaves
+
+
+def step(compute: Callable[..., Tensor], leaves: Sequence[Tensor]) -> list[Tensor]:
+    """Return the value, its gradients, and the gradients of a loss on them: force training."""
+    out = compute(*leaves)
+    first = torch.autograd.grad((out.square() + out.sin()).sum(), leaves, create_graph=True)
+    loss = torch.stack([(g.square() + g.sin()).sum() for g in first]).sum()
+    second = torch.autograd.grad(loss, leaves)
+    return [tensor.detach() for tensor in (out, *first, *second)]
+
+
+def derivatives(backend: str, operation: Operation, dtype: torch.dtype) -> list[Tensor]:
+    """Return :func:`step` of an operation served by one backend."""
+    with use_backend(backend):
+        return step(operation.compute, leaves_of(operation, dtype))
