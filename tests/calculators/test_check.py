@@ -98,7 +98,7 @@ def test_every_model_keeps_every_law(config):
         depth="full",
         dynamics_structure=bulk("Cu", cubic=True).repeat((2, 1, 1)),
         dynamics_picoseconds=0.05,
-        timestep=0.5,
+        timestep=0.2,
     )
     assert len(results) == len(LAWS)
     assert {name: (r.figure, r.note) for name, r in results.items() if r.passed is False} == {}
