@@ -157,17 +157,17 @@ void scale_rows(const REAL *r, const REAL *dr, const REAL *s, const REAL *ds, RE
                 int64_t n_edges, int64_t channels) {
   EACH_SIGN {
     const REAL *in = r + AT_ROWS, *din = dr + AT_ROWS, *by = s + AT_SCALE;
-    REAL *out = z + AT_ROWS, *dout = dz + AT_ROWS;
+    REAL *out = z + AT_ROWS, *moved_out = dz + AT_ROWS;
     if (ds) {
       const REAL *dby = ds + AT_SCALE;
       EACH(SIZE(m)) {
         out[c] = by[c] * in[c];
-        dout[c] = by[c] * din[c] + dby[c] * in[c];
+        moved_out[c] = by[c] * din[c] + dby[c] * in[c];
       }
     } else
       EACH(SIZE(m)) {
         out[c] = by[c] * in[c];
-        dout[c] = by[c] * din[c];
+        moved_out[c] = by[c] * din[c];
       }
   }
 }
