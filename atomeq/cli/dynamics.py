@@ -1,14 +1,19 @@
-"""One run of molecular dynamics with ASE's integrators: trajectory, log and averages.
+"""One run of molecular dynamics with ASE's integrators: trajectory, log, averages and restart.
 
 Degrees of freedom are counted as each integrator treats them: velocity Verlet and the Bussi
 thermostat conserve the momentum of a structure, so its centre of mass is held and not counted;
 Langevin dynamics shakes it, so it is.
+
+A checkpoint holds what the next steps depend on, to the last bit: positions, momenta, cell, the
+state of the random numbers and what the integrator keeps. So every ensemble and thermostat goes on
+as if nothing had happened, on a CPU bit for bit.
 """
 
 import csv
 import time
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
@@ -25,7 +30,8 @@ from ase.md.verlet import VelocityVerlet
 
 from atomeq.calculators.ase import has_volume
 from atomeq.cli.report import TrajectoryReport
-from atomeq.cli.structures import structure_output
+from atomeq.cli.restart import Checkpoint
+from atomeq.cli.structures import StructureWriter, copy_beginning, structure_output
 from atomeq.cli.terminal import Meter
 from atomeq.files import write_atomically
 from atomeq.graph.convert import StructureError
@@ -43,6 +49,8 @@ _COLUMNS: tuple[str, ...] = (
     "temperature_K",
 )
 _CELL_COLUMNS = ("volume_A3", "pressure_GPa")
+# What ASE's integrators carry from step to step beside the atoms and the random numbers.
+_CARRIED = ("p_eps", "force_eps", "accel", "transferred_energy")
 
 
 class MolecularDynamicsRun:
@@ -84,7 +92,7 @@ class MolecularDynamicsRun:
         self.atoms, self.ensemble, self.temperature = atoms, ensemble, temperature
         self.timestep = timestep
         self._refuse()
-        random = np.random.default_rng(seed)
+        self._random = random = np.random.default_rng(seed)
         self.user_constraints = list(atoms.constraints)
         conserves_momentum = ensemble == "nve" or (ensemble == "nvt" and thermostat == "bussi")
         if conserves_momentum and not self.user_constraints:
@@ -96,52 +104,94 @@ class MolecularDynamicsRun:
             thermostat, thermostat_time, pressure, isotropic, barostat_time, random
         )
 
-    def run(self, steps: int, *, out: str | Path, interval: int) -> dict[str, Any]:
+    def run(
+        self,
+        steps: int,
+        *,
+        out: str | Path,
+        interval: int,
+        checkpoint: Checkpoint | None = None,
+        checkpoint_interval: int = 100,
+        restart: bool = False,
+    ) -> dict[str, Any]:
         """Integrate, writing the trajectory, the log and the report.
 
         Args:
-            steps: Number of steps.
+            steps: Number of steps, those before a restart among them.
             out: The trajectory; the log gets the suffix ``.log.csv``.
             interval: Steps between frames and between lines of the log.
+            checkpoint: Where the state is kept meanwhile; nowhere by default.
+            checkpoint_interval: Steps between checkpoints.
+            restart: Go on from the checkpoint, if there is one.
 
         Returns:
             Averages over the run and the speed, ready for JSON.
 
         Raises:
-            ValueError: The structure flew apart.
+            ValueError: The structure flew apart, or the checkpoint is of another run.
         """
-        log_path = Path(out).with_suffix(".log.csv")
-        keep = (KeyboardInterrupt,)
-        meter = Meter(f"md {self.ensemble}", steps, unit="steps")
-        lines: list[dict[str, float]] = []
-        report = TrajectoryReport()
+        saved = checkpoint.load() if checkpoint is not None and restart else None
+        record = _Record(self, saved)
+        begun = 0 if saved is None else self._restore(saved)
+        meter = Meter(f"md {self.ensemble}", steps, unit="steps", done=begun)
         started = time.perf_counter()
-        with (
-            structure_output(out, keep_on=keep) as output,
-            write_atomically(log_path, keep_on=keep) as partial,
-            partial.open("w", encoding="utf-8", newline="") as stream,
-            meter.running(),
-        ):
-            log = self._open_log(stream)
-            for _ in self._stepping(steps):
+        with record.writing(out), meter.running():
+            if checkpoint is not None and saved is not None:
+                self._save(checkpoint, record)  # before what the killed run wrote may go
+                record.discard(saved)
+            for _ in self._stepping(steps - begun, checkpoint):
                 step = self.dynamics.nsteps
+                if saved is not None and step == begun:
+                    continue  # is on record
                 if step % interval == 0 or step == steps:
-                    lines.append(self._line())
-                    log.writerow(lines[-1])
-                    stream.flush()
-                    output.write(self._frame())
-                    report.add(self.atoms)
+                    record.add(self._line(), self._frame())
                 if step:
                     meter.advance(note=f"{self.atoms.get_temperature():.0f} K")
+                if checkpoint is not None and step % checkpoint_interval == 0 and 0 < step < steps:
+                    self._save(checkpoint, record)
+        if checkpoint is not None:
+            checkpoint.remove()
         seconds = time.perf_counter() - started
         return {
-            "log": str(log_path),
-            "report": [str(path) for path in report.write(out, lines)],
+            "log": str(record.log_path(out)),
+            "report": [str(path) for path in record.report.write(out, record.lines)],
             "steps": steps,
-            "steps_per_second": steps / seconds,
+            **({"restarted_at_step": begun} if saved is not None else {}),
+            "steps_per_second": (steps - begun) / seconds,
             "velocities": "drawn" if self.drawn else "from the file",
-            **self._averages(lines),
+            **self._averages(record.lines),
         }
+
+    def _save(self, checkpoint: Checkpoint, record: "_Record") -> None:
+        atoms, carried = self.atoms, vars(self.dynamics)
+        checkpoint.save(
+            {
+                "step": self.dynamics.nsteps,
+                "positions": atoms.positions.tolist(),
+                "momenta": atoms.get_momenta().tolist(),
+                "cell": atoms.cell.array.tolist(),
+                "random": self._random.bit_generator.state,
+                "carried": {
+                    name: np.asarray(carried[name]).tolist() for name in _CARRIED if name in carried
+                },
+                "drawn": self.drawn,
+                **record.state(),
+            }
+        )
+
+    def _restore(self, saved: dict[str, Any]) -> int:
+        """Take up the state of a checkpoint; return its step."""
+        atoms = self.atoms
+        # Not by set_positions and set_momenta, where constraints would have their say.
+        atoms.arrays["positions"][:] = saved["positions"]
+        atoms.arrays["momenta"][:] = saved["momenta"]
+        atoms.set_cell(saved["cell"])
+        self._random.bit_generator.state = saved["random"]
+        for name, value in saved["carried"].items():
+            setattr(self.dynamics, name, np.array(value) if isinstance(value, list) else value)
+        self.drawn = saved["drawn"]
+        self.dynamics.nsteps = saved["step"]
+        return saved["step"]
 
     @staticmethod
     def table(results: dict[str, Any]) -> list[list[str]]:
@@ -211,21 +261,17 @@ class MolecularDynamicsRun:
             rng=random,
         )
 
-    def _stepping(self, steps: int) -> Iterator[bool]:
+    def _stepping(self, steps: int, checkpoint: Checkpoint | None) -> Iterator[bool]:
         """Yield after every step, saying where a structure that flies apart did so."""
         try:
             yield from self.dynamics.irun(steps)
         except StructureError as error:
+            if checkpoint is not None:
+                checkpoint.remove()  # it would only fly apart again
             raise ValueError(
                 f"the run broke down at step {self.dynamics.nsteps}: {error}; start from a relaxed "
                 "structure or take a smaller --timestep"
             ) from error
-
-    def _open_log(self, stream: TextIO) -> csv.DictWriter:
-        columns = _COLUMNS + (_CELL_COLUMNS if self.ensemble == "npt" else ())
-        log = csv.DictWriter(stream, columns)
-        log.writeheader()
-        return log
 
     def _line(self) -> dict[str, float]:
         atoms, step = self.atoms, self.dynamics.nsteps
@@ -267,3 +313,74 @@ class MolecularDynamicsRun:
             averages["mean_volume_A3"] = float(columns["volume_A3"].mean())
             averages["mean_pressure_GPa"] = float(columns["pressure_GPa"].mean())
         return averages
+
+
+class _Record:
+    """The trajectory, the log and the report of a run, which a restart takes up.
+
+    Args:
+        run: Whose record it is.
+        saved: A checkpoint that holds an earlier record's state.
+    """
+
+    def __init__(self, run: MolecularDynamicsRun, saved: dict[str, Any] | None) -> None:
+        self._atoms = run.atoms
+        self._columns = _COLUMNS + (_CELL_COLUMNS if run.ensemble == "npt" else ())
+        self._saved = saved
+        self.lines: list[dict[str, float]] = []
+        self.report = TrajectoryReport()
+        if saved is not None:
+            self.report = TrajectoryReport.restored(saved["report"], run.atoms)
+        self._output: StructureWriter
+        self._log: csv.DictWriter
+        self._stream: TextIO
+
+    @staticmethod
+    def log_path(out: str | Path) -> Path:
+        """Return where the log is."""
+        return Path(out).with_suffix(".log.csv")
+
+    @contextmanager
+    def writing(self, out: str | Path) -> Iterator[None]:
+        """Open the files, which get their names when the block ends well."""
+        keep, begin = (KeyboardInterrupt,), None
+        if self._saved is not None:
+            begin = Path(self._saved["trajectory"][0]), self._saved["trajectory"][1]
+        with (
+            structure_output(out, keep_on=keep, begin=begin) as self._output,
+            write_atomically(self.log_path(out), keep_on=keep) as partial,
+        ):
+            if self._saved is not None:
+                copy_beginning(Path(self._saved["log"][0]), self._saved["log"][1], partial)
+                with partial.open(encoding="utf-8", newline="") as stream:
+                    self.lines = [
+                        {key: float(value) for key, value in line.items()}
+                        for line in csv.DictReader(stream)
+                    ]
+            with partial.open("a", encoding="utf-8", newline="") as self._stream:
+                self._log = csv.DictWriter(self._stream, self._columns)
+                if self._saved is None:
+                    self._log.writeheader()
+                yield
+
+    def add(self, line: dict[str, float], frame: Atoms) -> None:
+        """Take up a moment."""
+        self.lines.append(line)
+        self._log.writerow(line)
+        self._stream.flush()
+        self._output.write(frame)
+        self.report.add(self._atoms)
+
+    def state(self) -> dict[str, Any]:
+        """Return what a restart needs: how far the files go, and the report."""
+        return {
+            "trajectory": [str(self._output.path.resolve()), self._output.extent],
+            "log": [str(Path(self._stream.name).resolve()), self._stream.tell()],
+            "report": self.report.state(),
+        }
+
+    @staticmethod
+    def discard(saved: dict[str, Any]) -> None:
+        """Remove the files of the interrupted run, whose content has been taken over."""
+        for path, _ in (saved["trajectory"], saved["log"]):
+            Path(path).unlink(missing_ok=True)

@@ -16,6 +16,7 @@ from jsonargparse.typing import PositiveFloat, PositiveInt
 from atomeq.calculators.ase import AtomeqCalculator
 from atomeq.calculators.elastic_band import BatchedNEB, path_lengths
 from atomeq.cli.plots import plot_curve
+from atomeq.cli.restart import RESTART_HELP
 from atomeq.cli.structures import output_format, read_structures, structure_output, write_summary
 from atomeq.cli.terminal import Meter, Parser, say, show_table
 from atomeq.cli.verbs import prepare, relaxed, settings, simulation_parser
@@ -68,7 +69,7 @@ def build_parser(verb: str) -> Parser:
         "--optimizer", type=Literal["fire", "bfgs"], default="fire", help="ASE optimizer"
     )
     parser.add_argument("--interval", type=PositiveInt, default=10, help="steps between saves")
-    parser.add_argument("--restart", action="store_true", help="go on from OUT.band.traj")
+    parser.add_argument("--restart", action="store_true", help=RESTART_HELP)
     return parser
 
 
@@ -78,8 +79,9 @@ def neb(options: Namespace) -> int:
     calculator, frames = prepare(options, index=":")
     _refuse_ends(options.input, frames)
     saved = Path(options.out).with_suffix(".band.traj")
-    images = read_structures(saved) if options.restart else _band(frames, calculator, options)
-    if options.restart:
+    restarting = options.restart and saved.exists()
+    images = read_structures(saved) if restarting else _band(frames, calculator, options)
+    if restarting:
         _refuse_ends(str(saved), [frames[0], *images, frames[-1]])
     meter = Meter("neb", options.max_steps, unit="steps")
     with meter.running():

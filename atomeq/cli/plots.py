@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -113,16 +114,32 @@ def plot_phonons(
     return _save(out, [draw_bands, draw_dos], widths=(4, 1), share_y=True)
 
 
-def plot_lines(
-    out: str | Path,
-    panels: Sequence[tuple[str, str, Sequence[float], Sequence[float]]],
-) -> Path:
-    """Draw one line in each of several panels: label of x, label of y, x, y; return the path."""
+class Panel(NamedTuple):
+    """Lines in one pair of axes.
 
-    def drawer(panel: tuple[str, str, Sequence[float], Sequence[float]]) -> Callable[[Axes], None]:
+    Attributes:
+        x_label: Below.
+        y_label: At the left.
+        lines: x and y of each.
+        log: Whether y is logarithmic.
+    """
+
+    x_label: str
+    y_label: str
+    lines: Sequence[tuple[Sequence[float], Sequence[float]]]
+    log: bool = False
+
+
+def plot_lines(out: str | Path, panels: Sequence[Panel]) -> Path:
+    """Draw lines in each of several panels; return the path of the picture."""
+
+    def drawer(panel: Panel) -> Callable[[Axes], None]:
         def draw(axes: Axes) -> None:
-            axes.plot(panel[2], panel[3], color=_INK, linewidth=1)
-            axes.set(xlabel=panel[0], ylabel=panel[1])
+            for x, y in panel.lines:
+                axes.plot(x, y, color=_INK, linewidth=1)
+            axes.set(xlabel=panel.x_label, ylabel=panel.y_label)
+            if panel.log:
+                axes.set_yscale("log")
 
         return draw
 

@@ -16,6 +16,7 @@ from atomeq.calculators.ase import AtomeqCalculator
 from atomeq.calculators.elasticity import fit_elasticity, strained_structures
 from atomeq.calculators.equation_of_state import fit_equation_of_state, scaled_volumes
 from atomeq.cli.plots import plot_curve, plot_matrix, plot_phonons
+from atomeq.cli.restart import RESTART_HELP, Journal, identity
 from atomeq.cli.structures import output_format, write_summary
 from atomeq.cli.terminal import Parser, say, show_table
 from atomeq.cli.verbs import evaluated, prepare_crystal, relaxed, settings, simulation_parser
@@ -46,7 +47,8 @@ example:
 Compute harmonic phonons by finite displacements of a supercell (phonopy): band structure, density
 of states, free energy, entropy and heat capacity. Imaginary modes are reported as negative
 frequencies. Beside OUT.extxyz, the displaced supercells, stand OUT.summary.json, OUT.png and
-OUT.phonopy.yaml, which phonopy reads.
+OUT.phonopy.yaml, which phonopy reads. A run that is interrupted leaves OUT.forces.jsonl, with which
+--restart does not compute again what was finished.
 
 example:
   atomeq phonons cu.cif --potential cu-pbe --out phonons.extxyz --supercell 4 4 4
@@ -111,6 +113,7 @@ def _add_phonon_options(parser: Parser) -> None:
     parser.add_argument(
         "--temperature", type=PositiveFloat, default=300.0, help="of the thermal properties, K"
     )
+    parser.add_argument("--restart", action="store_true", help=RESTART_HELP)
 
 
 def eos(options: Namespace) -> int:
@@ -199,14 +202,24 @@ def phonons(options: Namespace) -> int:
     """Compute phonons."""
     output_format(options.out)
     calculator, atoms = prepare_crystal("phonons", options)
-    atoms = _start(atoms, calculator, options)
+    journal = Journal(
+        Path(options.out).with_suffix(".forces.jsonl"),
+        identity(options, calculator, free=("path", "mesh", "temperature")),
+        restart=options.restart,
+    )
+    atoms = _start_of(journal, atoms, calculator, options)
     repeats = options.supercell or ph.fitting_supercell(atoms, options.min_length)
     phonon, cells = ph.displaced_supercells(
         atoms, supercell=repeats, displacement=options.displacement
     )
     path = ph.band_path(phonon, options.path)  # before the forces: it may be wrong
     found = evaluated(
-        cells, calculator, ("energy", "forces"), label="displacements", out=options.out
+        cells,
+        calculator,
+        ("energy", "forces"),
+        label="displacements",
+        out=options.out,
+        journal=journal,
     )
     ph.set_forces(phonon, [result["forces"] for result in found])
     bands = ph.band_frequencies(phonon, path)
@@ -237,6 +250,7 @@ def phonons(options: Namespace) -> int:
         phonon.save(partial, settings={"force_constants": True})
     _show_points(results["frequencies_THz"])
     _finish("phonons", options, calculator, results, [picture, kept])
+    journal.remove()
     if results["imaginary_modes"]:
         say(
             f"imaginary modes: down to {lowest:.2f} THz, "
@@ -257,6 +271,24 @@ def _start(atoms: Atoms, calculator: AtomeqCalculator, options: Namespace) -> At
         cell=True,
         what=options.input,
     )[0]
+
+
+def _start_of(
+    journal: Journal, atoms: Atoms, calculator: AtomeqCalculator, options: Namespace
+) -> Atoms:
+    """Return the relaxed crystal, which is the first entry of the journal."""
+    if not journal.entries:
+        relaxed_atoms = _start(atoms, calculator, options)
+        journal.append(
+            {
+                "positions": relaxed_atoms.positions.tolist(),
+                "cell": relaxed_atoms.cell.array.tolist(),
+            }
+        )
+    start, entry = atoms.copy(), journal.entries[0]
+    start.set_cell(entry["cell"])
+    start.positions = entry["positions"]
+    return start
 
 
 def _with_atoms_at_rest(

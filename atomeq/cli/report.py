@@ -3,13 +3,14 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from ase import Atoms
 from numpy.typing import NDArray
 
 from atomeq.calculators.ase import has_volume
-from atomeq.cli.plots import plot_lines
+from atomeq.cli.plots import Panel, plot_lines
 from atomeq.files import write_atomically
 from atomeq.graph.neighbors import neighbor_list_with_lengths
 
@@ -47,6 +48,37 @@ class TrajectoryReport:
             self._density += len(atoms) / atoms.get_volume()
         moved = _displacements(self._start, atoms)
         self._displacements.append(float((moved**2).sum(axis=1).mean()))
+
+    def state(self) -> dict[str, Any]:
+        """Return what was collected, ready for JSON; :meth:`restored` takes it up."""
+        start = self._start
+        return {
+            "histogram": self._histogram.tolist(),
+            "density": self._density,
+            "frames": self._frames,
+            "displacements": self._displacements,
+            "start": None
+            if start is None
+            else [start.positions.tolist(), start.cell.array.tolist()],
+        }
+
+    @classmethod
+    def restored(cls, state: Mapping[str, Any], atoms: Atoms) -> "TrajectoryReport":
+        """Return the report of an interrupted run.
+
+        Args:
+            state: From :meth:`state`.
+            atoms: The structure, wherever it is by now.
+        """
+        report = cls()
+        report._histogram = np.array(state["histogram"])
+        report._density, report._frames = state["density"], state["frames"]
+        report._displacements = list(state["displacements"])
+        if state["start"] is not None:
+            report._start = atoms.copy()
+            report._start.positions, cell = state["start"]
+            report._start.set_cell(cell)
+        return report
 
     @property
     def distances(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -91,18 +123,16 @@ class TrajectoryReport:
             partial.write_text(json.dumps(document) + "\n", encoding="utf-8")
         per_atom = 1e3 / len(self._start) if self._start is not None else 1.0
         change = [(energy - energies[0]) * per_atom for energy in energies]
+        density = "g(r)" if self._density else "neighbours per Å"
         picture = plot_lines(
             out,
             [
-                ("time / fs", "temperature / K", times, temperatures),
-                ("time / fs", "change of total energy / meV per atom", times, change),
-                (
-                    "r / Å",
-                    "g(r)" if self._density else "neighbours per Å",
-                    middles.tolist(),
-                    values.tolist(),
+                Panel("time / fs", "temperature / K", [(times, temperatures)]),
+                Panel("time / fs", "change of total energy / meV per atom", [(times, change)]),
+                Panel("r / Å", density, [(middles.tolist(), values.tolist())]),
+                Panel(
+                    "time / fs", "mean squared displacement / Å²", [(times, self._displacements)]
                 ),
-                ("time / fs", "mean squared displacement / Å²", times, self._displacements),
             ],
         )
         return [path, picture]

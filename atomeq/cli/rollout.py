@@ -10,6 +10,7 @@ import torch
 from jsonargparse import Namespace
 from jsonargparse.typing import PositiveFloat, PositiveInt
 
+from atomeq.cli.plots import Panel, plot_lines
 from atomeq.cli.structures import output_format, structure_output, write_summary
 from atomeq.cli.terminal import Meter, Parser, say, show_table
 from atomeq.data.recordings import Recording, read_recording, structures_of, write_systems
@@ -21,7 +22,7 @@ _DESCRIPTION = """\
 Carry particles on from a frame of a file with a trained propagator. Few-body systems are .npz files
 (see `atomeq data nbody --help`), a molecule is anything that ASE reads, with velocities. OUT holds
 the start and the particles after every long step; OUT.summary.json what was done and, with
---reference, the errors of the steps whose times the reference has.
+--reference, the errors of the steps whose times the reference has; OUT.png draws both.
 
 A network that gives positions only gets its velocities by the trapezoidal rule.
 
@@ -248,4 +249,18 @@ def _report(
             ["long step", "time", "position MSE", "velocity MSE", "position MSE at rest"],
             [[f"{row[name]:.6g}" for name in columns] for row in errors],
         )
-    say(f"wrote {options.out} and {summary}")
+    say(f"wrote {options.out}, {_draw(options.out, rolled, errors)} and {summary}")
+
+
+def _draw(out: str, rolled: Recording, errors: list[dict[str, float]]) -> Path:
+    """Draw how far the particles came and, with a reference, how far they are from it."""
+    moved = (rolled.pos - rolled.pos[:, :1]).square().sum(dim=-1).mean(dim=(0, 2)).sqrt()
+    times = list(rolled.times)
+    panels = [Panel("time", "root mean square displacement", [(times, moved.tolist())])]
+    if errors:
+        ours, still = (
+            ([row["time"] for row in errors], [row[name] for row in errors])
+            for name in ("position_mse", "static_position_mse")
+        )
+        panels.append(Panel("time", "position MSE; at rest above", [ours, still], log=True))
+    return plot_lines(out, panels)

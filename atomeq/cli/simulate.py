@@ -1,18 +1,18 @@
 """``atomeq single-point``, ``atomeq relax`` and ``atomeq md``: structures in, results out."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from ase import Atoms
-from ase.calculators.calculator import Calculator
-from ase.filters import FrechetCellFilter
-from ase.optimize import BFGS, FIRE, LBFGS
 from jsonargparse import Namespace
 from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 
 from atomeq.calculators.ase import AtomeqCalculator, has_volume
 from atomeq.cli.dynamics import Ensemble, MolecularDynamicsRun, Thermostat
+from atomeq.cli.relaxation import RelaxationRun
+from atomeq.cli.restart import RESTART_HELP, Checkpoint, identity
 from atomeq.cli.structures import (
     output_format,
     structure_output,
@@ -24,8 +24,6 @@ from atomeq.cli.verbs import prepare, settings, simulation_parser
 from atomeq.graph.convert import StructureError
 from atomeq.units import GPA
 
-_OPTIMIZERS = {"fire": FIRE, "lbfgs": LBFGS, "bfgs": BFGS}
-
 _DESCRIPTIONS = {
     "single-point": """\
 Compute energy, forces and, where the cell has a volume, stress of every structure in a file.
@@ -35,7 +33,10 @@ example:
 """,
     "relax": """\
 Move the atoms of every structure in a file until the largest force is below --fmax; with --cell
-also the lattice, until the stress vanishes. Exit code 1 says that some structure did not converge.
+also the lattice, until the stress vanishes. They relax in batches, each as it would alone.
+Beside OUT.extxyz stand OUT.summary.json and OUT.png (largest force and energy of the first
+structures). Exit code 1 says that some structure did not converge; what breaks harms no other. A
+run that is interrupted leaves the folder OUT.relax, from which --restart goes on.
 
 example:
   atomeq relax cu.cif --potential cu-pbe --out relaxed.extxyz --fmax 0.01 --cell
@@ -44,7 +45,9 @@ example:
 Run molecular dynamics from the last structure of a file. Velocities are those of the file, or
 drawn for --temperature. Beside the trajectory OUT.extxyz stand OUT.log.csv (energies, temperature),
 OUT.report.json and OUT.png (temperature, total energy, radial distribution, mean squared
-displacement) and OUT.summary.json. A run that is interrupted leaves OUT.part-<process>.extxyz.
+displacement) and OUT.summary.json. A run that is interrupted leaves OUT.part-<process>.extxyz and
+OUT.checkpoint.json, from which --restart goes on, whatever the thermostat, to the very trajectory
+of an uninterrupted run (on a GPU up to rounding).
 
 nve  velocity Verlet: constant energy
 nvt  --thermostat bussi (stochastic velocity rescaling) or langevin
@@ -86,11 +89,15 @@ def _add_relax_options(parser: Parser) -> None:
     parser.add_argument("--cell", action="store_true", help="relax the lattice as well")
     parser.add_argument("--pressure", type=float, default=0.0, help="with --cell, in GPa")
     parser.add_argument(
-        "--optimizer", type=Literal["fire", "lbfgs", "bfgs"], default="lbfgs", help="ASE optimizer"
+        "--optimizer", type=Literal["fire", "lbfgs"], default="lbfgs", help="as ASE's"
     )
     parser.add_argument(
         "--max-steps", type=PositiveInt, default=500, help="give up on a structure after"
     )
+    parser.add_argument(
+        "--checkpoint-interval", type=PositiveInt, default=20, help="steps between checkpoints"
+    )
+    parser.add_argument("--restart", action="store_true", help=RESTART_HELP)
 
 
 def _add_md_options(parser: Parser) -> None:
@@ -112,6 +119,10 @@ def _add_md_options(parser: Parser) -> None:
     parser.add_argument(
         "--interval", type=PositiveInt, default=10, help="steps between frames and log lines"
     )
+    parser.add_argument(
+        "--checkpoint-interval", type=PositiveInt, default=100, help="steps between checkpoints"
+    )
+    parser.add_argument("--restart", action="store_true", help=RESTART_HELP)
     parser.add_argument("--new-velocities", action="store_true", help="ignore those of the file")
     parser.add_argument("--seed", type=NonNegativeInt, default=0, help="of velocities and noise")
 
@@ -138,26 +149,41 @@ def relax(options: Namespace) -> int:
     calculator, structures = prepare(options, index=":")
     if options.cell:
         _refuse_cells_without_volume(options.input, structures)
+    run = RelaxationRun(structures, calculator, options)
     rows: list[dict[str, Any]] = []
-    meter = Meter("relax", len(structures), unit="structures")
-    with structure_output(options.out) as output, meter.running():
-        for number, atoms in enumerate(structures):
-            try:
-                steps, converged = _relax_one(atoms, calculator, options, meter)
-            except StructureError as error:
-                raise ValueError(
-                    f"relaxing {options.input}[{number}] went astray: {error}; the potential may "
-                    "not know such structures"
-                ) from error
-            frozen = with_results(atoms, calculator)
+    ended = run.run()
+    with structure_output(options.out) as output:
+        for atoms, end in zip(structures, ended, strict=True):
+            atoms.set_cell(end["cell"])
+            atoms.arrays["positions"][:] = end["positions"]  # constraints kept already
+            frozen, row = _frozen(atoms, calculator)
             output.write(frozen)
-            rows.append({**_row(frozen), "steps": steps, "converged": converged})
-            meter.advance()
-    _finish("relax", options, calculator, rows)
-    failed = [index for index, row in enumerate(rows) if not row["converged"]]
-    if failed:
-        say(f"not converged in {options.max_steps} steps: structures {', '.join(map(str, failed))}")
-    return 1 if failed else 0
+            converged = end["status"] == "converged"
+            row |= {"steps": end["steps"], "converged": converged, "status": end["status"]}
+            rows.append(row if converged else {**row, "reason": end["reason"]})
+    picture = run.draw()
+    run.remove()
+    _finish("relax", options, calculator, rows, picture)
+    return _say_what_failed(rows, options)
+
+
+def _frozen(atoms: Atoms, calculator: AtomeqCalculator) -> tuple[Atoms, dict[str, Any]]:
+    """Return a structure with its results, and its row; without, where it has none."""
+    try:
+        frozen = with_results(atoms, calculator)
+    except StructureError:  # it was refused; the row says why
+        return atoms, {"formula": atoms.get_chemical_formula(), "n_atoms": len(atoms)}
+    return frozen, _row(frozen)
+
+
+def _say_what_failed(rows: list[dict[str, Any]], options: Namespace) -> int:
+    late = [str(k) for k, row in enumerate(rows) if row["status"] == "not_converged"]
+    if late:
+        say(f"not converged in {options.max_steps} steps: structures {', '.join(late)}")
+    for k, row in enumerate(rows):
+        if row["status"] not in ("converged", "not_converged"):
+            say(f"structure {k} {row['status']}: {row['reason']}")
+    return 0 if all(row["converged"] for row in rows) else 1
 
 
 def md(options: Namespace) -> int:
@@ -179,7 +205,17 @@ def md(options: Namespace) -> int:
         new_velocities=options.new_velocities,
         seed=options.seed,
     )
-    results = run.run(options.steps, out=options.out, interval=options.interval)
+    results = run.run(
+        options.steps,
+        out=options.out,
+        interval=options.interval,
+        checkpoint=Checkpoint(
+            Path(options.out).with_suffix(".checkpoint.json"),
+            identity(options, calculator, free=("steps", "checkpoint_interval")),
+        ),
+        checkpoint_interval=options.checkpoint_interval,
+        restart=options.restart,
+    )
     summary = write_summary(
         "md",
         options.out,
@@ -200,22 +236,6 @@ def _refuse_cells_without_volume(source: str, structures: list[Atoms]) -> None:
                 f"{source}[{number}] is not periodic in three directions (pbc "
                 f"{atoms.pbc.tolist()}), so it has no stress; relax it without --cell"
             )
-
-
-def _relax_one(
-    atoms: Atoms, calculator: Calculator, options: Namespace, meter: Meter
-) -> tuple[int, bool]:
-    """Relax a structure in place; return the number of steps and whether it converged."""
-    atoms.calc = calculator
-    target = atoms
-    if options.cell:
-        target = FrechetCellFilter(atoms, scalar_pressure=options.pressure * GPA)
-    optimizer = _OPTIMIZERS[options.optimizer](target, logfile=None)
-    converged = False
-    for state in optimizer.irun(fmax=options.fmax, steps=options.max_steps):
-        converged = bool(state)
-        meter.advance(0, note=f"step {optimizer.nsteps}")
-    return optimizer.nsteps, converged
 
 
 def _row(atoms: Atoms) -> dict[str, Any]:
@@ -247,7 +267,11 @@ _COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
 
 
 def _finish(
-    verb: str, options: Namespace, calculator: AtomeqCalculator, rows: list[dict[str, Any]]
+    verb: str,
+    options: Namespace,
+    calculator: AtomeqCalculator,
+    rows: list[dict[str, Any]],
+    *pictures: Path,
 ) -> None:
     """Write the summary and show the table."""
     summary = write_summary(
@@ -263,4 +287,4 @@ def _finish(
         [_COLUMNS[key][0] for key in keys],
         [[_COLUMNS[key][1](row[key]) if key in row else "-" for key in keys] for row in rows],
     )
-    say(f"wrote {options.out} and {summary}")
+    say(f"wrote {', '.join(map(str, [options.out, *pictures]))} and {summary}")

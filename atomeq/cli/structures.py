@@ -98,14 +98,31 @@ class StructureWriter:
     Args:
         path: The file to write.
         file_format: ``extxyz`` or ``traj``.
+        begin: An earlier file whose first frames come first, and its :attr:`extent` then.
     """
 
-    def __init__(self, path: Path, file_format: str) -> None:
-        self._stream = path.open("w", encoding="utf-8") if file_format == "extxyz" else None
-        self._trajectory = TrajectoryWriter(path, "w") if file_format == "traj" else None
+    def __init__(self, path: Path, file_format: str, begin: tuple[Path, int] | None = None) -> None:
+        self.path = path
+        self._n_frames = 0
+        self._stream = self._trajectory = None
+        if file_format == "extxyz":
+            if begin is not None:
+                copy_beginning(*begin, path)
+            self._stream = path.open("w" if begin is None else "a", encoding="utf-8")
+            return
+        self._trajectory = TrajectoryWriter(path, "w")
+        if begin is not None:
+            for atoms in ase.io.iread(begin[0], index=f":{begin[1]}", format="traj"):
+                self.write(atoms)
+
+    @property
+    def extent(self) -> int:
+        """How much there is by now: bytes of text, frames of a trajectory."""
+        return self._n_frames if self._stream is None else self._stream.tell()
 
     def write(self, atoms: Atoms) -> None:
         """Append a structure with the results its calculator has for it."""
+        self._n_frames += 1
         if self._stream is not None:
             write_extxyz(self._stream, [atoms])
             self._stream.flush()
@@ -121,16 +138,40 @@ class StructureWriter:
 
 @contextmanager
 def structure_output(
-    path: str | Path, *, keep_on: tuple[type[BaseException], ...] = ()
+    path: str | Path,
+    *,
+    keep_on: tuple[type[BaseException], ...] = (),
+    begin: tuple[Path, int] | None = None,
 ) -> Iterator[StructureWriter]:
-    """Open a file for structures that appears under its name when the block ends well."""
+    """Open a file for structures that appears under its name when the block ends well.
+
+    Args:
+        path: The file.
+        keep_on: See :func:`~atomeq.files.write_atomically`.
+        begin: See :class:`StructureWriter`.
+    """
     file_format = output_format(path)
     with write_atomically(path, keep_on=keep_on) as partial:
-        writer = StructureWriter(partial, file_format)
+        writer = StructureWriter(partial, file_format, begin)
         try:
             yield writer
         finally:
             writer.close()
+
+
+def copy_beginning(source: Path, n_bytes: int, path: Path) -> None:
+    """Copy the first bytes of a file.
+
+    Raises:
+        ValueError: There are not as many.
+    """
+    content = source.read_bytes()[:n_bytes] if source.exists() else b""
+    if len(content) < n_bytes:
+        raise ValueError(
+            f"{source}, what the interrupted run wrote, is missing or too short; start afresh "
+            "without --restart"
+        )
+    path.write_bytes(content)
 
 
 def with_results(atoms: Atoms, calculator: AtomeqCalculator) -> Atoms:

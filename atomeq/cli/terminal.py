@@ -53,15 +53,16 @@ class Meter:
         label: What is being done.
         total: Number of steps.
         unit: Name of a step, in plural.
+        done: Steps that an earlier run has done.
         console: Where to report; standard error by default, so that output can be piped.
     """
 
     def __init__(
-        self, label: str, total: int, *, unit: str, console: Console | None = None
+        self, label: str, total: int, *, unit: str, done: int = 0, console: Console | None = None
     ) -> None:
         self.label, self.total, self.unit = label, total, unit
         self.console = console if console is not None else Console(stderr=True)
-        self.done = 0
+        self.done = self._done_before = done
         self._told = -1  # what the last line said
         self.started = self._last_line = time.monotonic()
         self._bar: Progress | None = None
@@ -82,7 +83,7 @@ class Meter:
             console=self.console,
         )
         with bar:
-            self._task = bar.add_task(self.label, total=self.total, rate="")
+            self._task = bar.add_task(self.label, total=self.total, completed=self.done, rate="")
             self._bar = bar
             yield self
 
@@ -103,15 +104,20 @@ class Meter:
 
     def line(self) -> str:
         """Return the progress in words."""
-        left = (self.total - self.done) / self.rate if self.rate else 0.0
         counted = f"{self.done}/{self.total} {self.unit}, {self.rate:.1f} {self.unit}/s"
-        return f"{self.label}: {counted}, {left:.0f} s left"
+        if not self.rate:
+            return f"{self.label}: {counted}"
+        return f"{self.label}: {counted}, {(self.total - self.done) / self.rate:.0f} s left"
 
     @property
     def rate(self) -> float:
-        """Steps per second so far."""
-        seconds = time.monotonic() - self.started
-        return self.done / seconds if seconds > 0 else 0.0
+        """Steps per second of this run so far."""
+        return (self.done - self._done_before) / self.seconds
+
+    @property
+    def seconds(self) -> float:
+        """How long it has run."""
+        return max(time.monotonic() - self.started, 1e-9)
 
 
 def show_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, most: int = 20) -> None:

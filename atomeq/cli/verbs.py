@@ -9,13 +9,14 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from jsonargparse import Namespace
 
 from atomeq.calculators.ase import AtomeqCalculator, has_volume
+from atomeq.cli.restart import Journal
 from atomeq.cli.structures import read_structures, structure_output
 from atomeq.cli.terminal import Meter, Parser
 from atomeq.dynamics.in_flight import Outcome
 from atomeq.dynamics.run import relax
 from atomeq.graph.convert import validate_structure
 
-_CHUNK = 16  # structures between two reports of progress
+_CHUNK = 8  # structures between two reports of progress, and what a kill may cost of them
 
 
 def simulation_parser(verb: str, description: str, *, dtype: str | None = None) -> Parser:
@@ -132,18 +133,32 @@ def evaluated(
     *,
     label: str,
     out: str,
+    journal: Journal | None = None,
 ) -> list[dict[str, Any]]:
-    """Compute structures in batches, write them with their results, return the results."""
-    meter = Meter(label, len(structures), unit="structures")
-    found: list[dict[str, Any]] = []
-    with structure_output(out) as output, meter.running():
-        for start in range(0, len(structures), _CHUNK):
-            part = structures[start : start + _CHUNK]
-            results = calculator.evaluate(part, properties)
-            for atoms, result in zip(part, results, strict=True):
-                output.write(with_values(atoms, result))
+    """Compute structures in batches, write them with their results, return the results.
+
+    Args:
+        structures: What to compute.
+        calculator: Computes them.
+        properties: Names of ASE properties.
+        label: Of the progress.
+        out: The file of structures.
+        journal: Keeps results as they come; those it holds are not computed again.
+    """
+    entries = [] if journal is None else [e for e in journal.entries if "results" in e]
+    found = [{name: np.array(x) for name, x in entry["results"].items()} for entry in entries]
+    meter = Meter(label, len(structures), unit="structures", done=len(found))
+    with meter.running():
+        for start in range(len(found), len(structures), _CHUNK):
+            for result in calculator.evaluate(structures[start : start + _CHUNK], properties):
+                if journal is not None:
+                    values = {name: np.asarray(x).tolist() for name, x in result.items()}
+                    journal.append({"results": values})
+                found.append(result)
                 meter.advance()
-            found += results
+    with structure_output(out) as output:
+        for atoms, result in zip(structures, found, strict=True):
+            output.write(with_values(atoms, result))
     return found
 
 

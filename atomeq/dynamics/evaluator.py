@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from atomeq.dynamics.memory import keep_freed_memory
 from atomeq.dynamics.state import prepare
 from atomeq.graph.atom_graph import AtomGraph
 from atomeq.graph.builders import HyperGraph, RadiusGraph
@@ -53,7 +54,9 @@ class Evaluator:
     """Energy, forces and stress of a batch in motion.
 
     It keeps the potential, as a frozen copy where it could still be trained, and the neighbour
-    lists of the structures it has seen; results do not depend on what it remembers.
+    lists of the structures it has seen; results do not depend on what it remembers. On a CPU the
+    process keeps the memory of a step for the next one
+    (:func:`~atomeq.dynamics.memory.keep_freed_memory`).
 
     Args:
         potential: A potential, or name or folder of one.
@@ -68,6 +71,8 @@ class Evaluator:
         if loaded.training or any(p.requires_grad for p in loaded.parameters()):
             loaded = copy.deepcopy(loaded).requires_grad_(False).eval()
         self.potential = loaded
+        if loaded.device.type == "cpu":
+            keep_freed_memory()
         builder = loaded.model.graph_builder()
         # Of a HyperGraph only the edges change on the way: see prepare().
         plain = type(builder) in (RadiusGraph, HyperGraph)

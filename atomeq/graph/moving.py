@@ -19,6 +19,7 @@ from atomeq.typing import CellOffsets, EdgeIndex, EdgeLengths
 _ROUNDING = 1e-9  # a hair less than what is allowed, so that rounding cannot lose a pair
 _MAX_NEIGHBORS = 10_000.0  # per atom, on average; matter has some hundreds within any cutoff
 _FAR = 1e150  # Å; a reference that no atom is near to, and whose square is still a number
+_ALL_PAIRS = 50  # atoms; molecules up to this size never have to be searched
 _REMEMBERED = 8  # lists kept of structures that left, per structure that is here
 
 
@@ -46,6 +47,7 @@ class _Candidates(NamedTuple):
     pbc: Tensor  # (3,)
     edge_index: Tensor  # (2, n_pairs), atoms counted in the structure
     cell_offsets: Tensor  # (n_pairs, 3)
+    complete: bool = False  # these are all pairs there are
 
 
 class _Assembly(NamedTuple):
@@ -59,6 +61,7 @@ class _Assembly(NamedTuple):
     cell_offsets: Tensor  # (n_pairs, 3)
     system: Tensor  # (n_pairs,) structure of each pair
     deformable: Tensor  # (n_graphs,) periodic in some direction
+    complete: Tensor  # (n_graphs,)
 
 
 class MovingNeighbors:
@@ -71,9 +74,9 @@ class MovingNeighbors:
 
     where F deforms the reference cell into the present one, σ_min is its smallest singular value
     and u is how far an atom lies from where F alone would put it. With a constant cell this is the
-    usual rule of half the skin. Which pairs are inside is decided by lengths measured now, pair by
-    pair with the same arithmetic, so the edges do not depend on the reference, on the skin or on
-    what else is in the batch.
+    usual rule of half the skin. Of a small molecule all pairs are kept, for good. Which pairs are
+    inside is decided by lengths measured now, pair by pair with the same arithmetic, so the edges
+    do not depend on the reference, on the skin or on what else is in the batch.
 
     Args:
         cutoff: Å.
@@ -147,6 +150,7 @@ class MovingNeighbors:
             torch.cat([part.cell_offsets.to(device) for part in parts]),
             system,
             pbc.any(dim=1),
+            torch.tensor([part.complete for part in parts], device=device),
         )
 
     def _used_allowance(self, assembly: _Assembly, graph: AtomGraph) -> Tensor:
@@ -165,12 +169,16 @@ class MovingNeighbors:
         moved = moved.new_zeros(graph.n_graphs).scatter_reduce(0, graph.batch, moved, "amax")
         allowed = stretched * (self.cutoff + self.skin) * (1 - _ROUNDING) - self.cutoff
         used = 2 * moved.sqrt() / allowed.clamp(min=1e-300)
-        holds = (allowed >= 0) & (used <= 1) & (graph.pbc == assembly.pbc).all(dim=1)
-        return torch.where(holds, used, math.inf)
+        same = (graph.pbc == assembly.pbc).all(dim=1)
+        used = torch.where((allowed >= 0) & (used <= 1) & same, used, math.inf)
+        return torch.where(assembly.complete & same, 0.0, used)
 
     def _search(self, graph: AtomGraph, k: int, key: int) -> str | None:
         rows = slice(*_rows(graph, k))
         pos, cell, pbc = graph.pos[rows], graph.cell[k], graph.pbc[k]
+        if len(pos) <= _ALL_PAIRS and not bool(pbc.any()):
+            self._known[key] = _all_pairs(pos, pbc)
+            return None
         self.n_searches += 1
         arrays = pos.cpu().numpy(), cell.cpu().numpy(), pbc.cpu().numpy()
         try:
@@ -222,6 +230,15 @@ def _empty(pos: Tensor, cell: Tensor, pbc: Tensor) -> _Candidates:
     eye = torch.eye(3, dtype=cell.dtype, device=cell.device)
     none = torch.zeros(2, 0, dtype=torch.int64, device=pos.device)
     return _Candidates(pos, eye, pbc.clone(), none, none.new_zeros(0, 3))
+
+
+def _all_pairs(pos: Tensor, pbc: Tensor) -> _Candidates:
+    """Return every pair of a molecule, in the order of a search: by target, then by source."""
+    pairs = torch.cartesian_prod(*[torch.arange(len(pos), device=pos.device)] * 2)  # (n², 2)
+    edge_index = pairs[pairs[:, 0] != pairs[:, 1]].T.flip(0).contiguous()
+    offsets = edge_index.new_zeros(edge_index.shape[1], 3)
+    eye = torch.eye(3, dtype=pos.dtype, device=pos.device)
+    return _Candidates(pos.clone(), eye, pbc.clone(), edge_index, offsets, complete=True)
 
 
 def _complete_like(graph: AtomGraph, assembly: _Assembly) -> Tensor:

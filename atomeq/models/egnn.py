@@ -91,9 +91,9 @@ class EGNN(AtomisticModel):
         moved = vectors.new_zeros(graph.n_atoms, 3)
         for layer in self.layers:
             separation = vectors + moved.index_select(0, source) - moved.index_select(0, target)
-            squared = (separation**2).sum(dim=1, keepdim=True) / self.cutoff**2
-            invariants = torch.cat([basis, squared], dim=1)  # (n_edges, num_radial + 1)
-            h, moved = layer(h, moved, separation, invariants, envelope, graph.edge_index)
+            squared = (separation * separation).sum(dim=1, keepdim=True)  # (n_edges, 1)
+            invariants = torch.cat([basis, squared / self.cutoff**2], dim=1)
+            h, moved = layer(h, moved, separation, squared, invariants, envelope, graph.edge_index)
         return h
 
 
@@ -116,6 +116,7 @@ class EGNNLayer(nn.Module):
         h: Tensor,
         moved: Tensor,
         separation: EdgeVectors,
+        squared: Tensor,
         invariants: Tensor,
         envelope: Tensor,
         edge_index: EdgeIndex,
@@ -123,12 +124,14 @@ class EGNNLayer(nn.Module):
         """Return atoms ``h`` (n_atoms, C) and displacements ``moved`` (n_atoms, 3), updated."""
         target = edge_index[1]
         m = self.message(h, invariants, edge_index)  # eq. 3
+        # Numbers of an edge are multiplied with one another first: each product with all of its
+        # channels is one more pass through memory, and another when it is differentiated.
+        weight = envelope
         if self.attention is not None:
-            m = m * torch.sigmoid(self.attention(m))  # eq. 8
-        m = m * envelope  # (n_edges, C)
+            weight = torch.sigmoid(self.attention(m)) * envelope  # eq. 8
+        m = m * weight  # (n_edges, C)
         # The envelope is applied once more: φ_x has biases, and its output must end at the cutoff.
-        direction = separation * torch.rsqrt((separation**2).sum(dim=1, keepdim=True) + 1.0)
-        pull = direction * self.shift(m) * envelope  # (n_edges, 3)
+        pull = separation * (self.shift(m) * envelope * torch.rsqrt(squared + 1.0))  # (n_edges, 3)
         moved = moved + segment_sum(pull, target, h.shape[0])  # eq. 4
         total = segment_sum(m, target, h.shape[0])  # eq. 5
         return h + self.update(torch.cat([h, total], dim=1)), moved  # eq. 6

@@ -70,6 +70,7 @@ def test_nbody_from_training_to_a_continued_rollout(run: Run, workdir: Path, mod
         np.testing.assert_array_equal(whole[field][:, :2], first[field])
         np.testing.assert_array_equal(whole[field][:, 1:], second[field])
     np.testing.assert_allclose(whole["times"], [3, 4, 5])
+    assert Path("all.png").read_bytes().startswith(b"\x89PNG")
     summary = json.loads(Path("all.summary.json").read_text())
     true = np.load("true.npz")
     error = np.mean((whole["pos"][:, 1] - true["pos"][:, 1]) ** 2)

@@ -1,6 +1,6 @@
 """The laws of a cell that moves: its conserved energy, its distribution and its pressure."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -64,6 +64,92 @@ def test_enthalpy_strays_with_the_square_of_the_timestep(barostat):
     assert (strays[1] < 5e-3).all(), strays
 
 
+SYMMETRIC = torch.triu_indices(3, 3)
+
+
+def flattened(state, barostat):
+    """Return the variables of each structure of two atoms: r, v, h and ε, (n_graphs, n)."""
+    rows = len(state.graph.cell)
+    cell, rate = state.graph.cell.flatten(1), state.strain_rate[:, *SYMMETRIC]
+    if barostat == "isotropic":
+        cell, rate = cell[:, :1], rate[:, :1]
+    pos, velocities = (state.graph[key].reshape(rows, 6) for key in ("pos", "velocities"))
+    return torch.cat([pos, velocities, cell, rate], dim=1)
+
+
+def unflattened(state, variables, barostat, evaluate):
+    n_cell, eye = 1 if barostat == "isotropic" else 9, torch.eye(3, dtype=variables.dtype)
+    pos, velocities, cell, rate = variables.split(
+        [6, 6, n_cell, variables.shape[1] - 12 - n_cell], 1
+    )
+    if barostat == "isotropic":
+        cell, rate = cell[:, :, None] * eye, rate[:, :, None] * eye
+    else:
+        full = torch.zeros(len(rate), 3, 3, dtype=rate.dtype)
+        full[:, *SYMMETRIC] = rate
+        full[:, SYMMETRIC[1], SYMMETRIC[0]] = rate
+        cell, rate = cell.reshape(-1, 3, 3), full
+    graph = state.graph.replace(
+        pos=pos.reshape(-1, 3), velocities=velocities.reshape(-1, 3), cell=cell.contiguous()
+    )
+    return replace(state, graph=evaluate(graph, stress=True), strain_rate=rate)
+
+
+@pytest.mark.parametrize("barostat", ["isotropic", "full"])
+def test_a_step_preserves_the_measure_of_its_ensemble(barostat):
+    """With U + PV and the kinetic energies conserved this makes p ~ V^N exp(-(U + PV)/kT).
+
+    The measure is dr dv dh dε V^-2 of a full cell; of one that keeps its shape dr dv dL dε L²: the
+    determinant of a step is the power of V that undoes it. All columns of the Jacobian, by central
+    differences, are structures of one batch.
+    """
+    motion = Frictionless(2.0, T, pressure=2 * GPA, barostat=barostat, barostat_time=100.0)
+    evaluate = Evaluator(of(Pairs(cutoff=4.0)))
+    n = 14 if barostat == "isotropic" else 27
+    atoms = Atoms("Cu2", cell=[5.0] * 3, pbc=True, positions=[[0.1, 0, 0.2], [2.0, 1.2, 0.9]])
+    seeds = torch.zeros(2 * n, dtype=torch.int64)
+    state = motion.init(prepare([atoms] * (2 * n)), evaluate, seeds=seeds)
+    generator = torch.Generator().manual_seed(0)
+    start = flattened(state, barostat)[:1]
+    start = start + 1e-2 * torch.randn(start.shape, dtype=start.dtype, generator=generator)
+    widths = torch.full((n,), 1e-4, dtype=start.dtype)
+    widths[6:12] = widths[-6 if barostat == "full" else -1 :] = 1e-5  # velocities and rates
+    shifts = torch.cat([torch.diag(widths), -torch.diag(widths)])
+    moved = unflattened(state, start + shifts, barostat, evaluate)
+    volume = moved.graph.volume().mean()
+    after = motion.step(moved, evaluate)
+    assert not after.failed.any()
+    ends = flattened(after, barostat)
+    jacobian = (ends[:n] - ends[n:]) / (2 * widths[:, None])
+    grown = float(torch.log(after.graph.volume().mean() / volume))
+    power = -2 / 3 if barostat == "isotropic" else 2
+    assert abs(grown) > 1e-3
+    assert float(torch.linalg.slogdet(jacobian)[1]) == pytest.approx(power * grown, abs=1e-6)
+
+
+@pytest.mark.parametrize("barostat", ["isotropic", "full"])
+def test_noise_and_friction_give_the_cell_its_share_of_heat(barostat):
+    """W ε² is kT for the single rate of an isotropic cell and for ε_ii, and half of it for ε_ij."""
+    motion = LangevinNPT(2.0, T, barostat=barostat, barostat_time=4.0)
+    evaluate = Evaluator(of(Gas()))
+    atoms = Atoms("Cu2", cell=[LENGTH] * 3, pbc=True, positions=[[0, 0, 0], [2, 1, 1]])
+    seeds = torch.arange(200)
+    state = motion.init(prepare([atoms] * 200), evaluate, seeds=seeds)
+    rate, rates = state.strain_rate, []
+    for step in range(120):
+        state = replace(state, n_steps=state.n_steps + 1)
+        rate = motion._thermalized_rate(state, rate)
+        if step > 20:
+            rates.append(rate)
+    energy = float(motion._mass(state.degrees)[0]) * torch.cat(rates).square().mean(dim=0) / KT
+    # Some 8,000 independent samples of each component: 1.6 % of a variance.
+    for k in range(3):
+        assert float(energy[k, k]) == pytest.approx(1.0, rel=0.07)
+    others = energy[*torch.triu_indices(3, 3, 1)]
+    expected = 0.0 if barostat == "isotropic" else 0.5
+    assert torch.allclose(others, torch.full_like(others, expected), atol=0.035)
+
+
 def elastic_averages(n_atoms, pressure):
     """Return ⟨G⟩ and var G of p(G) ~ V^(N - 3) exp(-(U + PV)/kT), G = h hᵀ / L².
 
@@ -82,6 +168,7 @@ def elastic_averages(n_atoms, pressure):
     return mean, (weight * (metric - mean) ** 2).sum(dim=0)
 
 
+@pytest.mark.slow  # its default companions: a step preserves the measure, enthalpy is conserved
 def test_a_full_cell_has_the_distribution_of_its_pressure_and_elasticity():
     n_atoms, n_systems, pressure = 8, 150, 2e-4
     scaled = torch.rand(n_systems, n_atoms, 3, generator=torch.Generator().manual_seed(1))
@@ -123,6 +210,7 @@ def test_a_full_cell_has_the_distribution_of_its_pressure_and_elasticity():
     assert float(energy[other].mean()) == pytest.approx(0.5, rel=0.06)
 
 
+@pytest.mark.slow
 def test_the_mean_pressure_tensor_of_crystals_is_the_target():
     pressure = 3 * GPA
     motion = LangevinNPT(

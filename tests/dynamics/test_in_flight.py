@@ -5,16 +5,20 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from analytic_potentials import Pairs, Trap, cluster, crystal, of
+from analytic_potentials import Gas, Pairs, Trap, cluster, crystal, of
 from ase import Atoms
+from ase.constraints import FixAtoms
 from small_potential import small_potential
 
 import atomeq
+from atomeq.dynamics.cell import FrechetCell
 from atomeq.dynamics.evaluator import Evaluator, Failure
-from atomeq.dynamics.integrators import VelocityVerlet
+from atomeq.dynamics.integrators import NoseHoover, VelocityVerlet
+from atomeq.dynamics.optimizers import FIRE, LBFGS
 from atomeq.dynamics.run import relax, simulate
 
 FMAX = 0.02
+SAME = 1e-8  # Å, eV: the law for float64
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +108,18 @@ def test_an_endless_stream_is_taken_as_there_is_room(potential):
     assert all(outcome.id == f"cluster {outcome.index}" for outcome in first)
 
 
+def test_atoms_without_neighbours_need_room_as_well():
+    taken = []
+
+    def stream():
+        for k in itertools.count():
+            taken.append(k)
+            yield Atoms("Cu2", [[0, 0, 0], [0, 0, 30.0 + k]])
+
+    next(relax(stream(), of(Gas()), max_edges=60))
+    assert len(taken) <= 31
+
+
 def test_a_batch_never_exceeds_the_edges_that_are_allowed(potential):
     evaluate = Evaluator(potential)
     seen = []
@@ -127,11 +143,64 @@ def test_a_structure_beyond_the_limit_is_too_large(potential):
     assert "max_edges=50" in outcomes[1].reason
 
 
+class Cursed(Pairs):
+    """Pairs, with NaN for a structure with gold in it, once its atoms have moved from where."""
+
+    def forward(self, graph):
+        energies = super().forward(graph)["energies"]
+        cursed = (graph.atomic_numbers == 79) & (energies.abs() > 0)
+        return {"energies": torch.where(cursed & self.moved(graph), torch.nan, energies)}
+
+    @staticmethod
+    def moved(graph):
+        return graph.pos.norm(dim=1) > 1e-2
+
+
+RELAXATIONS = {
+    "fire": FIRE(),
+    "lbfgs": LBFGS(),
+    "fire with cell": FIRE(cell=FrechetCell()),
+    "lbfgs with cell": LBFGS(cell=FrechetCell()),
+}
+
+
+def companions(name):
+    """Return two structures that relax, one of them with fixed atoms where that is allowed."""
+    if "cell" in name:
+        return [crystal(seed=1), crystal(seed=2, a=3.5)]
+    held = cluster(7, 2)
+    held.set_constraint(FixAtoms([0, 3]))
+    return [cluster(5, 1), held]
+
+
+@pytest.mark.parametrize("name", RELAXATIONS)
+def test_a_structure_that_breaks_leaves_a_relaxation_and_the_others_do_not_notice(name):
+    potential, fine = of(Cursed()), companions(name)
+    doomed = fine[0].copy()
+    doomed.numbers[0], doomed.positions[:] = 79, doomed.positions - doomed.positions[0]
+    options = {"optimizer": RELAXATIONS[name], "fmax": FMAX, "max_steps": 25}
+    together = by_index(relax([fine[0], doomed, fine[1]], potential, **options))
+    assert together[1].status == "failed"
+    assert Failure.NO_FORCES.reason in together[1].reason
+    assert torch.isfinite(together[1].graph.pos).all()
+    for k, atoms in ((0, fine[0]), (2, fine[1])):
+        (alone,) = relax(atoms, potential, **options)
+        assert (together[k].status, together[k].n_steps) == (alone.status, alone.n_steps)
+        for field in ("pos", "cell", "energy"):
+            torch.testing.assert_close(
+                together[k].graph[field], alone.graph[field], atol=SAME, rtol=0
+            )
+
+
 class Cramped(Pairs):
     """Runs out of memory, as torch says it on a CPU, above a number of edges."""
 
+    def __init__(self, max_edges=40):
+        super().__init__()
+        self.max_edges = max_edges
+
     def forward(self, graph):
-        if graph.n_edges > 40:
+        if graph.n_edges > self.max_edges:
             raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
         return super().forward(graph)
 
@@ -146,6 +215,28 @@ def test_a_batch_is_halved_when_memory_runs_out(potential):
         assert cramped[k].status == "converged"
         assert cramped[k].n_steps == roomy[k].n_steps
         assert cramped[k].energy == pytest.approx(roomy[k].energy, abs=1e-10)
+
+
+@pytest.mark.parametrize("name", [*list(RELAXATIONS)[1:], "motion"])
+def test_batches_of_every_kind_are_halved_when_memory_runs_out(name, potential):
+    structures = [atoms for _ in range(2) for atoms in companions(name)]
+    # Room for one and a half of the largest structure, which grows denser on the way.
+    room = int(1.5 * max(potential.build_graph(atoms).n_edges for atoms in structures))
+
+    def run(of_potential):
+        if name == "motion":
+            motion = NoseHoover(2.0, 300.0)
+            return by_index(simulate(structures, of_potential, motion, n_steps=8, seed=1))
+        optimizer = RELAXATIONS[name]
+        return by_index(
+            relax(structures, of_potential, optimizer=optimizer, fmax=FMAX, max_steps=8)
+        )
+
+    cramped, roomy = run(of(Cramped(room))), run(potential)
+    assert cramped.keys() == roomy.keys()
+    for k, outcome in roomy.items():
+        assert (cramped[k].status, cramped[k].n_steps) == (outcome.status, outcome.n_steps)
+        torch.testing.assert_close(cramped[k].graph.pos, outcome.graph.pos, atol=SAME, rtol=0)
 
 
 def test_other_errors_are_not_taken_for_lack_of_memory():

@@ -2,8 +2,7 @@
 
 import os
 import signal
-import subprocess
-import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,6 @@ from atomeq.dynamics.integrators import Langevin, NoseHoover, VelocityVerlet
 from atomeq.dynamics.run import relax, simulate
 from atomeq.dynamics.trajectory import CHECKPOINT_FILE
 
-TESTS = Path(__file__).resolve().parents[1]
 OPTIONS = {"n_steps": 20, "seed": 3, "interval": 4, "checkpoint_interval": 6, "max_edges": 400}
 INTEGRATORS = {
     "nve": VelocityVerlet(2.0),
@@ -38,8 +36,8 @@ def run(name: str, folder: Path, *, restart: bool = False):
     )
 
 
-def killed_after(n_steps: int, name: str, folder: str) -> None:
-    """Kill this process, as nothing can catch, in the middle of a run."""
+def kill_after(n_steps: int, name: str, folder: Path) -> int:
+    """Run in a child that kills itself, as nothing can catch, in the middle; return its status."""
     count = 0
 
     def observe(state, indices):
@@ -48,12 +46,16 @@ def killed_after(n_steps: int, name: str, folder: str) -> None:
         if count == n_steps:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    torch.set_num_threads(1)
-    list(
-        simulate(
-            stream(), of(Pairs()), INTEGRATORS[name], folder=folder, observe=observe, **OPTIONS
-        )
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of fork, where there are threads
+        child = os.fork()
+    if child == 0:
+        try:
+            motion = INTEGRATORS[name]
+            list(simulate(stream(), of(Pairs()), motion, folder=folder, observe=observe, **OPTIONS))
+        finally:
+            os._exit(1)  # it should have been killed; nothing of pytest may run here
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def check_same(whole: dict, resumed: dict, folder: Path) -> None:
@@ -70,14 +72,7 @@ def check_same(whole: dict, resumed: dict, folder: Path) -> None:
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path):
     whole = {outcome.index: outcome for outcome in run("langevin", tmp_path / "whole")}
     broken = tmp_path / "broken"
-    command = f"import test_restart as t; t.killed_after(27, 'langevin', {str(broken)!r})"
-    path = os.pathsep.join([str(TESTS), str(Path(__file__).parent), *sys.path])
-    ended = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", command],
-        env={**os.environ, "PYTHONPATH": path},
-        check=False,
-    )
-    assert ended.returncode == -signal.SIGKILL
+    assert kill_after(27, "langevin", broken) == -signal.SIGKILL
     assert (broken / CHECKPOINT_FILE).exists()
     resumed = {outcome.index: outcome for outcome in run("langevin", broken, restart=True)}
     check_same(whole, resumed, tmp_path)

@@ -97,7 +97,10 @@ def test_atoms_on_faces_are_drawn_on_the_opposite_ones_too(tmp_path):
 def test_report_of_structures_that_are_nearly_the_same(tmp_path):
     found = [Found(f"s#{k}", crystal(a=3.6 + 1e-13 * k)) for k in range(2)]
     screen(iter(found), of(Pairs()), out=tmp_path, steps=["single_point", "properties"])
-    assert [sum(plot["counts"]) for plot in data_of(tmp_path)["plots"] if "counts" in plot] == [2, 2]
+    assert [sum(plot["counts"]) for plot in data_of(tmp_path)["plots"] if "counts" in plot] == [
+        2,
+        2,
+    ]
 
 
 def test_report_of_nothing_is_written(tmp_path):
