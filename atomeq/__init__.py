@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from atomeq.calculators.ase import AtomeqCalculator
     from atomeq.dynamics.run import relax, simulate
     from atomeq.graph.atom_graph import AtomGraph
+    from atomeq.graph.pymatgen_structures import to_pymatgen
     from atomeq.potential.checkpoint import load_potential, save_potential
     from atomeq.potential.potential import Potential
     from atomeq.screening.run import screen
@@ -27,6 +28,7 @@ __all__ = [
     "save_potential",
     "screen",
     "simulate",
+    "to_pymatgen",
 ]
 
 _HOMES = {
@@ -38,6 +40,7 @@ _HOMES = {
     "save_potential": "atomeq.potential.checkpoint",
     "screen": "atomeq.screening.run",
     "simulate": "atomeq.dynamics.run",
+    "to_pymatgen": "atomeq.graph.pymatgen_structures",
 }
 
 

@@ -1,15 +1,24 @@
 #!/usr/bin/env bash
 # The CUDA tests and the CUDA benchmark on a machine with one NVIDIA GPU, in under nine minutes.
 #   bash scripts/gpu_check.sh          results go to $OUT if that is set, else to scripts/results/
-# It needs torch with CUDA in the system's Python ($PYTHON, python3.12, python3); what else atomeq
-# imports is taken from there, or installed beside it into .venv-gpu from whatever pip can find.
+# It needs torch with CUDA and triton in the system's Python ($PYTHON, python3.12, python3), made for
+# torch 2.11 with triton 3.6 and for torch 2.13. What else the operations import is taken from there,
+# or installed beside it into .venv-gpu: from ./gpu_wheels where there is that folder, else from
+# whatever pip can find. For a bare machine without network, fill the folder before (39 MB):
+#   pip download --dest gpu_wheels --python-version 3.12 --only-binary :all: --no-deps \
+#     ase e3nn jaxtyping wadler-lindig opt_einsum opt_einsum_fx scipy pytest pluggy iniconfig \
+#     packaging pygments
+# At most 520 s: 90 to install, 200 for the tests, 230 for the benchmark, which keeps what it has.
 #
 # Where a new GPU, driver or Triton must be looked at, since the CPU tests can not show it:
 #  * correctness: the interpreter runs one program after the other, has no shared memory, no limit of
 #    registers, and cuts off where a GPU rounds to bfloat16. The tests marked gpu or triton hold the
 #    bars on the device; `scripts/triton_compile.py LMAX MMAX` shows spills and shared memory.
 #  * ops/backends/triton/so2.py: _MANY_EDGES, where cuBLAS takes over from the grouped kernel, and
-#    _TILE; with matmul precision "medium" the grouped kernel serves any number of edges.
+#    _TILE; with matmul precision "medium" the grouped kernel serves any number of edges. With gates
+#    it has 254 of 255 registers in single precision ("highest"), none spilled; 172 in TF32.
+#  * `scripts/count_traffic.py` says what a layer should read and write: a kernel that takes much
+#    longer than its bytes at 4.3 TB/s is the one to look at.
 #  * ops/backends/triton/launch.py: _REGISTER_TILE (edges of one program); rotation.py and coupling.py:
 #    BLOCK_E and num_warps of the sums over an atom's edges, which wait for memory if edges are few;
 #    that of couplings spills a little at lmax = 6 (every path, 128 channels, float32).
@@ -42,10 +51,14 @@ if ! "$python" -c "$needed" 2>/dev/null; then
   echo "gpu_check: installing what atomeq needs into .venv-gpu, beside the torch of $python"
   "$python" -m venv --system-site-packages .venv-gpu
   python=.venv-gpu/bin/python
+  wheels=()
+  if [ -d gpu_wheels ]; then wheels=(--no-index --find-links gpu_wheels --no-deps); fi
   # torch stays the system's: a constraint keeps pip from bringing another one
   "$python" -c "import torch; print('torch==' + torch.__version__)" >.venv-gpu/constraints
   timeout 90 "$python" -m pip install --quiet --disable-pip-version-check \
-    --constraint .venv-gpu/constraints ase e3nn jaxtyping "numpy<3" scipy pytest ||
+    "${wheels[@]}" --constraint .venv-gpu/constraints \
+    ase e3nn jaxtyping wadler-lindig opt_einsum opt_einsum_fx scipy \
+    pytest pluggy iniconfig packaging pygments ||
     echo "gpu_check: pip found not all of it; going on with what is there"
   "$python" -c "$needed"
 fi
@@ -65,8 +78,9 @@ step() {
     failed+=("$name: exit code $code$([ "$code" -eq 124 ] && echo ', out of time' || true)")
   fi
 }
-# Plain collection of tests/ops: the rest of the suite needs packages that a GPU machine may lack.
-step tests 170 "$python" -m pytest tests/ops -m "(gpu or triton) and not slow" -q -p no:cacheprovider \
+# These files import the operations alone: others need packages that a GPU machine may lack.
+step tests 200 "$python" -m pytest tests/ops/test_triton.py tests/ops/test_triton_gradients.py \
+  tests/ops/test_adapters.py -m "(gpu or triton) and not slow" -q -p no:cacheprovider \
   --junitxml "$out/gpu_tests.xml"
 step benchmark 230 "$python" scripts/benchmark_tensor_product.py --device cuda --quick \
   --out "$out/tensor_product_cuda.json"

@@ -23,12 +23,11 @@ from rich.table import Table
 from torch import Tensor
 from train_nbody import ROOT, atomeq, children_cpu_seconds, commit
 
-from atomeq.cli.rollout import roll_out
 from atomeq.cli.structures import versions
 from atomeq.data.nbody import LARGEST_FORCE, NBodyRecipe, Trajectories, run_charged, simulate
-from atomeq.data.recordings import Recording
 from atomeq.files import write_atomically
 from atomeq.potential.checkpoint import load_propagator
+from atomeq.potential.long_step import LongStep, Particles
 
 RESULTS = ROOT / "scripts" / "results" / "rollout.json"
 START, STRIDE = 30, 10  # frames: where rollouts begin, and a long step
@@ -59,8 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     training: dict[str, Any] = {}
     for name, (experiment, words) in TRAINED.items():
         folder, training[name] = trained(name, experiment, words, options)
-        start = Recording("charged", *at(true, 0), true.charges, (float(START),))
-        rows[name] = errors(roll_out(load_propagator(folder), start, SHOWN[-1]).pos[:, 1:], true)
+        rows[name] = errors(rolled_out(load_propagator(folder), true), true)
     show(rows, training)
     document = {
         "command": "python scripts/measure_rollout.py",
@@ -93,15 +91,30 @@ def at(true: Trajectories, index: int) -> tuple[Tensor, Tensor]:
 
 
 def errors(pos: Tensor, true: Trajectories) -> dict[str, dict[str, float]]:
-    """Return errors of positions (n_systems, 10, n_bodies, 3) after the steps that are shown."""
+    """Return errors of positions (n_systems, 10, n_bodies, 3) after the steps that are shown.
+
+    A system that flew apart to infinity is in the median and in ``lost``, not in the mean.
+    """
     squared = (pos - true.pos[:, 1:]).square().mean(dim=(2, 3))  # (n_systems, 10)
-    return {
-        str(step): {
-            "mean": float(squared[:, step - 1].mean()),
-            "median": float(squared[:, step - 1].median()),
-        }
-        for step in SHOWN
-    }
+    squared = squared.nan_to_num(nan=math.inf, posinf=math.inf)
+    rows = {}
+    for step in SHOWN:
+        now = squared[:, step - 1]
+        kept = now[torch.isfinite(now)]
+        lost = len(now) - len(kept)
+        rows[str(step)] = {"mean": float(kept.mean()), "median": float(now.median()), "lost": lost}
+    return rows
+
+
+def rolled_out(step: LongStep, true: Trajectories) -> Tensor:
+    """Return a propagator's positions after each long step, also of systems that fly apart."""
+    pos, velocities = (tensor[:, 0] for tensor in at(true, 0))
+    particles, frames = Particles(pos, velocities, true.charges), []
+    with torch.no_grad():
+        for _ in range(SHOWN[-1]):
+            particles = step(particles)
+            frames.append(particles.pos)
+    return torch.stack(frames, dim=1)
 
 
 def straight(true: Trajectories) -> Tensor:
@@ -183,10 +196,14 @@ def trained(
 
 
 def show(rows: dict[str, dict[str, dict[str, float]]], training: dict[str, Any]) -> None:
-    """Print the table: mean, and median in parentheses."""
+    """Print the table: mean, median in parentheses, and how many flew apart."""
     table = Table("error after long steps", *map(str, SHOWN), "CPU s of training")
     for name, row in rows.items():
-        cells = [f"{row[str(k)]['mean']:.3g} ({row[str(k)]['median']:.2g})" for k in SHOWN]
+        cells = [
+            f"{at['mean']:.3g} ({at['median']:.2g})"
+            + (f", {at['lost']} lost" if at["lost"] else "")
+            for at in (row[str(k)] for k in SHOWN)
+        ]
         cost = training.get(name, {}).get("cpu_seconds", math.nan)
         table.add_row(name, *cells, f"{cost:.0f}" if math.isfinite(cost) else "-")
     Console(width=None if sys.stdout.isatty() else 130).print(table)

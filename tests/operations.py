@@ -64,6 +64,10 @@ def convolve(x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
     return cg_conv(x, y, weights, EDGES, 4, PATHS, output="paths")
 
 
+def convolve_radially(x: Tensor, y: Tensor, h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return cg_conv(x, y, h, EDGES, 4, PATHS, output="paths", radial_map=(weight, bias))
+
+
 def couple(x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
     return tensor_product(x, y, weights, PATHS)
 
@@ -83,6 +87,9 @@ OPERATIONS: dict[str, Operation] = {
     ),
     "cg_conv": Operation(convolve, [(4, 4, C), (5, 4), (5, 4, C)]),
     "cg_conv of shared weights": Operation(convolve, [(4, 4, C), (5, 4), (4, C)]),
+    "cg_conv of a radial layer": Operation(
+        convolve_radially, [(4, 4, C), (5, 4), (5, 3), (4, C, 3), (4, C)]
+    ),
     "tensor_product": Operation(couple, [(5, 4, C), (5, 4), (5, 4, C)]),
     "spherical_harmonics": Operation(lambda v: spherical_harmonics(v, 3), [(5, 3)], 0),
     "segment_sum": Operation(lambda x: segment_sum(x, INDEX, 4), [(5, 3)]),

@@ -72,7 +72,7 @@ def refused(make: Callable[[Subject], Atoms], subject: Subject) -> Measured:
 def lone_atom(subject: Subject) -> Measured:
     """Compute one atom: no force, and the energy it has in a box."""
     symbol = subject.elements[0]
-    boxed = Atoms(symbol, cell=3 * [_VACUUM], pbc=True)
+    boxed = Atoms(symbol, cell=3 * [_VACUUM], pbc=not subject.molecules_only)
 
     def expected() -> Evaluation:
         return Evaluation(subject.energy(boxed), np.zeros((1, 3)), None)
@@ -127,7 +127,7 @@ def coincident_atoms(subject: Subject) -> Measured:
 
 def left_handed(subject: Subject) -> Twins:
     """Exchange two lattice vectors: the same crystal with a negative determinant."""
-    atoms = subject.crystal()
+    atoms = subject.periodic()
     strange = atoms.copy()
     strange.set_cell(atoms.cell.array[[1, 0, 2]])
     return strange, atoms
@@ -135,7 +135,7 @@ def left_handed(subject: Subject) -> Twins:
 
 def skewed(subject: Subject) -> Twins:
     """Describe a crystal by strongly skewed lattice vectors."""
-    atoms = subject.crystal()
+    atoms = subject.periodic()
     strange = atoms.copy()
     strange.set_cell(_SKEW @ atoms.cell.array)
     return strange, atoms
@@ -152,14 +152,14 @@ def huge_cell(subject: Subject) -> Twins:
 
 def far_outside(subject: Subject) -> Twins:
     """Move each atom by up to a thousand lattice vectors of its own."""
-    atoms = subject.crystal()
+    atoms = subject.periodic()
     shifts = subject.random("far outside").integers(-1000, 1001, (len(atoms), 3))
     return _moved(atoms, shifts @ atoms.cell.array), atoms
 
 
 def unwrapped(subject: Subject) -> Twins:
     """Leave one atom outside of the cell, as dynamics does."""
-    atoms = subject.crystal()
+    atoms = subject.periodic()
     strange = atoms.copy()
     strange.positions[1] += atoms.cell.array[0] - 2 * atoms.cell.array[2]
     return strange, atoms
@@ -238,7 +238,7 @@ def position_of(value: float, subject: Subject) -> Atoms:
 
 def cell_of_nan(subject: Subject) -> Atoms:
     """Return a crystal with an impossible lattice vector."""
-    atoms = subject.crystal()
+    atoms = subject.periodic()
     atoms.cell.array[2, 2] = math.nan
     return atoms
 
@@ -266,7 +266,7 @@ def zero_cell(subject: Subject) -> Atoms:
 
 def flat_cell(subject: Subject) -> Atoms:
     """Return a crystal whose lattice vectors lie in one plane."""
-    atoms = subject.crystal()
+    atoms = subject.periodic()
     atoms.cell.array[2] = atoms.cell.array[0] + atoms.cell.array[1]
     return atoms
 
@@ -280,7 +280,7 @@ def _opened(subject: Subject, pbc: tuple[bool, bool, bool], *, keep: bool) -> Tw
         keep: Keep the other vectors in the strange structure, where they mean nothing.
     """
     open_directions = ~np.array(pbc)
-    strange = subject.crystal()
+    strange = subject.periodic()
     strange.pbc = pbc
     cell = complete_cell(strange.cell.array, np.array(pbc))
     cell[open_directions] *= _VACUUM

@@ -11,13 +11,14 @@ import os
 import shutil
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from atomeq.data.ase_files import DataError, read_structures
+from atomeq.data.source_files import convert_qm7, convert_snap
 from atomeq.files import write_atomically
 
 logger = logging.getLogger(__name__)
@@ -37,12 +38,17 @@ class DataSet:
     Attributes:
         source: Address of the folder the files come from, pinned to a commit.
         licence: Under which the source publishes it.
-        files: Name here -> (name at the source, SHA-256 of the content).
+        files: Name here -> (name or names at the source, SHA-256 of the content).
+        convert: Writes what came from the source as extended XYZ, where it is of another form.
+        decimals: Of positions that count. Sources in fractions of the cell say no more than four
+            for sure, whoever multiplies.
     """
 
     source: str
     licence: str
-    files: dict[str, tuple[str, str]]
+    files: dict[str, tuple[str | tuple[str, ...], str]]
+    convert: Callable[[Sequence[Path], Path], None] | None = None
+    decimals: int = 8
 
 
 DATA_SETS: dict[str, DataSet] = {
@@ -140,6 +146,30 @@ DATA_SETS: dict[str, DataSet] = {
             ),
         },
     ),
+    "mvl_snap": DataSet(
+        source="https://raw.githubusercontent.com/materialsvirtuallab/snap/"
+        "5fc2251b45c72dea0c9799d7aad3e3261a077a5b/Cu/training",
+        licence="BSD-3-Clause",
+        files={
+            "Cu.extxyz.gz": (
+                ("AIMD.json", "Elastic.json", "Surface.json", "Vacancy.json"),
+                "ae21fafb12cf5e5f3d50eb804109de54ec50f91440c4be81a5e46ed634c2a615",
+            ),
+        },
+        convert=convert_snap,
+        decimals=4,
+    ),
+    "qm7": DataSet(
+        source="https://codeload.github.com/qmlcode/tutorial/tar.gz",
+        licence="MIT",
+        files={
+            "qm7.extxyz.gz": (
+                "da714b16201955b9d5ce2efaab824da55a0c2807",
+                "270d379cb74553aeb60b1f370cbbbac9a239e8e1e45a698f1dab47e2c014c954",
+            ),
+        },
+        convert=convert_qm7,
+    ),
 }
 
 
@@ -172,19 +202,25 @@ def download(name: str, folder: str | Path, *, source: str | None = None) -> lis
     paths = []
     for here, (there, digest) in data_set.files.items():
         path = target / here
-        if path.is_file() and content_digest(path) == digest:
+        if path.is_file() and content_digest(path, decimals=data_set.decimals) == digest:
             logger.info("%s is there", path)
         else:
-            _fetch_checked(f"{source or data_set.source}/{there}", path, digest)
+            names = (there,) if isinstance(there, str) else there
+            urls = [f"{source or data_set.source}/{name}" for name in names]
+            _fetch_checked(urls, path, digest, data_set)
         paths.append(path)
     return paths
 
 
-def content_digest(path: str | Path) -> str:
+def content_digest(path: str | Path, *, decimals: int = 8) -> str:
     """Return the SHA-256 of what a file says: elements, positions, cells and labels.
 
     Numbers count to 8 decimals, which is what the sources give. Cells count along periodic
     directions only, for a box around a molecule means nothing.
+
+    Args:
+        path: The file.
+        decimals: Of positions.
 
     Raises:
         DataError: The file cannot be read.
@@ -193,35 +229,46 @@ def content_digest(path: str | Path) -> str:
     for atoms in read_structures(path):
         results = atoms.calc.results if atoms.calc is not None else {}
         digest.update(atoms.numbers.astype("<i4").tobytes())
-        digest.update(_decimals(atoms.positions) + _decimals(atoms.cell.array[atoms.pbc]))
+        digest.update(_decimals(atoms.positions, decimals))
+        digest.update(_decimals(atoms.cell.array[atoms.pbc]))
         for label in ("energy", "forces", "stress"):
             if label in results:
                 digest.update(label.encode() + _decimals(np.asarray(results[label])))
     return digest.hexdigest()
 
 
-def _decimals(values: np.ndarray) -> bytes:
-    rounded = np.round(values, 8) + 0.0  # -0.0 + 0.0 is 0.0
+def _decimals(values: np.ndarray, decimals: int = 8) -> bytes:
+    rounded = np.round(values, decimals) + 0.0  # -0.0 + 0.0 is 0.0
     return ",".join(f"{value:.8f}" for value in rounded.flatten()).encode()
 
 
-def _fetch_checked(url: str, path: Path, digest: str) -> None:
-    partial = path.with_name(f".{path.name.removesuffix('.gz')}.part.xyz")
-    logger.info("fetching %s", url)
-    _fetch(url, partial)
+def _fetch_checked(urls: Sequence[str], path: Path, digest: str, data_set: DataSet) -> None:
+    stem = path.name.removesuffix(".gz")
+    partial = path.with_name(f".{stem}.part.xyz")
+    fetched = [partial]
+    if data_set.convert is not None:
+        fetched = [path.with_name(f".{stem}.part.{url.rpartition('/')[2]}") for url in urls]
+    for url, file in zip(urls, fetched, strict=True):
+        logger.info("fetching %s", url)
+        _fetch(url, file)
+    where = urls[0] if len(urls) == 1 else f"{urls[0]} and {len(urls) - 1} more"
     try:
-        found = content_digest(partial)
+        if data_set.convert is not None:
+            data_set.convert(fetched, partial)
+        found = content_digest(partial, decimals=data_set.decimals)
+        if found != digest:
+            raise DataError(
+                f"the content of {where} has SHA-256 {found[:12]}…, the data set has "
+                f"{digest[:12]}…; it was damaged on the way or is not the published file; try again"
+            )
+        _install(partial, path)
     except DataError as error:
-        partial.unlink()
-        raise DataError(f"what {url} sent is not a file of structures: {error}") from error
-    if found != digest:
-        partial.unlink()
-        raise DataError(
-            f"the content of {url} has SHA-256 {found[:12]}…, the data set has {digest[:12]}…; "
-            "it was damaged on the way or is not the published file; try again"
-        )
-    _install(partial, path)
-    partial.unlink()
+        known = str(error).startswith("the content")
+        message = str(error) if known else f"what {where} sent is not a file of structures: {error}"
+        raise DataError(message) from error
+    finally:  # whole files that turned out wrong are of no use either
+        for file in {partial, *fetched}:
+            file.unlink(missing_ok=True)
 
 
 def _install(partial: Path, path: Path) -> None:

@@ -215,6 +215,7 @@ class Flight(Generic[S]):
             return self._oversized(
                 Passenger(index, name, n_edges), f"max_edges={self.budget.limit}"
             )
+        n_edges = max(n_edges, graph.n_atoms)  # atoms without neighbours need memory as well
         self._next = Passenger(index, name, n_edges), self.begin(graph, index)
         return None
 
@@ -242,7 +243,7 @@ class Flight(Generic[S]):
             yield from self._halve(state)
             return
         self._state = after
-        n_edges = self.evaluate.n_edges.tolist()
+        n_edges = torch.maximum(self.evaluate.n_edges, after.graph.natoms).tolist()
         for passenger, now in zip(self._running, n_edges, strict=True):
             passenger.n_edges = now
         self.budget.learn(sum(n_edges))

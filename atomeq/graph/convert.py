@@ -131,7 +131,8 @@ def from_pymatgen(
 ) -> AtomGraph:
     """Make a graph without edges of one or many Structures or Molecules of pymatgen.
 
-    Site properties ``tags`` and ``forces`` and the properties ``energy`` and ``stress`` come along.
+    Site properties ``tags``, ``forces``, ``selective_dynamics`` and the properties ``energy`` and
+    ``stress`` come along. The way back is ``pymatgen_structures.to_pymatgen``.
 
     Args:
         structures: One or many, ordered: each site holds one element.
@@ -452,6 +453,8 @@ def _atoms_of_sites(structure: PymatgenSites, index: int) -> Atoms:
     site_properties = getattr(structure, "site_properties", {})
     if "tags" in site_properties:
         atoms.set_tags(site_properties["tags"])
+    if "selective_dynamics" in site_properties:
+        atoms.set_constraint(FixAtoms(mask=~np.any(site_properties["selective_dynamics"], axis=1)))
     if "forces" in site_properties:
         atoms.arrays["forces"] = np.asarray(site_properties["forces"], dtype=np.float64)
     properties = getattr(structure, "properties", None) or {}

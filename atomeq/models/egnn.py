@@ -132,6 +132,6 @@ class EGNNLayer(nn.Module):
         m = m * weight  # (n_edges, C)
         # The envelope is applied once more: φ_x has biases, and its output must end at the cutoff.
         pull = separation * (self.shift(m) * envelope * torch.rsqrt(squared + 1.0))  # (n_edges, 3)
-        moved = moved + segment_sum(pull, target, len(h))  # eq. 4
-        total = segment_sum(m, target, len(h))  # eq. 5
+        moved = moved + segment_sum(pull, target, h.shape[0])  # eq. 4
+        total = segment_sum(m, target, h.shape[0])  # eq. 5
         return h + self.update(torch.cat([h, total], dim=1)), moved  # eq. 6

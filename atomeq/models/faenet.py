@@ -33,12 +33,15 @@ from atomeq.nn.element_properties import N_GROUPS, element_properties
 from atomeq.nn.force_decoder import DecoderNorm, ForceDecoder, ForceHead
 from atomeq.nn.message_norms import Normalisation, message_norm
 from atomeq.nn.radial import PolynomialEnvelope
+from atomeq.ops.paths import Path
 from atomeq.ops.segment import segment_sum
+from atomeq.ops.tensor_product import cg_conv
 from atomeq.typing import EdgeLengths, PropertyKey
 
 MessageType = Literal["base", "simple", "updownscale", "updownscale_base", "updown_local_env"]
 SkipConnection = Literal["none", "add", "concat", "concat_atom"]
 EnergyHead = Literal["sum", "weighted_initial", "weighted_final"]
+_SCALARS = [Path(0, 0, 0)]
 
 
 class FAENetOutput(NamedTuple):
@@ -378,16 +381,16 @@ class Interaction(nn.Module):
         segments: tuple[Tensor, int],
     ) -> Tensor:
         """Return the update (n_atoms, H) of atoms ``h`` (n_atoms, H), edges ``e`` (n_edges, F)."""
-        source, target = edge_index
         x = silu(self.lin_down(h)) if self.scaled else h
-        message = x[source] * self._filters(h, e, edge_index)
-        if envelope is not None:
-            message, e = message * envelope, e * envelope
-        total = segment_sum(message, target, len(h))
+        if envelope is None:
+            envelope = e.new_ones(len(e), 1)
+        # The product 0 x 0 -> 0 of neighbours and envelopes, weighted by the filters.
+        filters = self._filters(h, e, edge_index)[:, None]  # (n_edges, 1, width)
+        total = cg_conv(x[:, None], envelope, filters, edge_index, len(h), _SCALARS)[:, 0]
         if self.graph_norm is not None:
             total = silu(self.graph_norm(total, *segments))
         if self.local:
-            around = segment_sum(e, target, len(h))
+            around = segment_sum(e * envelope, edge_index[1], len(h))
             x = self.lin_up(torch.cat([total, around], dim=1))
         else:
             x = silu(self.lin_up(total) if self.scaled else self.lin_h(total))

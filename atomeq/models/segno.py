@@ -131,7 +131,7 @@ class SEGNOPropagator(Propagator):
         leapfrog = self.integrator == "leapfrog"
         drift_before = dt / 2 if leapfrog else 0.0
         growth = dt * self.feature_rate
-        n_atoms = len(motion.h)
+        n_atoms = motion.h.shape[0]
         counts = motion.pos.new_zeros(n_atoms).index_add(
             0, edge_index[1], motion.pos.new_ones(edge_index.shape[1])
         )
@@ -189,7 +189,7 @@ class Acceleration(nn.Module):
         if self.largest_pull is not None:
             pull = pull.clamp(-self.largest_pull, self.largest_pull)
         # One scatter for both sums: a second one costs as much again.
-        total = segment_sum(torch.cat([m, pull], dim=1), target, len(h))
+        total = segment_sum(torch.cat([m, pull], dim=1), target, h.shape[0])
         m_total, pull_total = total.split([m.shape[1], 3], dim=1)
         gate = None if self.coord_mlp_vel is None else self.coord_mlp_vel(h)
         return pull_total, self.node_mlp(torch.cat([h, m_total], dim=1)), gate
@@ -332,6 +332,6 @@ class SmoothAcceleration(nn.Module):
         direction = separation * torch.rsqrt((separation**2).sum(dim=1, keepdim=True) + 1.0)
         # The envelope is applied once more: the strength has biases and must end at the cutoff.
         pull = direction * self.strength(m) * envelope
-        total = segment_sum(torch.cat([m, pull], dim=1), edge_index[1], len(h))
+        total = segment_sum(torch.cat([m, pull], dim=1), edge_index[1], h.shape[0])
         m_total, acceleration = total.split([m.shape[1], 3], dim=1)
         return acceleration, self.update(torch.cat([h, m_total], dim=1))

@@ -144,5 +144,5 @@ class Gate(nn.Module):
         scalars = nn.functional.silu(scalars)
         if gates is None:
             return scalars
-        gates = torch.sigmoid(gates).view(len(x), self.lmax, x.shape[2])
+        gates = torch.sigmoid(gates).view(x.shape[0], self.lmax, x.shape[2])
         return torch.cat([scalars, higher * gates[:, self.gate_of_row]], dim=1)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from atomeq.ops.edge_frame import EdgeFrame
 from atomeq.ops.harmonic_polynomials import Normalization
-from atomeq.ops.paths import Mode, Path
+from atomeq.ops.paths import Mode, Path, RadialMap
 from atomeq.ops.specification import OpSpec
 from atomeq.ops.sphere_grid import SphereGrid
 
@@ -143,8 +143,12 @@ class Backend(Protocol):
         paths: tuple[Path, ...],
         mode: Mode,
         stacked: bool,
+        radial_map: RadialMap | None,
     ) -> Tensor:
-        """Gather x on the sources, couple it with y, sum on the targets."""
+        """Gather x on the sources, couple it with y, sum on the targets.
+
+        With ``radial_map`` the weights of an edge are still to be made, from what ``weights`` has.
+        """
         ...
 
     def sphere_pointwise(
@@ -243,14 +247,14 @@ def select(
         channels, n_edges = len(range(channels)), 1 if n_edges > 0 else 0
     spec = OpSpec(op, lmax, mmax, channels, n_edges, like.dtype, like.device, mode, weighted)
     asked_for = chosen_backend()
+    reasons = []  # the reference refuses nothing, so auto finds somebody
     for name in AUTO_ORDER if asked_for == "auto" else (asked_for,):
         reason = _refusal(name, *spec)
         if reason is None:
             return _loaded[name]
-    if asked_for == "auto":
-        raise NotImplementedError(f"no backend serves {spec}")  # the reference refuses nothing
+        reasons.append(reason)
     raise NotImplementedError(
-        f"backend {asked_for!r} was asked for but does not serve {op}: {reason}; "
+        f"backend {asked_for!r} was asked for but does not serve {op}: {'; '.join(reasons)}; "
         f"choose another one or 'auto'"
     )
 

@@ -2,8 +2,13 @@
 
 from typing import Literal, NamedTuple
 
+import torch
+from torch import Tensor
+
 Mode = Literal["uvu", "uvw", "uuu"]
 Output = Literal["sum", "paths"]
+# Weight and bias of a last linear layer, with the axes of the weights that it makes for an edge.
+RadialMap = tuple[Tensor, Tensor | None]
 
 
 class Path(NamedTuple):
@@ -34,3 +39,13 @@ def tensor_product_paths(
         for l3 in range(abs(l1 - l2), min(l1 + l2, lmax3) + 1)
         if pseudotensors or (l1 + l2 + l3) % 2 == 0
     )
+
+
+def made_weights(weights: Tensor | None, radial_map: RadialMap | None) -> Tensor | None:
+    """Return the weights of a convolution, those of all edges made at once if they are to be."""
+    if radial_map is None or weights is None:
+        return weights
+    weight, bias = radial_map
+    bias = None if bias is None else bias.flatten()
+    flat = torch.nn.functional.linear(weights, weight.flatten(0, -2), bias)
+    return flat.unflatten(1, weight.shape[:-1])

@@ -183,7 +183,8 @@ def escn_conv(
 
     The same numbers as :func:`rotate_to_edge`, :func:`so2_linear_with_scalars`, SiLU on l = 0 with
     sigmoid gates on l > 0, :func:`so2_linear` and :func:`rotate_from_edge` one after the other,
-    but next to nothing of an edge is kept for the backward pass. Differentiable twice.
+    but of an edge only the outputs of the two maps are kept for the backward pass, or, with
+    ``recompute``, nothing. Differentiable twice.
 
     Args:
         x: Features of the atoms, (n_atoms, n_sph, channels).
@@ -196,7 +197,7 @@ def escn_conv(
         radial_map: Weight (n_scales, n_radial) and bias (n_scales,) of a last linear layer that
             gives the factors, which are then never written out for all edges.
         envelope: Factor of each edge's message, (n_edges,).
-        recompute: Do not even keep the output of the first map, at the price of computing it again.
+        recompute: Keep nothing of an edge, at the price of computing both maps again.
 
     Returns:
         (n_atoms, n_sph, c_out).

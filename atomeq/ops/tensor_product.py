@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from atomeq.ops.dispatch import select
-from atomeq.ops.paths import Mode, Output, Path
+from atomeq.ops.paths import Mode, Output, Path, RadialMap
 from atomeq.typing import EdgeIndex, NodeFeatures
 
 Features = Float[Tensor, "*batch n_sph channels"]
@@ -76,18 +76,23 @@ def cg_conv(
     *,
     mode: Mode = "uvu",
     output: Output = "sum",
+    radial_map: RadialMap | None = None,
 ) -> Float[Tensor, "n_targets n_out c_out"]:
     """Convolve: gather x on the sources, couple it with y by the edge's weights, sum on targets.
 
     Args:
         x: Features of the atoms, (n_atoms, n1, U).
         y: Features of the edges, (n_edges, n2) or (n_edges, n2, channels).
-        weights: As in :func:`tensor_product`, per edge or shared.
+        weights: As in :func:`tensor_product`, per edge or shared; with ``radial_map`` the values
+            that give them, (n_edges, n_radial).
         edge_index: Row 0 is the source, row 1 the target, (2, n_edges); any order.
         n_atoms: Number of atoms.
         paths: Which degrees couple.
         mode: How channels couple.
         output: ``sum`` or ``paths``.
+        radial_map: Weight (n_paths, U, n_radial), or (n_paths, U, V, W, n_radial) in uvw, and bias
+            (n_paths, ...) of a last linear layer that gives the weights. Where kernels serve, these
+            are then made for some edges at a time and never kept.
 
     Returns:
         As :func:`tensor_product`, (n_atoms, rows, channels). Atoms without edges get zeros.
@@ -107,7 +112,10 @@ def cg_conv(
     """
     if edge_index.shape != (2, y.shape[0]):
         raise ValueError(f"edge_index is {tuple(edge_index.shape)} but y has {y.shape[0]} edges")
-    paths = _checked((y.shape[0],), x, y, weights, paths, mode, output)
+    given = weights
+    if radial_map is not None:  # an expanded view has the shape that the weights would have
+        given = _check_radial(y.shape[0], weights, radial_map)
+    paths = _checked((y.shape[0],), x, y, given, paths, mode, output)
     backend = select(
         "cg_conv",
         lmax=max(max(path) for path in paths),
@@ -119,7 +127,20 @@ def cg_conv(
         weighted=weights is not None,
     )
     stacked = output == "paths"
-    return backend.cg_conv(x, y, weights, edge_index, n_atoms, paths, mode, stacked)
+    return backend.cg_conv(x, y, weights, edge_index, n_atoms, paths, mode, stacked, radial_map)
+
+
+def _check_radial(n_edges: int, radial: Tensor | None, radial_map: RadialMap) -> Tensor:
+    """Refuse a radial layer that does not fit; return a tensor of the shape of its weights."""
+    weight, bias = radial_map
+    if radial is None or radial.shape != (n_edges, weight.shape[-1]):
+        shape = None if radial is None else tuple(radial.shape)
+        raise ValueError(
+            f"weights are {shape}; radial_map reads ({n_edges}, {weight.shape[-1]}) and makes them"
+        )
+    if bias is not None and bias.shape != weight.shape[:-1]:
+        raise ValueError(f"the bias is {tuple(bias.shape)}, the weight {tuple(weight.shape)}")
+    return weight[..., 0].expand(n_edges, *weight.shape[:-1])
 
 
 def _checked(

@@ -18,16 +18,15 @@ from atomeq.dynamics.in_flight import Outcome
 from atomeq.dynamics.run import relax
 from atomeq.graph.convert import StructureError, validate_structure
 from atomeq.potential.potential import Potential
-from atomeq.screening.expressions import Expression
+from atomeq.screening.filters import Filters, not_converged
 from atomeq.screening.references import (
     AdsorptionReferences,
     HullReferences,
     MissingReference,
 )
-from atomeq.screening.rows import NUMBERS, Row, structure_columns
+from atomeq.screening.rows import Row, structure_columns
 from atomeq.screening.steps import (
     Committee,
-    Filter,
     Properties,
     Relax,
     SinglePoint,
@@ -87,9 +86,7 @@ class Computation:
         max_edges: int | None = None,
     ) -> None:
         self._steps = {type(step): step for step in steps}
-        self._filters = [
-            Expression(step.where, NUMBERS) for step in steps if isinstance(step, Filter)
-        ]
+        self._filtered = Filters(steps)
         self._evaluate = Evaluator(potential)
         self._members = [Evaluator(member) for member in members]
         self._hull, self._max_edges = hull, max_edges
@@ -224,25 +221,6 @@ class Computation:
             columns["adsorption_energy"] = self._adsorption.adsorption_energy(formula, energy)
         return columns
 
-    def _filtered(self, row: Row) -> Row:
-        for expression in self._filters:
-            try:
-                reason = "" if expression(row) else f"not {expression.text}"
-            except LookupError as error:
-                reason = f"{expression.text}: the row has no {error.args[0]}"
-            except (ArithmeticError, TypeError) as error:
-                reason = f"{expression.text}: {error}"
-            if reason:
-                kind = "filter"
-                return {
-                    **row,
-                    "status": "filtered",
-                    "stage": "filter",
-                    "kind": kind,
-                    "reason": reason,
-                }
-        return row
-
 
 def refuse(atoms: Atoms, step: Validate, elements: Sequence[int]) -> tuple[str, str] | None:
     """Return kind and reason why a structure is refused, or None.
@@ -302,9 +280,7 @@ def _row_of(candidate: Candidate, outcome: Outcome, *, with_steps: bool) -> Row:
     if with_steps:
         columns["converged"] = outcome.converged
         columns["n_steps"] = outcome.n_steps
-        columns["reason"] = outcome.reason or None
-        columns["kind"] = None if outcome.converged else "not_converged"
-        columns["stage"] = None if outcome.converged else "relax"
+        columns |= {} if outcome.converged else not_converged(outcome.n_steps)
     return candidate.row(**columns)
 
 

@@ -18,6 +18,7 @@ from atomeq.screening.rows import Row
 
 _HANDFUL = 64  # an actor has a whole batch in flight of them
 _AHEAD = 2  # handfuls an actor has, so that it never waits for the next
+_STARTS = 3  # of a cluster, whose node has 30 seconds to begin; a loaded machine takes longer
 _TRIES = 3  # of a structure alone: actors also die for reasons that are not its fault
 
 
@@ -75,7 +76,14 @@ class RayEngine:
         options: dict[str, Any] = {"address": self._address}
         if self._address is None:
             options = {"num_cpus": self._n_workers, "include_dashboard": False}
-        self._ray.init(**options, log_to_driver=False, logging_level="ERROR")
+        for attempt in range(1, _STARTS + 1):
+            try:
+                self._ray.init(**options, log_to_driver=False, logging_level="ERROR")
+                return
+            except Exception as error:  # Ray raises no narrower class
+                if attempt == _STARTS or "timed out during startup" not in str(error):
+                    raise
+                self._ray.shutdown()
 
 
 class _Actors:

@@ -20,8 +20,9 @@ def provenance_of(
 ) -> dict[str, Any]:
     """Return the provenance of a run.
 
-    The settings hash, by which results are known, is that of steps, dtype and the potential's
-    SHA-256. Device and versions are told but not part of it: they change digits, not results.
+    The settings hash, by which results are known, is that of the steps that compute something, of
+    dtype and the potential's SHA-256. Filters and rankings can be changed without computing again.
+    Device and versions are told but not part of it: they change digits, not results.
 
     Args:
         potential: As it was given.
@@ -34,8 +35,9 @@ def provenance_of(
     name = origin["name"] or type(loaded.model).__name__
     dtype = str(loaded.dtype).removeprefix("torch.")
     settings = {"steps": steps, "dtype": dtype, "potential_sha256": origin["sha256"]}
+    computing = [step for step in steps if not step.keys() & {"filter", "rank"}]
     return {
-        "settings_hash": hash_settings(settings),
+        "settings_hash": hash_settings({**settings, "steps": computing}),
         "settings": settings,
         "potential": {"name": Path(name).name, "sha256": origin["sha256"]},
         "dtype": dtype,

@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,7 @@ class Results:
         self._pending: set[str] = set()
         self._since = time.monotonic()
         try:
-            self._refuse_other_settings(shard[1])
+            self._take_up_run(shard[1])
             self.ledger = Ledger(folder / f"ledger{suffix}.sqlite")
             self.ledger.stop_all()
             self._reconcile()
@@ -128,6 +128,25 @@ class Results:
             self._remove(self.parts_folder / name, identifiers)
         return sum(map(len, found.values()))
 
+    def filter_again(self, judge: Callable[[Row], Row]) -> None:
+        """Judge the rows of parts that were written under other filters.
+
+        Each part says in its metadata under which it was written, so that a kill on the way leaves
+        parts of either kind, and the next run goes on with this.
+
+        Args:
+            judge: Gives a row as it is under the filters of this run.
+        """
+        now = self.provenance["settings"]["steps"]
+        for path in self._own_parts():
+            provenance = part_provenance(path)
+            if _filters(provenance["settings"]["steps"]) == _filters(now):
+                continue
+            rows = [judge(row) for row in pq.read_table(path).to_pylist()]
+            settings = {**provenance["settings"], "steps": now}
+            self._write(path, as_table(rows, {**provenance, "settings": settings}))
+            self.ledger.record(_part(path), rows)
+
     def close(self) -> None:
         """Write what waits and give the folder back."""
         try:
@@ -186,14 +205,19 @@ class Results:
     def _own_parts(self) -> list[Path]:
         return sorted(self.parts_folder.glob(f"{self._prefix}-*.parquet"))
 
-    def _refuse_other_settings(self, n_shards: int) -> None:
+    def _take_up_run(self, n_shards: int) -> None:
         path = self.folder / "run.json"
         document = {"n_shards": n_shards, "provenance": self.provenance, "request": self._request}
-        if not path.exists():
-            with write_atomically(path) as partial:
-                partial.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-            return
-        earlier = read_run(self.folder)
+        if path.exists():
+            earlier = read_run(self.folder)
+            self._refuse_changes(earlier, n_shards)
+            if earlier["provenance"]["settings"] == self.provenance["settings"]:
+                return
+            document["request"] = self._request or earlier.get("request")
+        with write_atomically(path) as partial:
+            partial.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+    def _refuse_changes(self, earlier: dict[str, Any], n_shards: int) -> None:
         if earlier["provenance"]["settings_hash"] != self.provenance["settings_hash"]:
             changed = _differences(earlier["provenance"]["settings"], self.provenance["settings"])
             raise ValueError(
@@ -254,6 +278,10 @@ def part_provenance(path: Path) -> dict[str, Any]:
     if METADATA_KEY not in metadata:
         raise ValueError(f"{path} is not of a screening: its metadata has no provenance")
     return json.loads(metadata[METADATA_KEY])
+
+
+def _filters(steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [step for step in steps if "filter" in step]
 
 
 def _part(path: Path) -> Part:

@@ -13,6 +13,7 @@ from atomeq.screening.compute import Candidate
 from atomeq.screening.engine_processes import ProcessEngine
 from atomeq.screening.engine_ray import RayEngine
 from atomeq.screening.engines import Engine, Job, LocalEngine
+from atomeq.screening.filters import Filters
 from atomeq.screening.intake import Intake, Seen
 from atomeq.screening.provenance import provenance_of
 from atomeq.screening.ranking import best_rows, write_ranking
@@ -69,7 +70,7 @@ def screen(
 
     Results are rows in ``out/results/*.parquet``, one per structure, bad ones with their reason.
     Calling it again with the same folder and settings computes only what has no row yet, also
-    after the process was killed.
+    after the process was killed. Filters and the ranking may differ: rows are judged again.
 
     Args:
         sources: Files and folders, read as a stream; or a stream of
@@ -115,6 +116,7 @@ def screen(
     chosen = _engine(engine, job, sha256, workers=workers, address=address)
     elements = loaded.elements
     with closing(Results(folder, provenance, shard=shard, request=request)) as results:
+        results.filter_again(Filters(parsed))
         if retry:
             results.retry(None if retry is True else retry)
         seen = Seen()

@@ -41,10 +41,11 @@ class Dedupe:
 
     Args:
         match: ``exact``: same atoms in the same places, found by their hash. ``structure``: also
-            other cells, other orders of atoms and small displacements.
-        tolerance: Å; atoms of the same structure are displaced less, root mean square.
-        length: Relative difference of cell lengths.
-        angle: Degrees between cell angles.
+            other cells, other orders of atoms and small displacements. It is not the default: what
+            is a copy in a pile from databases, is a point of its own in a series of strains.
+        tolerance: Å; no atom of a copy is displaced by more.
+        length: Largest relative difference of cell lengths.
+        angle: Largest difference of cell angles, degrees.
     """
 
     match: Literal["exact", "structure"] = "exact"

@@ -93,17 +93,31 @@ def test_our_calculator_computes_in_spawned_processes():
 @pytest.mark.parametrize("config", MODEL_CONFIGS, ids=lambda path: path.stem)
 def test_every_model_keeps_every_law(config):
     potential = untrained_potential(config, scale=30.0)
-    results = verdicts(
-        lambda: AtomeqCalculator(potential),
-        depth="full",
-        dynamics_structure=bulk("Cu", cubic=True).repeat((2, 1, 1)),
-        dynamics_picoseconds=0.05,
-        timestep=0.5,
-    )
-    assert len(results) == len(LAWS)
+    names = [law.name for law in LAWS if law.name != "NVE drift"]
+    results = verdicts(lambda: AtomeqCalculator(potential), only=names)
     assert {name: (r.figure, r.note) for name, r in results.items() if r.passed is False} == {}
     exempt = {EXEMPTIONS[name] for name, r in results.items() if r.exempt}
     assert exempt == potential.model.exempt_laws.keys()
+
+
+FRAMES = pytest.mark.xfail(
+    strict=True, reason="energies step by 1 meV/atom, whatever the time step, where frames tie"
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "config",
+    [pytest.param(c, marks=FRAMES if c.stem == "faenet" else ()) for c in MODEL_CONFIGS],
+    ids=lambda path: path.stem,
+)
+def test_every_model_conserves_energy(config):
+    """From the perfect crystal, with weights that know no repulsion: so in short steps."""
+    potential = untrained_potential(config, scale=30.0)
+    structure = bulk("Cu", cubic=True).repeat((2, 1, 1))
+    options = {"dynamics_structure": structure, "timestep": 0.2, "dynamics_steps": 250}
+    measured = energy_drift(Subject(lambda: AtomeqCalculator(potential), ["Cu"], **options))
+    assert measured.figure <= 0.05, measured
 
 
 def test_emt_is_wrong_when_threads_share_it(emt):

@@ -8,11 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from ase.build import molecule
 from qm9 import EXCLUDED, NAMES, VALUES, raw_text, write_archive, write_excluded
 from torch_geometric.data import Data, InMemoryDataset
 
 from atomeq.data.ase_files import DataError, LabelKeys, read_structures
+from atomeq.data.datamodule import Split, split_indices
 from atomeq.data.molecule_files import reader_of
 from atomeq.data.qm9 import TARGET_NAMES, parse_raw, read_excluded
 from atomeq.data.targets import TARGETS, known_target
@@ -100,6 +102,15 @@ def pyg(request, tmp_path: Path) -> Path:
     else:
         InMemoryDataset.save(pyg_molecules(), str(path))
     return path
+
+
+ATOM_REFERENCES = {
+    "U0": (-0.500273, -37.846772, -54.583861, -75.064579, -99.718730),
+    "U": (-0.498857, -37.845355, -54.582445, -75.063163, -99.717314),
+    "H": (-0.497912, -37.844411, -54.581501, -75.062219, -99.716370),
+    "G": (-0.510927, -37.861317, -54.598897, -75.079532, -99.733544),
+    "Cv": (2.981,) * 5,
+}
 
 
 def read(path: Path, scalar: str = "U0"):
@@ -193,6 +204,65 @@ def test_atomization_is_what_the_published_atoms_leave(data_folder: Path):
         for structure in read(data_folder / "qm9" / "qm9_first100.extxyz.gz", name):
             left = structure.info["scalar"] - sum(atoms[s] for s in structure.symbols)
             assert -7.0 < left / len(structure) < -1.5
+
+
+#: Of methane, gdb 1, in the raw file's units, and what one of them is here.
+IN_OUR_UNITS = {
+    **dict.fromkeys(("homo", "lumo", "gap", "zpve", "U0", "U", "H", "G"), ("eV", HARTREE)),
+    "mu": ("D", 1.0),
+    "alpha": ("bohr³", 1.0),
+    "r2": ("bohr²", 1.0),
+    "Cv": ("cal/mol/K", 1.0),
+}
+
+
+@pytest.mark.parametrize("name", TARGET_NAMES)
+def test_each_of_the_twelve_targets_has_its_unit(name: str):
+    columns = METHANE.splitlines()[1].split()[2:]
+    order = ["A", "B", "C", "mu", "alpha", "homo", "lumo", "gap", "r2", "zpve", "U0", "U", "H", "G"]
+    raw = float(columns[[*order, "Cv"].index(name)])
+    unit, factor = IN_OUR_UNITS[name]
+    _, methane = parse_raw(METHANE, name="methane")
+    assert TARGETS[name].unit == unit
+    assert methane.info[name] == pytest.approx(raw * factor, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", TARGET_NAMES)
+def test_what_grows_with_the_molecule_is_summed(name: str):
+    summed = name in ("alpha", "r2", "zpve", "U0", "U", "H", "G", "Cv")
+    assert TARGETS[name].readout == ("sum" if summed else "mean")
+
+
+@pytest.mark.parametrize(("name", "atoms"), ATOM_REFERENCES.items())
+def test_references_are_those_of_the_published_atoms(name: str, atoms: tuple[float, ...]):
+    """atomref.txt of QM9, in Hartree, H C N O F; the heat capacity is 3/2 R of a free atom."""
+    factor = 1.0 if name == "Cv" else HARTREE
+    found = [TARGETS[name].atoms[symbol] for symbol in "HCNOF"]
+    np.testing.assert_allclose(found, np.array(atoms) * factor, rtol=1e-9)
+    assert all(not TARGETS[other].atoms for other in TARGET_NAMES if other not in ATOM_REFERENCES)
+
+
+def test_thermal_terms_of_the_free_atoms_are_those_of_an_ideal_gas():
+    """U - U0 = 3/2 kT and H - U = kT at 298.15 K, to the digits of the file."""
+    kt = 8.617333262e-5 * 298.15
+    for symbol in "HCNOF":
+        u0, u, h = (TARGETS[name].atoms[symbol] for name in ("U0", "U", "H"))
+        assert u - u0 == pytest.approx(1.5 * kt, abs=1e-6 * HARTREE)
+        assert h - u == pytest.approx(kt, abs=1e-6 * HARTREE)
+
+
+@pytest.mark.parametrize("model", ["egnn", "faenet", "equihgnn", "equiformer_v2"])
+def test_the_experiments_have_the_standard_split(model: str):
+    """Of 133,885 molecules less 3,054: 110,000 to train, 10,000 to validate, the rest to test."""
+    path = Path(__file__).parents[2] / "configs" / "experiment" / f"qm9_{model}.yaml"
+    split = yaml.safe_load(path.read_text())["data"]["init_args"]["split"]
+    parts = split_indices(133_885 - 3_054, Split(**split))
+    assert {name: len(part) for name, part in parts.items()} == {
+        "train": 110_000,
+        "val": 10_000,
+        "test": 10_831,
+    }
+    assert sorted(i for part in parts.values() for i in part) == list(range(130_831))
 
 
 def test_unknown_targets_are_refused():

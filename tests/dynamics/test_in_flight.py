@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from analytic_potentials import Pairs, Trap, cluster, crystal, of
+from analytic_potentials import Gas, Pairs, Trap, cluster, crystal, of
 from ase import Atoms
 from ase.constraints import FixAtoms
 from small_potential import small_potential
@@ -106,6 +106,18 @@ def test_an_endless_stream_is_taken_as_there_is_room(potential):
     first = [next(outcomes) for _ in range(8)]
     assert len(taken) < 24
     assert all(outcome.id == f"cluster {outcome.index}" for outcome in first)
+
+
+def test_atoms_without_neighbours_need_room_as_well():
+    taken = []
+
+    def stream():
+        for k in itertools.count():
+            taken.append(k)
+            yield Atoms("Cu2", [[0, 0, 0], [0, 0, 30.0 + k]])
+
+    next(relax(stream(), of(Gas()), max_edges=60))
+    assert len(taken) <= 31
 
 
 def test_a_batch_never_exceeds_the_edges_that_are_allowed(potential):

@@ -54,14 +54,26 @@ def assert_same(found: list[Tensor], expected: list[Tensor]) -> None:
         assert relative(one, other) <= EXACT
 
 
+QUICK = {  # one of each kind; a trace takes seconds, and the others differ little from these
+    *(("auto", name) for name in ("rotate_to_edge", "so2_linear", "escn_conv", "cg_conv")),
+    *(("auto", name) for name in ("spherical_harmonics", "segment_softmax", "sphere_silu")),
+    ("reference", "rotate_from_edge per edge"),
+}
+CHOICES = [
+    pytest.param(backend, name, marks=() if (backend, name) in QUICK else pytest.mark.slow)
+    for name in OPERATIONS
+    for backend in ("auto", "reference")
+]
+
+
 @needs_trace_of_gradients
-@pytest.mark.parametrize("backend", ["auto", "reference"])
-@pytest.mark.parametrize("name", OPERATIONS)
-def test_compiled_step_gives_the_second_gradients_of_eager_mode(name: str, backend: str) -> None:
+@pytest.mark.parametrize(("backend", "name"), CHOICES)
+def test_compiled_step_gives_the_second_gradients_of_eager_mode(backend: str, name: str) -> None:
     assert_same(compiled_step(name, backend), derivatives(backend, OPERATIONS[name], torch.float64))
 
 
 @needs_trace_of_gradients
+@pytest.mark.slow
 @pytest.mark.triton
 @pytest.mark.parametrize("name", ["escn_conv", "cg_conv"])
 def test_compiled_step_of_triton_is_that_of_eager_mode(name: str) -> None:
@@ -143,6 +155,7 @@ def test_number_of_edges_may_change_without_another_graph() -> None:
     assert len(counts) == 1
 
 
+@pytest.mark.slow
 def test_whole_model_is_one_graph() -> None:
     model = ESCN(4.0, lmax=2, mmax=1, num_layers=1, sphere_channels=8, hidden_channels=8).double()
     for parameter in model.energy.parameters():  # its output starts at zero

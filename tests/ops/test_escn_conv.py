@@ -3,7 +3,6 @@ import torch
 from edge_layers import EdgeLayer, kept_bytes_of_an_edge, relative
 
 from atomeq.ops.backends.cpu import native_edge
-from atomeq.ops.registered.escn_conv import escn_conv
 from atomeq.ops.wigner import edge_quaternion, rotation_matrix
 
 EXACT = 1e-12  # float64 rounding through second derivatives
@@ -39,7 +38,9 @@ def test_layer_agrees_with_the_reference_in_value_and_both_derivatives(
 
 
 SINGLE = 2e-6  # float32
-KEPT = {2: 6000, 4: 13000, 6: 21000}  # bytes of an edge, without the frame that layers share
+# Bytes of an edge, the outputs of both maps, without the frame that layers share; plain torch keeps
+# four times as much. With recomputation it is nothing but a few numbers.
+KEPT, RECOMPUTED = {2: 11_000, 4: 23_000, 6: 35_000}, 500
 
 
 @pytest.mark.usefixtures("kernels")
@@ -57,7 +58,7 @@ def test_layer_keeps_little_of_an_edge_for_the_backward_pass(lmax: int) -> None:
     n_scales = len(layer.leaves["radial_bias"])
     layer.leaves["radial_weight"] = torch.randn(n_scales, 64, requires_grad=True)
     assert kept_bytes_of_an_edge(layer) <= KEPT[lmax]
-    assert kept_bytes_of_an_edge(layer, recompute=True) <= 500
+    assert kept_bytes_of_an_edge(layer, recompute=True) <= RECOMPUTED
 
 
 def test_graph_without_edges_gives_zeros_and_gradients() -> None:
@@ -84,23 +85,3 @@ def test_roll_of_the_frame_changes_nothing() -> None:
     roll = rotation_matrix(torch.stack([angles.cos(), zero, angles.sin(), zero], dim=1))
     rolled = layer.frame(rotation=roll @ rotation_matrix(edge_quaternion(unit)))
     assert relative(layer("cpu", frame=rolled), layer("cpu")) <= EXACT
-
-
-def test_traced_operation_gives_the_same_value_and_gradient() -> None:
-    layer = EdgeLayer(2, 1)
-    frame, leaves = layer.frame(), layer.leaves
-
-    def energy() -> torch.Tensor:
-        names = ("radial", "radial_weight", "radial_bias", "envelope")
-        total, _ = escn_conv(
-            *(leaves["x"], leaves["vectors"], frame.wigner, *(leaves[name] for name in names)),
-            *([leaves[f"{name}.{m}"] for m in range(2)] for name in ("first", "second")),
-            *(frame.source, frame.target, [], 2, 1, True, "cpu"),
-        )
-        return total.square().sum()
-
-    inputs = list(leaves.values())
-    traced = torch.compile(energy, backend="aot_eager", fullgraph=True)
-    found = torch.autograd.grad(traced(), inputs)
-    expected = torch.autograd.grad(energy(), inputs)
-    assert max(map(relative, found, expected)) <= EXACT

@@ -187,19 +187,19 @@ def test_operations_are_registered_as_torch_expects(
     given = layer_arguments(EdgeLayer(1, 1))
     for keep in (True, False):
         check(escn_conv, (), given | {"keep": keep})
-    out, y = escn_conv(**given, keep=True)
+    out, *kept = escn_conv(**given, keep=True)
     wanted = {"wanted": "first,second,vectors,x"}
-    check(escn_conv_gradient, (), given | wanted | {"grad": torch.randn_like(out), "y": y})
+    check(escn_conv_gradient, (), given | wanted | {"grad": torch.randn_like(out), "kept": kept})
     along = {"along": "x,vectors", "directions": [torch.randn_like(given["x"]), vectors.detach()]}
     along["directions"][1] = torch.randn(len(given["vectors"]), 3, dtype=torch.float64)
-    second = {"grad": torch.randn_like(out), "y": y, "wanted": "first,grad,x"}
+    second = {"grad": torch.randn_like(out), "kept": kept, "wanted": "first,grad,x"}
     check(escn_conv_second_gradient, (), given | along | second)
 
 
 def test_layer_feels_no_torque_about_its_edges() -> None:
     given = layer_arguments(EdgeLayer(3, 2, channels=8, hidden=8, n_edges=20, chiral=True))
-    out, y = escn_conv(**given, keep=True)
-    found = escn_conv_gradient(torch.randn_like(out), **given, y=y, wanted="vectors")
+    out, *kept = escn_conv(**given, keep=True)
+    found = escn_conv_gradient(torch.randn_like(out), **given, kept=kept, wanted="vectors")
     turn, direction = found[1], torch.nn.functional.normalize(given["vectors"], dim=1)
     assert turn.norm(dim=1).min() > 0
     assert (turn * direction).sum(1).abs().max() <= EXACT * turn.norm(dim=1).max()
@@ -217,37 +217,6 @@ def test_threads_change_rounding_alone_and_their_results_are_repeatable() -> Non
     for name, value in expected.items():
         assert relative(found[name], value) <= EXACT
         assert torch.equal(found[name], again[name]), name
-
-
-def test_compiled_step_of_force_training_equals_the_eager_one() -> None:
-    config = torch._dynamo.config
-    if not hasattr(config, "trace_autograd_ops"):
-        pytest.skip("this torch does not trace autograd.grad inside a compiled function")
-    layer = EdgeLayer(2, 1)
-    shared = layer_arguments(layer)
-    inputs = list(layer.leaves.values())
-
-    def step() -> Tensor:
-        leaves = layer.leaves
-        given = {name: leaves[name] for name in shared.keys() & leaves.keys()}
-        for name in ("first", "second"):
-            given[name] = [leaves[f"{name}.{m}"] for m in range(2)]
-        total, _ = escn_conv(**(shared | given), keep=True)
-        energy = total.square().sum()
-        (forces,) = torch.autograd.grad(energy, leaves["vectors"], create_graph=True)
-        loss = energy + forces.square().sum()
-        loss.backward()
-        return loss.detach()
-
-    expected = step()
-    gradients = [tensor.grad for tensor in inputs]
-    for tensor in inputs:
-        tensor.grad = None
-    with config.patch(trace_autograd_ops=True):
-        found = torch.compile(step, backend="aot_eager", fullgraph=True)()
-    assert relative(found, expected) <= EXACT
-    for tensor, gradient in zip(inputs, gradients, strict=True):
-        assert relative(tensor.grad, gradient) <= EXACT
 
 
 def test_force_training_of_a_whole_model_does_not_depend_on_the_backend() -> None:

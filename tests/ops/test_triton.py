@@ -150,9 +150,15 @@ def test_so2_products_agree_with_one_dense_matrix(
     assert relative(back.double(), grad.double() @ dense) <= bar
 
 
-@pytest.mark.parametrize("keep", [True, False], ids=["kept", "gates alone"])
-@pytest.mark.parametrize("precision", ["highest", "medium"])
-@pytest.mark.parametrize(("lmax", "mmax", "c_out"), [(2, 2, 16), (1, 0, 48), (0, 0, 16)])
+@pytest.mark.parametrize(
+    ("lmax", "mmax", "c_out", "precision", "keep"),
+    [
+        (2, 2, 16, "medium", True),
+        (2, 2, 16, "highest", False),
+        (1, 0, 48, "medium", False),
+        (0, 0, 16, "highest", True),
+    ],
+)
 def test_gates_opened_while_writing_are_those_opened_afterwards(
     lmax: int, mmax: int, c_out: int, precision: str, keep: bool
 ) -> None:
@@ -197,6 +203,36 @@ def test_radial_factors_meet_the_rows_of_both_signs() -> None:
         products = kernels.row_products(given[0], given[1], shape).cpu()
         assert relative(scaled, truth.scaled_rows(rows, scale, shape)) <= SINGLE
         assert relative(products, truth.row_products(rows, other, shape)) <= SINGLE
+
+
+@pytest.mark.parametrize("moved_scale", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+def test_radial_factors_and_their_derivatives_are_those_of_plain_torch(
+    dtype: torch.dtype, moved_scale: bool
+) -> None:
+    from atomeq.ops.backends.triton.row_scale import TritonRadialScale
+    from atomeq.ops.registered.radial_scale import RadialScale
+
+    shape = SO2Shape(3, 2, 16, 16, 0)
+    rows, moved, grad, moved_grad = torch.randn(4, 9, shape.n_rows * 16, dtype=dtype)
+    scale, other = torch.randn(2, 9, shape.n_scales, dtype=dtype)
+    bar = SINGLE if dtype == torch.float32 else DOUBLE
+
+    def results(kind: type, device: str) -> list[torch.Tensor]:
+        r, m, g, n, s, o = (
+            tensor.to(device, copy=True) for tensor in (rows, moved, grad, moved_grad, scale, other)
+        )
+        radial = kind(s, shape)
+        along = o if moved_scale else None
+        found = [*radial.value(r, m, along), *radial.second_(r, m, g, n, along), g, n]
+        again = grad.to(device, copy=True)
+        found += [radial.gradient_(r, again), again, radial.multiply_(m)]
+        return [tensor.cpu() for tensor in found]
+
+    for one, truth in zip(
+        results(TritonRadialScale, DEVICE), results(RadialScale, "cpu"), strict=True
+    ):
+        assert relative(one, truth) <= bar
 
 
 @pytest.fixture

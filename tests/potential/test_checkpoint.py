@@ -12,6 +12,7 @@ from atomeq.potential.checkpoint import (
     load_potential,
     resolve_device,
     save_potential,
+    untrained_potential,
 )
 from atomeq.potential.potential import Potential
 from atomeq.potential.references import AtomicReferences
@@ -129,6 +130,24 @@ def test_foreign_models_are_not_saved(tmp_path):
 
     with pytest.raises(CheckpointError, match="not a model of this package"):
         save_potential(Potential(Foreign(num_layers=1, hidden_channels=8)), tmp_path)
+
+
+def test_an_untrained_potential_is_the_same_each_time_and_scales(tmp_path):
+    config = tmp_path / "egnn.yaml"
+    node = {"class_path": "atomeq.models.egnn.EGNN", "init_args": {"cutoff": 4.0}}
+    config.write_text(yaml.safe_dump(node))
+    atoms = rattled_crystal()
+    torch.manual_seed(1)
+    state = torch.random.get_rng_state()
+    first = untrained_potential(config)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    second = untrained_potential(config, scale=30.0)
+    one, other = (p(p.build_graph(atoms)) for p in (first, second))
+    torch.testing.assert_close(30.0 * one["forces"], other["forces"])
+    assert one["forces"].abs().max() > 1e-4
+    config.write_text("class_path: math.sqrt")
+    with pytest.raises(CheckpointError, match=r"names the model 'math\.sqrt'"):
+        untrained_potential(config)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the GPU that is asked for")

@@ -11,6 +11,7 @@ from analytic_potentials import Pairs, crystal, of
 
 from atomeq.screening.results import read_rows
 from atomeq.screening.run import screen
+from atomeq.screening.sources import Found
 
 SAME_ENERGY = 1e-8  # eV; a relaxation in other company sums in another order, step after step
 
@@ -52,38 +53,42 @@ def same_rows(one, other):
                 assert other[name][column] == value, (name, column)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("engine", ["processes", "ray"])
-def test_engine_gives_the_rows_of_the_local_one_whatever_dies(engine, tmp_path, monkeypatch):
-    # The potential of this test is made of its own modules, which Ray's processes must find.
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
+def compare_with_local(engine, structures, dead, folder, monkeypatch):
+    """Screen with an engine, and all but some structures, which are to be quarantined, locally."""
     if engine == "ray":
         pytest.importorskip("ray", reason="Ray is the extra atomeq[ray]")
+    # The potential of this test is made of its own modules, which Ray's processes must find.
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
+    found = [Found(f"s#{k}", atoms) for k, atoms in enumerate(structures)]
+    potential = of(Deadly(str(folder / "mark")))
+    steps = ["validate", {"relax": {"fmax": 0.3, "max_steps": 10}}]
+    summary = screen(
+        iter(found), potential, out=folder / engine, steps=steps, engine=engine, workers=2
+    )
+    assert (folder / "mark").exists()  # a worker did die
+    rows = rows_of(folder / engine)
+    crashed = [rows.pop(f"s#{k}") for k in dead]
+    assert {(row["status"], row["kind"]) for row in crashed} <= {("failed", "crashed")}
+    assert sum(summary.counts.values()) == len(structures)
+    good = (item for k, item in enumerate(found) if k not in dead)
+    screen(good, potential, out=folder / "local", steps=steps)
+    same_rows(rows, rows_of(folder / "local"))
+
+
+@pytest.mark.parametrize("engine", ["processes", "ray"])
+def test_a_worker_that_dies_loses_nothing(engine, tmp_path, monkeypatch):
+    structures = crystals(8)
+    structures[6].positions += [0, 0, 500]
+    compare_with_local(engine, structures, [], tmp_path, monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["processes", "ray"])
+def test_what_kills_its_worker_is_quarantined(engine, tmp_path, monkeypatch):
     structures = crystals(8)
     structures[3].positions += [0, 0, 150]
     structures[6].positions += [0, 0, 500]
-    ase.io.write(tmp_path / "s.extxyz", structures)
-    potential = of(Deadly(str(tmp_path / "mark")))
-    steps = ["validate", {"relax": {"fmax": 0.3, "max_steps": 10}}]
-    summary = screen(
-        tmp_path / "s.extxyz",
-        potential,
-        out=tmp_path / engine,
-        steps=steps,
-        engine=engine,
-        workers=2,
-    )
-    assert summary.counts == {"done": 7, "failed": 1}
-    assert summary.kinds == {"crashed": 1}
-    rows = rows_of(tmp_path / engine)
-    dead = f"{tmp_path}/s.extxyz#3"
-    assert rows.pop(dead)["status"] == "failed"
-    structures[3].positions -= [0, 0, 150]  # which would end this process
-    ase.io.write(tmp_path / "s.extxyz", structures)
-    screen(tmp_path / "s.extxyz", potential, out=tmp_path / "local", steps=steps)
-    local = rows_of(tmp_path / "local")
-    local.pop(dead)
-    same_rows(rows, local)
+    compare_with_local(engine, structures, [3], tmp_path, monkeypatch)
 
 
 def test_workers_that_cannot_begin_are_an_error_not_a_loop(tmp_path):

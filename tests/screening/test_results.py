@@ -169,6 +169,33 @@ def test_other_settings_are_refused_with_what_differs(tmp_path):
         Results(tmp_path, provenance(fmax=0.01))
 
 
+def test_a_kill_between_judging_two_parts_leaves_the_rest_for_the_next_run(tmp_path):
+    results = opened(tmp_path, rows_per_part=1)
+    results.add(row(0))
+    results.add(row(1))
+    results.close()
+    filtered = provenance()
+    filtered["settings"] = {"steps": [*filtered["settings"]["steps"], {"filter": {"where": "n"}}]}
+    judged = []
+
+    def judge(row):
+        judged.append(row["id"])
+        if len(judged) == 2:
+            raise KeyboardInterrupt
+        return {**row, "status": "filtered"}
+
+    again = Results(tmp_path, filtered)
+    with pytest.raises(KeyboardInterrupt):
+        again.filter_again(judge)
+    again.close()
+    last = Results(tmp_path, filtered)
+    last.filter_again(judge)
+    assert judged == ["id0", "id1", "id1"]
+    assert last.ledger.counts() == {"filtered": 2}
+    last.close()
+    assert identifiers(tmp_path) == ["id0", "id1"]
+
+
 def test_two_processes_cannot_share_a_folder(tmp_path):
     results = opened(tmp_path)
     with pytest.raises(BlockingIOError, match="another process is screening"):

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import ase.io
@@ -235,6 +234,42 @@ def test_shards_together_are_the_whole(tmp_path):
     assert len(list(read_rows(tmp_path / "out"))) == len(rows_of(tmp_path / "out")) == 10
 
 
+def test_other_filters_and_rankings_judge_again_and_compute_nothing(tmp_path):
+    steps = ["dedupe", {"relax": {"fmax": 0.01, "max_steps": 2}}, "properties"]
+
+    def screened(*more):
+        found = (Found(f"s#{k}", atoms) for k, atoms in enumerate([*crystals(), crystals()[0]]))
+        summary = screen(found, potential(), out=tmp_path, steps=[*steps, *more])
+        assert read_run(tmp_path)["provenance"]["settings"]["steps"][3:] == [
+            {"filter": {"where": step["filter"]}} if "filter" in step else step for step in more
+        ]
+        return summary
+
+    screened()
+    plain = sorted(read_rows(tmp_path), key=lambda row: row["id"])
+    assert {row["kind"] for row in plain} == {"not_converged", "duplicate"}
+    summary = screened({"filter": "volume > 45.0"})
+    assert summary.seen.rows == 0
+    assert summary.counts["filtered"] == sum(
+        row["status"] == "done" and row["volume"] <= 45 for row in plain
+    )
+    rows = {row["id"]: row for row in read_rows(tmp_path)}
+    for row in plain:
+        now = rows.pop(row["id"])
+        assert now["energy"] == row["energy"]
+        assert "volume > 45.0" in now["provenance"]
+        if row["status"] == "done":
+            assert now["status"] == ("done" if row["volume"] > 45 else "filtered")
+    assert not rows
+    by_volume = {"by": "volume", "descending": True, "top": 3}
+    screened({"rank": by_volume})
+    again = sorted(read_rows(tmp_path), key=lambda row: row["id"])
+    for row, now in zip(plain, again, strict=True):
+        assert {**now, "provenance": ""} == {**row, "provenance": ""}
+    volumes = [row["volume"] for row in _ranking(tmp_path)]
+    assert volumes == sorted((row["volume"] for row in plain if row["volume"]), reverse=True)[:3]
+
+
 def test_a_near_copy_is_in_the_shard_of_its_original(tmp_path):
     """Their content hashes differ, and each shard knows its own structures only."""
     originals = crystals(4)
@@ -287,39 +322,56 @@ def test_an_interrupt_keeps_what_was_computed(tmp_path):
     assert len(list(read_rows(tmp_path / "o"))) == len(rows_of(tmp_path / "o")) == 6
 
 
-_VICTIM = """
-import sys, time
+# Imports once, then forks a process per screening and kills it as it has so many rows.
+_VICTIMS = """
+import os, random, signal, sys, time
+import torch
 sys.path.insert(0, {tests!r})
-from ase import Atoms
-from analytic_potentials import Gas, of
-from atomeq.screening import results
-from atomeq.screening.run import screen
+from functools import partial
+from pathlib import Path
+from analytic_potentials import Pairs, crystal, of
+from atomeq.screening import run
+from atomeq.screening.results import read_rows
 from atomeq.screening.sources import Found
-results._ROWS_PER_PART = 5
-def stream():
-    for k in range(60):
-        time.sleep(0.01)
-        yield Found(f"s#{{k}}", Atoms("Cu", positions=[[0, 0, float(k)]]))
-    print("end", flush=True)
-print("begin", flush=True)
-screen(stream(), of(Gas()), out={out!r}, steps=["single_point"], max_edges=1)
+
+run.Results = partial(run.Results, rows_per_part=3)
+draw = random.Random(0)
+torch.set_num_threads(1)
+
+for last in {kills!r}:
+    ours, theirs = os.pipe()
+    child = os.fork()
+    if child == 0:
+        found = (Found(f"s#{{k}}", crystal(seed=k)) for k in range({n}))
+        tell = lambda seen, row: os.write(theirs, b".")
+        steps = ["single_point"]
+        run.screen(found, of(Pairs()), out={out!r}, steps=steps, max_edges=300, observe=tell)
+        os._exit(0)
+    os.close(theirs)
+    seen = 0
+    while seen < last and (came := os.read(ours, 1)):
+        seen += len(came)
+    time.sleep(draw.uniform(0, 0.01))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    os.close(ours)
+    print(len(list(read_rows(Path({out!r}), ["id"]))), flush=True)
 """
 
 
-@pytest.mark.slow
 def test_sigkill_at_any_moment_leaves_every_row_once(tmp_path):
-    code = _VICTIM.format(tests=str(Path(__file__).parents[1]), out=str(tmp_path / "o"))
-    rng = np.random.default_rng(0)
-    for _ in range(4):
-        process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
-        assert process.stdout is not None
-        process.stdout.readline()
-        time.sleep(rng.uniform(0.1, 0.8))
-        process.kill()
-        process.communicate()
-    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE)
-    rows = list(read_rows(tmp_path / "o"))
-    assert sorted(row["locator"] for row in rows) == sorted(f"s#{k}" for k in range(60))
+    n, out = 40, tmp_path / "o"
+    tests = str(Path(__file__).parents[1])
+    code = _VICTIMS.format(tests=tests, out=str(out), kills=[8, 3, 12], n=n)
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    after_kills = [int(line) for line in done.stdout.split()]
+    assert after_kills == sorted(after_kills)  # what was there stays
+    assert 0 < after_kills[0] < n
+    found = (Found(f"s#{k}", crystal(seed=k)) for k in range(n))
+    summary = screen(found, potential(), out=out, steps=["single_point"])
+    assert summary.seen.earlier == after_kills[-1]
+    rows = list(read_rows(out))
+    assert sorted(row["locator"] for row in rows) == sorted(f"s#{k}" for k in range(n))
     assert {row["status"] for row in rows} == {"done"}
 
 

@@ -3,8 +3,10 @@
 import json
 from pathlib import Path
 
+import measure_rollout
 import pytest
 import torch
+from benchmark_bars import bars, verdict
 from benchmark_loader import main as benchmark_loader
 from benchmark_models import main as benchmark_models
 from benchmark_models import slab
@@ -80,3 +82,46 @@ def test_example_data_train_an_experiment(
     best = f"--ckpt_path={tmp_path / 'checkpoints' / 'best.ckpt'}"
     command(["test", *words, best, "--trainer.accelerator=cpu"])
     assert "EFwT" in capsys.readouterr().out
+
+
+def test_rollouts_are_measured_against_the_simulator(monkeypatch: pytest.MonkeyPatch):
+    """From the true start the simulator errs by nothing, small steps of its forces by little."""
+    true = measure_rollout.simulated(5)
+    monkeypatch.setattr(measure_rollout, "NUDGE", 0.0)
+    exact = measure_rollout.errors(measure_rollout.nudged(true), true)
+    assert all(row == {"mean": 0.0, "median": 0.0, "lost": 0} for row in exact.values())
+    fine, coarse = (
+        measure_rollout.errors(measure_rollout.leapfrog(n)(true), true)["1"]["median"]
+        for n in (200, 4)
+    )
+    assert fine < 1e-4
+    assert fine < 1e-2 * coarse
+    straight = measure_rollout.straight(true)
+    straight[2, 4:] = torch.nan
+    lost = measure_rollout.errors(straight, true)
+    assert [row["lost"] for row in lost.values()] == [0, 0, 1, 1]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_rollouts_of_trained_propagators(tmp_path: Path):
+    words = ["--epochs", "5", "--systems", "4", "--runs", str(tmp_path), "--"]
+    words += [f"--data.recipe.num_{part}=8" for part in ("train", "val", "test")]
+    out = tmp_path / "rollout.json"
+    assert measure_rollout.main(["--out", str(out), *words]) == 0
+    document = json.loads(out.read_text())
+    assert set(document["training"]) == set(measure_rollout.TRAINED)
+    assert set(document["errors"]) == {*measure_rollout.TRAINED, *measure_rollout.UNTRAINED}
+
+
+def test_bars_are_judged_by_the_rows_and_said_in_the_last_line():
+    shared = {"op": "edge_wigner", "channels": 1, "n_edges": 10}
+    rows = [
+        {**shared, "lmax": lmax, "implementation": "e3nn", "ratio": {"forward": ratio}}
+        for lmax, ratio in ((3, 28.0), (4, 19.0))
+    ]
+    judged, line = verdict("cpu", rows)
+    assert len(judged) == len(bars("cpu"))
+    assert [entry["met"] for entry in judged if entry["figure"] is not None] == [True, False]
+    assert line.startswith("bars: 1 met, 1 missed (edge_wigner L=4 C=1 forward >= 20x e3nn: 19)")
+    assert f"{len(judged) - 2} not measured" in line

@@ -4,9 +4,10 @@ from torch import Tensor
 
 from atomeq.ops.clebsch_gordan import Form
 from atomeq.ops.harmonic_polynomials import Normalization
-from atomeq.ops.paths import Mode, Path
+from atomeq.ops.paths import Mode, Path, RadialMap
 from atomeq.ops.registered.coupling import couple
 from atomeq.ops.registered.harmonics import harmonics
+from atomeq.ops.registered.radial_coupling import couple_radially
 from atomeq.ops.registered.segments import segment_softmax, segment_total
 from atomeq.ops.registered.sphere import sphere_form
 from atomeq.ops.specification import OpSpec
@@ -79,9 +80,13 @@ class AtomOperations:
         paths: tuple[Path, ...],
         mode: Mode,
         stacked: bool,
+        radial_map: RadialMap | None,
     ) -> Tensor:
         """Gather x on the sources, couple it with y, sum on the targets."""
         ends = (edge_index[0], edge_index[1])
+        if radial_map is not None and weights is not None:
+            form = Form(paths, mode, stacked)
+            return couple_radially(x, y, weights, radial_map, ends, n_atoms, form, self.name)
         return couple(x, y, weights, ends, n_atoms, Form(paths, mode, stacked), self.name)
 
     def sphere_silu(self, x: Tensor, grid: SphereGrid) -> Tensor:

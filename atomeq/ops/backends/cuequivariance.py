@@ -18,7 +18,7 @@ from torch import Tensor
 from atomeq.ops.backends.irreps import highest_degree, output_channels, output_degrees
 from atomeq.ops.clebsch_gordan import clebsch_gordan
 from atomeq.ops.harmonic_polynomials import Normalization, directions
-from atomeq.ops.paths import Mode, Path
+from atomeq.ops.paths import Mode, Path, RadialMap, made_weights
 from atomeq.ops.specification import OpSpec
 from atomeq.ops.tables import constant_table, table_like
 
@@ -97,8 +97,10 @@ class CuEquivarianceBackend:
         paths: tuple[Path, ...],
         mode: Mode,
         stacked: bool,
+        radial_map: RadialMap | None,
     ) -> Tensor:
         """Gather, couple and sum in one kernel."""
+        weights = made_weights(weights, radial_map)
         polynomial = _coupling(x, y, weights, paths, mode, stacked)
         (flat,) = polynomial(
             [_weights(x, weights, paths, mode), x.flatten(1), _flat(y, 1)],

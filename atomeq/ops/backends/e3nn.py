@@ -20,7 +20,7 @@ from atomeq.ops.backends.irreps import (
 )
 from atomeq.ops.clebsch_gordan import clebsch_gordan
 from atomeq.ops.harmonic_polynomials import Normalization, directions
-from atomeq.ops.paths import Mode, Path
+from atomeq.ops.paths import Mode, Path, RadialMap, made_weights
 from atomeq.ops.specification import OpSpec
 
 E3NN = "e3nn.o3"  # by a string: type checkers take the plain name for this very file
@@ -95,8 +95,10 @@ class E3nnBackend:
         paths: tuple[Path, ...],
         mode: Mode,
         stacked: bool,
+        radial_map: RadialMap | None,
     ) -> Tensor:
         """Gather, couple, sum: three steps, as models built on e3nn write it."""
+        weights = made_weights(weights, radial_map)
         gathered = x.index_select(0, edge_index[0])
         messages = self.tensor_product(gathered, y, weights, paths, mode, stacked)
         totals = messages.new_zeros(n_atoms, *messages.shape[1:])

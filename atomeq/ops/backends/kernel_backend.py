@@ -87,7 +87,7 @@ class KernelBackend(AtomOperations):
             radial_weight, *_ = _views([radial_weight])
         if radial_bias is not None:
             radial_bias, *_ = _views([radial_bias])
-        total, _ = escn_conv.escn_conv(
+        total, *_ = escn_conv.escn_conv(
             *(x, frame.vectors, frame.wigner, radial, radial_weight, radial_bias, envelope),
             *(_views(first), _views(second), frame.source, frame.target),
             self._segments(frame, (frame.source, frame.target)),

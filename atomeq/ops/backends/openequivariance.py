@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from atomeq.ops.backends.irreps import highest_degree, product_problem
-from atomeq.ops.paths import Mode, Path
+from atomeq.ops.paths import Mode, Path, RadialMap, made_weights
 from atomeq.ops.specification import OpSpec
 
 OPENEQUIVARIANCE = "openequivariance"  # by a string: type checkers take the name for this file
@@ -59,8 +59,10 @@ class OpenEquivarianceBackend:
         paths: tuple[Path, ...],
         mode: Mode,
         stacked: bool,
+        radial_map: RadialMap | None,
     ) -> Tensor:
         """Gather, couple and sum in one kernel, with atomic additions."""
+        weights = made_weights(weights, radial_map)
         assert weights is not None, "refused before"
         sources, flat_y, flat_weights, n_padded = convolution_arguments(x, y, weights, n_atoms)
         degrees = (highest_degree(x.shape[1]), highest_degree(y.shape[1]))

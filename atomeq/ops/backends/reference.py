@@ -16,7 +16,7 @@ from atomeq.ops.clebsch_gordan import Coupling, Form, coupling_table, couplings
 from atomeq.ops.edge_frame import EdgeFrame
 from atomeq.ops.harmonic_polynomials import Normalization, directions, harmonic_polynomials
 from atomeq.ops.orders import row_degrees
-from atomeq.ops.paths import Mode, Path
+from atomeq.ops.paths import Mode, Path, RadialMap, made_weights
 from atomeq.ops.registered.pointwise import pointwise_product
 from atomeq.ops.specification import OpSpec
 from atomeq.ops.sphere_grid import SphereGrid
@@ -149,8 +149,10 @@ class ReferenceBackend:
         paths: tuple[Path, ...],
         mode: Mode,
         stacked: bool,
+        radial_map: RadialMap | None,
     ) -> Tensor:
         """Gather x on the sources, couple it with y, sum on the targets."""
+        weights = made_weights(weights, radial_map)
         gathered = x.index_select(0, edge_index[0])
         messages = self.tensor_product(gathered, y, weights, paths, mode, stacked)
         return self.segment_sum(messages, edge_index[1], n_atoms)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from atomeq.ops.backends.kernel_backend import KernelBackend
 from atomeq.ops.backends.reference import ReferenceBackend
-from atomeq.ops.paths import Mode, Path
+from atomeq.ops.paths import Mode, Path, RadialMap, made_weights
 from atomeq.ops.specification import OpSpec
 
 # What is made once for all layers, a few hundredths of the time of one, and what calls a function
@@ -66,13 +66,17 @@ class TritonBackend(KernelBackend):
         paths: tuple[Path, ...],
         mode: Mode,
         stacked: bool,
+        radial_map: RadialMap | None,
     ) -> Tensor:
         """Gather x on the sources, couple it with y, sum on the targets.
 
         Kernels have mode uvu; the sum over edges, which has to be repeatable, is one in any mode.
         """
         if mode == "uvu":
-            return super().cg_conv(x, y, weights, edge_index, n_atoms, paths, mode, stacked)
+            return super().cg_conv(
+                x, y, weights, edge_index, n_atoms, paths, mode, stacked, radial_map
+            )
+        weights = made_weights(weights, radial_map)
         gathered = x.index_select(0, edge_index[0])
         messages = _reference.tensor_product(gathered, y, weights, paths, mode, stacked)
         return self.segment_sum(messages, edge_index[1], n_atoms)

@@ -48,13 +48,13 @@ def couple(
     indices = [] if ends is None else [end.contiguous() for end in ends]
     numbers = [l for path in form.paths for l in path]
     (product,) = cg_partials(
-        *(x, y, weights, None, indices, _segments(x, indices, n_targets, kernels)),
+        *(x, y, weights, None, indices, segments_for(x, indices, n_targets, kernels)),
         *(n_targets, "z", numbers, form.mode, form.stacked, kernels),
     )
     return product
 
 
-def _segments(x: Tensor, ends: list[Tensor], n_targets: int, kernels: str) -> list[Tensor]:
+def segments_for(x: Tensor, ends: list[Tensor], n_targets: int, kernels: str) -> list[Tensor]:
     """Sort the edges once for the product and all its derivatives, if the kernels want that."""
     if not ends or not wants_segments("coupling", kernels):
         return []
@@ -79,7 +79,7 @@ def _fake_partials(
     kernels: str,
 ) -> list[Tensor]:
     channels = weights.shape[-1] if weights is not None and mode == "uvw" else x.shape[-1]
-    n_rows = _form(paths, mode, stacked).n_rows
+    n_rows = form_of(paths, mode, stacked).n_rows
     shapes = {"x": x.shape, "y": y.shape, "z": (n_targets, n_rows, channels)}
     if weights is not None:
         shapes["weights"] = weights.shape
@@ -131,14 +131,15 @@ def cg_partials(
     ``z`` may be missing where only its own derivative is asked for; ``ends`` is empty or has the
     sources and the targets; for ``segments`` see :class:`CouplingKernels`.
     """
-    form = _form(paths, mode, stacked)
+    form = form_of(paths, mode, stacked)
     wanted = tuple(arguments.split())
     return coupling_kernels(kernels).partials(
         x, y, weights, z, ends, segments, n_targets, wanted, form
     )
 
 
-def _form(paths: Sequence[int], mode: str, stacked: bool) -> Form:
+def form_of(paths: Sequence[int], mode: str, stacked: bool) -> Form:
+    """Return the form from what an operation of a traced graph can carry."""
     numbers = iter(paths)
     triples = zip(numbers, numbers, numbers, strict=True)
     return Form(tuple(Path(*triple) for triple in triples), _mode(mode), stacked)

@@ -1,8 +1,9 @@
 """The whole eSCN edge layer as one operation, differentiable twice, that keeps next to nothing.
 
-Forward, gradient and gradient of the gradient are three registered operations, each over
-:mod:`atomeq.ops.registered.escn_layer`. A third derivative is refused by torch; the single
-operations rotate_to_edge, so2_linear and rotate_from_edge have derivatives of any order.
+Forward, gradient and gradient of the gradient are three registered operations, over
+:mod:`atomeq.ops.registered.escn_layer` and :mod:`atomeq.ops.registered.escn_second`. A third
+derivative is refused by torch; the single operations rotate_to_edge, so2_linear and
+rotate_from_edge have derivatives of any order.
 """
 
 from types import SimpleNamespace
@@ -10,7 +11,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from atomeq.ops.registered import escn_layer
+from atomeq.ops.registered import escn_layer, escn_second
 from atomeq.ops.registered.edge_rotation import turn_gradient
 from atomeq.ops.registered.kernel_sets import edge_kernels
 from atomeq.ops.registered.registration import registered
@@ -60,26 +61,25 @@ def _fake_value(
     mmax: int,
     keep: bool,
     kernels: str,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     shapes = layer_shapes(x.shape[2], second, lmax, mmax)
-    kept = x.new_empty(wigner.shape[0] if keep else 0, shapes[0].width)
-    return x.new_empty(*x.shape[:2], shapes[1].c_out), kept
+    y, u = (x.new_empty(wigner.shape[0] if keep else 0, shape.width) for shape in shapes)
+    return x.new_empty(*x.shape[:2], shapes[1].c_out), y, u
 
 
 def _value_gradient(
-    saved: SimpleNamespace, wanted: set[str], grad: Tensor | None, grad_kept: Tensor | None
+    saved: SimpleNamespace, wanted: set[str], grad: Tensor | None, *_: Tensor | None
 ) -> dict[str, Tensor | list[Tensor] | None]:
-    (y,) = saved.outputs
     found = escn_conv_gradient(
         grad,
         *(getattr(saved, name) for name in _TENSORS),
         *(saved.wigner, saved.first, saved.second, saved.source, saved.target, saved.segments),
-        *(y, saved.lmax, saved.mmax, ",".join(sorted(wanted)), saved.kernels),
+        *(saved.outputs, saved.lmax, saved.mmax, ",".join(sorted(wanted)), saved.kernels),
     )
     return _named(saved, wanted, list(found), saved.vectors)
 
 
-@registered(fake=_fake_value, gradient=_value_gradient, keeps=(1,))
+@registered(fake=_fake_value, gradient=_value_gradient, keeps=(1, 2))
 def escn_conv(
     x: Tensor,
     vectors: Tensor,
@@ -97,8 +97,8 @@ def escn_conv(
     mmax: int,
     keep: bool,
     kernels: str,
-) -> tuple[Tensor, Tensor]:
-    """Return the sums on the atoms, and the output of the first map if it is to be kept."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the sums on the atoms, and the outputs of both maps if they are to be kept."""
     return escn_layer.value(_layer(SimpleNamespace(**locals())), keep=keep)
 
 
@@ -116,7 +116,7 @@ def _fake_gradient(
     source: Tensor,
     target: Tensor,
     segments: list[Tensor],
-    y: Tensor,
+    kept: list[Tensor],
     lmax: int,
     mmax: int,
     wanted: str,
@@ -136,7 +136,7 @@ def _gradient_gradient(
         saved.grad,
         *(getattr(saved, name) for name in _TENSORS),
         *(saved.wigner, saved.first, saved.second, saved.source, saved.target, saved.segments),
-        *(saved.y, ",".join(along), list(along.values())),
+        *(saved.kept, ",".join(along), list(along.values())),
         *(saved.lmax, saved.mmax, ",".join(sorted(wanted)), saved.kernels),
     )
     found = list(found)
@@ -159,7 +159,7 @@ def escn_conv_gradient(
     source: Tensor,
     target: Tensor,
     segments: list[Tensor],
-    y: Tensor,
+    kept: list[Tensor],
     lmax: int,
     mmax: int,
     wanted: str,
@@ -170,7 +170,7 @@ def escn_conv_gradient(
     The one of ``vectors`` is that with respect to a turn of each edge, (n_edges, 3).
     """
     given = SimpleNamespace(**locals())
-    found = escn_layer.gradient(_layer(given), grad.contiguous(), y, _set(wanted))
+    found = escn_layer.gradient(_layer(given), grad.contiguous(), kept, _set(wanted))
     return _listed(given, found, _TENSORS)
 
 
@@ -188,7 +188,7 @@ def _fake_second(
     source: Tensor,
     target: Tensor,
     segments: list[Tensor],
-    y: Tensor,
+    kept: list[Tensor],
     along: str,
     directions: list[Tensor],
     lmax: int,
@@ -214,7 +214,7 @@ def escn_conv_second_gradient(
     source: Tensor,
     target: Tensor,
     segments: list[Tensor],
-    y: Tensor,
+    kept: list[Tensor],
     along: str,
     directions: list[Tensor],
     lmax: int,
@@ -228,7 +228,7 @@ def escn_conv_second_gradient(
     """
     given = SimpleNamespace(**locals())
     named = dict(zip(along.split(","), (d.contiguous() for d in directions), strict=True))
-    found = escn_layer.second_gradient(_layer(given), grad.contiguous(), y, named, _set(wanted))
+    found = escn_second.second_gradient(_layer(given), grad.contiguous(), kept, named, _set(wanted))
     return _listed(given, found, ("grad", *_TENSORS))
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from atomeq.ops.clebsch_gordan import Form
 from atomeq.ops.harmonic_polynomials import Normalization
+from atomeq.ops.registered.radial_scale import RadialScale
 from atomeq.ops.registered.so2_shape import SO2Shape
 from atomeq.ops.specification import OpSpec
 
@@ -138,6 +139,10 @@ class EdgeKernels(Protocol):
         """Return <W^T rows, X_k G x> for the three generators X_k, (n_edges, 3)."""
         ...
 
+    def empty(self, size: tuple[int, ...], like: Tensor) -> Tensor:
+        """Return memory for results that come and go."""
+        ...
+
     def so2_map(self, weights: list[Tensor], shape: SO2Shape) -> SO2Map:
         """Return the map M of some weights, which may be prepared for many calls."""
         ...
@@ -161,6 +166,10 @@ class EdgeKernels(Protocol):
 
         The gates of l = 1..lmax come first, then the rows.
         """
+        ...
+
+    def radial_scale(self, scale: Tensor, shape: SO2Shape) -> RadialScale:
+        """Return the factors of the first map's inputs, (n_edges, n_scales)."""
         ...
 
     def edges_at_once(self, first: SO2Shape) -> int:

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from atomeq.ops.backends.blocks import blocks
-from atomeq.ops.backends.cpu import native_edge
+from atomeq.ops.backends.cpu import memory, native_edge
 from atomeq.ops.backends.cpu.gate import CPUGate
+from atomeq.ops.backends.cpu.radial_scale import CPURadialScale
 from atomeq.ops.backends.cpu.so2 import CPUSO2Map, add_weight_gradients
 from atomeq.ops.backends.native.builder import unavailable
 from atomeq.ops.orders import radial_rows
+from atomeq.ops.registered.radial_scale import RadialScale
 from atomeq.ops.registered.so2_shape import SO2Shape, scale_gradient, scale_rows_
 from atomeq.ops.specification import OpSpec
 from atomeq.ops.tables import table_like
@@ -24,7 +26,7 @@ from atomeq.ops.wigner import flat_generators
 logger = logging.getLogger(__name__)
 
 _LAYER_BLOCK = 2**18  # numbers of the widest rows of an edge layer
-_LEAST_EDGES, _MOST_EDGES = 400, 1024  # matrix products want some rows
+_LEAST_EDGES, _MOST_EDGES = 256, 1024  # matrix products want some rows
 
 
 class CPUEdgeKernels:
@@ -54,7 +56,7 @@ class CPUEdgeKernels:
     ) -> Tensor:
         """Return scale * W G x."""
         channels = max(1, len(indices)) * x.shape[2]
-        rows = x.new_empty(*wigner.shape[:2], channels)
+        rows = memory.empty((*wigner.shape[:2], channels), x)
         if native_edge.serves(x):
             given = [index.contiguous() for index in indices]
             scale = None if scale is None else scale.contiguous()
@@ -133,6 +135,10 @@ class CPUEdgeKernels:
             torch.mm(outer.flatten(1), generators, out=result[part])
         return result
 
+    def empty(self, size: tuple[int, ...], like: Tensor) -> Tensor:
+        """Return memory that is used again when it is freed."""
+        return memory.empty(size, like)
+
     def so2_map(self, weights: list[Tensor], shape: SO2Shape) -> CPUSO2Map:
         """Return the map of some weights."""
         return CPUSO2Map(weights, shape)
@@ -154,6 +160,10 @@ class CPUEdgeKernels:
     def gate(self, y: Tensor, lmax: int, mmax: int, channels: int) -> CPUGate:
         """Return the gate of edges."""
         return CPUGate(y, lmax, mmax, channels)
+
+    def radial_scale(self, scale: Tensor, shape: SO2Shape) -> RadialScale:
+        """Return the factors of the first map's inputs."""
+        return (CPURadialScale if native_edge.serves(scale) else RadialScale)(scale, shape)
 
     def edges_at_once(self, first: SO2Shape) -> int:
         """Return how many edges keep a layer's rows in the cache."""

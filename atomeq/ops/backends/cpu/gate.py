@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from atomeq.ops.backends.cpu import native_edge
+from atomeq.ops.backends.cpu import memory, native_edge
 from atomeq.ops.orders import m_primary_order, row_degrees
 from atomeq.ops.tables import table_like
 
@@ -17,23 +17,26 @@ class CPUGate:
         self.channels = channels
         self.width = len(m_primary_order(lmax, mmax)) * channels
         # the gates and the row l = 0 lie side by side
-        self.sigmoid = torch.sigmoid(y[:, : (lmax + 1) * channels])
+        scalars = y[:, : (lmax + 1) * channels]
+        self.sigmoid = torch.sigmoid(scalars, out=memory.empty(scalars.shape, y))
         self.native = native_edge.serves(y)
 
     def value(self) -> Tensor:
         """Return SiLU of l = 0, and gated rows."""
         if self.native:
-            value = self.y.new_empty(len(self.y), self.width)
-            native_edge.gate("gate", (self.y, self.sigmoid, value), self.channels, self.degrees)
+            value = memory.empty((len(self.y), self.width), self.y)
+            native_edge.rows_wise(
+                "gate", (self.y, self.sigmoid, value), self.channels, self.degrees
+            )
             return value
         return (self._rows(self.y) * self._by_row(self.sigmoid)).flatten(1)
 
     def gradient(self, grad: Tensor) -> Tensor:
         """Return J^T grad."""
         if self.native:
-            result = torch.empty_like(self.y)
+            result = memory.empty(self.y.shape, self.y)
             tensors = (self.y, self.sigmoid, grad, result)
-            native_edge.gate("gate_gradient", tensors, self.channels, self.degrees)
+            native_edge.rows_wise("gate_gradient", tensors, self.channels, self.degrees)
             return result
         g, y, p = grad.unflatten(1, (-1, self.channels)), self._rows(self.y), self.sigmoid
         slope = p * (1 - p)
@@ -45,9 +48,9 @@ class CPUGate:
     def second(self, moved: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
         """Return J moved and the gradient of <moved, J^T grad>."""
         if self.native:
-            value, curved = grad.new_empty(grad.shape), torch.empty_like(self.y)
+            value, curved = (memory.empty(t.shape, t) for t in (grad, self.y))
             tensors = (self.y, self.sigmoid, moved, grad, value, curved)
-            native_edge.gate("gate_second", tensors, self.channels, self.degrees)
+            native_edge.rows_wise("gate_second", tensors, self.channels, self.degrees)
             return value, curved
         g, y, p = grad.unflatten(1, (-1, self.channels)), self._rows(self.y), self.sigmoid
         slope, bent = p * (1 - p), p * (1 - p) * (1 - 2 * p)

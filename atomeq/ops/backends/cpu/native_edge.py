@@ -90,11 +90,21 @@ def torque(
     )
 
 
-def gate(name: str, tensors: Sequence[Tensor], channels: int, degrees: tuple[int, int]) -> None:
-    """Call ``gate``, ``gate_gradient`` or ``gate_second``; the outputs are the last tensors."""
-    first = tensors[0]
-    function = getattr(_library(first.dtype, *degrees), name)
-    function(*map(_pointer, tensors), _number(len(first)), _number(channels))
+def rows_wise(
+    name: str, tensors: Sequence[Tensor | None], channels: int, degrees: tuple[int, int]
+) -> None:
+    """Call ``gate``, ``scale_rows`` or one of their derivatives; the outputs are the last tensors.
+
+    Args:
+        name: Of the function in edge.c.
+        tensors: As it takes them, the first axis being that of the edges.
+        channels: Of a row.
+        degrees: lmax and mmax.
+    """
+    last = tensors[-1]
+    assert last is not None
+    function = getattr(_library(last.dtype, *degrees), name)
+    function(*map(_pointer, tensors), _number(len(last)), _number(channels))
 
 
 @cache

@@ -8,6 +8,7 @@ A complex product costs three real ones: with s = x_+ + x_-,
 import torch
 from torch import Tensor
 
+from atomeq.ops.backends.cpu import memory
 from atomeq.ops.backends.cpu.gate import CPUGate
 from atomeq.ops.registered.so2_shape import SO2Shape
 
@@ -69,12 +70,12 @@ def _complex_parts(weight: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
     if weight.ndim == 2:
         return None
     real, imaginary = weight.unbind(0)
-    return real, real + imaginary, imaginary - real
+    return real, _sum(real, imaginary), _difference(imaginary, real)
 
 
 def _complex_product(x: list[Tensor], parts: list[Tensor], y: list[Tensor], sign: int = 1) -> None:
     real, total, difference = parts
-    torch.mm(x[0] + x[1], real, out=y[0])
+    torch.mm(_sum(*x), real, out=y[0])
     y[1].copy_(y[0])
     y[0].addmm_(x[1], total, alpha=-sign)
     y[1].addmm_(x[0], difference, alpha=sign)
@@ -82,6 +83,14 @@ def _complex_product(x: list[Tensor], parts: list[Tensor], y: list[Tensor], sign
 
 def _add_complex_gradient(x: list[Tensor], y: list[Tensor], gradient: Tensor) -> None:
     """(y_+ + i y_-)(x_+ - i x_-)^T by three products."""
-    common = (y[0] + y[1]).T @ x[0]
-    gradient[0].add_(common).addmm_(y[1].T, x[0] - x[1], alpha=-1)
-    gradient[1].add_(common).addmm_(y[0].T, x[0] + x[1], alpha=-1)
+    common = torch.mm(_sum(*y).T, x[0], out=memory.empty(gradient[0].shape, gradient))
+    gradient[0].add_(common).addmm_(y[1].T, _difference(*x), alpha=-1)
+    gradient[1].add_(common).addmm_(y[0].T, _sum(*x), alpha=-1)
+
+
+def _sum(x: Tensor, y: Tensor) -> Tensor:
+    return torch.add(x, y, out=memory.empty(x.shape, x))
+
+
+def _difference(x: Tensor, y: Tensor) -> Tensor:
+    return torch.sub(x, y, out=memory.empty(x.shape, x))

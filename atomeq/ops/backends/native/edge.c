@@ -1,4 +1,5 @@
-/* Rotation of edge features into and out of their frames, the torque on them, and the gate.
+/* Rotation of edge features into and out of their frames, the torque on them, their radial factors
+   and the gate.
 
    Before this file: REAL (float or double), LMAX, MMAX. Features are (*, N_SPH, channels), rows
    (n_edges, N_ROWS, channels) in m-primary order, wigner (n_edges, N_ROWS, N_SPH) block diagonal in
@@ -137,6 +138,69 @@ void torque(const REAL *x, const REAL *rows, const REAL *wigner, const int64_t *
     for (int k = 0; k < 3; k++)
       for (int v = 0; v < N_LANES; v++) sum[k] += wide[k][v];
     memcpy(result + 3 * e, sum, sizeof sum);
+  }
+}
+
+/* The radial scale. +m and -m share the factors s, one for each (l, m, channel); rows have `channels`
+   numbers each. A d is a derivative along a direction. */
+#define EACH(n) _Pragma("GCC ivdep") for (int64_t c = 0; c < (n); c++)
+#define SIZE(m) ((LMAX + 1 - (m)) * channels) /* numbers of one sign of an order */
+#define EACH_SIGN                                                                                 \
+  for (int64_t e = 0; e < n_edges; e++)                                                           \
+    for (int m = 0; m <= MMAX; m++)                                                               \
+      for (int sign = 0; sign < (m ? 2 : 1); sign++)
+#define AT_ROWS ((e * N_ROWS + ROW_START(m)) * channels + sign * SIZE(m))
+#define AT_SCALE ((e * N_SCALES + SCALE_START(m)) * channels)
+
+/* z = s r and dz = s dr + ds r; ds may be null. */
+void scale_rows(const REAL *r, const REAL *dr, const REAL *s, const REAL *ds, REAL *z, REAL *dz,
+                int64_t n_edges, int64_t channels) {
+  EACH_SIGN {
+    const REAL *in = r + AT_ROWS, *din = dr + AT_ROWS, *by = s + AT_SCALE;
+    REAL *out = z + AT_ROWS, *moved_out = dz + AT_ROWS;
+    if (ds) {
+      const REAL *dby = ds + AT_SCALE;
+      EACH(SIZE(m)) {
+        out[c] = by[c] * in[c];
+        moved_out[c] = by[c] * din[c] + dby[c] * in[c];
+      }
+    } else
+      EACH(SIZE(m)) {
+        out[c] = by[c] * in[c];
+        moved_out[c] = by[c] * din[c];
+      }
+  }
+}
+
+/* gs = sum over both signs of g r, then g = s g in place. */
+void scale_gradient(const REAL *r, const REAL *s, REAL *g, REAL *gs, int64_t n_edges,
+                    int64_t channels) {
+  EACH_SIGN {
+    const REAL *in = r + AT_ROWS, *by = s + AT_SCALE;
+    REAL *grad = g + AT_ROWS, *to = gs + AT_SCALE;
+    EACH(SIZE(m)) {
+      to[c] = (sign ? to[c] : 0) + grad[c] * in[c];
+      grad[c] *= by[c];
+    }
+  }
+}
+
+/* The same and its derivative: dgs, and dg = s dg + ds g in place; ds may be null. */
+void scale_second(const REAL *r, const REAL *dr, const REAL *s, const REAL *ds, REAL *g, REAL *dg,
+                  REAL *gs, REAL *dgs, int64_t n_edges, int64_t channels) {
+  EACH_SIGN {
+    const REAL *in = r + AT_ROWS, *din = dr + AT_ROWS, *by = s + AT_SCALE;
+    REAL *grad = g + AT_ROWS, *dgrad = dg + AT_ROWS, *to = gs + AT_SCALE, *dto = dgs + AT_SCALE;
+    EACH(SIZE(m)) {
+      to[c] = (sign ? to[c] : 0) + grad[c] * in[c];
+      dto[c] = (sign ? dto[c] : 0) + grad[c] * din[c] + dgrad[c] * in[c];
+      dgrad[c] *= by[c];
+    }
+    if (ds) {
+      const REAL *dby = ds + AT_SCALE;
+      EACH(SIZE(m)) dgrad[c] += dby[c] * grad[c];
+    }
+    EACH(SIZE(m)) grad[c] *= by[c];
   }
 }
 

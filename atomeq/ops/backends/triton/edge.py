@@ -78,6 +78,10 @@ class TritonEdgeKernels:
         """Return <W^T rows, X_k G x>."""
         return rotation.torque(x, rows, wigner, indices, lmax=lmax, mmax=mmax)
 
+    def empty(self, size: tuple[int, ...], like: Tensor) -> Tensor:
+        """Return memory; torch keeps what is freed on a GPU."""
+        return like.new_empty(size)
+
     def so2_map(self, weights: list[Tensor], shape: SO2Shape) -> so2.TritonSO2Map:
         """Return the map of some weights."""
         return so2.TritonSO2Map(weights, shape)
@@ -99,6 +103,10 @@ class TritonEdgeKernels:
     def gate(self, y: Tensor, lmax: int, mmax: int, channels: int) -> TritonGate:
         """Return the gate of edges."""
         return TritonGate(y, lmax, mmax, channels)
+
+    def radial_scale(self, scale: Tensor, shape: SO2Shape) -> row_scale.TritonRadialScale:
+        """Return the factors of the first map's inputs."""
+        return row_scale.TritonRadialScale(scale, shape)
 
     def edges_at_once(self, first: SO2Shape) -> int:
         """Return how many edges a layer works on at a time: what fits, since a GPU wants all."""

@@ -1,0 +1,74 @@
+"""The way out to pymatgen: graphs and results of a calculation as Structures and Molecules.
+
+``convert`` is the way in; what goes out here comes back there.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from ase import Atoms, units
+from ase.stress import voigt_6_to_full_3x3_stress
+
+from atomeq.graph.convert import Structures, from_structures, to_ase
+from atomeq.graph.neighbors import complete_cell
+
+if TYPE_CHECKING:
+    from pymatgen.core import Molecule, Structure
+
+_VACUUM = 20.0  # Å, beyond the atoms along a direction that has no lattice vector
+
+
+def to_pymatgen(structures: Structures) -> "list[Structure | Molecule]":
+    """Make a Structure of each periodic structure, and a Molecule of each other.
+
+    Site properties are ``forces`` (3,) eV/Å, ``velocities`` (3,) Å/fs, ``tags``, and
+    ``selective_dynamics`` where atoms are fixed; properties are ``energy`` in eV and ``stress``
+    (3, 3) eV/Å³, positive when stretched: each where it is known. A slab or wire without a lattice
+    vector along an open direction gets one that leaves 20 Å of vacuum; a molecule has no cell.
+
+    Args:
+        structures: One or many: AtomGraphs, as those of relaxation outcomes, or ASE's Atoms.
+
+    Raises:
+        StructureError: A structure is not usable.
+
+    Example:
+        >>> for outcome in atomeq.relax(structures, "cu-pbe"):  # doctest: +SKIP
+        ...     structure = to_pymatgen(outcome.graph)[0]
+    """
+    return [_of_atoms(atoms) for atoms in to_ase(from_structures(structures))]
+
+
+def _of_atoms(atoms: Atoms) -> "Structure | Molecule":
+    from pymatgen.io.ase import AseAtomsAdaptor  # loads in seconds
+
+    results = {} if atoms.calc is None else atoms.calc.results
+    velocities = atoms.get_velocities() * units.fs if atoms.has("momenta") else None
+    bare: Any = Atoms(atoms.numbers, atoms.positions, cell=atoms.cell, pbc=atoms.pbc)
+    bare.set_constraint(atoms.constraints)
+    if atoms.has("tags"):
+        bare.set_tags(atoms.get_tags())
+    if atoms.pbc.any():
+        bare.set_cell(_with_vacuum(atoms))
+        found = AseAtomsAdaptor.get_structure(bare)
+    else:
+        found = AseAtomsAdaptor.get_molecule(bare)
+    for name, values in (("forces", results.get("forces")), ("velocities", velocities)):
+        if values is not None:
+            found.add_site_property(name, values.tolist())
+    if "energy" in results:
+        found.properties["energy"] = float(results["energy"])
+    if "stress" in results:
+        found.properties["stress"] = voigt_6_to_full_3x3_stress(results["stress"]).tolist()
+    return found
+
+
+def _with_vacuum(atoms: Atoms) -> np.ndarray:
+    """Return the cell (3, 3), Å, with a vector along each direction that lacks one."""
+    cell = atoms.cell.array
+    if abs(np.linalg.det(cell)) > 0:
+        return cell
+    completed = complete_cell(cell, atoms.pbc)  # unit normals along the open directions
+    extent = np.ptp(atoms.positions @ np.linalg.inv(completed), axis=0)
+    completed[~atoms.pbc] *= (extent + _VACUUM)[~atoms.pbc, None]
+    return completed

@@ -1,0 +1,115 @@
+"""The figures that the tensor-product backend is to reach, and whether the rows reach them."""
+
+import dataclasses
+
+from benchmark_rounds import PHASES
+
+
+@dataclasses.dataclass
+class Bar:
+    """A figure to reach: a ratio to another implementation, seconds, or bytes."""
+
+    op: str
+    lmax: int
+    channels: int
+    what: str  # a phase, "saved_bytes_per_edge" or "differing_runs"
+    limit: float
+    against: str | None = None  # the implementation; None for a figure of our own
+    by: tuple[str, ...] = ("auto",)  # whose figure counts, the first one measured
+
+    def __str__(self) -> str:
+        place = f"{self.op} L={self.lmax} C={self.channels} {self.what}"
+        if self.against is not None:
+            return f"{place} >= {self.limit:g}x {self.against}"
+        unit = " ns per edge" if self.what in PHASES else ""
+        owner = f" of {self.by[0]}" if self.by[0] != "auto" else ""
+        return f"{place} <= {self.limit:g}{unit}{owner}"
+
+    def figure(self, rows: list[dict]) -> float | None:
+        """Return the figure reached, or None where it was not measured."""
+        place = (self.op, self.lmax, self.channels)
+        found = {
+            row["implementation"]: row
+            for row in rows
+            if (row["op"], row["lmax"], row["channels"]) == place
+        }
+        names = (self.against,) if self.against is not None else self.by
+        row = next((found[name] for name in names if name in found), {})
+        if self.against is not None:
+            return row.get("ratio", {}).get(self.what)
+        if self.what in PHASES:
+            seconds = row.get("seconds", {}).get(self.what)
+            return None if seconds is None else seconds / row["n_edges"] * 1e9
+        return row.get(self.what)
+
+    def met(self, figure: float) -> bool:
+        """Whether the figure is good enough."""
+        return figure >= self.limit if self.against is not None else figure <= self.limit
+
+
+def bars(device: str) -> list[Bar]:
+    """Return the figures that the backend is to reach on a device."""
+    if device == "cuda":
+        found = [
+            Bar("escn_layer", 2, 128, "forward", 14.0, by=("triton",)),
+            Bar("escn_layer", 2, 128, "forward", 7.0, by=("triton bf16",)),
+        ]
+        found += [
+            Bar("escn_layer", lmax, 128, "forward_backward", limit, "reference compiled")
+            for lmax, limit in ((2, 2.5), (3, 2.0), (4, 2.0), (6, 1.5))
+        ]
+        found.append(Bar("escn_layer", 2, 128, "double_backward", 3.0, "reference"))
+        found += [
+            Bar(op, 2, 128, "differing_runs", 0, by=("triton",)) for op in ("escn_layer", "cg_conv")
+        ]
+        for lmax, phase in ((lmax, phase) for lmax in (1, 2, 3, 4) for phase in PHASES):
+            found.append(Bar("cg_conv", lmax, 128, phase, 10.0, "e3nn"))
+            found.append(Bar("cg_conv", lmax, 128, phase, 1.2, "cuequivariance"))
+        return found
+    found = [
+        Bar("cg_conv", lmax, 64, phase, limit, "e3nn")
+        for lmax, limit in ((1, 2.0), (2, 2.0), (4, 5.0), (6, 5.0))
+        for phase in PHASES
+    ]
+    found += [Bar("edge_wigner", lmax, 1, "forward", 20.0, "e3nn") for lmax in (3, 4)]
+    for lmax in (2, 4):
+        found.append(Bar("spherical_harmonics", lmax, 1, "forward", 1.0, "sphericart"))
+        found.append(Bar("spherical_harmonics", lmax, 1, "double_backward", 2.0, "sphericart"))
+    found += [
+        Bar("escn_layer", lmax, channels, phase, 1.3, "reference")
+        for lmax in (2, 4)
+        for channels in (64, 128)
+        for phase in PHASES
+    ]
+    found += [
+        Bar(
+            "escn_layer",
+            lmax,
+            128,
+            "saved_bytes_per_edge",
+            kilobytes * 1000,
+            by=("auto, recomputing", "auto"),
+        )
+        for lmax, kilobytes in ((2, 6), (4, 13), (6, 21))
+    ]
+    return found
+
+
+def verdict(device: str, rows: list[dict]) -> tuple[list[dict], str]:
+    """Return the bars with their figures, and the last line."""
+    judged, missed, unknown = [], [], []
+    for bar in bars(device):
+        figure = bar.figure(rows)
+        met = None if figure is None else bar.met(figure)
+        judged.append({"bar": str(bar), "figure": figure, "met": met})
+        if met is None:
+            unknown.append(str(bar))
+        elif not met:
+            missed.append(f"{bar}: {figure:.3g}")
+    n_met = sum(entry["met"] is True for entry in judged)
+    line = f"bars: {n_met} met, {len(missed)} missed"
+    if missed:
+        line += f" ({'; '.join(missed)})"
+    if unknown:
+        line += f", {len(unknown)} not measured ({'; '.join(unknown)})"
+    return judged, line

@@ -1,0 +1,172 @@
+"""Count what an edge layer on the Triton kernels reads and writes, on a machine without a GPU.
+
+    python scripts/count_traffic.py [LMAX ...] [--precision highest|high|medium]
+
+prints bytes per edge for a forward pass, for forces (+ backward) and for a step of force training
+(+ the gradient of the gradient), the time at an H200's bandwidth, and the largest parts. No kernel
+runs: a call counts each input once and each output once, so an atom's features that many edges
+gather count once, as if the cache held them, and two kernels that write a half each count two
+wholes; weights, which do not grow with the edges, cancel in the difference of two sizes. The
+figures are there to predict what a change gains, not to replace a measurement.
+"""
+
+import argparse
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+os.environ["TRITON_INTERPRET"] = "1"  # the kernels are called on CPU tensors, and replaced below
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from atomeq.ops.backends.triton import coupling, gate, rotation, row_scale, segment, so2, sphere
+from atomeq.ops.dispatch import use_backend
+from atomeq.ops.registered import edge_rotation, so2_map
+from atomeq.ops.registered import escn_conv as registered_layer
+from atomeq.ops.registered import row_scale as row_scale_ops
+from atomeq.ops.so2 import escn_conv
+from atomeq.ops.wigner import build_edge_frame
+
+BANDWIDTH = 4.3e12  # bytes/s
+EDGES = 256
+DEGREE = 16  # edges of an atom
+PHASES = ("forward", "+ backward", "+ second gradient")
+REGISTERED = (edge_rotation, registered_layer, row_scale_ops, so2_map)
+MODULES = (coupling, gate, rotation, row_scale, segment, so2, sphere)
+
+
+class Traffic(TorchDispatchMode):
+    """Counts bytes by the name of the operation or kernel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes: Counter[str] = Counter()
+        self.launches = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func.namespace == "atomeq":  # what it is made of counts, not itself
+            with self:
+                return _functions()[func._schema.name](*args, **kwargs)
+        result = func(*args, **kwargs)
+        returns = func._schema.returns
+        view = any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+        if not view and "empty" not in func.__name__ and "detach" not in func.__name__:
+            written = _tensors(result)
+            read = written if "index_select" in func.__name__ else _tensors([args, kwargs])
+            self.count(func.__name__.partition(".")[0], [*read, *written])
+        return result
+
+    def count(self, name: str, tensors: Sequence[Tensor]) -> None:
+        """Add what a call reads and writes."""
+        self.bytes[name] += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        self.launches += 1
+
+    def launch(
+        self, kernel: Any, grid: object, *tensors: Tensor | None, like: Tensor, **constants: Any
+    ) -> None:
+        """Count, and start nothing: what the kernels are given in the place of ``launch``."""
+        self.count(kernel.__name__, [tensor for tensor in tensors if tensor is not None])
+
+
+@cache
+def _functions() -> dict[str, Callable[..., Any]]:
+    """Return what the registered operations are made of, by their names."""
+    values = [value for module in REGISTERED for value in vars(module).values()]
+    operations = [value for value in values if isinstance(value, torch.library.CustomOpDef)]
+    return {operation._qualname: operation._init_fn for operation in operations}
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        return _tensors(list(value.values()))
+    return (
+        [t for member in value for t in _tensors(member)] if isinstance(value, list | tuple) else []
+    )
+
+
+def layer(lmax: int, channels: int, n_edges: int) -> tuple[Callable[..., Tensor], list[Tensor]]:
+    """Return an edge layer as models have it, with its last radial layer inside, and its inputs."""
+    mmax, n_atoms, width = min(2, lmax), n_edges // DEGREE, 64
+    edges = torch.randint(0, n_atoms, (2, n_edges)).sort(dim=1).values
+    sizes = [lmax - m + 1 for m in range(mmax + 1)]
+    n_scales = sum(sizes) * 2 * channels
+    first = [((lmax + sizes[0]) * channels, sizes[0] * 2 * channels)]
+    first += [(2, n * channels, n * 2 * channels) for n in sizes[1:]]
+    second = [(sizes[0] * channels, sizes[0] * channels)]
+    second += [(2, n * channels, n * channels) for n in sizes[1:]]
+    shapes = [(n_atoms, (lmax + 1) ** 2, channels), (n_edges, 3), (n_edges, width)]
+    shapes += [(n_scales, width), (n_scales,), (n_edges,), *first, *second]
+    inputs = [torch.randn(shape).requires_grad_() for shape in shapes]
+    wigner = build_edge_frame(inputs[1].detach(), edges, n_atoms=n_atoms, lmax=lmax, mmax=mmax)
+
+    def compute(*given: Tensor) -> Tensor:
+        x, vectors, radial, weight, bias, envelope, *maps = given
+        return escn_conv(
+            x,
+            replace(wigner, vectors=vectors),
+            maps[: mmax + 1],
+            maps[mmax + 1 :],
+            radial=radial,
+            radial_map=(weight, bias),
+            envelope=envelope,
+        )
+
+    return compute, inputs
+
+
+def traffic(lmax: int, channels: int, n_edges: int) -> list[Traffic]:
+    """Return what each phase adds."""
+    compute, inputs = layer(lmax, channels, n_edges)
+    found = [Traffic() for _ in PHASES]
+
+    def counted(number: int, call: Callable[[], Any]) -> Any:
+        for module in MODULES:
+            module.launch = found[number].launch
+        with found[number], use_backend("triton"):
+            return call()
+
+    out = counted(0, lambda: compute(*inputs))
+    moved = [inputs[0], inputs[1]]
+    first = counted(1, lambda: torch.autograd.grad(out.sum(), moved, create_graph=True))
+    loss = torch.stack([gradient.sum() for gradient in first]).sum()
+    counted(2, lambda: torch.autograd.grad(loss, inputs, allow_unused=True))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("lmax", nargs="*", type=int, default=[2, 4])
+    parser.add_argument("--channels", type=int, default=128)
+    parser.add_argument("--precision", default="high", choices=("highest", "high", "medium"))
+    arguments = parser.parse_args()
+    torch.set_float32_matmul_precision(arguments.precision)
+    for lmax in arguments.lmax:
+        torch.manual_seed(0)
+        few, many = (traffic(lmax, arguments.channels, n) for n in (EDGES, 2 * EDGES))
+        total = 0.0
+        for phase, one, two in zip(PHASES, few, many, strict=True):
+            parts = {name: (two.bytes[name] - one.bytes[name]) / EDGES for name in two.bytes}
+            total += sum(parts.values())
+            largest = sorted(parts, key=lambda name: -parts[name])[:6]
+            sys.stdout.write(
+                f"L={lmax} C={arguments.channels} {phase:<18} {sum(parts.values()) / 1e3:7.1f} kB, "
+                f"{two.launches:4d} launches; up to here {total / 1e3:7.1f} kB, "
+                f"{total / BANDWIDTH * 1e9:6.1f} ns: "
+                + ", ".join(f"{name} {parts[name] / 1e3:.1f}" for name in largest)
+                + "\n"
+            )
+
+
+if __name__ == "__main__":
+    main()
