@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from atomeq.calculators.ase import AtomeqCalculator
     from atomeq.dynamics.run import relax, simulate
     from atomeq.graph.atom_graph import AtomGraph
-    from atomeq.graph.pymatgen_structures import to_pymatgen
+    from atomeq.graph.to_structures import to_pymatgen
     from atomeq.potential.checkpoint import load_potential, save_potential
     from atomeq.potential.potential import Potential
     from atomeq.screening.run import screen
@@ -40,7 +40,7 @@ _HOMES = {
     "save_potential": "atomeq.potential.checkpoint",
     "screen": "atomeq.screening.run",
     "simulate": "atomeq.dynamics.run",
-    "to_pymatgen": "atomeq.graph.pymatgen_structures",
+    "to_pymatgen": "atomeq.graph.to_structures",
 }
 
 

@@ -26,10 +26,10 @@ from atomeq.graph.convert import (
     StructureError,
     StructureLike,
     from_structures,
-    to_ase,
     validate_structure,
 )
 from atomeq.graph.hyperedges import INFO_KEY, Hyperedges
+from atomeq.graph.to_structures import to_ase
 from atomeq.graph.topology import KeptTopologies
 from atomeq.potential.checkpoint import (
     WEIGHTS_FILE,

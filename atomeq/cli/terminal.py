@@ -63,7 +63,7 @@ class Meter:
         self.label, self.total, self.unit = label, total, unit
         self.console = console if console is not None else Console(stderr=True)
         self.done = self._done_before = done
-        self._told = -1  # what the last line said
+        self._told: tuple[int, str] | None = None  # what the last line said
         self.started = self._last_line = time.monotonic()
         self._bar: Progress | None = None
 
@@ -96,9 +96,9 @@ class Meter:
             return
         now = time.monotonic()
         early = self.done < self.total and now - self._last_line < _QUIET_SECONDS
-        if early or self.done == self._told:
+        if early or self._told == (self.done, note):
             return
-        self._last_line, self._told = now, self.done
+        self._last_line, self._told = now, (self.done, note)
         self.console.file.write(f"{self.line()}{', ' + note if note else ''}\n")
         self.console.file.flush()
 

@@ -39,7 +39,7 @@ from atomeq.data.nbody import NBodyRecipe
 from atomeq.data.targets import ScalarTarget
 from atomeq.files import write_atomically
 from atomeq.graph.atom_graph import AtomGraph
-from atomeq.graph.convert import to_ase
+from atomeq.graph.to_structures import to_ase
 from atomeq.models.base import AtomisticModel, Propagator
 from atomeq.potential.checkpoint import MODELS, PROPAGATORS
 from atomeq.training.callbacks import (

@@ -17,7 +17,8 @@ from atomeq.dynamics.evaluator import Evaluator, Failure
 from atomeq.dynamics.state import State
 from atomeq.dynamics.trajectory import Passenger, Recorder
 from atomeq.graph.atom_graph import AtomGraph
-from atomeq.graph.convert import StructureError, StructureLike, to_ase
+from atomeq.graph.convert import StructureError, StructureLike
+from atomeq.graph.to_structures import to_ase
 
 S = TypeVar("S", bound=State)
 

@@ -1,7 +1,8 @@
-"""The door: structures of ASE and pymatgen become AtomGraphs and back, and bad ones are refused.
+"""The door: structures of ASE and pymatgen become AtomGraphs, and bad ones are refused.
 
 Everything behind it may rely on finite coordinates, known elements and a cell that fits the
-periodicity. Units are ASE's eV and Å; velocities are Å/fs inside and converted here.
+periodicity. Units are ASE's eV and Å; velocities are Å/fs inside and converted here. The way out is
+``to_structures``.
 """
 
 import itertools
@@ -11,15 +12,13 @@ from typing import Any, Protocol, TypeAlias, runtime_checkable
 import numpy as np
 import torch
 from ase import Atoms, units
-from ase.calculators.singlepoint import SinglePointCalculator
 from ase.constraints import FixAtoms
 from ase.data import atomic_masses, chemical_symbols
-from ase.stress import full_3x3_to_voigt_6_stress, voigt_6_to_full_3x3_stress
+from ase.stress import voigt_6_to_full_3x3_stress
 from ase.symbols import Symbols
 from numpy.typing import NDArray
 
 from atomeq.graph.atom_graph import AtomGraph
-from atomeq.graph.hyperedges import INFO_KEY, Hyperedges
 from atomeq.graph.neighbors import Edges, neighbor_list_with_lengths, spans_periodic_directions
 
 MIN_DISTANCE = 0.1  # Å; no two nuclei come so near, so such atoms are an error in the input
@@ -132,7 +131,7 @@ def from_pymatgen(
     """Make a graph without edges of one or many Structures or Molecules of pymatgen.
 
     Site properties ``tags``, ``forces``, ``selective_dynamics`` and the properties ``energy`` and
-    ``stress`` come along. The way back is ``pymatgen_structures.to_pymatgen``.
+    ``stress`` come along. The way back is ``to_structures.to_pymatgen``.
 
     Args:
         structures: One or many, ordered: each site holds one element.
@@ -144,11 +143,6 @@ def from_pymatgen(
     """
     atoms = [_as_atoms(item, index) for index, item in enumerate(_as_list(structures))]
     return from_ase(atoms, dtype=dtype, device=device)
-
-
-def to_ase(graph: AtomGraph) -> list[Atoms]:
-    """Make one Atoms of each structure: hyperedges in its info, labels as calculator results."""
-    return [_atoms_of_graph(single) for single in graph.to("cpu").to_list()]
 
 
 def validate_structure(
@@ -460,44 +454,3 @@ def _atoms_of_sites(structure: PymatgenSites, index: int) -> Atoms:
     properties = getattr(structure, "properties", None) or {}
     atoms.info.update({key: properties[key] for key in ("energy", "stress") if key in properties})
     return atoms
-
-
-def _atoms_of_graph(graph: AtomGraph) -> Atoms:
-    def array(name: str) -> NDArray[np.float64]:
-        return graph[name].detach().numpy().astype(np.float64)
-
-    atoms = Atoms(
-        numbers=graph.atomic_numbers.numpy(),
-        positions=array("pos"),
-        cell=array("cell")[0],
-        pbc=graph.pbc[0].numpy(),
-    )
-    if "tags" in graph:
-        atoms.set_tags(graph["tags"].numpy())
-    if "masses" in graph:
-        atoms.set_masses(array("masses").tolist())
-    # Before the constraints, which would stop the atoms they fix.
-    if "velocities" in graph:
-        atoms.set_velocities(array("velocities") / units.fs)
-    if "fixed" in graph and bool(graph["fixed"].any()):
-        atoms.set_constraint(FixAtoms(mask=graph["fixed"].numpy()))
-    atoms.info.update(_info_of_graph(graph))
-    results: dict[str, Any] = {
-        name: array(name)
-        for name in ("energy", "forces", "stress")
-        if name in graph and bool(torch.isfinite(graph[name]).all())
-    }
-    if "energy" in results:
-        results["energy"] = results["energy"].item()
-    if "stress" in results:
-        results["stress"] = full_3x3_to_voigt_6_stress(results["stress"][0])
-    if results:
-        atoms.calc = SinglePointCalculator(atoms, **results)
-    return atoms
-
-
-def _info_of_graph(graph: AtomGraph) -> dict[str, Any]:
-    weight = {"weight": float(graph["weight"][0])} if "weight" in graph else {}
-    if "num_hyperedges" not in graph:
-        return weight
-    return {**weight, INFO_KEY: Hyperedges.of_graph(graph).to_info()}

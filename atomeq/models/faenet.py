@@ -382,8 +382,7 @@ class Interaction(nn.Module):
     ) -> Tensor:
         """Return the update (n_atoms, H) of atoms ``h`` (n_atoms, H), edges ``e`` (n_edges, F)."""
         x = silu(self.lin_down(h)) if self.scaled else h
-        if envelope is None:
-            envelope = e.new_ones(len(e), 1)
+        envelope = e.new_ones(len(e), 1) if envelope is None else envelope
         # The product 0 x 0 -> 0 of neighbours and envelopes, weighted by the filters.
         filters = self._filters(h, e, edge_index)[:, None]  # (n_edges, 1, width)
         total = cg_conv(x[:, None], envelope, filters, edge_index, len(h), _SCALARS)[:, 0]

@@ -16,9 +16,9 @@ from atomeq.graph.convert import (
     from_ase,
     from_pymatgen,
     from_structures,
-    to_ase,
     validate_structure,
 )
+from atomeq.graph.to_structures import to_ase
 
 
 def labelled_slab():

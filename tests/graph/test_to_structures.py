@@ -10,8 +10,8 @@ from pymatgen.core import Molecule, Structure
 from small_potential import small_potential
 
 from atomeq.dynamics.run import relax
-from atomeq.graph.convert import from_ase, from_pymatgen, to_ase
-from atomeq.graph.pymatgen_structures import to_pymatgen
+from atomeq.graph.convert import from_ase, from_pymatgen
+from atomeq.graph.to_structures import to_ase, to_pymatgen
 
 
 def slab() -> Atoms:

@@ -1,4 +1,4 @@
-"""The way out to pymatgen: graphs and results of a calculation as Structures and Molecules.
+"""The way out: graphs and results of a calculation as structures of ASE and pymatgen.
 
 ``convert`` is the way in; what goes out here comes back there.
 """
@@ -6,16 +6,27 @@
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from ase import Atoms, units
-from ase.stress import voigt_6_to_full_3x3_stress
+from ase.calculators.singlepoint import SinglePointCalculator
+from ase.constraints import FixAtoms
+from ase.stress import full_3x3_to_voigt_6_stress, voigt_6_to_full_3x3_stress
+from numpy.typing import NDArray
 
-from atomeq.graph.convert import Structures, from_structures, to_ase
+from atomeq.graph.atom_graph import AtomGraph
+from atomeq.graph.convert import Structures, from_structures
+from atomeq.graph.hyperedges import INFO_KEY, Hyperedges
 from atomeq.graph.neighbors import complete_cell
 
 if TYPE_CHECKING:
     from pymatgen.core import Molecule, Structure
 
 _VACUUM = 20.0  # Å, beyond the atoms along a direction that has no lattice vector
+
+
+def to_ase(graph: AtomGraph) -> list[Atoms]:
+    """Make one Atoms of each structure: hyperedges in its info, labels as calculator results."""
+    return [_atoms_of_graph(single) for single in graph.to("cpu").to_list()]
 
 
 def to_pymatgen(structures: Structures) -> "list[Structure | Molecule]":
@@ -72,3 +83,44 @@ def _with_vacuum(atoms: Atoms) -> np.ndarray:
     extent = np.ptp(atoms.positions @ np.linalg.inv(completed), axis=0)
     completed[~atoms.pbc] *= (extent + _VACUUM)[~atoms.pbc, None]
     return completed
+
+
+def _atoms_of_graph(graph: AtomGraph) -> Atoms:
+    def array(name: str) -> NDArray[np.float64]:
+        return graph[name].detach().numpy().astype(np.float64)
+
+    atoms = Atoms(
+        numbers=graph.atomic_numbers.numpy(),
+        positions=array("pos"),
+        cell=array("cell")[0],
+        pbc=graph.pbc[0].numpy(),
+    )
+    if "tags" in graph:
+        atoms.set_tags(graph["tags"].numpy())
+    if "masses" in graph:
+        atoms.set_masses(array("masses").tolist())
+    # Before the constraints, which would stop the atoms they fix.
+    if "velocities" in graph:
+        atoms.set_velocities(array("velocities") / units.fs)
+    if "fixed" in graph and bool(graph["fixed"].any()):
+        atoms.set_constraint(FixAtoms(mask=graph["fixed"].numpy()))
+    atoms.info.update(_info_of_graph(graph))
+    results: dict[str, Any] = {
+        name: array(name)
+        for name in ("energy", "forces", "stress")
+        if name in graph and bool(torch.isfinite(graph[name]).all())
+    }
+    if "energy" in results:
+        results["energy"] = results["energy"].item()
+    if "stress" in results:
+        results["stress"] = full_3x3_to_voigt_6_stress(results["stress"][0])
+    if results:
+        atoms.calc = SinglePointCalculator(atoms, **results)
+    return atoms
+
+
+def _info_of_graph(graph: AtomGraph) -> dict[str, Any]:
+    weight = {"weight": float(graph["weight"][0])} if "weight" in graph else {}
+    if "num_hyperedges" not in graph:
+        return weight
+    return {**weight, INFO_KEY: Hyperedges.of_graph(graph).to_info()}
