@@ -26,7 +26,7 @@ from atomeq.ops.wigner import flat_generators
 logger = logging.getLogger(__name__)
 
 _LAYER_BLOCK = 2**18  # numbers of the widest rows of an edge layer
-_LEAST_EDGES, _MOST_EDGES = 256, 1024  # matrix products want some rows
+_LEAST_EDGES, _MOST_EDGES = 400, 1024  # matrix products want some rows
 
 
 class CPUEdgeKernels:
