@@ -1,10 +1,13 @@
 """What all verbs share in talking to a terminal: the parser, the progress bar, tables."""
 
 import argparse
+import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from types import FrameType
 from typing import NoReturn
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
@@ -66,10 +69,34 @@ class Meter:
         self._told: tuple[int, str] | None = None  # what the last line said
         self.started = self._last_line = time.monotonic()
         self._bar: Progress | None = None
+        self._interrupted = False
 
     @contextmanager
     def running(self) -> Iterator["Meter"]:
-        """Show the progress while the block runs."""
+        """Show the progress while the block runs; Ctrl-C ends it at the next step at the latest."""
+        with self._heeding_interrupts():
+            yield from self._showing()
+
+    @contextmanager
+    def _heeding_interrupts(self) -> Iterator[None]:
+        """Remember Ctrl-C: Python drops a KeyboardInterrupt that is raised in a finalizer."""
+
+        def interrupt(number: int, frame: FrameType | None) -> NoReturn:
+            self._interrupted = True
+            raise KeyboardInterrupt
+
+        before = signal.getsignal(signal.SIGINT)
+        main = threading.current_thread() is threading.main_thread()  # signals are this thread's
+        if not main or before is not signal.default_int_handler:
+            yield
+            return
+        signal.signal(signal.SIGINT, interrupt)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def _showing(self) -> Iterator["Meter"]:
         if not self.console.is_terminal:
             yield self
             return
@@ -89,6 +116,8 @@ class Meter:
 
     def advance(self, steps: int = 1, *, note: str = "") -> None:
         """Count steps done and tell something about them."""
+        if self._interrupted:
+            raise KeyboardInterrupt
         self.done += steps
         if self._bar is not None:
             rate = f"{self.rate:.1f} {self.unit}/s {note}"
