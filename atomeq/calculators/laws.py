@@ -18,6 +18,8 @@ from ase.build import bulk, molecule
 from ase.calculators.calculator import Calculator, PropertyNotImplementedError
 from ase.data import atomic_numbers, chemical_symbols, covalent_radii, reference_states
 
+from atomeq.calculators.ase import has_volume
+
 CalculatorFactory = Callable[[], Calculator]
 
 #: How much is checked: what takes seconds; minutes of dynamics as well; every law there is.
@@ -28,7 +30,6 @@ _REPEATS = {1: 5, 2: 4, 4: 3, 8: 2}
 
 #: Tried in this order on calculators of molecules, by what elements they know.
 _MOLECULES = ("CH3CONH2", "CH3CH2OH", "C2H6", "NH3", "H2O", "H2", "P2", "Cl2", "N2", "O2")
-_MIN_VOLUME = 1e-6  # Å³; what is flatter has no stress
 
 #: What ``exempt_laws`` of a model calls a law here; from any other law nothing is exempt.
 EXEMPTIONS = {
@@ -226,7 +227,7 @@ class Subject:
         atoms = atoms.copy()
         atoms.calc = self.calculator if calculator is None else calculator
         stress = None
-        if self.has_stress and atoms.pbc.all() and atoms.cell.volume > _MIN_VOLUME:
+        if self.has_stress and has_volume(atoms):
             stress = atoms.get_stress(voigt=False)
         return Evaluation(self.energy_of(atoms), atoms.get_forces(apply_constraint=False), stress)
 
