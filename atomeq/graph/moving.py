@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from atomeq.graph.atom_graph import AtomGraph
-from atomeq.graph.neighbors import check_cutoff, complete_cell, neighbor_list
+from atomeq.graph.device_neighbors import search_pairs, searches_on
+from atomeq.graph.neighbors import check_cutoff, complete_cell, enclosed, neighbor_list
 from atomeq.typing import CellOffsets, EdgeIndex, EdgeLengths
 
 _ROUNDING = 1e-9  # a hair less than what is allowed, so that rounding cannot lose a pair
@@ -112,10 +113,7 @@ class MovingNeighbors:
         if bool((used > 1).any()):
             # One copy of the lists is made for all, so those that soon would ask are served too.
             stale = torch.nonzero(used > 0.5).flatten().tolist()
-            for k in stale:
-                reason = self._search(graph, k, keys[k])
-                if reason:
-                    refused[k] = reason
+            refused = self._search(graph, stale, keys)
             assembly = self._assemble(keys, graph)
         self._assembly = assembly
         return self._measure(assembly, graph, refused)
@@ -173,30 +171,46 @@ class MovingNeighbors:
         used = torch.where((allowed >= 0) & (used <= 1) & same, used, math.inf)
         return torch.where(assembly.complete & same, 0.0, used)
 
-    def _search(self, graph: AtomGraph, k: int, key: int) -> str | None:
-        rows = slice(*_rows(graph, k))
-        pos, cell, pbc = graph.pos[rows], graph.cell[k], graph.pbc[k]
-        if len(pos) <= _ALL_PAIRS and not bool(pbc.any()):
-            self._known[key] = _all_pairs(pos, pbc)
-            return None
-        self.n_searches += 1
-        arrays = pos.cpu().numpy(), cell.cpu().numpy(), pbc.cpu().numpy()
-        try:
-            _refuse_collapse(*arrays, cutoff=self.cutoff)
-            complete = complete_cell(arrays[1], arrays[2])
-            edges = neighbor_list(*arrays, self.cutoff + self.skin)
-        except ValueError as error:
-            self._known[key] = _empty(torch.full_like(pos, _FAR), cell, pbc)
-            return str(error)
-        device = pos.device
+    def _search(self, graph: AtomGraph, stale: list[int], keys: list[int]) -> dict[int, str]:
+        """Renew the lists of some structures; return why the others of them have none."""
+        reach, device = self.cutoff + self.skin, graph.pos.device
+        refused: dict[int, str] = {}
+        waiting = {}  # what the device searches, all at once
+        for k in stale:
+            pos, cell, pbc = graph.pos[slice(*_rows(graph, k))], graph.cell[k], graph.pbc[k]
+            if len(pos) <= _ALL_PAIRS and not bool(pbc.any()):
+                self._known[keys[k]] = _all_pairs(pos, pbc)
+                continue
+            self.n_searches += 1
+            arrays = pos.cpu().numpy(), cell.cpu().numpy(), pbc.cpu().numpy()
+            try:
+                _refuse_collapse(*arrays, cutoff=self.cutoff)
+                if searches_on(device):
+                    waiting[k] = enclosed(*arrays, reach)
+                else:
+                    edges = neighbor_list(*arrays, reach)
+                    self._keep(graph, k, keys[k], *map(torch.from_numpy, edges))
+            except ValueError as error:
+                self._known[keys[k]] = _empty(torch.full_like(pos, _FAR), cell, pbc)
+                refused[k] = str(error)
+        if waiting:
+            found = search_pairs(list(waiting.values()), reach, device)
+            for k, pairs in zip(waiting, found, strict=True):
+                self._keep(graph, k, keys[k], *pairs)
+        return refused
+
+    def _keep(
+        self, graph: AtomGraph, k: int, key: int, edge_index: Tensor, cell_offsets: Tensor
+    ) -> None:
+        complete = complete_cell(graph.cell[k].cpu().numpy(), graph.pbc[k].cpu().numpy())
+        device = graph.pos.device
         self._known[key] = _Candidates(
-            pos.clone(),
+            graph.pos[slice(*_rows(graph, k))].clone(),
             torch.from_numpy(complete).to(device),
-            pbc.clone(),
-            torch.from_numpy(edges.edge_index).to(device),
-            torch.from_numpy(edges.cell_offsets).to(device),
+            graph.pbc[k].clone(),
+            edge_index.to(device),
+            cell_offsets.to(device),
         )
-        return None
 
     def _measure(
         self, assembly: _Assembly, graph: AtomGraph, refused: dict[int, str]

@@ -80,9 +80,7 @@ def neighbor_list_with_lengths(
     if len(pos) == 0:
         return Edges(np.zeros((2, 0), np.int64), np.zeros((0, 3), np.int64)), np.zeros(0)
     cell = np.asarray(cell, dtype=np.float64)
-    completed = complete_cell(cell, pbc)
-    _refuse_collapsed(cell[pbc])
-    boxed, box = _enclose(pos, completed, pbc, cutoff)
+    boxed, box = enclosed(pos, cell, pbc, cutoff)
     search = _search_tree if _too_thin_for_vesin(box, cutoff) else _search_vesin
     target, source, offsets, lengths = search(boxed, box, pbc, cutoff + _BORDER)
     inside = lengths < cutoff - _BORDER
@@ -246,12 +244,25 @@ def _refuse_collapsed(vectors: NDArray[np.float64]) -> None:
         )
 
 
-def _enclose(
+def enclosed(
     pos: NDArray[np.float64],
-    box: NDArray[np.float64],
+    cell: NDArray[np.float64],
     pbc: NDArray[np.bool_],
     cutoff: float,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return positions and a cell with the same pairs, periodic along all three vectors.
+
+    Args:
+        pos: (n_atoms, 3), Å, at least one atom.
+        cell: (3, 3), Å.
+        pbc: (3,).
+        cutoff: Å.
+
+    Raises:
+        ValueError: As in :func:`neighbor_list`.
+    """
+    box = complete_cell(cell, pbc)
+    _refuse_collapsed(cell[pbc])
     scaled = pos @ np.linalg.inv(box)
     far = np.abs(scaled[:, pbc]).max(axis=1, initial=0.0)
     if far.max() > _MAX_IMAGES:
