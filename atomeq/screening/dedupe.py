@@ -64,9 +64,10 @@ class Matcher:
     def _near(self, mark: NDArray[np.float64], other: NDArray[np.float64]) -> bool:
         if mark.shape != other.shape:
             return False
-        # Means over atoms move less than atoms do; a longer cell moves them all.
-        allowed = self._step.tolerance + self._step.length * np.abs(mark[1:])
-        return bool((np.abs(mark[1:] - other[1:]) <= allowed).all())
+        # Both ends of a distance move, and a longer cell moves them all. What is not known of one
+        # of the two, NaN, tells nothing.
+        allowed = 2 * self._step.tolerance + self._step.length * np.abs(mark[1:])
+        return not bool((np.abs(mark[1:] - other[1:]) > allowed).any())
 
     def _same(self, atoms: Atoms, other: Atoms) -> bool:
         if not atoms.pbc.any():
@@ -112,38 +113,55 @@ def _primitive(atoms: Atoms, tolerance: float) -> Atoms:
 
 
 def _fingerprint(atoms: Atoms) -> NDArray[np.float64]:
-    """Return what copies share whatever their cell: a size, and mean distances by element.
+    """Return what copies share whatever their cell: a size, and distances between neighbours.
 
-    The size is the volume per atom, Å³, of a molecule the number of its atoms.
+    The size is the volume per atom, Å³, of a molecule the number of its atoms. Of the distances to
+    the nearest neighbours there are the mean, least and largest over the atoms of each element;
+    then come the shortest distances between any two elements, NaN where they are no neighbours. No
+    mark changes more than a distance can: order statistics move no further than what they order.
     """
-    periodic = bool(atoms.pbc.all())
-    size = atoms.get_volume() / len(atoms) if periodic else float(len(atoms))
-    distances = _nearest(atoms)
-    means = [distances[atoms.numbers == z].mean(axis=0) for z in np.unique(atoms.numbers)]
-    return np.concatenate([[size], *means])
+    size = atoms.get_volume() / len(atoms) if atoms.pbc.all() else float(len(atoms))
+    edge_index, lengths = _neighbors(atoms)
+    nearest = _nearest(edge_index[1], lengths, len(atoms))
+    elements, kinds = np.unique(atoms.numbers, return_inverse=True)
+    marks = [np.array([size])]
+    for kind in range(len(elements)):
+        of_kind = nearest[kinds == kind]
+        marks += [of_kind.mean(axis=0), of_kind.min(axis=0), of_kind.max(axis=0)]
+    shortest = np.full((len(elements), len(elements)), np.inf)
+    np.minimum.at(shortest, tuple(np.sort(kinds[edge_index], axis=0)), lengths)
+    shortest = shortest[np.triu_indices(len(elements))]
+    marks.append(np.where(np.isfinite(shortest), shortest, np.nan))
+    return np.concatenate(marks)
 
 
-def _nearest(atoms: Atoms) -> NDArray[np.float64]:
-    """Return the sorted distances of every atom's nearest neighbours, (n_atoms, 6), Å.
-
-    Where there are fewer, as in small molecules, the rest is zero.
-    """
+def _neighbors(atoms: Atoms) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Return edges (2, n_edges) and their lengths, Å, so many that every atom has its nearest."""
     wanted = _NEIGHBORS if atoms.pbc.any() else min(_NEIGHBORS, len(atoms) - 1)
     reach = _REACH
     while True:
         edges, lengths = neighbor_list_with_lengths(
             atoms.positions, atoms.cell.array, atoms.pbc, reach
         )
-        centers = edges.edge_index[1]
-        counts = np.bincount(centers, minlength=len(atoms))
+        counts = np.bincount(edges.edge_index[1], minlength=len(atoms))
         if counts.min() >= wanted or reach > _FARTHEST:
-            break
+            return edges.edge_index, lengths
         reach *= 1.5
-    table = np.zeros((len(atoms), _NEIGHBORS))
+
+
+def _nearest(
+    centers: NDArray[np.int64], lengths: NDArray[np.float64], n_atoms: int
+) -> NDArray[np.float64]:
+    """Return the sorted distances of every atom's nearest neighbours, (n_atoms, 6), Å.
+
+    Where there are fewer, as in small molecules, the rest is zero.
+    """
+    table = np.zeros((n_atoms, _NEIGHBORS))
     order = np.lexsort((lengths, centers))
+    counts = np.bincount(centers, minlength=n_atoms)
     starts = np.concatenate([[0], np.cumsum(counts)])[:-1]
     ranks = np.arange(len(order)) - starts[centers[order]]
-    inside = ranks < wanted
+    inside = ranks < _NEIGHBORS
     table[centers[order][inside], ranks[inside]] = lengths[order][inside]
     return table
 

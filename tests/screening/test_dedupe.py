@@ -103,3 +103,15 @@ def test_an_interrupted_structure_is_no_copy_of_itself(matcher):
 def test_single_atoms_match(matcher):
     assert matcher.original_of("a", Atoms("Cu")) is None
     assert matcher.original_of("b", Atoms("Cu", [[1, 2, 3]])) == "a"
+
+
+def test_what_distances_tell_apart_is_not_compared_site_by_site(matcher, monkeypatch):
+    crystal = bulk("MgO", "rocksalt", a=4.2, cubic=True)
+    exchanged = crystal.copy()
+    exchanged.numbers[[0, 1]] = exchanged.numbers[[1, 0]]
+    moved = crystal.copy()
+    moved.positions[0] += (0.2, 0, 0)
+    assert matcher.original_of("crystal", crystal) is None
+    monkeypatch.setattr(matcher, "_same", pytest.fail)
+    assert matcher.original_of("exchanged", exchanged) is None
+    assert matcher.original_of("moved", moved) is None
