@@ -85,7 +85,7 @@ def test_formulas_have_colours_while_these_tell_most_structures_apart():
     few, many = ["Cu", "Ag", "Cu"], [f"Cu{k}" for k in range(20)]
     assert plots_module._groups(few) == ["Ag", "Cu"]
     assert plots_module._groups(many) == [None]
-    assert plots_module._groups(many + ["Ag"] * 9) == [*sorted(["Ag", *many[:5]]), None]
+    assert plots_module._groups(many + ["Ag"] * 12) == [*sorted(["Ag", *many[:5]]), None]
 
 
 def test_whole_numbers_have_bins_of_their_own(tmp_path):
