@@ -94,7 +94,7 @@ def gradient_of_partials(
     saved: SimpleNamespace,
     wanted: set[str],
     grads: list[Tensor | None],
-) -> dict[str, Tensor | list[Tensor] | None]:
+) -> dict[str, Tensor]:
     """Differentiate partial derivatives of a form: they are others, with grads in their place.
 
     Args:
@@ -106,7 +106,7 @@ def gradient_of_partials(
         grads: Gradients of its outputs, None for one that nothing depends on.
     """
     fixed = {name: getattr(saved, name) for name in _FIXED}
-    found: dict[str, Tensor | list[Tensor] | None] = {}
+    found: dict[str, Tensor] = {}
     for place, grad in zip(saved.arguments.split(), grads, strict=True):
         given = {name: getattr(saved, name) for name in names} | {place: grad}
         given |= dict.fromkeys(absent.get(place, ()))
@@ -123,7 +123,7 @@ def gradient_of_partials(
 
 def _partials_gradient(
     saved: SimpleNamespace, wanted: set[str], grads: list[Tensor | None]
-) -> dict[str, Tensor | list[Tensor] | None]:
+) -> dict[str, Tensor]:
     return gradient_of_partials(cg_partials, ARGUMENTS, {}, saved, wanted, grads)
 
 

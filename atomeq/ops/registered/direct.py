@@ -6,6 +6,7 @@ same result.
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from torch.autograd import forward_ad, profiler
 _TENSORS = (Tensor, torch.nn.Parameter)  # other classes may want to see the call
 
 
-def may_call(values: Iterable[object]) -> bool:
+def may_call(values: Iterable[Any]) -> bool:
     """Return whether an operation on these arguments is its function alone, in eager mode.
 
     It is not if a gradient will be wanted, under ``torch.func``, in a trace, in a mode of torch, in
@@ -31,7 +32,7 @@ def may_call(values: Iterable[object]) -> bool:
     return _all_plain(values, torch.is_grad_enabled())
 
 
-def _all_plain(values: Iterable[object], differentiable: bool) -> bool:
+def _all_plain(values: Iterable[Any], differentiable: bool) -> bool:
     for value in values:
         kind = type(value)
         if kind in _TENSORS:
@@ -54,13 +55,7 @@ def _bits(*keys: DispatchKey) -> int:
     return bits
 
 
-# What every thread has, whatever it does, and what operations that name no autocast do not meet.
-_USUAL_KEYS = _bits(
-    DispatchKey.BackendSelect,
-    DispatchKey.ADInplaceOrView,
-    DispatchKey.AutocastCPU,
-    DispatchKey.AutocastCUDA,
-)
+_USUAL_KEYS = _bits(DispatchKey.BackendSelect, DispatchKey.ADInplaceOrView)  # of every thread
 _PLAIN_KEYS = _bits(
     *(DispatchKey.CPU, DispatchKey.CUDA, DispatchKey.ADInplaceOrView),
     *(DispatchKey.AutogradCPU, DispatchKey.AutogradCUDA),

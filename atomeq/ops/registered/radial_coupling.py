@@ -85,7 +85,7 @@ def _fake_partials(
 
 def _partials_gradient(
     saved: SimpleNamespace, wanted: set[str], grads: list[Tensor | None]
-) -> dict[str, Tensor | list[Tensor] | None]:
+) -> dict[str, Tensor]:
     return gradient_of_partials(cg_radial_partials, _ARGUMENTS, _ABSENT, saved, wanted, grads)
 
 
