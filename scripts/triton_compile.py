@@ -2,10 +2,13 @@
 
     python scripts/triton_compile.py LMAX MMAX
 
-prints a line of JSON for each kernel: registers per thread, bytes spilled, shared memory.
+prints a line of JSON for each kernel: registers per thread, bytes of its stack, bytes of spilled
+registers that it stores and loads again, shared memory, and the CPU seconds that compiling took
+(next to nothing if Triton's cache has the kernel).
 """
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -57,22 +60,42 @@ def compile_only(kernel, grid, *tensors, like, **constants) -> None:
         else:
             signature[name] = "i32"
     source = ASTSource(fn=kernel, signature=signature, constexprs=fixed, attrs=aligned)
+    before = sum(os.times()[:4])  # ptxas is another process
     compiled = triton.compile(source, target=HOPPER, options=options)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        command = [str(TOOLS / "cuobjdump"), "-res-usage", file.name]
-        report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", report).groups()
     line = {
         "kernel": kernel.__name__,
         "dtype": str(like.dtype),
-        "registers": int(registers),
-        "stack": int(stack),
+        **resources(compiled),
         "shared": compiled.metadata.shared,
+        "seconds": round(sum(os.times()[:4]) - before, 1),
     }
     sys.stdout.write(json.dumps(line) + "\n")
     sys.stdout.flush()
+
+
+def resources(compiled) -> dict[str, int]:
+    """Return registers and stack of a kernel, and the bytes that it spills."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        report = tool("cuobjdump", "-res-usage", file.name)
+    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", report).groups())
+    stores = loads = 0
+    if stack:  # only a second run of the assembler tells what the stack is for
+        with tempfile.NamedTemporaryFile(suffix=".ptx", mode="w") as file:
+            file.write(compiled.asm["ptx"])
+            file.flush()
+            report = tool("ptxas", "-v", "--gpu-name=sm_90a", file.name, "-o", os.devnull)
+        pattern = r"(\d+) bytes spill stores, (\d+) bytes spill loads"
+        stores, loads = map(int, re.search(pattern, report).groups())
+    return {"registers": registers, "stack": stack, "spill_stores": stores, "spill_loads": loads}
+
+
+def tool(name: str, *arguments: str) -> str:
+    """Return what a tool that comes with Triton says."""
+    command = [str(TOOLS / name), *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    return result.stdout + result.stderr
 
 
 def compile_all(lmax: int, mmax: int, channels: int, dtype: torch.dtype) -> None:

@@ -14,7 +14,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, lru_cache
 from importlib import import_module
 from typing import Any, Protocol, runtime_checkable
 
@@ -68,7 +68,11 @@ class Backend(Protocol):
     name: str
 
     def refusal(self, spec: OpSpec) -> str | None:
-        """Return None if this backend serves the call, else the reason why not."""
+        """Return None if this backend serves the call, else the reason why not.
+
+        The answer may depend on the call, on what the machine has and on whether torch is asked for
+        repeatable sums, nothing else: it is remembered. Of ``n_edges`` only 0 may be told apart.
+        """
         ...
 
     def by_torch(self, spec: OpSpec) -> bool:
@@ -243,19 +247,15 @@ def select(
         NotImplementedError: If the backend asked for by name does not serve this call.
         ValueError: If the environment asks for a backend that does not exist.
     """
-    if torch.compiler.is_compiling():  # sizes may be symbols; of the edges only 0 is told apart
-        channels, n_edges = len(range(channels)), 1 if n_edges > 0 else 0
-    spec = OpSpec(op, lmax, mmax, channels, n_edges, like.dtype, like.device, mode, weighted)
-    asked_for = chosen_backend()
-    reasons = []  # the reference refuses nothing, so auto finds somebody
-    for name in AUTO_ORDER if asked_for == "auto" else (asked_for,):
-        reason = _refusal(name, *spec)
-        if reason is None:
-            return _loaded[name]
-        reasons.append(reason)
-    raise NotImplementedError(
-        f"backend {asked_for!r} was asked for but does not serve {op}: {'; '.join(reasons)}; "
-        f"choose another one or 'auto'"
+    # Of the edges only none is told apart from some; in a trace sizes may be symbols.
+    if torch.compiler.is_compiling():
+        channels, find = len(range(channels)), _serving
+    else:
+        find = _remembered
+    return find(
+        *(chosen_backend(), AUTO_ORDER, torch.are_deterministic_algorithms_enabled()),
+        *(op, lmax, mmax, channels, 1 if n_edges > 0 else 0, like.dtype, like.device),
+        *(mode, weighted),
     )
 
 
@@ -265,6 +265,24 @@ def load_backend(name: str) -> Backend:
         module, _, attribute = BACKENDS[name].partition(":")
         _loaded[name] = getattr(import_module(module), attribute)()
     return _loaded[name]
+
+
+def _serving(asked_for: str, order: tuple[str, ...], repeatable: bool, *call: Any) -> Backend:
+    """Return the backend that serves a call; ``repeatable`` is what torch is asked for."""
+    reasons = []  # the reference refuses nothing, so auto finds somebody
+    for name in order if asked_for == "auto" else (asked_for,):
+        reason = _refusal(name, *call)
+        if reason is None:
+            return _loaded[name]
+        reasons.append(reason)
+    raise NotImplementedError(
+        f"backend {asked_for!r} was asked for but does not serve {call[0]}: {'; '.join(reasons)}; "
+        f"choose another one or 'auto'"
+    )
+
+
+# A model makes the same few calls again and again; a refusal is not remembered, for it is an error.
+_remembered = lru_cache(maxsize=1024)(_serving)
 
 
 def _refusal(name: str, *call: Any) -> str | None:

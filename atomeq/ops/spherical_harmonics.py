@@ -13,6 +13,8 @@ from torch import Tensor
 from atomeq.ops.dispatch import select
 from atomeq.ops.harmonic_polynomials import Normalization
 
+_NORMALIZATIONS = get_args(Normalization)
+
 
 def spherical_harmonics(
     vectors: Float[Tensor, "*batch 3"],
@@ -42,15 +44,15 @@ def spherical_harmonics(
         raise ValueError(f"lmax is {lmax}; it must be 0 or more")
     if vectors.shape[-1:] != (3,):
         raise ValueError(f"vectors have shape {tuple(vectors.shape)}; the last axis must be 3 long")
-    if normalization not in get_args(Normalization):
-        allowed = ", ".join(get_args(Normalization))
+    if normalization not in _NORMALIZATIONS:
+        allowed = ", ".join(_NORMALIZATIONS)
         raise ValueError(f"normalization {normalization!r} is unknown; choose one of {allowed}")
     backend = select(
         "spherical_harmonics",
         lmax=lmax,
         mmax=lmax,
         channels=1,
-        n_edges=vectors[..., 0].numel(),
+        n_edges=vectors.numel() // 3,
         like=vectors,
     )
     return backend.spherical_harmonics(vectors, lmax, normalization, normalize)

@@ -33,7 +33,7 @@ UNITS = {
 _HISTOGRAMS = ("n_steps", "energy_per_atom", "volume")  # beside the column that ranks, the first
 _BINS = 40
 _POINTS = 1500  # of a scatter plot; more would only be black
-_GROUPS = 6  # formulas with a colour of their own
+_GROUPS = 6  # formulas with a colour of their own; people tell no more colours apart
 
 
 def plots(folder: Path, by: str) -> Iterator[dict[str, Any]]:
@@ -125,16 +125,26 @@ def _scatter(folder: Path, height: str) -> Iterator[dict[str, Any]]:
         points += [(volume[k], energy[k], formulas[k]) for k in np.flatnonzero(finite)]
     if len(points) < 2:
         return
-    frequent = [name for name, _ in Counter(name for _, _, name in points).most_common(_GROUPS)]
-    others = any(name not in frequent for _, _, name in points)
-    groups = [*sorted(frequent), *(["others"] if others else [])]
+    groups = _groups([name for _, _, name in points])
     yield {
         "caption": f"{words(height).capitalize()} over volume per atom",
         "label": "volume per atom / Å³",
         "ylabel": f"{words(height)} / {UNITS[height]}",
         "groups": groups,
         "points": [
-            [round(x, 5), round(y, 6), groups.index(name if name in frequent else "others")]
+            [round(x, 5), round(y, 6), groups.index(name if name in groups else None)]
             for x, y, name in points
         ],
     }
+
+
+def _groups(formulas: Sequence[str]) -> list[str | None]:
+    """Return the formulas that get a colour, and None if there are others beside them.
+
+    Where the frequent ones are but a small part of many, colours would say nothing: none has one.
+    """
+    counts = Counter(formulas).most_common(_GROUPS)
+    named = sum(count for _, count in counts)
+    if 2 * named < len(formulas):
+        return [None]
+    return [*sorted(name for name, _ in counts), *([None] if named < len(formulas) else [])]

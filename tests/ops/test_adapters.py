@@ -181,6 +181,7 @@ def test_library_that_is_absent_is_named_with_its_extra(
 ) -> None:
     module = sys.modules[f"atomeq.ops.backends.{name}"]
     monkeypatch.setattr(module, "find_spec", lambda name: None)
+    dispatch._remembered.cache_clear()  # it would know the machine as it was
     x, y, weights = operands("uvu", weights="per edge")
     with (
         use_backend(name),

@@ -81,6 +81,13 @@ def test_plots_hold_every_structure_once(folder, monkeypatch):
     assert len(list(plots_module.plots(folder, "energy_per_atom"))[-1]["points"]) == 3
 
 
+def test_formulas_have_colours_while_these_tell_most_structures_apart():
+    few, many = ["Cu", "Ag", "Cu"], [f"Cu{k}" for k in range(20)]
+    assert plots_module._groups(few) == ["Ag", "Cu"]
+    assert plots_module._groups(many) == [None]
+    assert plots_module._groups(many + ["Ag"] * 12) == [*sorted(["Ag", *many[:5]]), None]
+
+
 def test_whole_numbers_have_bins_of_their_own(tmp_path):
     found = [Found(f"s#{k}", crystal(repeat=(1 + k % 3, 1, 1), seed=k)) for k in range(5)]
     screen(iter(found), of(Pairs()), out=tmp_path, steps=["single_point"])
@@ -140,12 +147,17 @@ def test_report_works_in_a_browser(folder):
         assert page.locator("#plots svg").count() == 3
         assert page.locator("#plots .bar").count() > 2
         assert page.locator("#plots circle").count() == 6
+        ranks = page.locator("#best tbody tr td:first-child")
+        assert ranks.all_text_contents() == list("123456")
+        assert page.locator("th[aria-sort]").all_text_contents() == ["rank "]
         page.click('button[data-column="volume"]')
         page.click('button[data-column="volume"]')
         shown = page.locator("#best tbody tr td:nth-child(6)").all_text_contents()
         assert shown == sorted(shown, key=float, reverse=True)
         header = page.locator('th:has(button[data-column="volume"])')
         assert header.get_attribute("aria-sort") == "descending"
+        page.click('button[data-column=""]')
+        assert ranks.all_text_contents() == list("123456")
         before = page.evaluate("document.getElementById('viewer').toDataURL()")
         page.locator("#best tbody tr").nth(3).click()
         name = page.locator("#best tbody tr").nth(3).locator("td").last.text_content()

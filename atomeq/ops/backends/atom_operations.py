@@ -47,7 +47,7 @@ class AtomOperations:
             return harmonics(vectors, lmax, normalization, normalize, self.name)
         flat = vectors.reshape(-1, 3)
         values = harmonics(flat, lmax, normalization, normalize, self.name)
-        return values if vectors.ndim == 2 else values.view(*vectors.shape[:-1], values.shape[1])
+        return values.view(*vectors.shape[:-1], values.shape[1])
 
     def tensor_product(
         self,

@@ -8,7 +8,7 @@ then <h, dF/ds> is F with h in the place of s: whatever is differentiated, parti
 come out, so one operation has derivatives of every order.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 
 from torch import Tensor
@@ -20,6 +20,7 @@ from atomeq.ops.registered.kernel_sets import coupling_kernels, wants_segments
 from atomeq.ops.registered.registration import registered
 
 ARGUMENTS = ("x", "y", "weights", "z")
+_FIXED = ("ends", "segments", "n_targets", "paths", "mode", "stacked", "kernels")
 
 
 def couple(
@@ -86,29 +87,44 @@ def _fake_partials(
     return [x.new_empty(shapes[argument]) for argument in arguments.split()]
 
 
-def _partials_gradient(
-    saved: SimpleNamespace, wanted: set[str], grads: list[Tensor | None]
-) -> dict[str, Tensor | list[Tensor] | None]:
-    given = {argument: getattr(saved, argument) for argument in ARGUMENTS}
-    found: dict[str, Tensor | list[Tensor] | None] = {}
+def gradient_of_partials(
+    operation: Callable[..., list[Tensor]],
+    names: Sequence[str],
+    absent: Mapping[str, tuple[str, ...]],
+    saved: SimpleNamespace,
+    wanted: set[str],
+    grads: list[Tensor | None],
+) -> dict[str, Tensor]:
+    """Differentiate partial derivatives of a form: they are others, with grads in their place.
+
+    Args:
+        operation: Returns partial derivatives of the form; what it takes is in ``saved``.
+        names: The arguments of the form.
+        absent: The arguments that the derivative by one of them has not in its terms.
+        saved: The call that is differentiated.
+        wanted: The inputs whose gradient is wanted.
+        grads: Gradients of its outputs, None for one that nothing depends on.
+    """
+    fixed = {name: getattr(saved, name) for name in _FIXED}
+    found: dict[str, Tensor] = {}
     for place, grad in zip(saved.arguments.split(), grads, strict=True):
-        others = [name for name in ARGUMENTS if name in wanted and name != place]
+        given = {name: getattr(saved, name) for name in names} | {place: grad}
+        given |= dict.fromkeys(absent.get(place, ()))
+        others = [
+            name for name in names if name in wanted and name != place and given[name] is not None
+        ]
         if grad is None or not others:
             continue
-        partials = cg_partials(
-            **given | {place: grad},
-            ends=saved.ends,
-            segments=saved.segments,
-            n_targets=saved.n_targets,
-            arguments=" ".join(others),
-            paths=saved.paths,
-            mode=saved.mode,
-            stacked=saved.stacked,
-            kernels=saved.kernels,
-        )
+        partials = operation(**given, **fixed, arguments=" ".join(others))
         for name, partial in zip(others, partials, strict=True):
             found[name] = partial if name not in found else found[name] + partial
     return found
+
+
+def _partials_gradient(
+    saved: SimpleNamespace, wanted: set[str], grads: list[Tensor | None]
+) -> dict[str, Tensor]:
+    return gradient_of_partials(cg_partials, ARGUMENTS, {}, saved, wanted, grads)
 
 
 @registered(fake=_fake_partials, gradient=_partials_gradient)

@@ -17,12 +17,13 @@ from torch import Tensor
 
 from atomeq.ops.clebsch_gordan import Form
 from atomeq.ops.edge_frame import segments_of
-from atomeq.ops.registered.coupling import form_of, segments_for
+from atomeq.ops.registered.coupling import form_of, gradient_of_partials, segments_for
 from atomeq.ops.registered.kernel_sets import coupling_kernels, wants_segments
 from atomeq.ops.registered.registration import registered
 
 _ARGUMENTS = ("x", "y", "radial", "weight", "bias", "z")
 _OF_WEIGHTS = ("radial", "weight", "bias")
+_ABSENT = {"radial": ("bias",), "weight": ("bias",), "bias": ("radial", "weight")}
 _AT_ONCE = {"cpu": 2**22, "cuda": 2**28}  # numbers of w: 16 MB and 1 GB in single precision
 
 
@@ -84,34 +85,8 @@ def _fake_partials(
 
 def _partials_gradient(
     saved: SimpleNamespace, wanted: set[str], grads: list[Tensor | None]
-) -> dict[str, Tensor | None]:
-    found: dict[str, Tensor | None] = {}
-    for place, grad in zip(saved.arguments.split(), grads, strict=True):
-        given = {name: getattr(saved, name) for name in _ARGUMENTS} | {place: grad}
-        absent = {"radial": ["bias"], "weight": ["bias"], "bias": ["radial", "weight"]}
-        given |= dict.fromkeys(absent.get(place, []))
-        others = [
-            name
-            for name in _ARGUMENTS
-            if name in wanted and name != place and given[name] is not None
-        ]
-        if grad is None or not others:
-            continue
-        partials = cg_radial_partials(
-            **given,
-            ends=saved.ends,
-            segments=saved.segments,
-            n_targets=saved.n_targets,
-            arguments=" ".join(others),
-            paths=saved.paths,
-            mode=saved.mode,
-            stacked=saved.stacked,
-            kernels=saved.kernels,
-        )
-        for name, partial in zip(others, partials, strict=True):
-            before = found.get(name)
-            found[name] = partial if before is None else before + partial
-    return found
+) -> dict[str, Tensor]:
+    return gradient_of_partials(cg_radial_partials, _ARGUMENTS, _ABSENT, saved, wanted, grads)
 
 
 @registered(fake=_fake_partials, gradient=_partials_gradient)

@@ -12,6 +12,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._library.custom_ops import CustomOpDef
+
+from atomeq.ops.registered.direct import may_call
 
 NAMESPACE = "atomeq"
 
@@ -42,8 +45,9 @@ def registered(
     """
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        name = f"{NAMESPACE}::{function.__name__}"
-        operation = torch.library.custom_op(name, function, mutates_args=())
+        schema = torch.library.infer_schema(function, mutates_args=())
+        operation = _Operation(NAMESPACE, function.__name__, schema, function)
+        operation.register_kernel(None)(function)
         operation.register_fake(fake)
         if gradient is not None:
             tape = _Tape(tuple(inspect.signature(function).parameters), only_for or {}, keeps)
@@ -51,6 +55,15 @@ def registered(
         return operation
 
     return decorate
+
+
+class _Operation(CustomOpDef):
+    """What ``torch.library.custom_op`` makes, with a short way for calls that need no more."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_compiling() and may_call((*args, *kwargs.values())):
+            return self._init_fn(*args, **kwargs)
+        return self._opoverload(*args, **kwargs)
 
 
 class _Place(NamedTuple):

@@ -32,9 +32,79 @@ typedef struct {
 
 INLINE REAL root(REAL x) { return sizeof(REAL) == 4 ? __builtin_sqrtf(x) : __builtin_sqrt(x); }
 
+#ifdef __has_builtin
+#if __has_builtin(__builtin_shufflevector)
+#define SHUFFLES
+#endif
+#endif
+
+#ifdef SHUFFLES
+#define FOUR(f, s, i) f(s, i), f(s, i + 1), f(s, i + 2), f(s, i + 3)
+#if NUMBERS == 4
+#define EACH(f, s) FOUR(f, s, 0)
+#elif NUMBERS == 8
+#define EACH(f, s) FOUR(f, s, 0), FOUR(f, s, 4)
+#else
+#define EACH(f, s) FOUR(f, s, 0), FOUR(f, s, 4), FOUR(f, s, 8), FOUR(f, s, 12)
+#endif
+
+/* Of a pair of columns, s apart: where each number of the first comes from, and of the second. */
+#define FIRST(s, i) ((i) & (s) ? NUMBERS + (i) - (s) : (i))
+#define SECOND(s, i) ((i) & (s) ? NUMBERS + (i) : (i) + (s))
+#define EXCHANGE(s)                                                                   \
+    _Pragma("GCC unroll 16") for (int i = 0; i < WIDTH; i++) if (!(i & (s))) {        \
+        const vec a = block[i], b = block[i + (s)];                                   \
+        block[i] = __builtin_shufflevector(a, b, EACH(FIRST, s));                     \
+        block[i + (s)] = __builtin_shufflevector(a, b, EACH(SECOND, s));              \
+    }
+
+/* Columns of a square block become rows: smaller blocks trade places across its diagonal. */
+INLINE void turn_block(vec *block) {
+    EXCHANGE(1)
+    EXCHANGE(2)
+#if NUMBERS > 4
+    EXCHANGE(4)
+#endif
+#if NUMBERS > 8
+    EXCHANGE(8)
+#endif
+}
+
+/* Up to WIDTH columns become parts of rows. A part that is shorter reaches into the next row, which
+   is to be written after it; behind the last row may be nothing. */
+INLINE void write_block(const vec *columns, const int n_columns, const int size, REAL *rows) {
+    vec block[WIDTH];
+#pragma GCC unroll 16
+    for (int i = 0; i < WIDTH; i++) block[i] = i < n_columns ? columns[i] : (vec){0};
+    turn_block(block);
+#pragma GCC unroll 16
+    for (int i = 0; i < WIDTH - 1; i++) *(loose *)(rows + i * size) = block[i];
+    memcpy(rows + (WIDTH - 1) * size, block + WIDTH - 1, n_columns * sizeof(REAL));
+}
+
+/* Number i of column s, the 3 i + s th of three vectors: its place in the first two of them; then in
+   what was found there and the third. */
+#define EARLY(s, i) (3 * (i) + (s) < 2 * NUMBERS ? 3 * (i) + (s) : 0)
+#define LATE(s, i) (3 * (i) + (s) < 2 * NUMBERS ? (i) : 3 * (i) + (s) - NUMBERS)
+#define APART(s) \
+    __builtin_shufflevector(__builtin_shufflevector(a, b, EACH(EARLY, s)), c, EACH(LATE, s))
+INLINE void read_three(const REAL *rows, vec *columns) {
+    const vec a = ((const loose *)rows)[0], b = ((const loose *)rows)[1], c = ((const loose *)rows)[2];
+    columns[0] = APART(0);
+    columns[1] = APART(1);
+    columns[2] = APART(2);
+}
+#endif
+
 INLINE void read_rows(const REAL *rows, const int size, int64_t count, vec *columns) {
     REAL *numbers = (REAL *)columns;
     if (count >= WIDTH) {
+#ifdef SHUFFLES
+        if (size == 3) {
+            read_three(rows, columns);
+            return;
+        }
+#endif
         for (int e = 0; e < WIDTH; e++)
             for (int s = 0; s < size; s++) numbers[s * WIDTH + e] = rows[e * size + s];
         return;
@@ -44,50 +114,17 @@ INLINE void read_rows(const REAL *rows, const int size, int64_t count, vec *colu
         for (int s = 0; s < size; s++) numbers[s * WIDTH + e] = rows[e * size + s];
 }
 
-#ifdef __has_builtin
-#if __has_builtin(__builtin_shufflevector)
-#define SHUFFLES
-#endif
-#endif
-
-#ifdef SHUFFLES
-#if NUMBERS == 4
-#define LOW 0, 4, 1, 5
-#define HIGH 2, 6, 3, 7
-#elif NUMBERS == 8
-#define LOW 0, 8, 1, 9, 2, 10, 3, 11
-#define HIGH 4, 12, 5, 13, 6, 14, 7, 15
-#else
-#define LOW 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
-#define HIGH 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
-#endif
-
-/* A square block of columns becomes rows: the halves are interleaved until each has moved home. */
-INLINE void write_block(const vec *columns, int stride, REAL *rows) {
-    vec now[WIDTH], next[WIDTH];
-#pragma GCC unroll 16
-    for (int i = 0; i < WIDTH; i++) now[i] = columns[i];
-#pragma GCC unroll 4
-    for (int step = 1; step < WIDTH; step *= 2) {
-#pragma GCC unroll 8
-        for (int i = 0; i < WIDTH / 2; i++) {
-            next[2 * i] = __builtin_shufflevector(now[i], now[i + WIDTH / 2], LOW);
-            next[2 * i + 1] = __builtin_shufflevector(now[i], now[i + WIDTH / 2], HIGH);
-        }
-#pragma GCC unroll 16
-        for (int i = 0; i < WIDTH; i++) now[i] = next[i];
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < WIDTH; i++) *(loose *)(rows + i * stride) = now[i];
-}
-#endif
-
 INLINE void write_rows(const vec *columns, const int size, int64_t count, REAL *rows) {
     const REAL *numbers = (const REAL *)columns;
     int first = 0;
 #ifdef SHUFFLES
-    if (count >= WIDTH)
-        for (; first + WIDTH <= size; first += WIDTH) write_block(columns + first, size, rows + first);
+    if (count >= WIDTH) {
+        const int rest = size % WIDTH;
+        first = size - rest;
+        if (rest > WIDTH / 4) write_block(columns + first, rest, size, rows + first);
+        for (int s = 0; s < first; s += WIDTH) write_block(columns + s, WIDTH, size, rows + s);
+        if (rest > WIDTH / 4) return;
+    }
 #endif
     for (int e = 0; e < (count < WIDTH ? count : WIDTH); e++)
         for (int s = first; s < size; s++) rows[e * size + s] = numbers[s * WIDTH + e];
@@ -101,9 +138,10 @@ INLINE place_t place_of(const REAL *vectors, int64_t count, int normalize) {
     p.inverse = (vec){0} + 1;
     read_rows(vectors, 3, count, p.unit);
     if (normalize) {
-        vec length = dot(p.unit, p.unit);
-        REAL *numbers = (REAL *)&length;
-        for (int e = 0; e < WIDTH; e++) numbers[e] = numbers[e] == 0 ? 1 : root(numbers[e]);
+        const vec squared = dot(p.unit, p.unit);
+        vec length;
+        for (int e = 0; e < WIDTH; e++) ((REAL *)&length)[e] = root(squared[e]);
+        length -= __builtin_convertvector(squared == 0, vec); /* true is -1 */
         p.inverse = 1 / length;
         for (int i = 0; i < 3; i++) p.unit[i] /= length;
     }

@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -39,12 +40,10 @@ class CPUHarmonicsKernels:
     ) -> Tensor:
         """Return Y."""
         vectors = vectors.contiguous()
-        n = len(vectors)
+        n = vectors.shape[0]
         values = vectors.new_empty(n, (lmax + 1) ** 2)
-        table = table_like(_recursion, lmax, normalization, like=vectors)
-        _library(vectors.dtype, lmax).harmonics(
-            vectors.data_ptr(), values.data_ptr(), n, table.data_ptr(), normalize, _threads(n)
-        )
+        kernel, table = _forward(vectors.dtype, lmax, normalization)
+        kernel(vectors.data_ptr(), values.data_ptr(), n, table, normalize, _threads(n))
         return values
 
     def slope(
@@ -97,6 +96,17 @@ def _library(dtype: torch.dtype, lmax: int) -> ctypes.CDLL:
     for function in (library.harmonics, library.harmonics_slope, library.harmonics_second):
         function.restype = None
     return library
+
+
+@functools.cache
+def _forward(
+    dtype: torch.dtype, lmax: int, normalization: Normalization
+) -> tuple[Callable[..., None], int]:
+    """Return the kernel and where its table lies: looked up once, a call is as short as that."""
+    table = table_like(
+        _recursion, lmax, normalization, like=torch.empty(0, dtype=dtype, device="cpu")
+    )
+    return _library(dtype, lmax).harmonics, table.data_ptr()  # the cache keeps the table
 
 
 def _constants(n: int, lmax: int, normalization: Normalization, like: Tensor) -> tuple[int, ...]:
@@ -165,4 +175,5 @@ def _slope_coefficients(lmax: int, normalization: Normalization) -> Tensor:
 
 
 def _threads(n: int) -> int:
-    return max(1, min(n_threads(), n // _VECTORS_PER_THREAD))
+    most = n // _VECTORS_PER_THREAD
+    return min(n_threads(), most) if most > 1 else 1

@@ -193,6 +193,7 @@ class _Call:
             self.weights,
             z,
             *(self.ends or (None, None)),
+            table_like(_numbers, self.form, like=self.table),
             result,
             like=self.x,
             n_edges=self.n_edges,
@@ -201,7 +202,8 @@ class _Call:
             Z_ROWS=z.shape[1],
             TABLE=self.table.shape[1],
             N_PATHS=len(paths),
-            PATHS=paths,
+            NUMBERS=len(paths[0]),
+            SIZES=tuple(sorted({path[4] for path in paths})),
             **self._weighting(),
             GATHERED=bool(self.ends),
             SUM=accumulator(self.x.dtype),
@@ -244,6 +246,15 @@ def _paths(form: Form) -> tuple[tuple[int, ...], ...]:
         (l1 * l1, 2 * l1 + 1, row, 2 * l3 + 1, power_of_2(2 * l3 + 1), place)
         for (l1, _, l3), row, place in zip(form.paths, form.rows(), _places(form), strict=False)
     )
+
+
+@constant_table
+def _numbers(form: Form) -> Tensor:
+    """Return :func:`_paths` for a kernel that reads it.
+
+    Written into the code, with a branch for each path, it would compile for a minute at lmax 6.
+    """
+    return torch.tensor(_paths(form), dtype=torch.int32, device="cpu")
 
 
 def _blocks(form: Form, *, back: bool) -> tuple[_Block, ...]:
@@ -327,66 +338,87 @@ def _ends(source, target, n_edges, GATHERED: tl.constexpr, BLOCK_E: tl.constexpr
 
 
 @triton.jit
-def _weight_partial(x, table, weights, z, source, target, result, n_edges,
+def _weight_partial(x, table, weights, z, source, target, paths, result, n_edges,
                     CHANNELS: tl.constexpr, X_ROWS: tl.constexpr, Z_ROWS: tl.constexpr,
-                    TABLE: tl.constexpr, N_PATHS: tl.constexpr, PATHS: tl.constexpr,
-                   WEIGHTED: tl.constexpr,
-                    STRIDE: tl.constexpr, GATHERED: tl.constexpr, SUM: tl.constexpr,
+                    TABLE: tl.constexpr, N_PATHS: tl.constexpr, NUMBERS: tl.constexpr,
+                    SIZES: tl.constexpr, WEIGHTED: tl.constexpr, STRIDE: tl.constexpr,
+                    GATHERED: tl.constexpr, SUM: tl.constexpr,
                     BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
     edge, there, first, second = _ends(source, target, n_edges, GATHERED, BLOCK_E)
+    path = tl.program_id(1)
+    x_row, n_x, z_row, n_z, padded, first_column = _path(paths + path * NUMBERS)
     channel = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = there[:, None] & (channel < CHANNELS)[None, :]
     read = x + (first * (X_ROWS * CHANNELS))[:, None] + channel[None, :]
     element = table + (edge * TABLE)[:, None]
     out = result + (edge * (N_PATHS * CHANNELS))[:, None] + channel[None, :]
-    for p in tl.static_range(N_PATHS):
-        if tl.program_id(1) == p:
-            place = tl.arange(0, PATHS[p][4])
-            real = place < PATHS[p][3]
-            column = PATHS[p][5] + tl.where(real, place, 0) * PATHS[p][1]
-            total = tl.zeros((BLOCK_E, tl.constexpr(PATHS[p][4]), BLOCK_C), dtype=SUM)
-            for i in range(PATHS[p][1]):
-                feature = tl.load(read + (PATHS[p][0] + i) * CHANNELS, mask=inside, other=0.0)
+    for s in tl.static_range(len(SIZES)):
+        if padded == SIZES[s]:  # a branch that a whole program takes
+            place = tl.arange(0, SIZES[s])
+            real = place < n_z
+            column = first_column + tl.where(real, place, 0) * n_x
+            total = tl.zeros((BLOCK_E, tl.constexpr(SIZES[s]), BLOCK_C), dtype=SUM)
+            i = 0
+            while i < n_x:  # not range(): the interpreter has none over loaded numbers
+                feature = tl.load(read + (x_row + i) * CHANNELS, mask=inside, other=0.0)
                 symbol = tl.load(element + (column + i)[None, :], mask=there[:, None], other=0.0)
                 total += symbol.to(SUM)[:, :, None] * feature.to(SUM)[:, None, :]
+                i += 1
             at = (z + second * (Z_ROWS * CHANNELS))[:, None, None] + (
-                (PATHS[p][2] + place)[None, :, None] * CHANNELS + channel[None, None, :]
+                (z_row + place)[None, :, None] * CHANNELS + channel[None, None, :]
             )
             kept = inside[:, None, :] & real[None, :, None]
             total *= tl.load(at, mask=kept, other=0.0).to(SUM)
-            tl.store(out + p * CHANNELS, tl.sum(total, axis=1), mask=inside)
+            tl.store(out + path * CHANNELS, tl.sum(total, axis=1), mask=inside)
 
 
 @triton.jit
-def _table_partial(x, table, weights, z, source, target, result, n_edges,
+def _table_partial(x, table, weights, z, source, target, paths, result, n_edges,
                    CHANNELS: tl.constexpr, X_ROWS: tl.constexpr, Z_ROWS: tl.constexpr,
-                   TABLE: tl.constexpr, N_PATHS: tl.constexpr, PATHS: tl.constexpr,
-                   WEIGHTED: tl.constexpr,
-                   STRIDE: tl.constexpr, GATHERED: tl.constexpr, SUM: tl.constexpr,
+                   TABLE: tl.constexpr, N_PATHS: tl.constexpr, NUMBERS: tl.constexpr,
+                   SIZES: tl.constexpr, WEIGHTED: tl.constexpr, STRIDE: tl.constexpr,
+                   GATHERED: tl.constexpr, SUM: tl.constexpr,
                    BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
     edge, there, first, second = _ends(source, target, n_edges, GATHERED, BLOCK_E)
-    for p in tl.static_range(N_PATHS):
-        if tl.program_id(1) == p:
-            place = tl.arange(0, PATHS[p][4])
-            real = place < PATHS[p][3]
-            for i in range(PATHS[p][1]):
-                total = tl.zeros((BLOCK_E, tl.constexpr(PATHS[p][4])), dtype=SUM)
+    path = tl.program_id(1)
+    x_row, n_x, z_row, n_z, padded, first_column = _path(paths + path * NUMBERS)
+    for s in tl.static_range(len(SIZES)):
+        if padded == SIZES[s]:
+            place = tl.arange(0, SIZES[s])
+            real = place < n_z
+            i = 0
+            while i < n_x:
+                total = tl.zeros((BLOCK_E, tl.constexpr(SIZES[s])), dtype=SUM)
                 for start in tl.static_range(0, CHANNELS, BLOCK_C):
                     channel = start + tl.arange(0, BLOCK_C)
                     inside = there[:, None] & (channel < CHANNELS)[None, :]
                     at = (x + first * (X_ROWS * CHANNELS))[:, None] + channel[None, :]
-                    feature = tl.load(at + (PATHS[p][0] + i) * CHANNELS, mask=inside, other=0.0)
+                    feature = tl.load(at + (x_row + i) * CHANNELS, mask=inside, other=0.0)
                     feature = feature.to(SUM)
                     if WEIGHTED:
                         at = (weights + edge * STRIDE)[:, None] + channel[None, :]
-                        at += p * CHANNELS
+                        at += path * CHANNELS
                         feature *= tl.load(at, mask=inside, other=0.0).to(SUM)
                     at = (z + second * (Z_ROWS * CHANNELS))[:, None, None] + (
-                        (PATHS[p][2] + place)[None, :, None] * CHANNELS + channel[None, None, :]
+                        (z_row + place)[None, :, None] * CHANNELS + channel[None, None, :]
                     )
                     kept = inside[:, None, :] & real[None, :, None]
                     pull = tl.load(at, mask=kept, other=0.0).to(SUM)
                     total += tl.sum(pull * feature[:, None, :], axis=2)
-                out = result + (edge * TABLE + PATHS[p][5] + i)[:, None]
-                out += (place * PATHS[p][1])[None, :]
+                out = result + (edge * TABLE + first_column + i)[:, None]
+                out += (place * n_x)[None, :]
                 tl.store(out, total, mask=there[:, None] & real[None, :])
+                i += 1
+
+
+@triton.jit
+def _path(numbers):
+    """Return what :func:`_paths` says of one path."""
+    return (
+        tl.load(numbers),
+        tl.load(numbers + 1),
+        tl.load(numbers + 2),
+        tl.load(numbers + 3),
+        tl.load(numbers + 4),
+        tl.load(numbers + 5),
+    )
