@@ -90,7 +90,8 @@ def export_potential(
     _refuse_without_compiler()
     metadata = {**origin, **_description(loaded)}
     with warnings.catch_warnings(), write_atomically(path) as partial:
-        warnings.simplefilter("ignore", FutureWarning)  # of torch.export about itself
+        for category in (FutureWarning, DeprecationWarning):  # torch's compiler, of itself
+            warnings.simplefilter("ignore", category)
         _compile(_exported(loaded), partial, metadata)
     return path
 
