@@ -192,7 +192,8 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     Returns:
         ``name``, ``model`` (the node of its class and arguments), ``terms``, ``cutoff`` (Å),
         ``elements`` (atomic numbers), ``dtype``, ``properties``, ``sha256`` of the weights,
-        ``machine`` (what it was compiled for) and ``versions``.
+        ``machine`` and ``threads`` (what it was compiled for), ``versions``, and ``inputs`` and
+        ``outputs``, what the library is given and returns, in their order.
 
     Raises:
         CheckpointError: No such file, or no package of :func:`export_potential`.

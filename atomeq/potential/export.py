@@ -54,7 +54,8 @@ def export_potential(
     """Compile a potential into one .pt2 file that computes energy, forces and stress.
 
     The library needs torch, but nothing of this package's operations, and serves structures of any
-    size, several at once. It is made for this kind of processor. Compiling takes about a minute.
+    size, several at once. It is made for this kind of processor, and for as many threads as torch
+    has here (``torch.set_num_threads``). Compiling takes about a minute.
 
     Args:
         potential: A potential, name of a shipped one or folder of a saved one.
@@ -132,6 +133,7 @@ def _description(potential: Potential) -> dict[str, Any]:
         "inputs": list(graph_fields(potential.model)),
         "outputs": ["energy", "energies", "forces", *(["dE/dstrain"] if derivatives else [])],
         "machine": machine(),
+        "threads": torch.get_num_threads(),
         "versions": {"atomeq": _version(), "torch": str(torch.__version__)},
     }
 
@@ -226,9 +228,7 @@ def _example(potential: Potential) -> AtomGraph:
     )
 
 
-def _compile(
-    program: torch.export.ExportedProgram, path: Path, metadata: dict[str, Any]
-) -> None:
+def _compile(program: torch.export.ExportedProgram, path: Path, metadata: dict[str, Any]) -> None:
     """Compile a trace into a package.
 
     Raises:
