@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from atomeq.graph.atom_graph import AtomGraph
     from atomeq.graph.to_structures import to_pymatgen
     from atomeq.potential.checkpoint import load_potential, save_potential
+    from atomeq.potential.compiled import load_compiled
+    from atomeq.potential.export import export_potential
     from atomeq.potential.potential import Potential
     from atomeq.screening.run import screen
 
@@ -23,6 +25,8 @@ __all__ = [
     "AtomeqCalculator",
     "Potential",
     "__version__",
+    "export_potential",
+    "load_compiled",
     "load_potential",
     "relax",
     "save_potential",
@@ -35,6 +39,8 @@ _HOMES = {
     "AtomGraph": "atomeq.graph.atom_graph",
     "AtomeqCalculator": "atomeq.calculators.ase",
     "Potential": "atomeq.potential.potential",
+    "export_potential": "atomeq.potential.export",
+    "load_compiled": "atomeq.potential.compiled",
     "load_potential": "atomeq.potential.checkpoint",
     "relax": "atomeq.dynamics.run",
     "save_potential": "atomeq.potential.checkpoint",

@@ -5,8 +5,6 @@ the thread that asked, so that one calculator can serve many threads; the potent
 """
 
 import copy
-import hashlib
-import json
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -42,7 +40,6 @@ from atomeq.potential.checkpoint import (
 from atomeq.potential.derivatives import force_constants
 from atomeq.potential.potential import Potential
 from atomeq.potential.scalar import ScalarPredictor
-from atomeq.potential.terms import EnergyTerm
 from atomeq.typing import PropertyKey
 
 #: Asked of a committee, what its members' spread is called.
@@ -433,7 +430,9 @@ def _properties(potentials: Sequence[Potential]) -> list[str]:
     """Return what a committee can compute."""
     names = ["energy", "free_energy", "energies", "forces"]
     if all(potential.conservative for potential in potentials):
-        names += ["stress", "hessian"]
+        names.append("stress")
+    if all(potential.twice_differentiable for potential in potentials):
+        names.append("hessian")
     if len(potentials) > 1:
         names += [name for name in SPREADS if name.removesuffix("_std") in names]
     return names
@@ -475,9 +474,9 @@ def _in_ase_form(results: Mapping[str, NDArray]) -> dict[str, Any]:
 
 def _provenance(origin: str | None, potential: Potential) -> dict[str, Any]:
     # The weights know nothing of additive terms, which have none.
-    terms = {"terms": _term_configs(potential)} if len(potential.terms) else {}
+    terms = {"terms": potential.term_configs()} if len(potential.terms) else {}
     if origin is None:
-        return {"name": None, "folder": None, "sha256": _hash_of(potential), **terms}
+        return {"name": None, "folder": None, "sha256": potential.fingerprint(), **terms}
     folder = find_potential(origin)
     return {
         "name": origin,
@@ -485,16 +484,3 @@ def _provenance(origin: str | None, potential: Potential) -> dict[str, Any]:
         "sha256": sha256(folder / WEIGHTS_FILE),
         **terms,
     }
-
-
-def _term_configs(potential: Potential) -> list[dict[str, Any]]:
-    return [term.config() for term in potential.terms if isinstance(term, EnergyTerm)]
-
-
-def _hash_of(potential: Potential) -> str:
-    nodes = [potential.model.config(), *_term_configs(potential)]
-    digest = hashlib.sha256("".join(json.dumps(node, default=str) for node in nodes).encode())
-    for name, tensor in sorted(potential.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()

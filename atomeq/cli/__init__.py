@@ -39,6 +39,7 @@ VERBS = {
     "screen": Verb("atomeq.cli.screen", "many structures to a ranked table; may be interrupted"),
     "check": Verb(_INSPECT, "hold a potential or any ASE calculator to the laws of physics"),
     "convert": Verb("atomeq.cli.convert", "turn a published checkpoint (.pt) into a potential"),
+    "export": Verb("atomeq.cli.export", "compile a potential into one file, for this processor"),
     "doctor": Verb(_INSPECT, "versions, devices, data, potentials and backends on this machine"),
     "fit": Verb(_TRAINING, "train a potential from a configuration file"),
     "validate": Verb(_TRAINING, "evaluate a checkpoint on the validation set"),

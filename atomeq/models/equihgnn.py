@@ -123,9 +123,9 @@ class EquiHGNN(AtomisticModel):
             return {"energies": energies}
         # The energy of a hyperedge is shared out among its atoms.
         atom, edge = graph.hyperedge_index
-        orders = segment_sum(torch.ones_like(edge, dtype=x.dtype), edge, len(e))
+        orders = segment_sum(torch.ones_like(edge, dtype=x.dtype), edge, e.shape[0])
         shares = self.hyperedge_energy(e)[:, 0] / orders.clamp(min=1)
-        return {"energies": energies + segment_sum(shares[edge], atom, len(x))}
+        return {"energies": energies + segment_sum(shares[edge], atom, x.shape[0])}
 
     def _convolve(self, graph: AtomGraph) -> tuple[Tensor, Tensor | None]:
         if "num_hyperedges" not in graph:
@@ -138,7 +138,7 @@ class EquiHGNN(AtomisticModel):
             x = x + self.projection(self.encoder.node_features(graph))
         incidence = graph.hyperedge_index  # (2, n_incidences)
         if self.layer == "mhnns":
-            first, n_hyperedges = x, len(graph.hyperedge_type)
+            first, n_hyperedges = x, graph.hyperedge_type.shape[0]
             for _ in range(self.num_layers):
                 update = self.convolutions[0](self.atom_norm(x), first, incidence, n_hyperedges)
                 x = x + update

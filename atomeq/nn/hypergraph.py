@@ -100,9 +100,9 @@ class MHNNConv(nn.Module):
             incidence: (2, n_incidences) of (atom, hyperedge).
         """
         atom, edge = incidence
-        gathered = self.aggregate(self.W1(torch.cat([x[atom], e[edge]], dim=1)), edge, len(e))
+        gathered = self.aggregate(self.W1(torch.cat([x[atom], e[edge]], dim=1)), edge, e.shape[0])
         e = self.W2(torch.cat([e, gathered], dim=1))
-        gathered = self.aggregate(self.W3(torch.cat([x[atom], e[edge]], dim=1)), atom, len(x))
+        gathered = self.aggregate(self.W3(torch.cat([x[atom], e[edge]], dim=1)), atom, x.shape[0])
         return self.W4(torch.cat([x, gathered], dim=1)), e
 
 
@@ -144,5 +144,5 @@ class MHNNSConv(nn.Module):
         """
         atom, edge = incidence
         e = self.aggregate(self.W1(x)[atom], edge, n_hyperedges)
-        gathered = self.aggregate(self.W2(torch.cat([x[atom], e[edge]], dim=1)), atom, len(x))
+        gathered = self.aggregate(self.W2(torch.cat([x[atom], e[edge]], dim=1)), atom, x.shape[0])
         return self.W3((gathered + x_first) / 2)

@@ -81,7 +81,7 @@ def save_potential(
         The folder.
     """
     config = potential.model.config()
-    _refuse_foreign_models(config)
+    refuse_foreign_models(config)
     document = {"model": config, "dtype": str(potential.dtype).removeprefix("torch.")}
     if isinstance(potential, ScalarPredictor):
         document["target"] = dataclasses.asdict(potential.target)
@@ -263,6 +263,11 @@ def find_potential(name_or_path: str | Path) -> Path:
     for candidate in candidates:
         if (candidate / CONFIG_FILE).is_file():
             return candidate
+    if path.suffix == ".pt2" and path.is_file():
+        raise CheckpointError(
+            f"{path} is a compiled potential, a program that is run by loading it; if you trust "
+            "where it comes from, load it with atomeq.load_compiled()"
+        )
     shipped = ", ".join(shipped_potentials()) or "none"
     raise CheckpointError(
         f"no potential at {str(name_or_path)!r}: neither a folder with {CONFIG_FILE} nor the name "
@@ -433,7 +438,8 @@ def _read_document(folder: Path) -> dict[str, Any]:
     return document
 
 
-def _refuse_foreign_models(node: dict[str, Any]) -> None:
+def refuse_foreign_models(node: dict[str, Any]) -> None:
+    """Raise :class:`CheckpointError` where a node, or one inside it, is none of this package."""
     if node["class_path"] not in MODELS:
         raise CheckpointError(
             f"{node['class_path']} is not a model of this package; checkpoints hold "
@@ -441,7 +447,7 @@ def _refuse_foreign_models(node: dict[str, Any]) -> None:
         )
     for value in node["init_args"].values():
         if _is_node(value):
-            _refuse_foreign_models(value)
+            refuse_foreign_models(value)
 
 
 def _term_config(term: nn.Module) -> dict[str, Any]:

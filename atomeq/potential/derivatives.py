@@ -50,24 +50,51 @@ def energy_and_derivatives(
         ValueError: Stress is asked of a structure whose cell has no volume.
     """
     if stress:
-        _refuse_flat_cells(graph)
-    with torch.enable_grad():
-        positions = graph.pos if graph.pos.requires_grad else graph.pos.detach().requires_grad_()
-        strain = graph.cell.new_zeros(graph.n_graphs, 3, 3).requires_grad_(stress)
-        deformed = graph.replace(pos=positions)
-        if stress:
-            deformed = deformed.strained(strain)
-        properties = evaluate(deformed)
-        inputs = [positions] * forces + [strain] * stress
-        gradients = list(_gradients(properties["energy"], inputs, create_graph=create_graph))
-    if not create_graph:
-        for key, value in properties.items():
-            properties[key] = value.detach()
+        refuse_flat_cells(graph)
+    properties, gradients = energy_and_gradients(
+        evaluate, graph, forces=forces, strain=stress, create_graph=create_graph
+    )
     if forces:
         properties["forces"] = -gradients.pop(0)
     if stress:
         properties["stress"] = gradients.pop(0) / graph.volume()[:, None, None]
     return properties
+
+
+def energy_and_gradients(
+    evaluate: Callable[[AtomGraph], dict[PropertyKey, Tensor]],
+    graph: AtomGraph,
+    *,
+    forces: bool = True,
+    strain: bool = False,
+    create_graph: bool = False,
+) -> tuple[dict[PropertyKey, Tensor], list[Tensor]]:
+    """Evaluate an energy model and differentiate its energy, looking at no value on the way.
+
+    Args:
+        evaluate: As in :func:`energy_and_derivatives`.
+        graph: The structures, with or without a volume; not modified.
+        forces: Differentiate by positions.
+        strain: Differentiate by a symmetric strain.
+        create_graph: Keep the derivatives differentiable.
+
+    Returns:
+        The properties of ``evaluate``, and those asked for of dE/dr (n_atoms, 3), eV/Å, and dE/dε
+        (n_graphs, 3, 3), eV.
+    """
+    with torch.enable_grad():
+        positions = graph.pos if graph.pos.requires_grad else graph.pos.detach().requires_grad_()
+        deformation = graph.cell.new_zeros(graph.n_graphs, 3, 3).requires_grad_(strain)
+        deformed = graph.replace(pos=positions)
+        if strain:
+            deformed = deformed.strained(deformation)
+        properties = evaluate(deformed)
+        inputs = [positions] * forces + [deformation] * strain
+        gradients = list(_gradients(properties["energy"], inputs, create_graph=create_graph))
+    if not create_graph:
+        for key, value in properties.items():
+            properties[key] = value.detach()
+    return properties, gradients
 
 
 def force_constants(potential: ForceField, graph: AtomGraph, *, max_edges: int) -> Tensor:
@@ -118,7 +145,8 @@ def _gradients(energy: Tensor, inputs: list[Tensor], *, create_graph: bool) -> t
     )
 
 
-def _refuse_flat_cells(graph: AtomGraph) -> None:
+def refuse_flat_cells(graph: AtomGraph) -> None:
+    """Raise ``ValueError`` naming the first structure whose cell has no volume."""
     flat = torch.nonzero(graph.volume() < 1e-6).flatten().tolist()
     if flat:
         raise ValueError(

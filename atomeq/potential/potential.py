@@ -3,7 +3,10 @@
 The same object serves training, the ASE calculator, dynamics and screening.
 """
 
+import hashlib
+import json
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -83,19 +86,19 @@ class Potential(Predictor):
         Raises:
             ValueError: An unknown property, or the stress of a structure without volume.
         """
-        _refuse_unknown_properties(properties)
+        refuse_unknown_properties(properties)
         derived = [key for key in ("forces", "stress") if key in properties]
         if "stress" in derived and not self.conservative:
             raise ValueError("a model with a force head has no energy whose strain gives a stress")
         if "gradient_forces" in properties:
             computed = self._evaluate_with_gradient(graph)
         elif not derived or not self.conservative:
-            computed = self._evaluate(graph)
+            computed = self.evaluate(graph)
         else:
             if create_graph is None:
                 create_graph = self.training and torch.is_grad_enabled()
             computed = energy_and_derivatives(
-                self._evaluate,
+                self.evaluate,
                 graph,
                 forces="forces" in derived,
                 stress="stress" in derived,
@@ -111,7 +114,7 @@ class Potential(Predictor):
         heads: list[Tensor] = []
 
         def evaluate(deformed: AtomGraph) -> dict[PropertyKey, Tensor]:
-            computed = self._evaluate(deformed)
+            computed = self.evaluate(deformed)
             heads.append(computed.pop("forces"))
             return computed
 
@@ -121,7 +124,8 @@ class Potential(Predictor):
         computed["forces"] = heads[0]
         return computed
 
-    def _evaluate(self, graph: AtomGraph) -> dict[PropertyKey, Tensor]:
+    def evaluate(self, graph: AtomGraph) -> dict[PropertyKey, Tensor]:
+        """Return what needs no derivative: energy, energies, and the forces of a force head."""
         outputs = self.model(graph)
         energies = self.references(outputs["energies"], graph.atomic_numbers)
         for term in self.terms:
@@ -140,8 +144,27 @@ class Potential(Predictor):
         """Whether forces are the derivative of the energy."""
         return "forces" not in self.model.outputs
 
+    @property
+    def twice_differentiable(self) -> bool:
+        """Whether forces can be differentiated once more, for a Hessian."""
+        return self.conservative
 
-def _refuse_unknown_properties(properties: Sequence[PropertyKey]) -> None:
+    def fingerprint(self) -> str:
+        """Return a SHA-256 of what decides every result: configuration, terms and weights."""
+        nodes = [self.model.config(), *self.term_configs()]
+        digest = hashlib.sha256("".join(json.dumps(node, default=str) for node in nodes).encode())
+        for name, tensor in sorted(self.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def term_configs(self) -> list[dict[str, Any]]:
+        """Return the nodes of the terms."""
+        return [term.config() for term in self.terms if isinstance(term, EnergyTerm)]
+
+
+def refuse_unknown_properties(properties: Sequence[PropertyKey]) -> None:
+    """Raise ``ValueError`` naming the first property that no potential has."""
     unknown = [key for key in properties if key not in _PROPERTIES]
     if unknown:
         raise ValueError(f"unknown property {unknown[0]!r}; ask for any of {_PROPERTIES}")

@@ -147,12 +147,12 @@ class ZBL(EnergyTerm):
     def forward(self, graph: AtomGraph) -> Tensor:
         """Return half of every pair's energy to each of its atoms, (n_atoms,), eV."""
         numbers = graph.atomic_numbers
-        self._refuse(numbers)
         source, target = graph.edge_index
         lengths = graph.edge_vectors().to(torch.float64).norm(dim=1)
-        reach = self.radius_scale * (self.radii[numbers[source]] + self.radii[numbers[target]])
-        near = torch.nonzero(lengths < reach).flatten()
-        source, target, lengths = source[near], target[near], lengths[near]
+        if not isinstance(graph.n_edges, torch.SymInt):  # a trace knows no numbers: all of them
+            self._refuse(numbers)
+            near = self._reach(numbers[source], numbers[target]) > lengths
+            source, target, lengths = source[near], target[near], lengths[near]
         charge_j, charge_i = numbers[source].to(lengths), numbers[target].to(lengths)
         x = lengths * (charge_i**_POWER + charge_j**_POWER) / _SCREENING_LENGTH
         screening = sum(
@@ -160,8 +160,11 @@ class ZBL(EnergyTerm):
             for amplitude, decay in zip(_AMPLITUDES, _DECAYS, strict=True)
         )
         pairs = _COULOMB * charge_i * charge_j / lengths * screening
-        pairs = pairs * self._switch(lengths / reach[near])
+        pairs = pairs * self._switch(lengths / self._reach(numbers[source], numbers[target]))
         return segment_sum(pairs / 2, target, graph.n_atoms)
+
+    def _reach(self, numbers_j: Tensor, numbers_i: Tensor) -> Tensor:
+        return self.radius_scale * (self.radii[numbers_j] + self.radii[numbers_i])
 
     def _refuse(self, numbers: Tensor) -> None:
         if len(numbers) and int(numbers.max()) >= len(self.radii):

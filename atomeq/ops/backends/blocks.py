@@ -23,6 +23,9 @@ def blocks(n: int, numbers_each: int, device: torch.device) -> Iterator[slice]:
     Yields:
         Slices that cover 0..n in order.
     """
+    if isinstance(n, torch.SymInt):  # a trace for every size can not tell how many blocks it takes
+        yield slice(0, n)
+        return
     size = _CPU_BLOCK if device.type == "cpu" else _GPU_BLOCK
     step = max(1, size // max(1, numbers_each))
     for start in range(0, n, step):

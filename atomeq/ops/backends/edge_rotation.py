@@ -89,7 +89,7 @@ class _GatherRotate(Function):
         ctx.save_for_backward(x, vectors, wigner, *indices)
         channels = len(indices) * x.shape[2]
         rotated = x.new_empty(*wigner.shape[:2], channels)
-        for part in blocks(len(rotated), x.shape[1] * channels, x.device):
+        for part in blocks(rotated.shape[0], x.shape[1] * channels, x.device):
             members = gathered(x, tuple(index[part] for index in indices))
             torch.bmm(wigner[part], members, out=rotated[part])
         return rotated
@@ -125,7 +125,7 @@ class _RotateScatter(Function):
         ctx.lmax = lmax
         ctx.save_for_backward(y, vectors, envelope, wigner, target)
         total = y.new_zeros(n_atoms, wigner.shape[2], y.shape[2])
-        for part in blocks(len(y), wigner.shape[2] * y.shape[2], y.device):
+        for part in blocks(y.shape[0], wigner.shape[2] * y.shape[2], y.device):
             lab = torch.bmm(wigner[part].mT, y[part])
             if envelope is not None:
                 lab.mul_(envelope[part, None, None])

@@ -164,7 +164,7 @@ class ReferenceBackend:
         to_grid, from_grid = grid.to_matrix(like=x), grid.from_matrix(like=x)
         flat = x.reshape(-1, *x.shape[-2:])
         results = []
-        for block in blocks(len(flat), grid.n_points * x.shape[-1], x.device):
+        for block in blocks(flat.shape[0], grid.n_points * x.shape[-1], x.device):
             results.append(from_grid @ fn(to_grid @ flat[block]))
             if results[0].requires_grad:  # all at once: every block would keep a graph of its own
                 return from_grid @ fn(to_grid @ x)

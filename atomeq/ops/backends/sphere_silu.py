@@ -32,7 +32,7 @@ class _SphereSiLU(Function):
         ctx.save_for_backward(x)
         to_grid, from_grid = grid.to_matrix(like=x), grid.from_matrix(like=x)
         result = torch.empty_like(x)
-        for block in blocks(len(x), grid.n_points * x.shape[2], x.device):
+        for block in blocks(x.shape[0], grid.n_points * x.shape[2], x.device):
             values = silu(to_grid @ x[block], inplace=True)
             torch.matmul(from_grid, values, out=result[block])
         return result
@@ -44,7 +44,7 @@ class _SphereSiLU(Function):
         if torch.is_grad_enabled():  # a second derivative is wanted: plain torch, all at once
             return _gradient(x, grad, ctx.grid), None
         result = torch.empty_like(x)
-        for block in blocks(len(x), ctx.grid.n_points * x.shape[2], x.device):
+        for block in blocks(x.shape[0], ctx.grid.n_points * x.shape[2], x.device):
             result[block] = _gradient(x[block], grad[block], ctx.grid)
         return result, None
 

@@ -1,0 +1,107 @@
+"""Measure a compiled potential against the potential it was made from: energy and forces.
+
+``OMP_NUM_THREADS=1 .venv/bin/python scripts/benchmark_export.py`` (some five minutes, most of them
+compiling) prints one table and writes scripts/results/export_cpu.json. Copper crystals, graphs made
+before the clock starts; times are CPU seconds of one thread, the two taken in turns, and the ratio
+is the median of the turns' ratios.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from ase.build import bulk
+from rich.console import Console
+from rich.table import Table
+
+from atomeq import Potential, export_potential, load_compiled, load_potential
+from atomeq.graph.atom_graph import AtomGraph
+from atomeq.potential.checkpoint import untrained_potential
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "scripts" / "results" / "export_cpu.json"
+POTENTIALS: dict[str, Callable[[], Potential]] = {
+    "EGNN, configs/model/egnn.yaml": lambda: untrained_potential(
+        ROOT / "configs" / "model" / "egnn.yaml", dtype=torch.float32
+    ),
+    "eSCN, cu-pbe": lambda: load_potential("cu-pbe"),
+}
+REPEATS = {32: 40, 500: 10}  # atoms: cubic cells along each axis, 2 and 5
+
+
+def main() -> None:
+    """Compile, measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    out = parser.parse_args().out
+    if torch.get_num_threads() != 1:
+        raise SystemExit("set OMP_NUM_THREADS=1: a package keeps the threads it was compiled with")
+    rows = [row for name, make in POTENTIALS.items() for row in measured(name, make())]
+    document = {
+        "cpu": platform.processor() or platform.machine(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "torch": str(torch.__version__),
+        "rows": rows,
+    }
+    out.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    table = Table("potential", "atoms", "edges", "eager, ms", "compiled, ms", "ratio", "compile, s")
+    for row in rows:
+        table.add_row(
+            *(row["potential"], str(row["atoms"]), str(row["edges"])),
+            *(f"{row['eager_ms']:.1f}", f"{row['compiled_ms']:.1f}", f"{row['ratio']:.2f}"),
+            f"{row['compile_s']:.0f}",
+        )
+    Console().print(table)
+
+
+def measured(name: str, potential: Potential) -> list[dict]:
+    """Return a row for each size."""
+    with tempfile.TemporaryDirectory() as folder:
+        start = _all_processes()
+        path = export_potential(potential, Path(folder) / "x.pt2")
+        compile_seconds = _all_processes() - start
+        compiled = load_compiled(path)
+    rows = []
+    for n_atoms, repeats in REPEATS.items():
+        cells = round((n_atoms / 4) ** (1 / 3))
+        atoms = bulk("Cu", cubic=True).repeat(cells)
+        atoms.rattle(0.05, seed=0)
+        graph = potential.build_graph(atoms)
+        expected, found = potential(graph)["forces"], compiled(graph)["forces"]
+        assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4)
+        times = [(_seconds(potential, graph), _seconds(compiled, graph)) for _ in range(repeats)]
+        rows.append(
+            {
+                "potential": name,
+                "atoms": len(atoms),
+                "edges": graph.n_edges,
+                "eager_ms": 1e3 * statistics.median(one for one, _ in times),
+                "compiled_ms": 1e3 * statistics.median(other for _, other in times),
+                "ratio": statistics.median(one / other for one, other in times),
+                "compile_s": compile_seconds,
+            }
+        )
+    return rows
+
+
+def _seconds(potential: Potential, graph: AtomGraph) -> float:
+    start = time.process_time()
+    potential(graph, ("energy", "forces"))
+    return time.process_time() - start
+
+
+def _all_processes() -> float:
+    """CPU seconds of this process and of the compilers it started."""
+    spent = os.times()
+    return spent.user + spent.system + spent.children_user + spent.children_system
+
+
+if __name__ == "__main__":
+    main()
