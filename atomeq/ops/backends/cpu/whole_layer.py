@@ -15,10 +15,9 @@ from atomeq.ops.backends.cpu import native_edge
 from atomeq.ops.backends.native.builder import load, n_threads, source_of
 from atomeq.ops.registered.escn_layer import EdgeLayer, Named, empty_gradients
 
-_CACHE = 2**17  # numbers of a block of edges
-_LEAST_EDGES, _MOST_EDGES = 24, 96
+_EDGES_AT_ONCE = 64  # 24 are as fast in small layers, and a tenth slower in large ones
 _EDGES_PER_THREAD = 500  # fewer do not pay for a thread
-_SERVED = {"x", "vectors", "envelope", "radial"}
+_RESULTS = {"x": "to_x", "vectors": "to_turn", "envelope": "to_envelope", "radial": "to_radial"}
 
 
 class WholeLayer:
@@ -29,7 +28,7 @@ class WholeLayer:
 
     @staticmethod
     def serves(layer: EdgeLayer) -> bool:
-        """Say whether the kernel knows the layer's dtype and weights; it has none for chiral ones."""
+        """Say whether the kernel knows the layer's dtype and weights: chiral ones it does not."""
         weights = [*layer.weights[0], *layer.weights[1]]
         return native_edge.serves(layer.tensors["x"]) and all(w.ndim == 2 for w in weights)
 
@@ -45,7 +44,7 @@ class WholeLayer:
 
     def gradient(self, grad: Tensor, kept: list[Tensor], wanted: set[str]) -> Named | None:
         """Return dE/de of the wanted inputs, or None if gradients of weights are among them."""
-        if not wanted <= _SERVED:
+        if not wanted <= _RESULTS.keys():
             return None
         found = empty_gradients(self.layer, wanted)
         named = {
@@ -66,8 +65,6 @@ class WholeLayer:
         library, kind = _library(x.dtype, lmax, mmax)
         tensors = layer.tensors | given | native_edge.generator_tables(x, lmax)
         weights = [[w.contiguous() for w in some] for some in layer.weights]
-        per_edge = layer.first.width + layer.second.width
-        per_edge += 2 * layer.first.n_rows * layer.first.c_in + 2 * layer.first.n_scales
         arguments = kind(
             n_edges=layer.n_edges,
             n_atoms=x.shape[0],
@@ -75,7 +72,7 @@ class WholeLayer:
             hidden=layer.first.c_out,
             c_out=layer.second.c_out,
             n_radial=layer.tensors["radial"].shape[1] if "radial" in layer.tensors else 0,
-            at_once=min(max(_CACHE // per_edge, _LEAST_EDGES), _MOST_EDGES),
+            at_once=_EDGES_AT_ONCE,
             n_parts=max(1, min(n_threads(), layer.n_edges // _EDGES_PER_THREAD)),
             first=_pointers(weights[0]),
             second=_pointers(weights[1]),

@@ -5,9 +5,8 @@
 #include <stdlib.h>
 
 #define N_ORDERS (MMAX + 1)
-#define MAP_ROWS 6                /* of a tile of a product: its sums fill the registers */
-#define PANEL (2 * N_LANES)       /* columns of one */
-#define GROUP 24                  /* rows that meet a panel while it is near */
+#define MAP_ROWS 6          /* of a tile of a product: its sums fill the registers */
+#define PANEL (2 * N_LANES) /* columns of one */
 #define PADDED(n) (((n) + PANEL - 1) / PANEL * PANEL)
 #define SIGN_START(m, sign) (ROW_START(m) + (sign) * (LMAX + 1 - (m)))
 
@@ -94,24 +93,21 @@ static void panel(int rows, int vectors, const REAL *a, int64_t a_stride, const 
 /* c = a b + bias; the bias may be null and is as long as the panels are. */
 static void product(const REAL *a, int64_t a_stride, const matrix_t *b, const REAL *bias, REAL *c,
                     int64_t c_stride, int64_t n_rows) {
-  for (int64_t group = 0; group < n_rows; group += GROUP) {
-    int64_t stop = group + GROUP < n_rows ? group + GROUP : n_rows;
-    for (int64_t n = 0; n < b->columns; n += PANEL) {
-      int64_t left = b->columns - n;
-      int vectors = left > N_LANES ? 2 : 1;
-      for (int64_t r = group; r < stop; r += MAP_ROWS) {
-        int rows = stop - r < MAP_ROWS ? (int)(stop - r) : MAP_ROWS;
-        const REAL *from = a + r * a_stride, *weight = b->panels + n * b->depth;
-        const REAL *add = bias ? bias + n : 0;
-        REAL *to = c + r * c_stride + n;
-        if (left >= vectors * N_LANES) {
-          panel(rows, vectors, from, a_stride, weight, b->depth, add, to, c_stride);
-          continue;
-        }
-        REAL rest[MAP_ROWS * PANEL];
-        panel(rows, vectors, from, a_stride, weight, b->depth, add, rest, PANEL);
-        for (int k = 0; k < rows; k++) memcpy(to + k * c_stride, rest + k * PANEL, left * sizeof(REAL));
+  for (int64_t n = 0; n < b->columns; n += PANEL) {
+    int64_t left = b->columns - n;
+    int vectors = left > N_LANES ? 2 : 1;
+    const REAL *weight = b->panels + n * b->depth, *add = bias ? bias + n : 0;
+    for (int64_t r = 0; r < n_rows; r += MAP_ROWS) {
+      int rows = n_rows - r < MAP_ROWS ? (int)(n_rows - r) : MAP_ROWS;
+      const REAL *from = a + r * a_stride;
+      REAL *to = c + r * c_stride + n;
+      if (left >= vectors * N_LANES) {
+        panel(rows, vectors, from, a_stride, weight, b->depth, add, to, c_stride);
+        continue;
       }
+      REAL rest[MAP_ROWS * PANEL];
+      panel(rows, vectors, from, a_stride, weight, b->depth, add, rest, PANEL);
+      for (int k = 0; k < rows; k++) memcpy(to + k * c_stride, rest + k * PANEL, left * sizeof(REAL));
     }
   }
 }
