@@ -188,19 +188,19 @@ static void torque_in_frame(const layer_t *layer, const REAL *turned, const REAL
     const REAL *frame = wigner + e * N_ROWS * N_SPH + 1;
     REAL by = factor ? factor[e] : 1;
     for (int j = 0; j < 2; j++) {
+      LANES wide = {0};
       REAL torque = 0;
       for (int64_t g = layer->count[axis[j]]; g < layer->count[axis[j] + 1]; g++) {
         const REAL *p = left + row_at[layer->place[2 * g]];
         const REAL *q = right + row_at[layer->place[2 * g + 1]];
-        LANES wide = {0};
-        REAL sum = 0;
+        LANES sum = {0};
         int64_t c = 0;
         for (; c + N_LANES <= channels; c += N_LANES)
-          wide += *(const LANES *)(p + c) * *(const LANES *)(q + c);
-        for (; c < channels; c++) sum += p[c] * q[c];
-        for (int v = 0; v < N_LANES; v++) sum += wide[v];
-        torque += layer->generator[g] * sum;
+          sum += *(const LANES *)(p + c) * *(const LANES *)(q + c);
+        for (; c < channels; c++) torque += layer->generator[g] * p[c] * q[c];
+        wide += layer->generator[g] * sum;
       }
+      for (int v = 0; v < N_LANES; v++) torque += wide[v];
       for (int k = 0; k < 3; k++) to[3 * e + k] -= by * torque * frame[own[j] * N_SPH + k];
     }
   }
