@@ -28,6 +28,9 @@ from atomeq.typing import (
     Volumes,
 )
 
+#: Å³; a cell with less has no volume: its stress is not defined, and it can not relax.
+MIN_VOLUME = 1e-6
+
 Level = Literal["atom", "edge", "graph", "hyperedge", "incidence"]
 
 # What a graph without the field holds for it once it stands in a batch with graphs that have it.
