@@ -18,7 +18,7 @@ from ase.stress import full_3x3_to_voigt_6_stress
 from ase.vibrations import VibrationsData
 from numpy.typing import NDArray
 
-from atomeq.graph.atom_graph import AtomGraph
+from atomeq.graph.atom_graph import MIN_VOLUME, AtomGraph
 from atomeq.graph.builders import HyperGraph, RadiusGraph
 from atomeq.graph.convert import (
     StructureError,
@@ -47,7 +47,6 @@ SPREADS = ("energy_std", "energies_std", "forces_std", "stress_std")
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 _SKIN = 0.6  # Å; a search costs little beside a network, a larger skin means more pairs to measure
-_MIN_VOLUME = 1e-6  # Å³
 _MAX_EDGES = 60_000  # of one batch; larger ones are no faster on a core and need more memory
 
 
@@ -394,7 +393,7 @@ class AtomeqCalculator(Calculator):
 
 def has_volume(atoms: Atoms) -> bool:
     """Whether a structure is periodic in three directions that span a volume."""
-    return bool(atoms.pbc.all() and abs(np.linalg.det(atoms.cell.array)) > _MIN_VOLUME)
+    return bool(atoms.pbc.all() and abs(np.linalg.det(atoms.cell.array)) > MIN_VOLUME)
 
 
 def _frozen(

@@ -44,6 +44,8 @@ EXEMPTIONS = {
     "separated fragments add": "separated_fragments_are_additive",
     "pieces 100,000 Å apart": "separated_fragments_are_additive",
     "smooth at the cutoff": "energy_and_forces_are_smooth_at_the_cutoff",
+    "continuous at symmetry": "energy_is_continuous_at_symmetric_structures",
+    "NVE drift": "energy_is_continuous_at_symmetric_structures",
     "single atom": "single_atom_has_an_energy_and_no_force",
 }
 

@@ -14,6 +14,7 @@ from atomeq.calculators.laws import (
     Measured,
     NotApplicable,
     Subject,
+    cubic_cell,
     largest,
     random_rotation,
 )
@@ -23,6 +24,8 @@ _STENCIL = ((-2, 1 / 12), (-1, -2 / 3), (1, 2 / 3), (2, -1 / 12))
 _DISPLACEMENT = 5e-4  # Å
 _STRAIN = 2e-4
 _SINGLE_PRECISION_STEP = 20  # times larger: float32 noise of the energy would drown the difference
+
+_PUSH = 1e-4  # Å; the energy of springs of 30 eV/Å² would change by 1e-7 eV
 
 _FAR_APART = 60.0  # Å; beyond any cutoff in use
 _SCAN_END = 12.5  # Å
@@ -253,6 +256,17 @@ def _moved(atoms: Atoms, displacement: np.ndarray) -> Atoms:
     return moved
 
 
+def symmetry_jump(subject: Subject) -> Measured:
+    """Push the atoms of a perfect crystal a little: without forces the energy hardly changes."""
+    if subject.molecules_only:
+        raise NotApplicable("the calculator takes molecules only")
+    perfect = cubic_cell(subject.elements[0])
+    push = subject.random("push").normal(size=perfect.positions.shape)
+    pushed = _moved(perfect, _PUSH * push / np.linalg.norm(push))
+    step = abs(subject.energy(pushed) - subject.energy(perfect))
+    return Measured(step / len(perfect), f"per atom, {_PUSH:g} Å from the perfect crystal")
+
+
 def _strained(atoms: Atoms, strain: np.ndarray) -> Atoms:
     strained = atoms.copy()
     strained.set_cell(atoms.cell.array @ (np.eye(3) + strain), scale_atoms=True)
@@ -311,6 +325,7 @@ PHYSICAL_LAWS = (
     Law("skew-equivalent cell", skewed_cell, "eV, Å", 1e-10, 1e-4),
     Law("separated fragments add", fragments, "eV, Å", 1e-10, 1e-4),
     Law("smooth at the cutoff", cutoff_force_jump, "eV/Å", 1e-4, 1e-3),
+    Law("continuous at symmetry", symmetry_jump, "eV", 1e-6, 1e-4),
     Law("single atom", single_atom, "eV, Å", 1e-10, 1e-5),
     Law("NVE drift", energy_drift, "meV/atom/ps", 0.05, 0.5, depth="default"),
 )

@@ -7,13 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from atomeq.graph.atom_graph import AtomGraph
+from atomeq.graph.atom_graph import MIN_VOLUME, AtomGraph
 from atomeq.graph.builders import HyperGraph
 from atomeq.potential.checkpoint import load_potential, resolve_device
 from atomeq.potential.potential import Potential
 from atomeq.typing import PropertyKey
-
-_MIN_VOLUME = 1e-6  # Å³
 
 
 def torchsim_model(
@@ -100,7 +98,7 @@ def _model_class() -> Any:
             """Return energy (n_systems,), forces (n_atoms, 3), stress (n_systems, 3, 3)."""
             graph = _graph(state)
             keys: tuple[PropertyKey, ...] = ("energy", "forces")
-            flat = graph.volume() < _MIN_VOLUME
+            flat = graph.volume() < MIN_VOLUME
             if self._compute_stress:
                 keys = (*keys, "stress")
                 # Where nothing is periodic a cell changes nothing; the stress is set to zero below.

@@ -26,7 +26,7 @@ from atomeq.dynamics.kinetics import (
     standard_normal,
 )
 from atomeq.dynamics.state import PER_SYSTEM
-from atomeq.graph.atom_graph import AtomGraph
+from atomeq.graph.atom_graph import MIN_VOLUME, AtomGraph
 from atomeq.graph.convert import StructureError
 from atomeq.typing import Positions, Stress
 from atomeq.units import BOLTZMANN
@@ -92,7 +92,7 @@ class LangevinNPT(Langevin):
             StructureError: One has no volume or is not periodic, or atoms are fixed.
         """
         super().check(graph)
-        flat = ~graph.pbc.all(dim=1) | (graph.volume() < 1e-6)
+        flat = ~graph.pbc.all(dim=1) | (graph.volume() < MIN_VOLUME)
         for k in torch.nonzero(flat).flatten().tolist():
             raise StructureError(
                 "a barostat needs a cell that is periodic in three directions; this one has pbc "

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from atomeq.graph.atom_graph import AtomGraph
+from atomeq.graph.atom_graph import MIN_VOLUME, AtomGraph
 from atomeq.graph.convert import StructureError
 
 StrainMask = tuple[tuple[bool, bool, bool], tuple[bool, bool, bool], tuple[bool, bool, bool]]
@@ -55,7 +55,9 @@ class FrechetCell:
         Raises:
             StructureError: One is not periodic in three directions.
         """
-        open_ = torch.nonzero(~graph.pbc.all(dim=1) | (graph.volume() < 1e-6)).flatten().tolist()
+        open_ = (
+            torch.nonzero(~graph.pbc.all(dim=1) | (graph.volume() < MIN_VOLUME)).flatten().tolist()
+        )
         if open_:
             raise StructureError(
                 "a cell can relax only where it is periodic in three directions and has a volume; "

@@ -13,15 +13,13 @@ from torch import Tensor
 
 from atomeq.dynamics.memory import keep_freed_memory
 from atomeq.dynamics.state import prepare
-from atomeq.graph.atom_graph import AtomGraph
+from atomeq.graph.atom_graph import MIN_VOLUME, AtomGraph
 from atomeq.graph.builders import HyperGraph, RadiusGraph
 from atomeq.graph.convert import MIN_DISTANCE, StructureError, Structures
 from atomeq.graph.moving import MovingNeighbors
 from atomeq.potential.checkpoint import load_potential
 from atomeq.potential.potential import Potential
 from atomeq.typing import PropertyKey
-
-_MIN_VOLUME = 1e-6  # Å³, as the potential demands of a stress
 
 
 class Failure(IntEnum):
@@ -177,7 +175,7 @@ def _geometry_failures(graph: AtomGraph, *, stress: bool) -> Tensor:
         broken |= ~torch.isfinite(graph.cell).flatten(1).all(dim=1)
     failure[broken & (failure == 0)] = Failure.NOT_FINITE
     if stress:
-        flat = graph.volume().nan_to_num(0.0) < _MIN_VOLUME
+        flat = graph.volume().nan_to_num(0.0) < MIN_VOLUME
         failure[flat & (failure == 0)] = Failure.NO_NEIGHBORS
     return failure
 

@@ -28,6 +28,9 @@ from atomeq.typing import (
     Volumes,
 )
 
+#: Å³; a cell with less has no volume: its stress is not defined, and it can not relax.
+MIN_VOLUME = 1e-6
+
 Level = Literal["atom", "edge", "graph", "hyperedge", "incidence"]
 
 # What a graph without the field holds for it once it stands in a batch with graphs that have it.
@@ -201,11 +204,22 @@ class AtomGraph(Data):
                 "this AtomGraph has no edges yet; make them with a builder, "
                 "for example RadiusGraph(cutoff=5.0)(graph)"
             )
-        pos = self.pos
         source, target = self.edge_index
-        offsets = self.cell_offsets.to(pos.dtype)[:, None, :]  # (n_edges, 1, 3)
-        shifts = torch.bmm(offsets, self.cell[self.batch[target]])[:, 0]  # (n_edges, 3)
-        return pos[source] - pos[target] + shifts
+        # index_select, for the gradient of plain indexing is a much slower scatter on CPUs.
+        vectors = self.pos.index_select(0, source) - self.pos.index_select(0, target)
+        if self._without_images():
+            return vectors
+        offsets = self.cell_offsets.to(vectors.dtype)[:, None, :]  # (n_edges, 1, 3)
+        cells = self.cell.index_select(0, self.batch.index_select(0, target))
+        return vectors + torch.bmm(offsets, cells)[:, 0]
+
+    def _without_images(self) -> bool:
+        """Tell whether no edge can reach into another cell, where looking costs next to nothing.
+
+        A GPU would have to be waited for, and a trace must serve crystals too.
+        """
+        on_cpu = self.pos.device.type == "cpu" and not torch.compiler.is_compiling()
+        return on_cpu and not bool(self.cell_offsets.any())
 
     def strained(self, strain: Strain) -> "AtomGraph":
         """Return a shallow copy deformed homogeneously by I + (strain + strainᵀ) / 2.

@@ -89,11 +89,15 @@ class EGNN(AtomisticModel):
 
         h = self.embedding(graph.atomic_numbers)  # (n_atoms, C)
         moved = vectors.new_zeros(graph.n_atoms, 3)
-        for layer in self.layers:
+        for number, layer in enumerate(self.layers, start=1):
             separation = vectors + moved.index_select(0, source) - moved.index_select(0, target)
             squared = (separation * separation).sum(dim=1, keepdim=True)  # (n_edges, 1)
             invariants = torch.cat([basis, squared / self.cutoff**2], dim=1)
-            h, moved = layer(h, moved, separation, squared, invariants, envelope, graph.edge_index)
+            m = layer.messages(h, invariants, envelope, graph.edge_index)  # (n_edges, C)
+            if number < self.num_layers:  # no layer follows that would see the last move
+                pull = layer.pull(m, separation, squared, envelope)  # (n_edges, 3)
+                moved = moved + segment_sum(pull, target, graph.n_atoms)  # eq. 4
+            h = layer(h, m, target)
         return h
 
 
@@ -111,27 +115,26 @@ class EGNNLayer(nn.Module):
         nn.init.xavier_uniform_(final.weight, gain=1e-3)
         nn.init.zeros_(final.bias)
 
-    def forward(
-        self,
-        h: Tensor,
-        moved: Tensor,
-        separation: EdgeVectors,
-        squared: Tensor,
-        invariants: Tensor,
-        envelope: Tensor,
-        edge_index: EdgeIndex,
-    ) -> tuple[Tensor, Tensor]:
-        """Return atoms ``h`` (n_atoms, C) and displacements ``moved`` (n_atoms, 3), updated."""
-        target = edge_index[1]
-        m = self.message(h, invariants, edge_index)  # eq. 3
+    def messages(
+        self, h: Tensor, invariants: Tensor, envelope: Tensor, edge_index: EdgeIndex
+    ) -> Tensor:
+        """Return the messages between atoms ``h`` (n_atoms, C), (n_edges, C); eqs. 3 and 8."""
+        m = self.message(h, invariants, edge_index)
         # Numbers of an edge are multiplied with one another first: each product with all of its
         # channels is one more pass through memory, and another when it is differentiated.
         weight = envelope
         if self.attention is not None:
-            weight = torch.sigmoid(self.attention(m)) * envelope  # eq. 8
-        m = m * weight  # (n_edges, C)
+            weight = torch.sigmoid(self.attention(m)) * envelope
+        return m * weight
+
+    def pull(
+        self, m: Tensor, separation: EdgeVectors, squared: Tensor, envelope: Tensor
+    ) -> EdgeVectors:
+        """Return how far messages ``m`` (n_edges, C) move their targets, (n_edges, 3), Å."""
         # The envelope is applied once more: φ_x has biases, and its output must end at the cutoff.
-        pull = separation * (self.shift(m) * envelope * torch.rsqrt(squared + 1.0))  # (n_edges, 3)
-        moved = moved + segment_sum(pull, target, h.shape[0])  # eq. 4
-        total = segment_sum(m, target, h.shape[0])  # eq. 5
-        return h + self.update(torch.cat([h, total], dim=1)), moved  # eq. 6
+        return separation * (self.shift(m) * envelope * torch.rsqrt(squared + 1.0))
+
+    def forward(self, h: Tensor, m: Tensor, target: Tensor) -> Tensor:
+        """Return atoms ``h`` (n_atoms, C) updated by messages ``m`` (n_edges, C); eqs. 5 and 6."""
+        total = segment_sum(m, target, h.shape[0])
+        return h + self.update(torch.cat([h, total], dim=1))

@@ -29,6 +29,7 @@ from atomeq.models.base import AtomisticModel
 from atomeq.nn.gaunt import GauntProduct
 from atomeq.nn.mlp import MLP
 from atomeq.nn.norms import EquivariantRMSNorm
+from atomeq.nn.pair_mlp import PairFeatures, RadialMLP
 from atomeq.nn.radial import BesselBasis, PolynomialEnvelope
 from atomeq.nn.so3 import Gate, SO2Convolution, SO3Linear
 from atomeq.ops.edge_frame import EdgeFrame
@@ -117,7 +118,6 @@ class ESCN(AtomisticModel):
 
     def node_features(self, graph: AtomGraph) -> Tensor:
         """Return the scalars of the last layer, normalised, (n_atoms, sphere_channels)."""
-        source, target = graph.edge_index
         numbers = graph.atomic_numbers
         frame = build_edge_frame(
             graph.edge_vectors().to(self.dtype),
@@ -127,14 +127,12 @@ class ESCN(AtomisticModel):
             mmax=self.mmax,
         )
         envelope = self.envelope(frame.lengths) / math.sqrt(self.avg_num_neighbors)  # (n_edges,)
-        edge_scalars = torch.cat(
-            [
-                self.basis(frame.lengths),
-                self.source_embedding(numbers[source]),
-                self.target_embedding(numbers[target]),
-            ],
-            dim=1,
-        )  # (n_edges, num_radial + 2 edge_channels)
+        edge_scalars = PairFeatures(
+            self.basis(frame.lengths),  # (n_edges, num_radial)
+            self.source_embedding(numbers),  # (n_atoms, edge_channels)
+            self.target_embedding(numbers),
+            graph.edge_index,
+        )
 
         x = self.neighborhood(frame, edge_scalars, envelope)  # (n_atoms, n_sph, C)
         x = torch.cat([x[:, :1] + self.embedding(numbers)[:, None], x[:, 1:]], dim=1)
@@ -156,12 +154,14 @@ class NeighborhoodEmbedding(nn.Module):
     ) -> None:
         super().__init__()
         self.shape = (lmax + 1, sphere_channels)
-        self.radial = MLP(
+        self.radial = RadialMLP(
             (n_edge_scalars, edge_channels, edge_channels, (lmax + 1) * sphere_channels),
             layer_norm=True,
         )
 
-    def forward(self, frame: EdgeFrame, edge_scalars: Tensor, envelope: Tensor) -> NodeFeatures:
+    def forward(
+        self, frame: EdgeFrame, edge_scalars: PairFeatures, envelope: Tensor
+    ) -> NodeFeatures:
         """Return (n_atoms, n_sph, C)."""
         polar = self.radial(edge_scalars).view(frame.n_edges, *self.shape)
         return rotate_from_edge(polar, frame.truncated(0), envelope=envelope)
@@ -190,7 +190,7 @@ class ESCNLayer(nn.Module):
         self.update = update(lmax, sphere_channels, hidden_channels)
 
     def forward(
-        self, x: NodeFeatures, frame: EdgeFrame, edge_scalars: Tensor, envelope: Tensor
+        self, x: NodeFeatures, frame: EdgeFrame, edge_scalars: PairFeatures, envelope: Tensor
     ) -> NodeFeatures:
         """Update ``x`` (n_atoms, n_sph, C)."""
         x = x + self.message(self.message_norm(x), frame, edge_scalars, envelope)
@@ -217,14 +217,14 @@ class ESCNMessage(nn.Module):
             hidden_channels,
             extra_scalars=lmax * hidden_channels,
         )
-        self.radial = MLP(
+        self.radial = RadialMLP(
             (n_edge_scalars, edge_channels, edge_channels, self.first.n_radial_weights),
             layer_norm=True,
         )
         self.second = SO2Convolution(lmax, mmax, hidden_channels, sphere_channels)
 
     def forward(
-        self, x: NodeFeatures, frame: EdgeFrame, edge_scalars: Tensor, envelope: Tensor
+        self, x: NodeFeatures, frame: EdgeFrame, edge_scalars: PairFeatures, envelope: Tensor
     ) -> NodeFeatures:
         """Return the sum of messages on each atom, (n_atoms, n_sph, C)."""
         return escn_conv(

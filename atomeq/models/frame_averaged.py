@@ -15,7 +15,8 @@ Different from the papers on purpose:
 * where axes are degenerate the frames are completed as :mod:`atomeq.nn.frame_averaging` says.
 
 What no global frame can keep: a fragment far away turns the frame of the whole structure, so the
-energies of separated fragments do not add up unless the model itself is invariant.
+energies of separated fragments do not add up unless the model itself is invariant. And no finite
+set of frames changes continuously where a structure becomes symmetric, so there the energy steps.
 """
 
 from collections.abc import Mapping
@@ -51,7 +52,9 @@ class OverFrames(AtomisticModel):
     exempt_laws: Mapping[str, str] = MappingProxyType(
         {
             "separated_fragments_are_additive": "one frame belongs to the whole structure, and "
-            "each fragment turns it for the others"
+            "each fragment turns it for the others",
+            "energy_is_continuous_at_symmetric_structures": "a perfect crystal has other frames "
+            "than one a little distorted, so the energy steps and dynamics there drift",
         }
     )
 

@@ -1,9 +1,52 @@
-"""The perceptron of messages between pairs, whose first layer is multiplied per atom."""
+"""Perceptrons of pairs of atoms, whose first layer is multiplied per atom and not per pair."""
+
+from typing import NamedTuple
 
 from torch import Tensor, nn
 from torch.nn import functional
 
+from atomeq.nn.mlp import MLP
 from atomeq.typing import EdgeIndex
+
+
+class PairFeatures(NamedTuple):
+    """Features of pairs in three parts: [e_ij, a_j, b_i] is what belongs to the pair.
+
+    Attributes:
+        of_pair: e_ij, (n_edges, n_pair_features).
+        of_source: a, (n_atoms, n_source_features).
+        of_target: b, (n_atoms, n_target_features).
+        edge_index: Row 0 is j, row 1 is i.
+    """
+
+    of_pair: Tensor
+    of_source: Tensor
+    of_target: Tensor
+    edge_index: EdgeIndex
+
+
+class RadialMLP(MLP):
+    """The perceptron of [e_ij, a_j, b_i], with the weights of :class:`~atomeq.nn.mlp.MLP`.
+
+    The gradient then goes to e_ij alone where a and b do not depend on positions.
+    """
+
+    def forward(self, input: PairFeatures) -> Tensor:  # named as in nn.Sequential
+        """Return (n_edges, width of the output)."""
+        weight, bias = self.last_linear
+        return functional.linear(self.hidden(input), weight, bias)
+
+    def hidden(self, x: PairFeatures) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Return what the last linear layer is given, (n_edges, width of the last hidden layer)."""
+        first, *others = list(self)[: self._last_linear]
+        assert isinstance(first, nn.Linear)
+        sizes = [part.shape[1] for part in x[:3]]
+        of_pair, of_source, of_target = first.weight.split(sizes, dim=1)
+        atoms = functional.linear(x.of_source, of_source), functional.linear(x.of_target, of_target)
+        hidden = functional.linear(x.of_pair, of_pair, first.bias) + _gathered(*atoms, x.edge_index)
+        for layer in others:
+            hidden = layer(hidden)
+        return hidden
 
 
 class PairMLP(nn.ModuleList):
@@ -36,12 +79,15 @@ class PairMLP(nn.ModuleList):
         """
         first, act, second, final_act = self
         assert isinstance(first, nn.Linear)
-        source, target = edge_index
         n = self.channels
         weight = first.weight  # (channels, 2 channels + n_pair_features), for h_i, h_j, e_ij
         of_target = functional.linear(h, weight[:, :n], first.bias)  # (n_atoms, channels)
         of_source = functional.linear(h, weight[:, n : 2 * n])
         of_pair = functional.linear(pair_features, weight[:, 2 * n :])  # (n_edges, channels)
-        # index_select, for the gradient of plain indexing is a much slower scatter on CPUs.
-        gathered = of_target.index_select(0, target) + of_source.index_select(0, source)
-        return final_act(second(act(of_pair + gathered)))
+        return final_act(second(act(of_pair + _gathered(of_source, of_target, edge_index))))
+
+
+def _gathered(of_source: Tensor, of_target: Tensor, edge_index: EdgeIndex) -> Tensor:
+    # index_select, for the gradient of plain indexing is a much slower scatter on CPUs.
+    source, target = edge_index
+    return of_target.index_select(0, target) + of_source.index_select(0, source)

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from atomeq.graph.atom_graph import AtomGraph
+from atomeq.graph.atom_graph import MIN_VOLUME, AtomGraph
 from atomeq.typing import PropertyKey
 
 
@@ -147,7 +147,7 @@ def _gradients(energy: Tensor, inputs: list[Tensor], *, create_graph: bool) -> t
 
 def refuse_flat_cells(graph: AtomGraph) -> None:
     """Raise ``ValueError`` naming the first structure whose cell has no volume."""
-    flat = torch.nonzero(graph.volume() < 1e-6).flatten().tolist()
+    flat = torch.nonzero(graph.volume() < MIN_VOLUME).flatten().tolist()
     if flat:
         raise ValueError(
             f"stress needs a cell with a volume, and structure {flat[0]} of this batch has none; "

@@ -85,3 +85,46 @@ def test_roll_of_the_frame_changes_nothing() -> None:
     roll = rotation_matrix(torch.stack([angles.cos(), zero, angles.sin(), zero], dim=1))
     rolled = layer.frame(rotation=roll @ rotation_matrix(edge_quaternion(unit)))
     assert relative(layer("cpu", frame=rolled), layer("cpu")) <= EXACT
+
+
+@pytest.mark.parametrize("n_threads", [1, 3])
+@pytest.mark.parametrize(
+    ("lmax", "mmax", "channels", "radial", "recompute"),
+    [
+        (2, 2, 8, "map", False),
+        (2, 2, 5, "map", True),
+        (3, 3, 11, "factors", False),
+        (4, 2, 6, "map", False),
+        (3, 1, 9, "none", True),
+        (1, 1, 4, "none", False),
+        (0, 0, 3, "map", False),
+    ],
+)
+def test_gradient_at_fixed_weights_agrees_with_the_reference(
+    lmax: int, mmax: int, channels: int, radial: str, recompute: bool, n_threads: int
+) -> None:
+    # so many edges that each thread has several blocks, the last one smaller
+    layer = EdgeLayer(lmax, mmax, channels, channels + 2, n_atoms=30, n_edges=1600, radial=radial)
+    inputs = [layer.leaves[k] for k in ("x", "vectors", "radial", "envelope") if k in layer.leaves]
+    for name, leaf in layer.leaves.items():
+        leaf.requires_grad_(name in ("x", "vectors", "radial", "envelope"))
+    before = torch.get_num_threads()
+    torch.set_num_threads(n_threads)
+    try:
+        found, again, expected = (
+            torch.autograd.grad(layer(name, recompute=recompute).sin().sum(), inputs)
+            for name in ("cpu", "cpu", "reference")
+        )
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
+    assert max(relative(a, b) for a, b in zip(found, expected, strict=True)) <= EXACT
+
+
+def test_sigmoids_of_extreme_gates_are_those_of_torch() -> None:
+    layer = EdgeLayer(1, 1, 1, 1, n_atoms=2, n_edges=1, radial="none")
+    with torch.no_grad():
+        for scale in (1e-3, 1.0, 30.0, 1e4, float("nan")):
+            layer.leaves["first.0"].mul_(scale)
+            out, expected = layer("cpu"), layer("reference")
+            torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12, equal_nan=True)

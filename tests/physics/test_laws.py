@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from ase import Atoms
-from ase.build import make_supercell
+from ase.build import bulk, make_supercell
 from bonded import BondedHyperGraph
 from scipy.spatial.transform import Rotation
 from structures import RATTLED, rattled_crystal, rattled_molecule
@@ -180,6 +180,14 @@ def test_edges_on_the_poles(potential, axis, tilt):
     np.testing.assert_allclose(
         turned["forces"], on_pole["forces"] @ ROTATION.T, rtol=0, atol=EXACT * 10
     )
+
+
+def test_energy_is_continuous_at_symmetric_structures(potential):
+    """Without forces, a push of 1e-4 Å changes the energy by some 1e-8 eV for springs."""
+    perfect = bulk("Cu", cubic=True)
+    pushed = perfect.copy()
+    pushed.positions += 1e-4 * np.random.default_rng(0).normal(size=(4, 3))
+    assert abs(energy(potential, pushed) - energy(potential, perfect)) / 4 <= 1e-6
 
 
 def test_single_atom_has_an_energy_and_no_force(potential):

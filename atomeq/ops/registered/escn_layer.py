@@ -244,6 +244,9 @@ class EdgeBlock:
 
 def value(layer: EdgeLayer, *, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Return the sums on the atoms, (n_atoms, n_sph, C), and y and u if they are to be kept."""
+    whole = layer.kernels.whole_layer(layer)
+    if whole is not None:
+        return whole.value(keep=keep)
     x = layer.tensors["x"]
     n_sph, channels = x.shape[1], layer.second.c_out
     total = x.new_zeros(x.shape[0], n_sph, channels)
@@ -263,6 +266,10 @@ def gradient(layer: EdgeLayer, grad: Tensor, kept: list[Tensor], wanted: set[str
 
     ``kept`` has y and u, both empty if they were not kept.
     """
+    whole = layer.kernels.whole_layer(layer)
+    found = None if whole is None else whole.gradient(grad, kept, wanted)
+    if found is not None:
+        return found
     found = empty_gradients(layer, wanted)
     for block in layer.blocks():
         _block_gradient(block, grad, kept, found)

@@ -7,7 +7,7 @@ traced graph can carry, and found here when first asked for. A set need not have
 from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
-from typing import Literal, Protocol, cast
+from typing import TYPE_CHECKING, Literal, Protocol, cast
 
 from torch import Tensor
 
@@ -16,6 +16,9 @@ from atomeq.ops.harmonic_polynomials import Normalization
 from atomeq.ops.registered.radial_scale import RadialScale
 from atomeq.ops.registered.so2_shape import SO2Shape
 from atomeq.ops.specification import OpSpec
+
+if TYPE_CHECKING:  # which imports this module
+    from atomeq.ops.registered.escn_layer import EdgeLayer
 
 # (topic, set) -> "module:class"
 KERNELS: dict[tuple[str, str], str] = {
@@ -68,6 +71,20 @@ class GateKernel(Protocol):
 
     def second(self, moved: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
         """Return J moved, like a, and the gradient of <moved, J^T grad> in y, like y."""
+        ...
+
+
+class LayerKernel(Protocol):
+    """A whole edge layer at once, as :mod:`atomeq.ops.registered.escn_layer` has it in blocks."""
+
+    def value(self, *, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the sums on the atoms, and y and u if they are to be kept."""
+        ...
+
+    def gradient(
+        self, grad: Tensor, kept: list[Tensor], wanted: set[str]
+    ) -> dict[str, Tensor] | None:
+        """Return dE/de of the wanted inputs, or None where that is for the blocks to do."""
         ...
 
 
@@ -174,6 +191,10 @@ class EdgeKernels(Protocol):
 
     def edges_at_once(self, first: SO2Shape) -> int:
         """Return how many edges a layer works on at a time."""
+        ...
+
+    def whole_layer(self, layer: "EdgeLayer") -> LayerKernel | None:
+        """Return a kernel for all of a layer, or None where it goes block by block."""
         ...
 
 

@@ -15,8 +15,10 @@ from atomeq.ops.backends.cpu import memory, native_edge
 from atomeq.ops.backends.cpu.gate import CPUGate
 from atomeq.ops.backends.cpu.radial_scale import CPURadialScale
 from atomeq.ops.backends.cpu.so2 import CPUSO2Map, add_weight_gradients
+from atomeq.ops.backends.cpu.whole_layer import WholeLayer
 from atomeq.ops.backends.native.builder import unavailable
 from atomeq.ops.orders import radial_rows
+from atomeq.ops.registered.escn_layer import EdgeLayer
 from atomeq.ops.registered.radial_scale import RadialScale
 from atomeq.ops.registered.so2_shape import SO2Shape, scale_gradient, scale_rows_
 from atomeq.ops.specification import OpSpec
@@ -169,6 +171,10 @@ class CPUEdgeKernels:
         """Return how many edges keep a layer's rows in the cache."""
         edges = _LAYER_BLOCK // max(1, first.n_rows * first.c_in)
         return min(max(edges, _LEAST_EDGES), _MOST_EDGES)
+
+    def whole_layer(self, layer: EdgeLayer) -> WholeLayer | None:
+        """Return the C kernel where it serves."""
+        return WholeLayer(layer) if WholeLayer.serves(layer) else None
 
 
 def _gathered(x: Tensor, indices: Sequence[Tensor], part: slice) -> Tensor:

@@ -35,11 +35,11 @@ def gather_rotate(
 ) -> None:
     """Write scale * W G x to ``rows``."""
     _library(x.dtype, *degrees).gather_rotate(
-        _pointer(x),
-        _pointer(wigner),
+        pointer(x),
+        pointer(wigner),
         *_index_array(indices),
-        _pointer(scale),
-        _pointer(rows),
+        pointer(scale),
+        pointer(rows),
         _number(len(rows)),
         _number(x.shape[2]),
     )
@@ -55,11 +55,11 @@ def rotate_scatter(
 ) -> None:
     """Add G^T W^T (factor * rows) to ``total``."""
     _library(rows.dtype, *degrees).rotate_scatter(
-        _pointer(rows),
-        _pointer(wigner),
+        pointer(rows),
+        pointer(wigner),
         *_index_array(indices),
-        _pointer(factor),
-        _pointer(total),
+        pointer(factor),
+        pointer(total),
         _number(len(rows)),
         _number(total.shape[2]),
     )
@@ -74,17 +74,14 @@ def torque(
     degrees: tuple[int, int],
 ) -> None:
     """Write <W^T rows, X_k G x> to ``result``."""
-    lmax = degrees[0]
-    values = table_like(_generator_values, lmax, like=rows)
+    tables = generator_tables(rows, degrees[0])
     _library(rows.dtype, *degrees).torque(
-        _pointer(x),
-        _pointer(rows),
-        _pointer(wigner),
+        pointer(x),
+        pointer(rows),
+        pointer(wigner),
         *_index_array(indices),
-        _pointer(values),
-        _pointer(_generator_places(lmax)),
-        _pointer(_generator_counts(lmax)),
-        _pointer(result),
+        *map(pointer, tables.values()),
+        pointer(result),
         _number(len(rows)),
         _number(x.shape[2]),
     )
@@ -104,20 +101,39 @@ def rows_wise(
     last = tensors[-1]
     assert last is not None
     function = getattr(_library(last.dtype, *degrees), name)
-    function(*map(_pointer, tensors), _number(len(last)), _number(channels))
+    function(*map(pointer, tensors), _number(len(last)), _number(channels))
 
 
-@cache
-def _library(dtype: torch.dtype, lmax: int, mmax: int) -> ctypes.CDLL:
-    return load(source_of("edge.c", {"REAL": _REAL[dtype], "LMAX": lmax, "MMAX": mmax}))
+def source(dtype: torch.dtype, lmax: int, mmax: int) -> str:
+    """Return the C source of these kernels."""
+    return source_of("edge.c", {"REAL": _REAL[dtype], "LMAX": lmax, "MMAX": mmax})
 
 
-def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
+def generator_tables(like: Tensor, lmax: int) -> dict[str, Tensor]:
+    """Return the elements of the generators of rotations as the kernels take them."""
+    return {
+        "generator": table_like(_generator_values, lmax, like=like),
+        "place": _generator_places(lmax),
+        "count": _generator_counts(lmax),
+    }
+
+
+def pointer(tensor: Tensor | None) -> ctypes.c_void_p:
+    """Return a tensor's address, null for none.
+
+    Raises:
+        ValueError: The tensor is not contiguous.
+    """
     if tensor is None:
         return ctypes.c_void_p()
     if not tensor.is_contiguous():
         raise ValueError(f"a C kernel was given strides {tensor.stride()}; pass .contiguous()")
     return ctypes.c_void_p(tensor.data_ptr())
+
+
+@cache
+def _library(dtype: torch.dtype, lmax: int, mmax: int) -> ctypes.CDLL:
+    return load(source(dtype, lmax, mmax))
 
 
 def _index_array(indices: Sequence[Tensor]) -> tuple[ctypes.Array, ctypes.c_int64]:

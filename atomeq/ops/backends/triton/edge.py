@@ -8,6 +8,7 @@ from torch import Tensor
 from atomeq.ops.backends.triton import rotation, row_scale, so2
 from atomeq.ops.backends.triton.gate import TritonGate
 from atomeq.ops.backends.triton.launch import refusal
+from atomeq.ops.registered.escn_layer import EdgeLayer
 from atomeq.ops.registered.so2_shape import SO2Shape
 from atomeq.ops.specification import OpSpec
 
@@ -112,3 +113,6 @@ class TritonEdgeKernels:
         """Return how many edges a layer works on at a time: what fits, since a GPU wants all."""
         widest = max(first.width, first.n_rows * first.c_in)
         return max(1, _BYTES_AT_ONCE // (widest * torch.float64.itemsize))
+
+    def whole_layer(self, layer: EdgeLayer) -> None:
+        """Return None: blocks are as large as memory allows."""
