@@ -26,10 +26,11 @@
 typedef REAL LANES __attribute__((vector_size(WIDTH), aligned(sizeof(REAL)), may_alias));
 #define N_LANES ((int64_t)(WIDTH / sizeof(REAL)))
 #define PANEL (2 * N_LANES)
-#define ROWS ((int64_t)96)                        /* of a block, in the second cache */
+#define ROWS ((int64_t)144)                       /* of a block, in the second cache */
 #define DEPTH ((int64_t)(1024 / sizeof(REAL)))    /* terms at a time */
 #define N_EDGES ((int64_t)(1600 / sizeof(REAL)))  /* terms at a time of a sum over edges */
-#define UP(n, step) (((n) + (step) - 1) / (step) * (step))
+#define PARTS(n, size) (((n) + (size) - 1) / (size))
+#define UP(n, step) (PARTS(n, step) * (step))
 #define MIN(a, b) ((a) < (b) ? (a) : (b))
 
 /* A matrix with strides, or the sum or difference (sign = +-1) of two; `other` may be null. */
@@ -212,10 +213,12 @@ void map_rows(const REAL *from, const REAL *packed, const int64_t *is_complex, i
   Sizes s = {c_in, c_out, n_scalars};
   int64_t width_x = N_ROWS * c_in, width_y = N_ROWS * c_out + n_scalars;
   int64_t from_row = transposed ? width_y : width_x, to_row = transposed ? width_x : width_y;
+  int64_t parts = UP(PARTS(n_edges, ROWS), n_threads), step = 0;
+  if (parts) step = UP(PARTS(n_edges, parts), STRIP);
 #pragma omp parallel for num_threads(n_threads) schedule(static) if (n_threads > 1)
-  for (int64_t e = 0; e < n_edges; e += ROWS) {
+  for (int64_t e = 0; e < n_edges; e += step) {
     const REAL *matrix = packed;
-    int64_t n = MIN(ROWS, n_edges - e);
+    int64_t n = MIN(step, n_edges - e);
     for (int m = 0; m <= MMAX; m++) {
       int64_t nx = size_x(s, m), ny = size_y(s, m), ax = at_x(s, m), ay = at_y(s, m);
       int64_t in = transposed ? ny : nx, out = transposed ? nx : ny;
@@ -255,7 +258,7 @@ static void pack_strips(Factor y, int64_t n, int64_t width, REAL *strips) {
 /* y^T x, a sum over the edges; panels has room for N_EDGES x UP(nx, PANEL). All threads call it. */
 static void add_outer(Factor y, int64_t ny, Factor x, int64_t nx, int64_t n_edges, REAL *panels,
                       Result r) {
-  int64_t parts = (n_edges + N_EDGES - 1) / N_EDGES, depth = (n_edges + parts - 1) / parts;
+  int64_t parts = PARTS(n_edges, N_EDGES), depth = parts ? PARTS(n_edges, parts) : 0;
   for (int64_t e = 0; e < n_edges; e += depth) {
     int64_t n = MIN(depth, n_edges - e);
 #pragma omp for schedule(static)
