@@ -318,25 +318,37 @@ def _block_inputs(
     gz = block.first_back(gy)
     if into is not None:
         into.copy_(gz)
-    if scale is not None:
-        radial = layer.kernels.radial_scale(scale, layer.first)
-        if RADIAL & found.keys():
-            block.add_radial_gradients(radial.gradient_(block.into(x), gz), None, found)
-        else:
-            radial.multiply_(gz)
-    if "x" in found:
-        block.back(gz, found["x"])
+    to_scale, to_turn = None, None
+    mapped = "radial_weight" in layer.tensors
+    if scale is not None and RADIAL & found.keys():
+        to_scale = layer.kernels.empty(scale.shape, x) if mapped else found["radial"][part]
     if "vectors" in found:
-        found["vectors"][part] -= block.torque(x, gz)
+        to_turn = x.new_empty(block.n, 3)
+    layer.kernels.gather_gradient(
+        *(x, block.wigner, block.indices, block.segments, gz, layer.first),
+        **{"scale": scale, "to_scale": to_scale, "to_x": found.get("x"), "to_turn": to_turn},
+    )
+    if to_turn is not None:
+        found["vectors"][part] -= to_turn
+    if to_scale is not None and mapped:
+        block.add_radial_gradients(to_scale, None, found)
 
 
 def empty_gradients(layer: EdgeLayer, wanted: set[str]) -> Named:
-    """Return zeros for what is wanted; ``first`` stands for all weights of the first map."""
+    """Return zeros for what is wanted; ``first`` stands for all weights of the first map.
+
+    Edges have ``radial`` to themselves, and its memory is as it is.
+    """
 
     def zeros_like(tensor: Tensor) -> Tensor:
         return layer.kernels.empty(tensor.shape, tensor).zero_()
 
-    found = {name: zeros_like(layer.tensors[name]) for name in wanted & layer.tensors.keys()}
+    found = {
+        name: zeros_like(layer.tensors[name])
+        for name in wanted & layer.tensors.keys() - {"radial"}
+    }
+    if "radial" in wanted:
+        found["radial"] = layer.kernels.empty(layer.tensors["radial"].shape, layer.tensors["x"])
     if "vectors" in wanted:
         found["vectors"] = layer.tensors["x"].new_zeros(layer.n_edges, 3)
     for name, weights in zip(("first", "second"), layer.weights, strict=True):
