@@ -188,8 +188,11 @@ def test_operations_are_registered_as_torch_expects(
     for keep in (True, False):
         check(escn_conv, (), given | {"keep": keep})
     out, *kept = escn_conv(**given, keep=True)
-    wanted = {"wanted": "first,second,vectors,x"}
-    check(escn_conv_gradient, (), given | wanted | {"grad": torch.randn_like(out), "kept": kept})
+    wanted = {"wanted": "first,second,vectors,x", "grad": torch.randn_like(out), "kept": kept}
+    for keep in (True, False):
+        check(escn_conv_gradient, (), given | wanted | {"keep": keep})
+    *_, ga, gz = escn_conv_gradient(**given, **wanted, keep=True)
+    kept = [*kept, ga, gz]
     along = {"along": "x,vectors", "directions": [torch.randn_like(given["x"]), vectors.detach()]}
     along["directions"][1] = torch.randn(len(given["vectors"]), 3, dtype=torch.float64)
     second = {"grad": torch.randn_like(out), "kept": kept, "wanted": "first,grad,x"}
@@ -199,7 +202,7 @@ def test_operations_are_registered_as_torch_expects(
 def test_layer_feels_no_torque_about_its_edges() -> None:
     given = layer_arguments(EdgeLayer(3, 2, channels=8, hidden=8, n_edges=20, chiral=True))
     out, *kept = escn_conv(**given, keep=True)
-    found = escn_conv_gradient(torch.randn_like(out), **given, kept=kept, wanted="vectors")
+    found = escn_conv_gradient(torch.randn_like(out), **given, kept=kept, wanted="vectors", keep=False)
     turn, direction = found[1], torch.nn.functional.normalize(given["vectors"], dim=1)
     assert turn.norm(dim=1).min() > 0
     assert (turn * direction).sum(1).abs().max() <= EXACT * turn.norm(dim=1).max()

@@ -70,13 +70,15 @@ def _fake_value(
 def _value_gradient(
     saved: SimpleNamespace, wanted: set[str], grad: Tensor | None, *_: Tensor | None
 ) -> dict[str, Tensor | list[Tensor] | None]:
+    # a gradient that is made with a graph is there to be differentiated
+    keep = saved.keep and torch.is_grad_enabled() and bool(wanted & escn_layer.INWARD)
     found = escn_conv_gradient(
         grad,
         *(getattr(saved, name) for name in _TENSORS),
         *(saved.wigner, saved.first, saved.second, saved.source, saved.target, saved.segments),
-        *(saved.outputs, saved.lmax, saved.mmax, ",".join(sorted(wanted)), saved.kernels),
+        *(saved.outputs, saved.lmax, saved.mmax, ",".join(sorted(wanted)), keep, saved.kernels),
     )
-    return _named(saved, wanted, list(found), saved.vectors)
+    return _named(saved, wanted, list(found[:-2]), saved.vectors)
 
 
 @registered(fake=_fake_value, gradient=_value_gradient, keeps=(1, 2))
@@ -120,23 +122,27 @@ def _fake_gradient(
     lmax: int,
     mmax: int,
     wanted: str,
+    keep: bool,
     kernels: str,
 ) -> list[Tensor]:
     given = SimpleNamespace(**locals())
-    return _fake_list(given, _TENSORS)
+    n_kept = wigner.shape[0] if keep else 0
+    shapes = layer_shapes(x.shape[2], second, lmax, mmax)
+    rows = [x.new_empty(n_kept, shape.n_rows * shape.c_in) for shape in reversed(shapes)]
+    return [*_fake_list(given, _TENSORS), *rows]
 
 
 def _gradient_gradient(
     saved: SimpleNamespace, wanted: set[str], cotangents: list[Tensor | None]
 ) -> dict[str, Tensor | list[Tensor] | None]:
-    along = _along(saved, cotangents)
+    along = _along(saved, cotangents[:-2])
     if not along:
         return {}
     found = escn_conv_second_gradient(
         saved.grad,
         *(getattr(saved, name) for name in _TENSORS),
         *(saved.wigner, saved.first, saved.second, saved.source, saved.target, saved.segments),
-        *(saved.kept, ",".join(along), list(along.values())),
+        *([*saved.kept, *saved.outputs], ",".join(along), list(along.values())),
         *(saved.lmax, saved.mmax, ",".join(sorted(wanted)), saved.kernels),
     )
     found = list(found)
@@ -144,7 +150,7 @@ def _gradient_gradient(
     return named | {"grad": found[0] if "grad" in wanted else None}
 
 
-@registered(fake=_fake_gradient, gradient=_gradient_gradient)
+@registered(fake=_fake_gradient, gradient=_gradient_gradient, keeps=(-2, -1))
 def escn_conv_gradient(
     grad: Tensor,
     x: Tensor,
@@ -163,15 +169,19 @@ def escn_conv_gradient(
     lmax: int,
     mmax: int,
     wanted: str,
+    keep: bool,
     kernels: str,
 ) -> list[Tensor]:
     """Return the gradients of the inputs named in ``wanted``, empty tensors for the others.
 
-    The one of ``vectors`` is that with respect to a turn of each edge, (n_edges, 3).
+    The one of ``vectors`` is that with respect to a turn of each edge, (n_edges, 3). The last two
+    are what the gradient of this wants kept.
     """
     given = SimpleNamespace(**locals())
-    found = escn_layer.gradient(_layer(given), grad.contiguous(), kept, _set(wanted))
-    return _listed(given, found, _TENSORS)
+    found, *rows = escn_layer.gradient(
+        _layer(given), grad.contiguous(), kept, _set(wanted), keep=keep
+    )
+    return [*_listed(given, found, _TENSORS), *rows]
 
 
 def _fake_second(

@@ -6,7 +6,7 @@ target atoms,
     r = W G x,  z = s r,  y = M_1 z,  a = gate(y),  u = M_2 a,  out = S f W^T u.
 
 Edges are worked on a block at a time, and between the passes nothing of an edge is kept but y and
-u, or not even these. The gradient of the gradient is in :mod:`atomeq.ops.registered.escn_second`.
+u, and for a second derivative dE/da and dE/dz, or not even these. The gradient of the gradient is in :mod:`atomeq.ops.registered.escn_second`.
 """
 
 import math
@@ -22,6 +22,7 @@ from atomeq.ops.registered.so2_shape import SO2Shape
 
 Named = dict[str, Tensor]
 RADIAL = {"radial", "radial_weight", "radial_bias"}
+INWARD = {"first", "x", "vectors", *RADIAL}  # what a gradient must pass the first map for
 
 
 @dataclass
@@ -135,13 +136,13 @@ class EdgeBlock:
         """Return M_2 a."""
         return self._forward(1, a, out)
 
-    def first_back(self, grad: Tensor) -> Tensor:
+    def first_back(self, grad: Tensor, out: Tensor | None = None) -> Tensor:
         """Return M_1^T grad."""
-        return self._transposed(0, grad)
+        return self._transposed(0, grad, out)
 
-    def second_back(self, grad: Tensor) -> Tensor:
+    def second_back(self, grad: Tensor, out: Tensor | None = None) -> Tensor:
         """Return M_2^T grad."""
-        return self._transposed(1, grad)
+        return self._transposed(1, grad, out)
 
     def gate(self, y: Tensor) -> GateKernel:
         """Return the gate at y."""
@@ -184,10 +185,10 @@ class EdgeBlock:
         out = self.empty(shape.width, rows) if out is None else out
         return self.layer.maps[number].forward(rows, out)
 
-    def _transposed(self, number: int, grad: Tensor) -> Tensor:
+    def _transposed(self, number: int, grad: Tensor, out: Tensor | None) -> Tensor:
         shape = (self.layer.first, self.layer.second)[number]
-        rows = self.empty(shape.n_rows * shape.c_in, grad)
-        return self.layer.maps[number].transposed(grad, rows)
+        out = self.empty(shape.n_rows * shape.c_in, grad) if out is None else out
+        return self.layer.maps[number].transposed(grad, out)
 
     def _into(
         self,
@@ -251,7 +252,7 @@ def value(layer: EdgeLayer, *, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     n_sph, channels = x.shape[1], layer.second.c_out
     total = x.new_zeros(x.shape[0], n_sph, channels)
     n_kept = layer.n_edges if keep else 0
-    y, u = (x.new_empty(n_kept, shape.width) for shape in (layer.first, layer.second))
+    y, u = (layer.kernels.empty((n_kept, shape.width), x) for shape in (layer.first, layer.second))
     for block in layer.blocks():
         rows = block.into(x, scale=block.scale(), operand=True)
         block_y = y[block.part] if keep else block.empty(layer.first.width, x)
@@ -261,22 +262,37 @@ def value(layer: EdgeLayer, *, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     return total, y, u
 
 
-def gradient(layer: EdgeLayer, grad: Tensor, kept: list[Tensor], wanted: set[str]) -> Named:
-    """Return dE/de of the wanted inputs from dE/d(out); ``vectors`` means dE/dt, (n_edges, 3).
+def gradient(
+    layer: EdgeLayer, grad: Tensor, kept: list[Tensor], wanted: set[str], *, keep: bool
+) -> tuple[Named, Tensor, Tensor]:
+    """Return dE/de of the wanted inputs, and dE/da and dE/dz if they are to be kept.
 
-    ``kept`` has y and u, both empty if they were not kept.
+    ``grad`` is dE/d(out). Of the results, ``vectors`` means dE/dt, (n_edges, 3). ``kept`` has y and
+    u, both empty if they were not kept. To keep something, one of ``INWARD`` must be wanted.
     """
-    whole = layer.kernels.whole_layer(layer)
+    n_kept = layer.n_edges if keep else 0
+    ga, gz = (
+        layer.kernels.empty((n_kept, shape.n_rows * shape.c_in), grad)
+        for shape in (layer.second, layer.first)
+    )
+    whole = None if keep else layer.kernels.whole_layer(layer)
     found = None if whole is None else whole.gradient(grad, kept, wanted)
     if found is not None:
-        return found
+        return found, ga, gz
     found = empty_gradients(layer, wanted)
     for block in layer.blocks():
-        _block_gradient(block, grad, kept, found)
-    return found
+        into = (ga[block.part], gz[block.part]) if keep else (None, None)
+        _block_gradient(block, grad, kept, found, into)
+    return found, ga, gz
 
 
-def _block_gradient(block: EdgeBlock, grad: Tensor, kept: list[Tensor], found: Named) -> None:
+def _block_gradient(
+    block: EdgeBlock,
+    grad: Tensor,
+    kept: list[Tensor],
+    found: Named,
+    into: tuple[Tensor | None, Tensor | None],
+) -> None:
     part, x = block.part, block.layer.tensors["x"]
     scale, envelope = block.scale(), block.edges("envelope")
     y, u = (values[part] if len(values) else None for values in kept)
@@ -284,7 +300,7 @@ def _block_gradient(block: EdgeBlock, grad: Tensor, kept: list[Tensor], found: N
         y = block.first(block.into(x, scale=scale))
     gate = block.gate(y)
     q = block.into_target(grad)
-    ga = block.second_back(q)
+    ga = block.second_back(q, into[0])
     a = gate.value() if {"envelope", "second", "vectors"} & found.keys() else None
     if envelope is not None:
         if a is not None and "envelope" in found:
@@ -296,34 +312,49 @@ def _block_gradient(block: EdgeBlock, grad: Tensor, kept: list[Tensor], found: N
     if a is not None and "second" in found:
         q = q if envelope is None else q.mul_(envelope[:, None])
         block.add_weight_gradients(a, q, found, "second")
-    if {"first", "x", "vectors", *RADIAL} & found.keys():
-        _block_inputs(block, gate.gradient(ga), scale, found)
+    if INWARD & found.keys():
+        _block_inputs(block, gate.gradient(ga), scale, found, into[1])
 
 
-def _block_inputs(block: EdgeBlock, gy: Tensor, scale: Tensor | None, found: Named) -> None:
+def _block_inputs(
+    block: EdgeBlock, gy: Tensor, scale: Tensor | None, found: Named, into: Tensor | None
+) -> None:
     layer, part, x = block.layer, block.part, block.layer.tensors["x"]
     if "first" in found:
         block.add_weight_gradients(block.into(x, scale=scale), gy, found, "first")
     gz = block.first_back(gy)
-    if scale is not None:
-        radial = layer.kernels.radial_scale(scale, layer.first)
-        if RADIAL & found.keys():
-            block.add_radial_gradients(radial.gradient_(block.into(x), gz), None, found)
-        else:
-            radial.multiply_(gz)
-    if "x" in found:
-        block.back(gz, found["x"])
+    if into is not None:
+        into.copy_(gz)
+    to_scale, to_turn = None, None
+    mapped = "radial_weight" in layer.tensors
+    if scale is not None and RADIAL & found.keys():
+        to_scale = layer.kernels.empty(scale.shape, x) if mapped else found["radial"][part]
     if "vectors" in found:
-        found["vectors"][part] -= block.torque(x, gz)
+        to_turn = x.new_empty(block.n, 3)
+    layer.kernels.gather_gradient(
+        *(x, block.wigner, block.indices, block.segments, gz, layer.first),
+        **{"scale": scale, "to_scale": to_scale, "to_x": found.get("x"), "to_turn": to_turn},
+    )
+    if to_turn is not None:
+        found["vectors"][part] -= to_turn
+    if to_scale is not None and mapped:
+        block.add_radial_gradients(to_scale, None, found)
 
 
 def empty_gradients(layer: EdgeLayer, wanted: set[str]) -> Named:
-    """Return zeros for what is wanted; ``first`` stands for all weights of the first map."""
+    """Return zeros for what is wanted; ``first`` stands for all weights of the first map.
+
+    Edges have ``radial`` to themselves, and its memory is as it is.
+    """
 
     def zeros_like(tensor: Tensor) -> Tensor:
         return layer.kernels.empty(tensor.shape, tensor).zero_()
 
-    found = {name: zeros_like(layer.tensors[name]) for name in wanted & layer.tensors.keys()}
+    found = {
+        name: zeros_like(layer.tensors[name]) for name in wanted & layer.tensors.keys() - {"radial"}
+    }
+    if "radial" in wanted:
+        found["radial"] = layer.kernels.empty(layer.tensors["radial"].shape, layer.tensors["x"])
     if "vectors" in wanted:
         found["vectors"] = layer.tensors["x"].new_zeros(layer.n_edges, 3)
     for name, weights in zip(("first", "second"), layer.weights, strict=True):

@@ -27,6 +27,7 @@ def second_gradient(
 ) -> Named:
     """Return the gradients of sum over e of <along[e], dE/de>, for ``grad`` and every input.
 
+    ``kept`` has y, u, dE/da and dE/dz, empty where they were not kept.
     ``along`` has tensors like the inputs, and ``vectors`` for t; of ``first.0``, ``second.1`` and
     so on, all of a map are given or none.
     """
@@ -47,7 +48,9 @@ class _Second:
         self.block, self.grad, self.along, self.found = block, grad, along, found
         self.layer, self.part = block.layer, block.part
         self.x = self.layer.tensors["x"]
-        self.y, self.u = (values[block.part] if len(values) else None for values in kept)
+        self.y, self.u, self.ga, self.gz = (
+            values[block.part] if len(values) else None for values in kept
+        )
         self.envelope = block.edges("envelope")
         scale = block.scale()
         self.scale: RadialScale | None = None
@@ -73,7 +76,7 @@ class _Second:
         moved_y += self._other("first", z, back=False)
         gate = block.gate(y)
         p, moved_p = self._weighted_targets()
-        ga = block.second_back(p)
+        ga = block.second_back(p) if self.ga is None else self.ga
         moved_a, curved = gate.second(moved_y, ga)
         self._outputs(gate.value(), moved_a, p, moved_p)
         moved_ga = self._other("second", p, back=True)
@@ -86,7 +89,7 @@ class _Second:
             block.add_weight_gradients(moved_z, gy, self.found, "first")
             block.add_weight_gradients(z, curved, self.found, "first")
         if self.found.keys() & {"x", "vectors", *RADIAL}:
-            gz = block.first_back(gy)
+            gz = block.first_back(gy) if self.gz is None else self.gz.clone()  # _inputs changes it
             moved_gz = block.first_back(curved)
             moved_gz += self._other("first", gy, back=True)
             self._inputs(r, moved_r, gz, moved_gz, moved_scale)

@@ -156,6 +156,28 @@ class EdgeKernels(Protocol):
         """Return <W^T rows, X_k G x> for the three generators X_k, (n_edges, 3)."""
         ...
 
+    def gather_gradient(
+        self,
+        x: Tensor,
+        wigner: Tensor,
+        indices: Sequence[Tensor],
+        segments: Sequence[Tensor],
+        grad: Tensor,
+        shape: SO2Shape,
+        *,
+        scale: Tensor | None,
+        to_scale: Tensor | None,
+        to_x: Tensor | None,
+        to_turn: Tensor | None,
+    ) -> None:
+        """Give the gradients of <grad, scale * W G x>; grad, (n_edges, n_rows * c_in), may change.
+
+        That of the scale is written, (n_edges, n_scales), that of x added to ``to_x``, that of a
+        turn, which is a torque, written, (n_edges, 3); None where it is not wanted. Without scale
+        the factors are 1.
+        """
+        ...
+
     def empty(self, size: tuple[int, ...], like: Tensor) -> Tensor:
         """Return memory for results that come and go."""
         ...

@@ -19,6 +19,7 @@ from atomeq.ops.backends.cpu.whole_layer import WholeLayer
 from atomeq.ops.backends.native.builder import unavailable
 from atomeq.ops.orders import radial_rows
 from atomeq.ops.registered.escn_layer import EdgeLayer
+from atomeq.ops.registered.gather_gradient import gather_gradient_by_steps
 from atomeq.ops.registered.radial_scale import RadialScale
 from atomeq.ops.registered.so2_shape import SO2Shape, scale_gradient, scale_rows_
 from atomeq.ops.specification import OpSpec
@@ -136,6 +137,32 @@ class CPUEdgeKernels:
             outer = torch.bmm(lab, _gathered(x, indices, part).mT)
             torch.mm(outer.flatten(1), generators, out=result[part])
         return result
+
+    def gather_gradient(
+        self,
+        x: Tensor,
+        wigner: Tensor,
+        indices: Sequence[Tensor],
+        segments: Sequence[Tensor],
+        grad: Tensor,
+        shape: SO2Shape,
+        *,
+        scale: Tensor | None,
+        to_scale: Tensor | None,
+        to_x: Tensor | None,
+        to_turn: Tensor | None,
+    ) -> None:
+        """Give the gradients of <grad, scale * W G x>."""
+        if not native_edge.serves(x):
+            results = {"to_scale": to_scale, "to_x": to_x, "to_turn": to_turn}
+            given = (x, wigner, indices, segments, grad, shape)
+            gather_gradient_by_steps(self, *given, scale=scale, **results)
+            return
+        scale = None if scale is None else scale.contiguous()
+        native_edge.gather_gradient(
+            *(x.contiguous(), wigner.contiguous(), [index.contiguous() for index in indices]),
+            *(grad, scale, (to_scale, to_x, to_turn), (shape.lmax, shape.mmax)),
+        )
 
     def empty(self, size: tuple[int, ...], like: Tensor) -> Tensor:
         """Return memory that is used again when it is freed."""

@@ -87,6 +87,36 @@ def torque(
     )
 
 
+def gather_gradient(
+    x: Tensor,
+    wigner: Tensor,
+    indices: Sequence[Tensor],
+    grad: Tensor,
+    scale: Tensor | None,
+    results: tuple[Tensor | None, Tensor | None, Tensor | None],
+    degrees: tuple[int, int],
+) -> None:
+    """Write or add the gradients of <grad, scale * W G x>.
+
+    Args:
+        x: Features of the atoms.
+        wigner: Of the edges.
+        indices: One or two.
+        grad: (n_edges, n_rows, channels of all sides).
+        scale: (n_edges, n_scales) or None for factors of 1.
+        results: Of the scale, written; of x, added to; of a turn of each edge, written. None where
+            it is not wanted.
+        degrees: lmax and mmax.
+    """
+    lmax = degrees[0]
+    values = table_like(_generator_values, lmax, like=grad)
+    _library(x.dtype, *degrees).gather_gradient(
+        *(_pointer(x), _pointer(wigner), *_index_array(indices), _pointer(grad), _pointer(scale)),
+        *(*map(_pointer, results), _pointer(values), _pointer(_generator_places(lmax))),
+        *(_pointer(_generator_counts(lmax)), _number(len(grad)), _number(x.shape[2])),
+    )
+
+
 def rows_wise(
     name: str, tensors: Sequence[Tensor | None], channels: int, degrees: tuple[int, int]
 ) -> None:

@@ -1,14 +1,16 @@
-"""The matrix products of SO(2) maps: straight from strided rows into strided rows.
+"""The matrix products of SO(2) maps by the C kernel, or in plain torch where there is none.
 
 A complex product costs three real ones: with s = x_+ + x_-,
 
     y_+ = W_1 s - (W_1 + W_2) x_-,    y_- = W_1 s + (W_2 - W_1) x_+.
 """
 
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
-from atomeq.ops.backends.cpu import memory
+from atomeq.ops.backends.cpu import memory, native_edge, native_so2
 from atomeq.ops.backends.cpu.gate import CPUGate
 from atomeq.ops.registered.so2_shape import SO2Shape
 
@@ -19,18 +21,14 @@ class CPUSO2Map:
     def __init__(self, weights: list[Tensor], shape: SO2Shape) -> None:
         self.shape = shape
         self.weights = weights
-        self.parts = [_complex_parts(weight) for weight in weights]
+        self.native = native_edge.serves(weights[0])
 
     def forward(self, rows: Tensor, out: Tensor, bias: Tensor | None = None) -> Tensor:
         """Write M rows + bias to ``out``."""
-        for block, weight, parts in zip(self.shape.blocks, self.weights, self.parts, strict=True):
-            inputs = [rows[:, columns] for columns in block.inputs]
-            outputs = [out[:, columns] for columns in block.outputs]
-            if parts is None:
-                for x, y in zip(inputs, outputs, strict=True):
-                    torch.mm(x, weight.T, out=y)
-            else:
-                _complex_product(inputs, [part.T for part in parts], outputs)
+        if self.native:
+            self._packed.multiply(rows, out)
+        else:
+            self._forward(rows, out)
         if bias is not None:
             out[:, : len(bias)] += bias
         return out
@@ -42,7 +40,34 @@ class CPUSO2Map:
 
     def transposed(self, grad: Tensor, out: Tensor) -> Tensor:
         """Write M^T grad to ``out``."""
-        for block, weight, parts in zip(self.shape.blocks, self.weights, self.parts, strict=True):
+        if self.native:
+            return self._packed_transposed.multiply(grad, out)
+        return self._transposed(grad, out)
+
+    @cached_property
+    def _packed(self) -> native_so2.PackedMap:
+        return native_so2.PackedMap(self.weights, self.shape, transposed=False)
+
+    @cached_property
+    def _packed_transposed(self) -> native_so2.PackedMap:
+        return native_so2.PackedMap(self.weights, self.shape, transposed=True)
+
+    @cached_property
+    def _parts(self) -> list[tuple[Tensor, Tensor, Tensor] | None]:
+        return [_complex_parts(weight) for weight in self.weights]
+
+    def _forward(self, rows: Tensor, out: Tensor) -> None:
+        for block, weight, parts in zip(self.shape.blocks, self.weights, self._parts, strict=True):
+            inputs = [rows[:, columns] for columns in block.inputs]
+            outputs = [out[:, columns] for columns in block.outputs]
+            if parts is None:
+                for x, y in zip(inputs, outputs, strict=True):
+                    torch.mm(x, weight.T, out=y)
+            else:
+                _complex_product(inputs, [part.T for part in parts], outputs)
+
+    def _transposed(self, grad: Tensor, out: Tensor) -> Tensor:
+        for block, weight, parts in zip(self.shape.blocks, self.weights, self._parts, strict=True):
             inputs = [out[:, columns] for columns in block.inputs]
             outputs = [grad[:, columns] for columns in block.outputs]
             if parts is None:
@@ -56,6 +81,9 @@ class CPUSO2Map:
 
 def add_weight_gradients(rows: Tensor, grad: Tensor, into: list[Tensor], shape: SO2Shape) -> None:
     """Add grad rows^T, order by order, to the gradients of the weights."""
+    if native_edge.serves(rows):
+        native_so2.add_weight_gradients(rows, grad, into, shape)
+        return
     for block, gradient in zip(shape.blocks, into, strict=True):
         inputs = [rows[:, columns] for columns in block.inputs]
         outputs = [grad[:, columns] for columns in block.outputs]

@@ -64,18 +64,49 @@ typedef REAL LANES __attribute__((vector_size(32), aligned(sizeof(REAL)), may_al
         *(V *)(x + (l * l + i) * x_stride) += factor * lab[i];                                    \
     }                                                                                             \
   }                                                                                               \
-  INLINE void torque_##V(const REAL *rows, int64_t row_stride, const REAL *w, const REAL *x,      \
-                         int64_t x_stride, const REAL *value, const int64_t *place,               \
-                         const int64_t *count, V *sum) {                                          \
-    V lab[N_SPH];                                                                                 \
-    UNROLL for (int l = 0; l <= LMAX; l++)                                                        \
-      unrotate_##V(rows, row_stride, w, l, lab + l * l);                                          \
+  INLINE void torque_of_lab_##V(const V *lab, const REAL *x, int64_t x_stride, const REAL *value,  \
+                                const int64_t *place, const int64_t *count, V *sum) {              \
     for (int k = 0; k < 3; k++) {                                                                 \
       V torque = sum[k];                                                                          \
       for (int64_t n = count[k]; n < count[k + 1]; n++)                                           \
         torque += value[n] * lab[place[2 * n]] * *(const V *)(x + place[2 * n + 1] * x_stride);   \
       sum[k] = torque;                                                                            \
     }                                                                                             \
+  }                                                                                               \
+  INLINE void torque_##V(const REAL *rows, int64_t row_stride, const REAL *w, const REAL *x,      \
+                         int64_t x_stride, const REAL *value, const int64_t *place,               \
+                         const int64_t *count, V *sum) {                                          \
+    V lab[N_SPH];                                                                                 \
+    UNROLL for (int l = 0; l <= LMAX; l++)                                                        \
+      unrotate_##V(rows, row_stride, w, l, lab + l * l);                                          \
+    torque_of_lab_##V(lab, x, x_stride, value, place, count, sum);                                \
+  }                                                                                               \
+  /* Gradients of <g, s W x>: of s, written, of x, added, and of a turn, added; a null is not      \
+     wanted. */                                                                                   \
+  INLINE void gather_gradient_##V(const REAL *x, int64_t x_stride, const REAL *w, const REAL *g,  \
+                                  int64_t row_stride, const REAL *s, REAL *to_s, REAL *to_x,      \
+                                  const REAL *value, const int64_t *place, const int64_t *count,  \
+                                  V *turn) {                                                      \
+    V r[N_ROWS], scaled[N_ROWS], lab[N_SPH];                                                      \
+    int64_t one = sizeof(V) / sizeof(REAL);                                                       \
+    if (to_s) rotate_##V(x, x_stride, w, (REAL *)r, one, 0, 0);                                   \
+    UNROLL for (int l = 0; l <= LMAX; l++) {                                                      \
+      UNROLL for (int k = 0; k < n_rows_of(l); k++) {                                             \
+        int row = row_of(l, k);                                                                   \
+        int64_t at = scale_of(l, k) * row_stride;                                                 \
+        V grad = *(const V *)(g + row * row_stride);                                              \
+        scaled[row] = grad;                                                                       \
+        if (s) scaled[row] *= *(const V *)(s + at);                                               \
+        if (!to_s) continue;                                                                      \
+        V product = grad * r[row];                                                                \
+        if (k > 0 && k % 2 == 0) product += *(V *)(to_s + at); /* -m is added to +m */            \
+        *(V *)(to_s + at) = product;                                                              \
+      }                                                                                           \
+      unrotate_##V((const REAL *)scaled, one, w, l, lab + l * l);                                 \
+    }                                                                                             \
+    if (to_x)                                                                                     \
+      UNROLL for (int i = 0; i < N_SPH; i++) *(V *)(to_x + i * x_stride) += lab[i];               \
+    if (turn) torque_of_lab_##V(lab, x, x_stride, value, place, count, turn);                     \
   }
 
 ROTATIONS(LANES)
@@ -138,6 +169,36 @@ void torque(const REAL *x, const REAL *rows, const REAL *wigner, const int64_t *
     for (int k = 0; k < 3; k++)
       for (int v = 0; v < N_LANES; v++) sum[k] += wide[k][v];
     memcpy(result + 3 * e, sum, sizeof sum);
+  }
+}
+
+/* Gradients of <g, s W G x>: to_x (added) and to_s as in gather_rotate, turn (n_edges, 3); each
+   null if it is not wanted, s if it is 1. */
+void gather_gradient(const REAL *x, const REAL *wigner, const int64_t **index, int64_t n_sides,
+                     const REAL *g, const REAL *s, REAL *to_s, REAL *to_x, REAL *turn,
+                     const REAL *value, const int64_t *place, const int64_t *count,
+                     int64_t n_edges, int64_t channels) {
+  int64_t joined = channels * n_sides;
+  for (int64_t e = 0; e < n_edges; e++) {
+    LANES wide[3] = {{0}, {0}, {0}};
+    REAL sum[3] = {0};
+    const REAL *w = wigner + e * N_ROWS * N_SPH;
+    for (int64_t side = 0; side < n_sides; side++) {
+      int64_t atom = index[side][e] * N_SPH * channels, scales = e * N_SCALES * joined;
+#define AT(pointer, start) ((pointer) ? (pointer) + (start) + c : 0)
+#define ARGUMENTS                                                                                 \
+  AT(x, atom), channels, w, AT(g, e *N_ROWS *joined + side * channels), joined,                   \
+      AT(s, scales + side * channels), AT(to_s, scales + side * channels), AT(to_x, atom), value, \
+      place, count
+      int64_t c = 0;
+      for (; c + N_LANES <= channels; c += N_LANES)
+        gather_gradient_LANES(ARGUMENTS, turn ? wide : 0);
+      for (; c < channels; c++) gather_gradient_REAL(ARGUMENTS, turn ? sum : 0);
+    }
+    if (!turn) continue;
+    for (int k = 0; k < 3; k++)
+      for (int v = 0; v < N_LANES; v++) sum[k] += wide[k][v];
+    memcpy(turn + 3 * e, sum, sizeof sum);
   }
 }
 

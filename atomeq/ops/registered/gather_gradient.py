@@ -1,0 +1,38 @@
+"""The way into an edge layer, s W G x, differentiated by single kernels one after the other."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from atomeq.ops.registered.kernel_sets import EdgeKernels
+from atomeq.ops.registered.so2_shape import SO2Shape
+
+
+def gather_gradient_by_steps(
+    kernels: EdgeKernels,
+    x: Tensor,
+    wigner: Tensor,
+    indices: Sequence[Tensor],
+    segments: Sequence[Tensor],
+    grad: Tensor,
+    shape: SO2Shape,
+    *,
+    scale: Tensor | None,
+    to_scale: Tensor | None,
+    to_x: Tensor | None,
+    to_turn: Tensor | None,
+) -> None:
+    """Do what ``gather_gradient`` of :class:`EdgeKernels` does, by its other kernels."""
+    degrees = {"lmax": shape.lmax, "mmax": shape.mmax}
+    if scale is not None:
+        radial = kernels.radial_scale(scale, shape)
+        if to_scale is None:
+            radial.multiply_(grad)
+        else:
+            rows = kernels.gather_rotate(x, wigner, indices, **degrees)
+            to_scale.copy_(radial.gradient_(rows.flatten(1), grad))
+    rows = grad.unflatten(1, (shape.n_rows, -1))
+    if to_x is not None:
+        kernels.rotate_scatter(rows, wigner, indices, segments, len(x), **degrees, total=to_x)
+    if to_turn is not None:
+        to_turn.copy_(kernels.torque(x, rows, wigner, indices, **degrees))
