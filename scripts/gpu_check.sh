@@ -21,7 +21,8 @@
 #    longer than its bytes at 4.3 TB/s is the one to look at.
 #  * ops/backends/triton/launch.py: _REGISTER_TILE (edges of one program); rotation.py and coupling.py:
 #    BLOCK_E and num_warps of the sums over an atom's edges, which wait for memory if edges are few;
-#    that of couplings spills a little at lmax = 6 (every path, 128 channels, float32).
+#    that of couplings spills 64 bytes from lmax = 5 on (every path, 128 channels, float32), that of
+#    rotations 48 at lmax = mmax = 6.
 #  * ops/backends/triton/sphere.py: _POINTS, _BYTES; one set of coefficients per program may be too
 #    little work at lmax <= 2.
 #  * segment sums sort their index at every call; edge layers and convolutions do so once.

@@ -386,6 +386,8 @@ def _table_partial(x, table, weights, z, source, target, paths, result, n_edges,
         if padded == SIZES[s]:
             place = tl.arange(0, SIZES[s])
             real = place < n_z
+            row = z_row + tl.where(real, place, 0)  # what is read of no row is not written
+            out = result + (edge * TABLE + first_column)[:, None]
             i = 0
             while i < n_x:
                 total = tl.zeros((BLOCK_E, tl.constexpr(SIZES[s])), dtype=SUM)
@@ -400,14 +402,12 @@ def _table_partial(x, table, weights, z, source, target, paths, result, n_edges,
                         at += path * CHANNELS
                         feature *= tl.load(at, mask=inside, other=0.0).to(SUM)
                     at = (z + second * (Z_ROWS * CHANNELS))[:, None, None] + (
-                        (z_row + place)[None, :, None] * CHANNELS + channel[None, None, :]
+                        row[None, :, None] * CHANNELS + channel[None, None, :]
                     )
-                    kept = inside[:, None, :] & real[None, :, None]
-                    pull = tl.load(at, mask=kept, other=0.0).to(SUM)
+                    pull = tl.load(at, mask=inside[:, None, :], other=0.0).to(SUM)
                     total += tl.sum(pull * feature[:, None, :], axis=2)
-                out = result + (edge * TABLE + first_column + i)[:, None]
-                out += (place * n_x)[None, :]
-                tl.store(out, total, mask=there[:, None] & real[None, :])
+                column = place * n_x + i
+                tl.store(out + column[None, :], total, mask=there[:, None] & real[None, :])
                 i += 1
 
 
