@@ -78,7 +78,11 @@ def test_layer_in_double_precision_agrees_to_rounding() -> None:
 def test_recomputing_changes_no_bit() -> None:
     layer = on_device(EdgeLayer(1, 1, channels=16, hidden=16, dtype=torch.float32))
     kept, made_again = (layer.derivatives("triton", recompute=again) for again in (False, True))
-    assert all(torch.equal(kept[name], made_again[name]) for name in kept)
+    # What is made again comes in tiles of another shape, which a BLAS below the interpreter may
+    # round otherwise; a GPU adds in the same order.
+    bar = 0.0 if DEVICE == "cuda" else 1e-6
+    for name, value in kept.items():
+        assert relative(made_again[name], value) <= bar, name
 
 
 @pytest.mark.parametrize("lmax", [4, 6])

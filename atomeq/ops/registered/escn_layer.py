@@ -6,7 +6,8 @@ target atoms,
     r = W G x,  z = s r,  y = M_1 z,  a = gate(y),  u = M_2 a,  out = S f W^T u.
 
 Edges are worked on a block at a time, and between the passes nothing of an edge is kept but y and
-u, and for a second derivative dE/da and dE/dz, or not even these. The gradient of the gradient is in :mod:`atomeq.ops.registered.escn_second`.
+u, and for a second derivative dE/da and dE/dz, or not even these. The gradient of the gradient is
+in :mod:`atomeq.ops.registered.escn_second`.
 """
 
 import math

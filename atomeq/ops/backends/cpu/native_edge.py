@@ -111,9 +111,9 @@ def gather_gradient(
     lmax = degrees[0]
     values = table_like(_generator_values, lmax, like=grad)
     _library(x.dtype, *degrees).gather_gradient(
-        *(_pointer(x), _pointer(wigner), *_index_array(indices), _pointer(grad), _pointer(scale)),
-        *(*map(_pointer, results), _pointer(values), _pointer(_generator_places(lmax))),
-        *(_pointer(_generator_counts(lmax)), _number(len(grad)), _number(x.shape[2])),
+        *(pointer(x), pointer(wigner), *_index_array(indices), pointer(grad), pointer(scale)),
+        *(*map(pointer, results), pointer(values), pointer(_generator_places(lmax))),
+        *(pointer(_generator_counts(lmax)), _number(len(grad)), _number(x.shape[2])),
     )
 
 
