@@ -26,6 +26,7 @@
 typedef REAL LANES __attribute__((vector_size(WIDTH), aligned(sizeof(REAL)), may_alias));
 #define N_LANES ((int64_t)(WIDTH / sizeof(REAL)))
 #define PANEL (2 * N_LANES)
+#define LINE ((int64_t)(64 / sizeof(REAL))) /* of a cache */
 #define ROWS ((int64_t)144)                       /* of a block, in the second cache */
 #define DEPTH ((int64_t)(1024 / sizeof(REAL)))    /* terms at a time */
 #define N_EDGES ((int64_t)(1600 / sizeof(REAL)))  /* terms at a time of a sum over edges */
@@ -93,12 +94,15 @@ INLINE void put(LANES sum[STRIP][2], int64_t n_rows, int64_t n_columns, Result r
 }
 
 /* A block of strips times panels. The element k of row s of the strip that starts with row i is
-   a[i * strip + s * row + k * column]. */
+   a[i * strip + s * row + k * column]. `ahead`: numbers of the next panel to be fetched meanwhile,
+   by each strip. */
 INLINE void multiply_block(const REAL *a, int64_t strip, int64_t row, int64_t column,
                            int64_t n_rows, const REAL *panels, int64_t depth, int64_t n_columns,
-                           Result r) {
+                           int64_t ahead, Result r) {
   for (int64_t j = 0; j < n_columns; j += PANEL)
     for (int64_t i = 0; i < n_rows; i += STRIP) {
+      const REAL *next = panels + (j + PANEL) * depth + i / STRIP * ahead;
+      for (int64_t k = 0; k < ahead; k += LINE) __builtin_prefetch(next + k, 0, 2);
       const REAL *rows[STRIP]; /* beyond the last one it is repeated, and not put */
       LANES sum[STRIP][2];
       Result here = r;
@@ -116,30 +120,62 @@ INLINE void multiply_block(const REAL *a, int64_t strip, int64_t row, int64_t co
 }
 
 INLINE void pack_panel(Factor f, int64_t depth, int64_t n, REAL *panel) {
-  if (f.row == 1)
-    for (int64_t k = 0; k < depth; k += N_LANES)
-      for (int64_t c = 0; c < n; c++)
-        for (int64_t i = k; i < MIN(k + N_LANES, depth); i++)
-          panel[i * PANEL + c] = element(f, i, c);
-  else
-    for (int64_t k = 0; k < depth; k++)
-      for (int64_t c = 0; c < n; c++) panel[k * PANEL + c] = element(f, k, c);
   for (int64_t k = 0; k < depth; k++)
-    for (int64_t c = n; c < PANEL; c++) panel[k * PANEL + c] = 0;
+    for (int64_t c = 0; c < PANEL; c++) panel[k * PANEL + c] = c < n ? element(f, k, c) : 0;
 }
 
-/* Of each PANEL columns of a matrix (depth, n_columns) all elements, row by row. One of the strides
-   is 1, and it is followed: the other may be some pages. */
+/* Panels of a matrix (depth, n_columns) of contiguous rows: of each PANEL columns all elements, row
+   by row. */
 static void pack(Factor f, int64_t depth, int64_t n_columns, REAL *panels) {
-  for (int64_t j = 0; j < n_columns; j += PANEL, panels += PANEL * depth) {
+  f.column = 1;
+  for (int64_t j = 0; j < n_columns; j += PANEL) {
     Factor here = from_element(f, 0, j);
     if (n_columns - j < PANEL)
-      pack_panel(here, depth, n_columns - j, panels);
-    else if (f.column == 1) { /* what is known here the compiler can use */
-      here.column = 1;
-      pack_panel(here, depth, PANEL, panels);
-    } else
-      pack_panel(here, depth, PANEL, panels);
+      pack_panel(here, depth, n_columns - j, panels + j * depth);
+    else
+      pack_panel(here, depth, PANEL, panels + j * depth);
+  }
+}
+
+/* A panel (depth, n) of the transpose of rows nx apart, and `size` further on one of each other part
+   of a complex weight. Some numbers of a row are read at a time; what follows in it lies in another
+   page than the next row, which nothing but a prefetch foresees. */
+INLINE void pack_turned(const REAL *real, const REAL *imaginary, int64_t nx, int64_t depth,
+                        int64_t n, REAL *panel, int64_t size) {
+  for (int64_t k0 = 0; k0 < depth; k0 += N_LANES)
+    for (int64_t c = 0; c < n; c++) {
+      __builtin_prefetch(real + c * nx + k0 + LINE);
+      if (imaginary) __builtin_prefetch(imaginary + c * nx + k0 + LINE);
+      for (int64_t k = k0; k < MIN(k0 + N_LANES, depth); k++) {
+        REAL a = real[c * nx + k], *to = panel + k * PANEL + c;
+        *to = a;
+        if (!imaginary) continue;
+        REAL b = imaginary[c * nx + k];
+        to[size] = a + b;
+        to[2 * size] = a - b;
+      }
+    }
+  for (int part = 0; part < (imaginary ? 3 : 1); part++)
+    for (int64_t k = 0; k < depth; k++)
+      for (int64_t c = n; c < PANEL; c++) panel[part * size + k * PANEL + c] = 0;
+}
+
+/* All panels of the transpose of a weight (ny, nx), depth by depth, or of the weight itself, for
+   M^T; of a complex one, W_1, W_1 + W_2 and W_1 - W_2, which is taken from y_-. */
+static void pack_weight(const REAL *real, const REAL *imaginary, int64_t transposed, int64_t nx,
+                        int64_t ny, REAL *panels) {
+  int64_t in = transposed ? ny : nx, out = transposed ? nx : ny, size = in * UP(out, PANEL);
+  Factor parts[3] = {{real, 0, 0, nx, 1}, {real, imaginary, -1, nx, 1}, {real, imaginary, 1, nx, 1}};
+  for (int64_t k = 0; k < in; k += DEPTH) {
+    int64_t depth = MIN(DEPTH, in - k);
+    REAL *here = panels + k * UP(out, PANEL);
+    if (transposed)
+      for (int part = 0; part < (imaginary ? 3 : 1); part++)
+        pack(from_element(parts[part], k, 0), depth, out, here + part * size);
+    else
+      for (int64_t j = 0; j < out; j += PANEL)
+        pack_turned(real + j * nx + k, imaginary ? imaginary + j * nx + k : 0, nx, depth,
+                    MIN(PANEL, out - j), here + j * depth, size);
   }
 }
 
@@ -150,13 +186,14 @@ static void multiply(Factor x, int64_t n_rows, int64_t depth, const REAL *packed
   for (int64_t k = 0; k < depth; k += DEPTH) {
     int64_t n = MIN(DEPTH, depth - k);
     const REAL *panels = packed + k * UP(n_columns, PANEL);
+    int64_t ahead = UP(PARTS(n * PANEL, PARTS(n_rows, STRIP)), LINE);
     Factor here = from_element(x, 0, k);
     if (x.other) {
       for (int64_t i = 0; i < n_rows; i++)
         for (int64_t c = 0; c < n; c++) sums[i * DEPTH + c] = element(here, i, c);
-      multiply_block(sums, DEPTH, DEPTH, 1, n_rows, panels, n, n_columns, r);
+      multiply_block(sums, DEPTH, DEPTH, 1, n_rows, panels, n, n_columns, ahead, r);
     } else
-      multiply_block(here.one, x.row, x.row, 1, n_rows, panels, n, n_columns, r);
+      multiply_block(here.one, x.row, x.row, 1, n_rows, panels, n, n_columns, ahead, r);
     r.fresh = 0;
   }
 }
@@ -189,20 +226,9 @@ void pack_map(const REAL **weights, const int64_t *is_complex, int64_t transpose
   Sizes s = {c_in, c_out, n_scalars};
   for (int m = 0; m <= MMAX; m++) {
     int64_t nx = size_x(s, m), ny = size_y(s, m);
-    int64_t in = transposed ? ny : nx, out = transposed ? nx : ny;
-    const REAL *real = weights[m], *imaginary = real + ny * nx;
-    REAL turn = transposed ? -1 : 1;
-    int64_t row = transposed ? nx : 1, column = transposed ? 1 : nx;
-    /* W_1; W_1 + W_2; W_1 - W_2, which is taken from y_-; W_2 changes its sign for M^T */
-    Factor parts[3] = {{real, 0, 0, row, column},
-                       {real, imaginary, turn, row, column},
-                       {real, imaginary, -turn, row, column}};
-    for (int part = 0; part < (is_complex[m] ? 3 : 1); part++)
-      for (int64_t k = 0; k < in; k += DEPTH) {
-        int64_t n = MIN(DEPTH, in - k);
-        pack(from_element(parts[part], k, 0), n, out, packed);
-        packed += n * UP(out, PANEL);
-      }
+    int64_t out = transposed ? nx : ny, size = nx * ny / out * UP(out, PANEL);
+    pack_weight(weights[m], is_complex[m] ? weights[m] + ny * nx : 0, transposed, nx, ny, packed);
+    packed += (is_complex[m] ? 3 : 1) * size;
   }
 }
 
@@ -270,7 +296,7 @@ static void add_outer(Factor y, int64_t ny, Factor x, int64_t nx, int64_t n_edge
       Result part = r;
       for (int which = 0; which < 2 && r.to[which]; which++) part.to[which] += o * r.row;
       pack_strips(from_element(y, e, o), n, MIN(ROWS, ny - o), strips);
-      multiply_block(strips, n, 1, STRIP, MIN(ROWS, ny - o), panels, n, nx, part);
+      multiply_block(strips, n, 1, STRIP, MIN(ROWS, ny - o), panels, n, nx, 0, part);
     }
   }
 }
