@@ -16,6 +16,8 @@ from atomeq.ops.backends.native.builder import load, n_threads, source_of
 from atomeq.ops.registered.escn_layer import EdgeLayer, Named, empty_gradients
 
 _EDGES_AT_ONCE = 64  # 24 are as fast in small layers, and a tenth slower in large ones
+# Of the first map, order 0. Products of larger matrices outgrow the cache, and so2.c cuts them up.
+_MOST_INPUTS = 768
 _EDGES_PER_THREAD = 500  # fewer do not pay for a thread
 _RESULTS = {"x": "to_x", "vectors": "to_turn", "envelope": "to_envelope", "radial": "to_radial"}
 
@@ -28,9 +30,13 @@ class WholeLayer:
 
     @staticmethod
     def serves(layer: EdgeLayer) -> bool:
-        """Say whether the kernel knows the layer's dtype and weights: chiral ones it does not."""
+        """Say whether the kernel knows the layer's dtype and weights, and gains by them.
+
+        Chiral weights it does not know.
+        """
         weights = [*layer.weights[0], *layer.weights[1]]
-        return native_edge.serves(layer.tensors["x"]) and all(w.ndim == 2 for w in weights)
+        known = native_edge.serves(layer.tensors["x"]) and all(w.ndim == 2 for w in weights)
+        return known and weights[0].shape[1] <= _MOST_INPUTS
 
     def value(self, *, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Return the sums on the atoms, and y and u if they are to be kept."""
@@ -47,13 +53,7 @@ class WholeLayer:
         if not wanted <= _RESULTS.keys():
             return None
         found = empty_gradients(self.layer, wanted)
-        named = {
-            "x": "to_x",
-            "vectors": "to_turn",
-            "envelope": "to_envelope",
-            "radial": "to_radial",
-        }
-        given = {named[name]: tensor for name, tensor in found.items()} | {"grad": grad}
+        given = {_RESULTS[name]: tensor for name, tensor in found.items()} | {"grad": grad}
         if len(kept[0]):
             given |= {"y": kept[0], "u": kept[1]}
         self._call("layer_gradient", given)
