@@ -202,7 +202,9 @@ def test_operations_are_registered_as_torch_expects(
 def test_layer_feels_no_torque_about_its_edges() -> None:
     given = layer_arguments(EdgeLayer(3, 2, channels=8, hidden=8, n_edges=20, chiral=True))
     out, *kept = escn_conv(**given, keep=True)
-    found = escn_conv_gradient(torch.randn_like(out), **given, kept=kept, wanted="vectors", keep=False)
+    found = escn_conv_gradient(
+        torch.randn_like(out), **given, kept=kept, wanted="vectors", keep=False
+    )
     turn, direction = found[1], torch.nn.functional.normalize(given["vectors"], dim=1)
     assert turn.norm(dim=1).min() > 0
     assert (turn * direction).sum(1).abs().max() <= EXACT * turn.norm(dim=1).max()

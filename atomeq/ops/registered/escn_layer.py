@@ -6,7 +6,8 @@ target atoms,
     r = W G x,  z = s r,  y = M_1 z,  a = gate(y),  u = M_2 a,  out = S f W^T u.
 
 Edges are worked on a block at a time, and between the passes nothing of an edge is kept but y and
-u, and for a second derivative dE/da and dE/dz, or not even these. The gradient of the gradient is in :mod:`atomeq.ops.registered.escn_second`.
+u, and for a second derivative dE/da and dE/dz, or not even these. The gradient of the gradient is
+in :mod:`atomeq.ops.registered.escn_second`.
 """
 
 import math
@@ -344,8 +345,7 @@ def empty_gradients(layer: EdgeLayer, wanted: set[str]) -> Named:
         return layer.kernels.empty(tensor.shape, tensor).zero_()
 
     found = {
-        name: zeros_like(layer.tensors[name])
-        for name in wanted & layer.tensors.keys() - {"radial"}
+        name: zeros_like(layer.tensors[name]) for name in wanted & layer.tensors.keys() - {"radial"}
     }
     if "radial" in wanted:
         found["radial"] = layer.kernels.empty(layer.tensors["radial"].shape, layer.tensors["x"])
