@@ -23,16 +23,18 @@ def gather_gradient_by_steps(
     to_turn: Tensor | None,
 ) -> None:
     """Do what ``gather_gradient`` of :class:`EdgeKernels` does, by its other kernels."""
-    degrees = {"lmax": shape.lmax, "mmax": shape.mmax}
+    lmax, mmax = shape.lmax, shape.mmax
     if scale is not None:
         radial = kernels.radial_scale(scale, shape)
         if to_scale is None:
             radial.multiply_(grad)
         else:
-            rows = kernels.gather_rotate(x, wigner, indices, **degrees)
+            rows = kernels.gather_rotate(x, wigner, indices, lmax=lmax, mmax=mmax)
             to_scale.copy_(radial.gradient_(rows.flatten(1), grad))
     rows = grad.unflatten(1, (shape.n_rows, -1))
     if to_x is not None:
-        kernels.rotate_scatter(rows, wigner, indices, segments, len(x), **degrees, total=to_x)
+        kernels.rotate_scatter(
+            rows, wigner, indices, segments, len(x), lmax=lmax, mmax=mmax, total=to_x
+        )
     if to_turn is not None:
-        to_turn.copy_(kernels.torque(x, rows, wigner, indices, **degrees))
+        to_turn.copy_(kernels.torque(x, rows, wigner, indices, lmax=lmax, mmax=mmax))
