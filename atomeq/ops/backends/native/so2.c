@@ -239,7 +239,7 @@ void map_rows(const REAL *from, const REAL *packed, const int64_t *is_complex, i
   Sizes s = {c_in, c_out, n_scalars};
   int64_t width_x = N_ROWS * c_in, width_y = N_ROWS * c_out + n_scalars;
   int64_t from_row = transposed ? width_y : width_x, to_row = transposed ? width_x : width_y;
-  int64_t parts = UP(PARTS(n_edges, ROWS), n_threads), step = 0;
+  int64_t parts = UP(PARTS(n_edges, ROWS), n_threads), step = ROWS;
   if (parts) step = UP(PARTS(n_edges, parts), STRIP);
 #pragma omp parallel for num_threads(n_threads) schedule(static) if (n_threads > 1)
   for (int64_t e = 0; e < n_edges; e += step) {
