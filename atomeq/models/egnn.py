@@ -15,6 +15,8 @@ This is our default form, an energy potential. It differs from the paper on purp
 """
 
 import math
+from collections.abc import Iterable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -89,7 +91,8 @@ class EGNN(AtomisticModel):
 
         h = self.embedding(graph.atomic_numbers)  # (n_atoms, C)
         moved = vectors.new_zeros(graph.n_atoms, 3)
-        for number, layer in enumerate(self.layers, start=1):
+        layers = cast("Iterable[EGNNLayer]", self.layers)
+        for number, layer in enumerate(layers, start=1):
             separation = vectors + moved.index_select(0, source) - moved.index_select(0, target)
             squared = (separation * separation).sum(dim=1, keepdim=True)  # (n_edges, 1)
             invariants = torch.cat([basis, squared / self.cutoff**2], dim=1)
