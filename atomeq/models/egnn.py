@@ -90,6 +90,7 @@ class EGNN(AtomisticModel):
         h = self.embedding(graph.atomic_numbers)  # (n_atoms, C)
         moved = vectors.new_zeros(graph.n_atoms, 3)
         for number, layer in enumerate(self.layers, start=1):
+            assert isinstance(layer, EGNNLayer)
             separation = vectors + moved.index_select(0, source) - moved.index_select(0, target)
             squared = (separation * separation).sum(dim=1, keepdim=True)  # (n_edges, 1)
             invariants = torch.cat([basis, squared / self.cutoff**2], dim=1)
