@@ -15,8 +15,6 @@ This is our default form, an energy potential. It differs from the paper on purp
 """
 
 import math
-from collections.abc import Iterable
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -91,8 +89,8 @@ class EGNN(AtomisticModel):
 
         h = self.embedding(graph.atomic_numbers)  # (n_atoms, C)
         moved = vectors.new_zeros(graph.n_atoms, 3)
-        layers = cast("Iterable[EGNNLayer]", self.layers)
-        for number, layer in enumerate(layers, start=1):
+        for number, layer in enumerate(self.layers, start=1):
+            assert isinstance(layer, EGNNLayer)
             separation = vectors + moved.index_select(0, source) - moved.index_select(0, target)
             squared = (separation * separation).sum(dim=1, keepdim=True)  # (n_edges, 1)
             invariants = torch.cat([basis, squared / self.cutoff**2], dim=1)
