@@ -216,10 +216,12 @@ class AtomGraph(Data):
     def _without_images(self) -> bool:
         """Tell whether no edge can reach into another cell, where looking costs next to nothing.
 
-        A GPU would have to be waited for, and a trace must serve crystals too.
+        A GPU would have to be waited for, and a trace, whose tensors are of another class, must
+        serve crystals too.
         """
-        on_cpu = self.pos.device.type == "cpu" and not torch.compiler.is_compiling()
-        return on_cpu and not bool(self.cell_offsets.any())
+        offsets = self.cell_offsets
+        known = type(offsets) is Tensor and not torch.compiler.is_compiling()
+        return known and offsets.device.type == "cpu" and not bool(offsets.any())
 
     def strained(self, strain: Strain) -> "AtomGraph":
         """Return a shallow copy deformed homogeneously by I + (strain + strainᵀ) / 2.
