@@ -84,7 +84,7 @@ def throughput(quick: bool) -> dict[str, Any]:
 
 def engines(quick: bool) -> dict[str, Any]:
     """Two workers of each engine, from the first structure taken to the last row."""
-    n, rounds = (192, 2) if quick else (768, 3)
+    n, rounds = (384, 2) if quick else (768, 3)
     taken: dict[str, list[dict[str, float]]] = {"processes": [], "ray": []}
     for _ in range(rounds):
         for engine, times in taken.items():
