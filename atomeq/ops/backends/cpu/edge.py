@@ -19,7 +19,7 @@ from atomeq.ops.backends.cpu.whole_layer import WholeLayer
 from atomeq.ops.backends.native.builder import unavailable
 from atomeq.ops.orders import radial_rows
 from atomeq.ops.registered.escn_layer import EdgeLayer
-from atomeq.ops.registered.gather_gradient import gather_gradient_by_steps
+from atomeq.ops.registered.gather_gradient import GatherGradientBySteps
 from atomeq.ops.registered.radial_scale import RadialScale
 from atomeq.ops.registered.so2_shape import SO2Shape, scale_gradient, scale_rows_
 from atomeq.ops.specification import OpSpec
@@ -32,7 +32,7 @@ _LAYER_BLOCK = 2**18  # numbers of the widest rows of an edge layer
 _LEAST_EDGES, _MOST_EDGES = 400, 1024  # matrix products want some rows
 
 
-class CPUEdgeKernels:
+class CPUEdgeKernels(GatherGradientBySteps):
     """See :class:`~atomeq.ops.registered.kernel_sets.EdgeKernels`."""
 
     wants_segments = False  # atoms are added to one after the other, in the order of the edges
@@ -156,7 +156,7 @@ class CPUEdgeKernels:
         if not native_edge.serves(x):
             results = {"to_scale": to_scale, "to_x": to_x, "to_turn": to_turn}
             given = (x, wigner, indices, segments, grad, shape)
-            gather_gradient_by_steps(self, *given, scale=scale, **results)
+            super().gather_gradient(*given, scale=scale, **results)
             return
         scale = None if scale is None else scale.contiguous()
         native_edge.gather_gradient(

@@ -108,12 +108,11 @@ def gather_gradient(
             it is not wanted.
         degrees: lmax and mmax.
     """
-    lmax = degrees[0]
-    values = table_like(_generator_values, lmax, like=grad)
+    tables = generator_tables(grad, degrees[0])
     _library(x.dtype, *degrees).gather_gradient(
         *(pointer(x), pointer(wigner), *_index_array(indices), pointer(grad), pointer(scale)),
-        *(*map(pointer, results), pointer(values), pointer(_generator_places(lmax))),
-        *(pointer(_generator_counts(lmax)), _number(len(grad)), _number(x.shape[2])),
+        *map(pointer, (*results, *tables.values())),
+        *(_number(len(grad)), _number(x.shape[2])),
     )
 
 
@@ -159,6 +158,11 @@ def pointer(tensor: Tensor | None) -> ctypes.c_void_p:
     if not tensor.is_contiguous():
         raise ValueError(f"a C kernel was given strides {tensor.stride()}; pass .contiguous()")
     return ctypes.c_void_p(tensor.data_ptr())
+
+
+def pointers(tensors: Sequence[Tensor]) -> ctypes.Array:
+    """Return the addresses of tensors; errors as in :func:`pointer`."""
+    return (ctypes.c_void_p * len(tensors))(*map(pointer, tensors))
 
 
 @cache

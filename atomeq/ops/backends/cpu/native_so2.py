@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from atomeq.ops.backends.cpu import memory
+from atomeq.ops.backends.cpu.native_edge import pointer, pointers
 from atomeq.ops.backends.native.builder import load, n_threads, source_of
 from atomeq.ops.backends.native.harmonics import REALS
 from atomeq.ops.registered.so2_shape import SO2Shape
@@ -30,12 +31,12 @@ class PackedMap:
         self.sizes = _sizes(shape)
         self.packed = memory.empty((self.library.packed_size(self.given[1], *self.sizes),), like)
         weights = [weight.contiguous() for weight in weights]
-        self.library.pack_map(_pointers(weights), *self.given, *self.sizes, _pointer(self.packed))
+        self.library.pack_map(pointers(weights), *self.given, *self.sizes, pointer(self.packed))
 
     def multiply(self, rows: Tensor, out: Tensor) -> Tensor:
         """Write M rows, or M^T rows, to ``out``; return it."""
         self.library.map_rows(
-            *(_pointer(rows), _pointer(self.packed), *self.given, *self.sizes, _pointer(out)),
+            *(pointer(rows), pointer(self.packed), *self.given, *self.sizes, pointer(out)),
             *(len(rows), _threads(len(rows))),
         )
         return out
@@ -46,38 +47,28 @@ def add_weight_gradients(rows: Tensor, grad: Tensor, into: list[Tensor], shape: 
     library = _library(rows.dtype, shape.lmax, shape.mmax)
     panels = memory.empty((library.panels_size(shape.c_in),), rows)
     library.map_weights(
-        *(_pointer(rows), _pointer(grad), _complex(into), *_sizes(shape), _pointers(into)),
-        *(_pointer(panels), len(rows), _threads(len(rows))),
+        *(pointer(rows), pointer(grad), _complex(into), *_sizes(shape), pointers(into)),
+        *(pointer(panels), len(rows), _threads(len(rows))),
     )
 
 
 @cache
 def _library(dtype: torch.dtype, lmax: int, mmax: int) -> ctypes.CDLL:
     library = load(source_of("so2.c", {"REAL": REALS[dtype], "LMAX": lmax, "MMAX": mmax}))
-    pointer, size = ctypes.c_void_p, ctypes.c_int64
+    address, size = ctypes.c_void_p, ctypes.c_int64
     sizes = (size, size, size)
     library.packed_size.argtypes = (size, *sizes)
     library.panels_size.argtypes = (size,)
     library.packed_size.restype = library.panels_size.restype = size
-    library.pack_map.argtypes = (pointer, pointer, size, *sizes, pointer)
-    library.map_rows.argtypes = (pointer, pointer, pointer, size, *sizes, pointer, size, size)
-    library.map_weights.argtypes = (*[pointer] * 3, *sizes, pointer, pointer, size, size)
+    library.pack_map.argtypes = (address, address, size, *sizes, address)
+    library.map_rows.argtypes = (address, address, address, size, *sizes, address, size, size)
+    library.map_weights.argtypes = (*[address] * 3, *sizes, address, address, size, size)
     library.pack_map.restype = library.map_rows.restype = library.map_weights.restype = None
     return library
 
 
 def _complex(weights: list[Tensor]) -> ctypes.Array:
     return (ctypes.c_int64 * len(weights))(*(weight.ndim == 3 for weight in weights))
-
-
-def _pointers(tensors: list[Tensor]) -> ctypes.Array:
-    return (ctypes.c_void_p * len(tensors))(*map(_pointer, tensors))
-
-
-def _pointer(tensor: Tensor) -> int:
-    if not tensor.is_contiguous():
-        raise ValueError(f"a C kernel was given strides {tensor.stride()}; pass .contiguous()")
-    return tensor.data_ptr()
 
 
 def _sizes(shape: SO2Shape) -> tuple[int, int, int]:

@@ -74,8 +74,8 @@ class WholeLayer:
             n_radial=layer.tensors["radial"].shape[1] if "radial" in layer.tensors else 0,
             at_once=_EDGES_AT_ONCE,
             n_parts=max(1, min(n_threads(), layer.n_edges // _EDGES_PER_THREAD)),
-            first=_pointers(weights[0]),
-            second=_pointers(weights[1]),
+            first=native_edge.pointers(weights[0]),
+            second=native_edge.pointers(weights[1]),
             **{field: native_edge.pointer(tensors[field]) for field in _FIELDS if field in tensors},
         )
         if not getattr(library, name)(ctypes.byref(arguments)):
@@ -105,7 +105,3 @@ def _library(dtype: torch.dtype, lmax: int, mmax: int) -> tuple[ctypes.CDLL, typ
     kind = type("layer_t", (ctypes.Structure,), {"_fields_": fields})
     library = load(native_edge.source(dtype, lmax, mmax) + source_of("layer.c", {}))
     return library, kind
-
-
-def _pointers(weights: list[Tensor]) -> ctypes.Array:
-    return (ctypes.c_void_p * len(weights))(*(weight.data_ptr() for weight in weights))

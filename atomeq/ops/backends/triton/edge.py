@@ -9,14 +9,14 @@ from atomeq.ops.backends.triton import rotation, row_scale, so2
 from atomeq.ops.backends.triton.gate import TritonGate
 from atomeq.ops.backends.triton.launch import refusal
 from atomeq.ops.registered.escn_layer import EdgeLayer
-from atomeq.ops.registered.gather_gradient import gather_gradient_by_steps
+from atomeq.ops.registered.gather_gradient import GatherGradientBySteps
 from atomeq.ops.registered.so2_shape import SO2Shape
 from atomeq.ops.specification import OpSpec
 
 _BYTES_AT_ONCE = 2**31  # of the widest tensor of a layer while it works on some of the edges
 
 
-class TritonEdgeKernels:
+class TritonEdgeKernels(GatherGradientBySteps):
     """See :class:`~atomeq.ops.registered.kernel_sets.EdgeKernels`."""
 
     wants_segments = True
@@ -79,25 +79,6 @@ class TritonEdgeKernels:
     ) -> Tensor:
         """Return <W^T rows, X_k G x>."""
         return rotation.torque(x, rows, wigner, indices, lmax=lmax, mmax=mmax)
-
-    def gather_gradient(
-        self,
-        x: Tensor,
-        wigner: Tensor,
-        indices: Sequence[Tensor],
-        segments: Sequence[Tensor],
-        grad: Tensor,
-        shape: SO2Shape,
-        *,
-        scale: Tensor | None,
-        to_scale: Tensor | None,
-        to_x: Tensor | None,
-        to_turn: Tensor | None,
-    ) -> None:
-        """Give the gradients of <grad, scale * W G x>."""
-        results = {"to_scale": to_scale, "to_x": to_x, "to_turn": to_turn}
-        given = (x, wigner, indices, segments, grad, shape)
-        gather_gradient_by_steps(self, *given, scale=scale, **results)
 
     def empty(self, size: tuple[int, ...], like: Tensor) -> Tensor:
         """Return memory; torch keeps what is freed on a GPU."""
