@@ -1,8 +1,10 @@
 """The command ``atomeq``: looks up the verb and hands over to the module that does it.
 
-Modules of verbs are imported when their verb is called, so that ``atomeq --help`` answers at once.
+What parses a verb's words is imported when the verb is called, and what does its work when they are
+right, so that helps and errors are answered before torch is imported.
 """
 
+import difflib
 import importlib
 import logging
 import os
@@ -12,34 +14,37 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import NamedTuple, NoReturn
 
+from atomeq.cli.plain_text import printable
+
 
 class Verb(NamedTuple):
-    """A subcommand: the module whose ``main(argv)`` serves it, and its line in the help."""
+    """A subcommand: the module whose ``main(argv)`` parses and serves it, and its line of help."""
 
     module: str
     summary: str
 
 
-_SIMULATE = "atomeq.cli.simulate"
-_PROPERTIES = "atomeq.cli.properties"
-_INSPECT = "atomeq.cli.inspect"
-_DATA = "atomeq.cli.data"
-_TRAINING = "atomeq.cli.training"
+_SIMULATION = "atomeq.cli.parsers.simulation"
+_PROPERTIES = "atomeq.cli.parsers.properties"
+_INSPECT = "atomeq.cli.parsers.inspect"
+_DATA = "atomeq.cli.parsers.data"
+_SCREEN = "atomeq.cli.parsers.screen"
+_TRAINING = "atomeq.cli.parsers.training"
 
 VERBS = {
-    "single-point": Verb(_SIMULATE, "energy, forces and stress of every structure in a file"),
-    "relax": Verb(_SIMULATE, "move atoms, and the cell with --cell, until forces vanish"),
-    "md": Verb(_SIMULATE, "molecular dynamics: NVE, NVT or NPT"),
-    "rollout": Verb("atomeq.cli.rollout", "carry particles on, long step after long step"),
+    "single-point": Verb(_SIMULATION, "energy, forces and stress of every structure in a file"),
+    "relax": Verb(_SIMULATION, "move atoms, and the cell with --cell, until forces vanish"),
+    "md": Verb(_SIMULATION, "molecular dynamics: NVE, NVT or NPT"),
+    "rollout": Verb(_DATA, "carry particles on, long step after long step"),
     "eos": Verb(_PROPERTIES, "equation of state: energy against volume, bulk modulus"),
     "elastic": Verb(_PROPERTIES, "elastic constants and moduli of a crystal"),
     "phonons": Verb(_PROPERTIES, "phonon bands, density of states, thermal properties"),
-    "neb": Verb("atomeq.cli.neb", "reaction path and barrier between two structures"),
-    "serve": Verb("atomeq.cli.serve", "energies and forces for i-PI and codes that speak like it"),
-    "screen": Verb("atomeq.cli.screen", "many structures to a ranked table; may be interrupted"),
+    "neb": Verb(_SIMULATION, "reaction path and barrier between two structures"),
+    "serve": Verb(_SIMULATION, "energies and forces for i-PI and codes that speak like it"),
+    "screen": Verb(_SCREEN, "many structures to a ranked table; may be interrupted"),
     "check": Verb(_INSPECT, "hold a potential or any ASE calculator to the laws of physics"),
-    "convert": Verb("atomeq.cli.convert", "turn a published checkpoint (.pt) into a potential"),
-    "export": Verb("atomeq.cli.export", "compile a potential into one file, for this processor"),
+    "convert": Verb(_INSPECT, "turn a published checkpoint (.pt) into a potential"),
+    "export": Verb(_INSPECT, "compile a potential into one file, for this processor"),
     "doctor": Verb(_INSPECT, "versions, devices, data, potentials and backends on this machine"),
     "fit": Verb(_TRAINING, "train a potential from a configuration file"),
     "validate": Verb(_TRAINING, "evaluate a checkpoint on the validation set"),
@@ -74,8 +79,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.stdout.write(f"atomeq {_version()}\n")
         return
     if words[0] not in VERBS:
-        known = ", ".join(VERBS)
-        _fail(f"there is no {words[0]!r}; verbs are {known}; see atomeq --help", EXIT_BAD_INPUT)
+        close = difflib.get_close_matches(words[0], VERBS, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"verbs are {', '.join(VERBS)}."
+        _fail(f"there is no {words[0]!r}; {hint} See atomeq --help", EXIT_BAD_INPUT)
     _set_up_terminal()
     if code := _run(words):
         sys.exit(code)
@@ -112,7 +118,7 @@ def _one_line(error: BaseException) -> str:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    sys.stderr.write(f"atomeq: error: {message}\n")
+    sys.stderr.write(f"atomeq: error: {printable(message)}\n")
     sys.exit(code)
 
 

@@ -3,21 +3,20 @@
 import json
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from jsonargparse import Namespace
-from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 
 from atomeq.calculators.ase import AtomeqCalculator
 from atomeq.calculators.relaxation import relax_frame
-from atomeq.cli.terminal import Meter, Parser, say, show_table
+from atomeq.cli.terminal import Meter, say, show_table
 from atomeq.data.ase_files import DATA_VARIABLE, DataError, expand_data_path
 from atomeq.data.download import DATA_SETS, download
 from atomeq.data.molecule_download import MOLECULE_SETS, download_molecules
-from atomeq.data.nbody import NBodyRecipe, System
+from atomeq.data.nbody import NBodyRecipe
 from atomeq.data.oc20 import open_frames
 from atomeq.data.oc20_download import ARCHIVES, Archive, fetch, unpack
 from atomeq.data.oc20_frame import EnergyKind
@@ -31,143 +30,6 @@ from atomeq.training.oc20_metrics import (
 )
 
 _MIB = 2**20
-_DATA = """\
-Fetch public data sets and turn OC20's files into those that one trains on.
-
-commands:
-  list      the data sets, their licences and sources
-  download  fetch a data set and check that it is what was published
-  convert   rewrite data as lmdb, aselmdb or raw, from any of these
-  metadata  write metadata.npz: atoms of each frame and elements, for batches bounded by atoms
-  nbody     simulate few-body systems, charged or heavy, into an .npz
-
-  atomeq data COMMAND --help explains a command.
-"""
-_DESCRIPTIONS = {
-    "download": """\
-Fetch a public data set and check that it is what was published; `atomeq data list` names them. A
-download that broke off goes on when the command is given again. The archives of OC20 are unpacked
-in FOLDER/oc20, any other set is put in FOLDER/NAME.
-
-examples:
-  atomeq data download acac --folder data
-  atomeq data download oc20-s2ef-200k --folder data
-""",
-    "convert": """\
-Rewrite OC20 data in another format, with metadata.npz. The source may be raw S2EF (*.extxyz[.xz]
-with *.txt[.xz]), an LMDB of pickled records, which are read without executing them, or an ASE-LMDB.
-
-example:
-  atomeq data convert data/oc20/oc20-s2ef-200k data/oc20/s2ef_200k --format lmdb
-""",
-    "metadata": """\
-Read a folder of OC20 data once and write metadata.npz into it: the number of atoms of each frame
-and the elements that occur.
-
-example:
-  atomeq data metadata data/oc20/s2ef_200k
-""",
-    "nbody": """\
-Simulate systems of few bodies, as propagators are trained on, into OUT.npz: pos and velocities
-(n_systems, n_frames, n_bodies, 3), charges or masses (n_systems, n_bodies), times (n_frames,). A
-frame is 0.1 units of time.
-
-example:
-  atomeq data nbody systems.npz --system charged --num 100 --frames 30,40,50
-""",
-}
-_IS2RE = """\
-Relax the initial structures of IS2RE data with a potential and compare with the energies and
-positions of DFT: energy MAE, EwT and ADwT of the free atoms. For IS2RE by direct prediction train
-on IS2RE data (OC20DataModule) and use `atomeq test`.
-
-example:
-  atomeq is2re data/oc20/is2re/val_id --potential runs/oc20/potential --out is2re_val_id.json
-"""
-
-
-def main(argv: Sequence[str]) -> int:
-    """Run a command of ``atomeq data``, or ``atomeq is2re``.
-
-    Args:
-        argv: The verb, the command and its options.
-
-    Returns:
-        0.
-    """
-    verb, *words = argv
-    if verb == "is2re":
-        return is2re(_is2re_parser().parse_args(words))
-    if not words or words[0] in ("-h", "--help"):
-        say(f"usage: atomeq data COMMAND ...\n\n{_DATA}")
-        return 0
-    if words[0] == "list":
-        return list_sets()
-    commands: dict[str, Callable[[Namespace], int]] = {
-        "download": download_set,
-        "convert": convert_files,
-        "metadata": metadata,
-        "nbody": nbody,
-    }
-    if words[0] not in commands:
-        raise ValueError(f"there is no command {words[0]!r}; there are {', '.join(commands)}")
-    return commands[words[0]](_data_parser(words[0]).parse_args(words[1:]))
-
-
-def _data_parser(command: str) -> Parser:
-    parser = Parser(f"atomeq data {command}", _DESCRIPTIONS[command])
-    if command == "download":
-        parser.add_argument(
-            "name", metavar="NAME", type=str, nargs="?", help="a data set from the list"
-        )
-        parser.add_argument(
-            "--folder", type=str, default=None, help=f"where data sets are kept; ${DATA_VARIABLE}"
-        )
-        parser.add_argument(
-            "--source", type=str, default=None, help="another address of the same files, a mirror"
-        )
-        parser.add_argument("--keep-archive", action="store_true", help="keep OC20's tar file too")
-        return parser
-    if command == "nbody":
-        return _add_nbody_options(parser)
-    parser.add_argument("source", metavar="SOURCE", type=str, help="folder or file of OC20 data")
-    if command == "convert":
-        parser.add_argument("target", metavar="TARGET", type=str, help="new folder")
-        parser.add_argument("--format", type=FileFormat, default="lmdb", help="lmdb, aselmdb, raw")
-        parser.add_argument(
-            "--energy",
-            type=Literal["stored", "total", "referenced"],
-            default="stored",
-            help="the one energy of an lmdb; stored is referenced where the source has a reference",
-        )
-        parser.add_argument(
-            "--frames-per-file", type=PositiveInt, default=50_000, help="frames in one shard"
-        )
-    return parser
-
-
-def _add_nbody_options(parser: Parser) -> Parser:
-    parser.add_argument("out", metavar="OUT", type=str, help="OUT.npz")
-    parser.add_argument("--system", type=System, default="charged", help="charged or gravity")
-    parser.add_argument("--num", type=PositiveInt, default=100, help="number of systems")
-    parser.add_argument("--n-bodies", type=PositiveInt, default=5, help="bodies of a system")
-    parser.add_argument("--frames", type=str, default="0,10,20", help="frames to keep")
-    parser.add_argument("--seed", type=NonNegativeInt, default=0, help="of the systems")
-    return parser
-
-
-def _is2re_parser() -> Parser:
-    parser = Parser("atomeq is2re", _IS2RE)
-    parser.add_argument("source", metavar="SOURCE", type=str, help="folder or file of IS2RE data")
-    parser.add_argument(
-        "--potential", required=True, type=str, help="name or folder of a potential"
-    )
-    parser.add_argument("--out", required=True, type=str, help="OUT.json: metrics and systems")
-    parser.add_argument("--fmax", type=PositiveFloat, default=0.02, help="largest force, eV/Å")
-    parser.add_argument("--max-steps", type=PositiveInt, default=300, help="end a relaxation after")
-    parser.add_argument("--limit", type=PositiveInt, default=None, help="only the first so many")
-    parser.add_argument("--device", type=str, default="cpu", help="cpu, cuda or cuda:1")
-    return parser
 
 
 def nbody(options: Namespace) -> int:
@@ -191,7 +53,7 @@ def nbody(options: Namespace) -> int:
     return 0
 
 
-def list_sets() -> int:
+def list_sets(_: Namespace) -> int:
     """Show the data sets that can be downloaded."""
     rows = [[name, known.licence, known.source] for name, known in DATA_SETS.items()]
     rows += [

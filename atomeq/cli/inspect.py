@@ -6,18 +6,16 @@ import math
 import os
 import platform
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
 
 import torch
 from ase.calculators.calculator import BaseCalculator
 from jsonargparse import Namespace
-from jsonargparse.typing import PositiveFloat
 from rich.console import Console
 from rich.text import Text
 
@@ -25,42 +23,13 @@ from atomeq.calculators.ase import AtomeqCalculator
 from atomeq.calculators.check import check_calculator
 from atomeq.calculators.laws import CalculatorFactory, Law, LawResult
 from atomeq.cli.structures import read_structures, versions
-from atomeq.cli.terminal import Meter, Parser, say
+from atomeq.cli.terminal import Meter, say
 from atomeq.files import refuse_unwritable, write_atomically
 from atomeq.ops.dispatch import AUTO_ORDER, BACKENDS, Backend, chosen_backend, load_backend
 from atomeq.ops.explain import kernels_here
 from atomeq.ops.specification import OpSpec
-from atomeq.potential.checkpoint import (
-    find_potential,
-    load_potential,
-    shipped_potentials,
-    untrained_potential,
-)
-
-_CHECK = """\
-Measure the laws of physics and of good behaviour on a potential or on any ASE calculator. One line
-per law with the measured figure; exit code 1 says that a law is broken. A model may name laws that
-its method cannot keep: they are measured, and no fault.
-
-  --quick    derivatives, symmetries, extensivity, smoothness, threads, copies, refusals: seconds
-  (default)  the drift of the energy in molecular dynamics as well: minutes
-  --full     spawned processes and 26 degenerate structures as well (slabs without vacuum, atoms
-             far outside of the cell, NaN, ...), each to be answered rightly or refused clearly
-
-The YAML of a model is checked with random weights. These know no repulsion, so give their dynamics
-a smaller --timestep and fewer --picoseconds, or leave it out by --quick.
-
-examples:
-  atomeq check cu-pbe --full
-  atomeq check configs/model/egnn.yaml --quick
-  atomeq check ase.calculators.emt:EMT --elements Cu,Al --quick
-"""
-_DOCTOR = """\
-Tell what atomeq finds on this machine: versions, devices, data, potentials, backends.
-
-example:
-  atomeq doctor
-"""
+from atomeq.potential.checkpoint import load_potential, untrained_potential
+from atomeq.potential.folders import find_potential, shipped_potentials
 
 _SCALE = 30.0  # eV; makes forces like those of bonds of what random weights make small
 
@@ -86,60 +55,6 @@ _OPERATIONS = (
     "sphere_pointwise",
     "segment_sum",
 )
-
-
-def main(argv: Sequence[str]) -> int:
-    """Run ``check`` or ``doctor``.
-
-    Args:
-        argv: The verb and its options.
-
-    Returns:
-        0, or 1 where a law is broken.
-    """
-    verb, *words = argv
-    if verb == "doctor":
-        Parser("atomeq doctor", _DOCTOR).parse_args(words)
-        return doctor()
-    return check(_check_parser().parse_args(words))
-
-
-def _check_parser() -> Parser:
-    parser = Parser("atomeq check", _CHECK)
-    parser.add_argument(
-        "target",
-        metavar="TARGET",
-        type=str,
-        help="name or folder of a potential, YAML of a model, or module:factory that makes an ASE "
-        "calculator",
-    )
-    parser.add_argument(
-        "--elements",
-        type=str,
-        default=None,
-        help="symbols it knows, as Cu,Al; found out by default",
-    )
-    depth = parser.add_mutually_exclusive_group()
-    depth.add_argument("--quick", action="store_true", help="leave out the laws that take minutes")
-    depth.add_argument("--full", action="store_true", help="measure every law there is")
-    parser.add_argument("--only", type=str, default=None, help="laws by name, as rotation,pickling")
-    parser.add_argument(
-        "--structure", type=str, default=None, help="file with the start of the NVE law"
-    )
-    parser.add_argument("--picoseconds", type=PositiveFloat, default=5.0, help="of the NVE law")
-    parser.add_argument("--timestep", type=PositiveFloat, default=2.0, help="of the NVE law, fs")
-    parser.add_argument(
-        "--temperature", type=PositiveFloat, default=300.0, help="of the NVE law, K"
-    )
-    parser.add_argument("--device", type=str, default="cpu", help="cpu or cuda; of a potential")
-    parser.add_argument(
-        "--dtype",
-        type=Literal["float32", "float64"],
-        default="float64",
-        help="of a potential; float32 gets wider tolerances",
-    )
-    parser.add_argument("--json", type=str, default=None, help="write the results there as well")
-    return parser
 
 
 def check(options: Namespace) -> int:
@@ -221,7 +136,7 @@ def calculator_factory(target: str, *, device: str, dtype: str) -> CalculatorFac
     return factory  # pyright: ignore[reportReturnType] - its result was looked at above
 
 
-def doctor() -> int:
+def doctor(_: Namespace) -> int:
     """Write what is found on this machine."""
     say("versions")
     for name, found in versions().items():

@@ -1,8 +1,7 @@
 """``atomeq neb``: the path of least energy between two structures, and its barrier."""
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import ase.io
 import numpy as np
@@ -11,66 +10,19 @@ from ase.mep.neb import NEB
 from ase.optimize import BFGS, FIRE
 from ase.utils.forcecurve import fit_images
 from jsonargparse import Namespace
-from jsonargparse.typing import PositiveFloat, PositiveInt
 
 from atomeq.calculators.ase import AtomeqCalculator
 from atomeq.calculators.elastic_band import BatchedNEB, path_lengths
 from atomeq.cli.plots import plot_curve
-from atomeq.cli.restart import RESTART_HELP
 from atomeq.cli.structures import output_format, read_structures, structure_output, write_summary
-from atomeq.cli.terminal import Meter, Parser, say, show_table
-from atomeq.cli.verbs import prepare, relaxed, settings, simulation_parser
+from atomeq.cli.terminal import Meter, say, show_table
+from atomeq.cli.verbs import prepare, relaxed, settings
 from atomeq.files import write_atomically
 from atomeq.graph.convert import StructureError
 
 _OPTIMIZERS = {"fire": FIRE, "bfgs": BFGS}
 _BEFORE_CLIMBING = 5.0  # times --fmax: a band that is nearly there knows which image is highest
 _SAME = 1e-3  # Å, of cells that are the same
-
-_DESCRIPTION = """\
-Find the path of least energy between two structures with a nudged elastic band: improved tangent,
-all images evaluated in one batch per step, and a climbing image that ends at the saddle point.
-INPUT holds the two ends, with the atoms in the same order, or a whole band to start from; between
-two ends the images are interpolated by the image-dependent pair potential. Beside OUT.extxyz, the
-band, stand OUT.summary.json and OUT.png; OUT.band.traj is the last band, which --restart continues
-from. Exit code 1 says that the band did not converge.
-
-example:
-  atomeq neb ends.extxyz --potential cu-pbe --out path.extxyz --images 7
-"""
-
-
-def main(argv: Sequence[str]) -> int:
-    """Run the verb.
-
-    Args:
-        argv: The verb and its options.
-
-    Returns:
-        0, or 1 where the band did not converge.
-    """
-    verb, *words = argv
-    return neb(build_parser(verb).parse_args(words))
-
-
-def build_parser(verb: str) -> Parser:
-    """Return the parser."""
-    parser = simulation_parser(verb, _DESCRIPTION)
-    parser.add_argument("--images", type=PositiveInt, default=7, help="between the two ends")
-    parser.add_argument("--relax-ends", action="store_true", help="relax both ends first")
-    parser.add_argument("--fmax", type=PositiveFloat, default=0.05, help="largest force left, eV/Å")
-    parser.add_argument("--max-steps", type=PositiveInt, default=300, help="give up after")
-    parser.add_argument("--spring", type=PositiveFloat, default=0.1, help="eV/Å²")
-    parser.add_argument(
-        "--no-climb", action="store_true", help="leave the highest image on the band's springs"
-    )
-    parser.add_argument("--no-mic", action="store_true", help="interpolate without periodicity")
-    parser.add_argument(
-        "--optimizer", type=Literal["fire", "bfgs"], default="fire", help="ASE optimizer"
-    )
-    parser.add_argument("--interval", type=PositiveInt, default=10, help="steps between saves")
-    parser.add_argument("--restart", action="store_true", help=RESTART_HELP)
-    return parser
 
 
 def neb(options: Namespace) -> int:

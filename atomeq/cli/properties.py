@@ -9,111 +9,20 @@ import numpy as np
 from ase import Atoms
 from ase.stress import voigt_6_to_full_3x3_stress
 from jsonargparse import Namespace
-from jsonargparse.typing import PositiveFloat, PositiveInt
 
 from atomeq.calculators import phonons as ph
 from atomeq.calculators.ase import AtomeqCalculator
 from atomeq.calculators.elasticity import fit_elasticity, strained_structures
 from atomeq.calculators.equation_of_state import fit_equation_of_state, scaled_volumes
 from atomeq.cli.plots import plot_curve, plot_matrix, plot_phonons
-from atomeq.cli.restart import RESTART_HELP, Journal, identity
+from atomeq.cli.restart import Journal, identity
 from atomeq.cli.structures import output_format, write_summary
-from atomeq.cli.terminal import Parser, say, show_table
-from atomeq.cli.verbs import evaluated, prepare_crystal, relaxed, settings, simulation_parser
+from atomeq.cli.terminal import say, show_table
+from atomeq.cli.verbs import evaluated, prepare_crystal, relaxed, settings
 from atomeq.files import write_atomically
 
 _FINE = 300  # points of a drawn curve
 _VOIGT = ("xx", "yy", "zz", "yz", "xz", "xy")
-
-_DESCRIPTIONS = {
-    "eos": """\
-Compute the energy of a crystal at several volumes, its atoms relaxed at each, and fit Birch and
-Murnaghan's equation of state: volume at zero pressure, bulk modulus and its derivative. Beside
-OUT.extxyz, the structures, stand OUT.summary.json and OUT.png.
-
-example:
-  atomeq eos cu.cif --potential cu-pbe --out eos.extxyz
-""",
-    "elastic": """\
-Compute the elastic constants of a crystal from the stress of strained structures, their atoms
-relaxed: C_ij with the symmetry of the crystal, in GPa and in the axes of the file; bulk and shear
-moduli by Voigt, Reuss and Hill; Born's criterion of stability. Beside OUT.extxyz, the strained
-structures, stand OUT.summary.json and OUT.png. Exit code 1 says that the crystal is not stable.
-
-example:
-  atomeq elastic cu.cif --potential cu-pbe --out elastic.extxyz
-""",
-    "phonons": """\
-Compute harmonic phonons by finite displacements of a supercell (phonopy): band structure, density
-of states, free energy, entropy and heat capacity. Imaginary modes are reported as negative
-frequencies. Beside OUT.extxyz, the displaced supercells, stand OUT.summary.json, OUT.png and
-OUT.phonopy.yaml, which phonopy reads. A run that is interrupted leaves OUT.forces.jsonl, with which
---restart does not compute again what was finished.
-
-example:
-  atomeq phonons cu.cif --potential cu-pbe --out phonons.extxyz --supercell 4 4 4
-""",
-}
-
-
-def main(argv: Sequence[str]) -> int:
-    """Run one of the verbs.
-
-    Args:
-        argv: The verb and its options.
-
-    Returns:
-        0, or 1 where a crystal is elastically unstable.
-    """
-    verb, *words = argv
-    options = build_parser(verb).parse_args(words)
-    return {"eos": eos, "elastic": elastic, "phonons": phonons}[verb](options)
-
-
-def build_parser(verb: str) -> Parser:
-    """Return the parser of a verb."""
-    # Differences of energies and forces of nearly equal structures are what these verbs are about.
-    parser = simulation_parser(verb, _DESCRIPTIONS[verb], dtype="float64")
-    parser.add_argument(
-        "--relax", type=bool, default=True, help="first relax atoms and cell; --relax false"
-    )
-    parser.add_argument("--fmax", type=PositiveFloat, default=1e-3, help="of relaxations, eV/Å")
-    parser.add_argument("--max-steps", type=PositiveInt, default=500, help="of relaxations")
-    if verb == "eos":
-        parser.add_argument("--span", type=PositiveFloat, default=0.06, help="±, of the volume")
-        parser.add_argument("--volumes", type=PositiveInt, default=11, help="how many")
-    if verb == "elastic":
-        parser.add_argument("--strain", type=PositiveFloat, default=0.005, help="the largest")
-    if verb == "phonons":
-        _add_phonon_options(parser)
-    return parser
-
-
-def _add_phonon_options(parser: Parser) -> None:
-    parser.add_argument(
-        "--supercell",
-        type=PositiveInt,
-        nargs=3,
-        default=None,
-        help="repeats of the cell; by default as --min-length asks",
-    )
-    parser.add_argument(
-        "--min-length",
-        type=PositiveFloat,
-        default=10.0,
-        help="least distance between opposite faces of the supercell, Å",
-    )
-    parser.add_argument("--displacement", type=PositiveFloat, default=0.01, help="Å")
-    parser.add_argument(
-        "--path", type=str, default=None, help="special points such as GXWKG,LU; by default all"
-    )
-    parser.add_argument(
-        "--mesh", type=PositiveFloat, default=60.0, help="density of wave vectors, phonopy's length"
-    )
-    parser.add_argument(
-        "--temperature", type=PositiveFloat, default=300.0, help="of the thermal properties, K"
-    )
-    parser.add_argument("--restart", action="store_true", help=RESTART_HELP)
 
 
 def eos(options: Namespace) -> int:

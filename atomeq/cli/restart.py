@@ -15,8 +15,6 @@ from atomeq.calculators.ase import AtomeqCalculator
 from atomeq.files import write_atomically
 from atomeq.potential.checkpoint import sha256
 
-RESTART_HELP = "go on where an interrupted run left off; from the start where there is none"
-
 
 def identity(
     options: Namespace, calculator: AtomeqCalculator, *, free: Sequence[str] = ()

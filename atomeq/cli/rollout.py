@@ -1,37 +1,22 @@
 """``atomeq rollout``: a trained propagator carries particles on, long step after long step."""
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jsonargparse import Namespace
-from jsonargparse.typing import PositiveFloat, PositiveInt
 
+from atomeq.cli.door import output_format
 from atomeq.cli.plots import Panel, plot_lines
-from atomeq.cli.structures import output_format, structure_output, write_summary
-from atomeq.cli.terminal import Meter, Parser, say, show_table
+from atomeq.cli.structures import structure_output, write_summary
+from atomeq.cli.terminal import Meter, say, show_table
 from atomeq.data.recordings import Recording, read_recording, structures_of, write_systems
 from atomeq.files import refuse_unwritable
 from atomeq.potential.checkpoint import WEIGHTS_FILE, load_propagator, sha256
 from atomeq.potential.long_step import LongStep, Particles
 
-_DESCRIPTION = """\
-Carry particles on from a frame of a file with a trained propagator. Few-body systems are .npz files
-(see `atomeq data nbody --help`), a molecule is anything that ASE reads, with velocities. OUT holds
-the start and the particles after every long step; OUT.summary.json what was done and, with
---reference, the errors of the steps whose times the reference has; OUT.png draws both.
-
-A network that gives positions only gets its velocities by the trapezoidal rule.
-
-examples:
-  atomeq data nbody systems.npz --num 100 --frames 30,40,50
-  atomeq rollout systems.npz --propagator runs/nbody_segno/propagator --frame 0 --steps 2 \\
-      --reference systems.npz --out rollout.npz
-  atomeq rollout md.extxyz --propagator runs/molecule_segno/propagator --steps 10 --out long.extxyz
-"""
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
@@ -53,16 +38,8 @@ class LoadedStep:
         return self.step.device
 
 
-def main(argv: Sequence[str]) -> int:
-    """Run ``atomeq rollout``.
-
-    Args:
-        argv: The verb and its options.
-
-    Returns:
-        0.
-    """
-    options = _parser().parse_args(list(argv[1:]))
+def rollout(options: Namespace) -> int:
+    """Carry particles on, write them and tell how far they are from a reference."""
     _refuse_output(options.out)
     loaded = _load(options)
     start = read_recording(options.input, frame_time=options.frame_time).frame(options.frame)
@@ -127,32 +104,6 @@ def errors_of(rolled: Recording, reference: Recording, step_time: float) -> list
             }
         )
     return rows
-
-
-def _parser() -> Parser:
-    parser = Parser("atomeq rollout", _DESCRIPTION)
-    parser.add_argument("input", metavar="INPUT", type=str, help="systems.npz or structures")
-    parser.add_argument(
-        "--propagator", required=True, type=str, help="folder that a fit of propagation has left"
-    )
-    parser.add_argument("--out", required=True, type=str, help="OUT.npz, OUT.extxyz or OUT.traj")
-    parser.add_argument("--steps", type=PositiveInt, default=1, help="number of long steps")
-    parser.add_argument("--frame", type=int, default=-1, help="of the input to start from")
-    parser.add_argument("--reference", type=str, default=None, help="true motion to compare with")
-    parser.add_argument(
-        "--frame-time",
-        type=PositiveFloat,
-        default=None,
-        help="fs between frames of structures that do not say it",
-    )
-    parser.add_argument("--device", type=str, default="cpu", help="cpu, cuda or cuda:1")
-    parser.add_argument(
-        "--dtype",
-        type=Literal["float32", "float64"],
-        default=None,
-        help="precision of the network; by default that of the propagator",
-    )
-    return parser
 
 
 def _refuse_output(out: str) -> None:

@@ -1,130 +1,27 @@
 """``atomeq single-point``, ``atomeq relax`` and ``atomeq md``: structures in, results out."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from ase import Atoms
 from jsonargparse import Namespace
-from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 
 from atomeq.calculators.ase import AtomeqCalculator, has_volume
-from atomeq.cli.dynamics import Ensemble, MolecularDynamicsRun, Thermostat
+from atomeq.cli.dynamics import MolecularDynamicsRun
 from atomeq.cli.relaxation import RelaxationRun
-from atomeq.cli.restart import RESTART_HELP, Checkpoint, identity
+from atomeq.cli.restart import Checkpoint, identity
 from atomeq.cli.structures import (
     output_format,
     structure_output,
     with_results,
     write_summary,
 )
-from atomeq.cli.terminal import Meter, Parser, say, show_table
-from atomeq.cli.verbs import prepare, settings, simulation_parser
+from atomeq.cli.terminal import Meter, say, show_table
+from atomeq.cli.verbs import prepare, settings
 from atomeq.graph.convert import StructureError
 from atomeq.units import GPA
-
-_DESCRIPTIONS = {
-    "single-point": """\
-Compute energy, forces and, where the cell has a volume, stress of every structure in a file.
-
-example:
-  atomeq single-point cu.cif --potential cu-pbe --out cu.extxyz
-""",
-    "relax": """\
-Move the atoms of every structure in a file until the largest force is below --fmax; with --cell
-also the lattice, until the stress vanishes. They relax in batches, each as it would alone.
-Beside OUT.extxyz stand OUT.summary.json and OUT.png (largest force and energy of the first
-structures). Exit code 1 says that some structure did not converge; what breaks harms no other. A
-run that is interrupted leaves the folder OUT.relax, from which --restart goes on.
-
-example:
-  atomeq relax cu.cif --potential cu-pbe --out relaxed.extxyz --fmax 0.01 --cell
-""",
-    "md": """\
-Run molecular dynamics from the last structure of a file. Velocities are those of the file, or
-drawn for --temperature. Beside the trajectory OUT.extxyz stand OUT.log.csv (energies, temperature),
-OUT.report.json and OUT.png (temperature, total energy, radial distribution, mean squared
-displacement) and OUT.summary.json. A run that is interrupted leaves OUT.part-<process>.extxyz and
-OUT.checkpoint.json, from which --restart goes on, whatever the thermostat, to the very trajectory
-of an uninterrupted run (on a GPU up to rounding).
-
-nve  velocity Verlet: constant energy
-nvt  --thermostat bussi (stochastic velocity rescaling) or langevin
-npt  Langevin thermostat and barostat (BAOAB); --barostat isotropic keeps the shape of the cell
-
-example:
-  atomeq md cu.cif --potential cu-pbe --ensemble nvt --temperature 300 --timestep 2 --steps 1000 \\
-      --out md.extxyz
-""",
-}
-
-
-def main(argv: Sequence[str]) -> int:
-    """Run one of the simulation verbs.
-
-    Args:
-        argv: The verb and its options.
-
-    Returns:
-        0, or 1 where a relaxation did not converge.
-    """
-    verb, *words = argv
-    parser = build_parser(verb)
-    return {"single-point": single_point, "relax": relax, "md": md}[verb](parser.parse_args(words))
-
-
-def build_parser(verb: str) -> Parser:
-    """Return the parser of a simulation verb."""
-    parser = simulation_parser(verb, _DESCRIPTIONS[verb])
-    if verb == "relax":
-        _add_relax_options(parser)
-    if verb == "md":
-        _add_md_options(parser)
-    return parser
-
-
-def _add_relax_options(parser: Parser) -> None:
-    parser.add_argument("--fmax", type=PositiveFloat, default=0.01, help="largest force left, eV/Å")
-    parser.add_argument("--cell", action="store_true", help="relax the lattice as well")
-    parser.add_argument("--pressure", type=float, default=0.0, help="with --cell, in GPa")
-    parser.add_argument(
-        "--optimizer", type=Literal["fire", "lbfgs"], default="lbfgs", help="as ASE's"
-    )
-    parser.add_argument(
-        "--max-steps", type=PositiveInt, default=500, help="give up on a structure after"
-    )
-    parser.add_argument(
-        "--checkpoint-interval", type=PositiveInt, default=20, help="steps between checkpoints"
-    )
-    parser.add_argument("--restart", action="store_true", help=RESTART_HELP)
-
-
-def _add_md_options(parser: Parser) -> None:
-    parser.add_argument("--ensemble", type=Ensemble, default="nvt", help="nve, nvt or npt")
-    parser.add_argument("--temperature", type=PositiveFloat, default=300.0, help="K")
-    parser.add_argument("--timestep", type=PositiveFloat, default=1.0, help="fs")
-    parser.add_argument("--steps", type=PositiveInt, default=1000, help="number of steps")
-    parser.add_argument("--thermostat", type=Thermostat, default="bussi", help="of nvt")
-    parser.add_argument(
-        "--thermostat-time", type=PositiveFloat, default=100.0, help="its relaxation time, fs"
-    )
-    parser.add_argument("--pressure", type=float, default=0.0, help="of npt, GPa")
-    parser.add_argument(
-        "--barostat", type=Literal["isotropic", "anisotropic"], default="isotropic", help="of npt"
-    )
-    parser.add_argument(
-        "--barostat-time", type=PositiveFloat, default=1000.0, help="its relaxation time, fs"
-    )
-    parser.add_argument(
-        "--interval", type=PositiveInt, default=10, help="steps between frames and log lines"
-    )
-    parser.add_argument(
-        "--checkpoint-interval", type=PositiveInt, default=100, help="steps between checkpoints"
-    )
-    parser.add_argument("--restart", action="store_true", help=RESTART_HELP)
-    parser.add_argument("--new-velocities", action="store_true", help="ignore those of the file")
-    parser.add_argument("--seed", type=NonNegativeInt, default=0, help="of velocities and noise")
 
 
 def single_point(options: Namespace) -> int:

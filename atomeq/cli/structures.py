@@ -18,10 +18,8 @@ from ase.io.extxyz import write_extxyz
 from ase.io.trajectory import TrajectoryWriter
 
 from atomeq.calculators.ase import AtomeqCalculator, has_volume
-from atomeq.files import refuse_unwritable, write_atomically
-
-#: Output formats by suffix.
-FORMATS = {".extxyz": "extxyz", ".xyz": "extxyz", ".traj": "traj"}
+from atomeq.cli.door import existing_file, output_format
+from atomeq.files import write_atomically
 
 #: Packages whose version a result depends on.
 PACKAGES = ("atomeq", "torch", "torch_geometric", "numpy", "ase", "vesin")
@@ -60,9 +58,7 @@ def read_structures(path: str | Path, *, index: str = ":") -> list[Atoms]:
         FileNotFoundError: No such file.
         ValueError: The file is not readable, truncated, or holds no structure.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}")
+    path = existing_file(path)
     try:
         frames = ase.io.read(path, index=index)
     except Exception as error:  # readers of ASE raise anything from IndexError to XMLSyntaxError
@@ -76,20 +72,6 @@ def read_structures(path: str | Path, *, index: str = ":") -> list[Atoms]:
     for atoms in structures:
         atoms.calc = None  # labels of the file, not of the potential
     return structures
-
-
-def output_format(path: str | Path) -> str:
-    """Return ASE's name of the format of an output file, before any work is done.
-
-    Raises:
-        ValueError: The suffix is not one that can be written.
-        OSError: The file cannot be written.
-    """
-    path = Path(path)
-    if path.suffix not in FORMATS:
-        raise ValueError(f"cannot write {path}: give it the suffix {', '.join(FORMATS)}")
-    refuse_unwritable(path)
-    return FORMATS[path.suffix]
 
 
 class StructureWriter:

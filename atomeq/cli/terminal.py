@@ -1,14 +1,15 @@
 """What all verbs share in talking to a terminal: the parser, the progress bar, tables."""
 
 import argparse
+import importlib
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
 from rich.console import Console
@@ -21,6 +22,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
+
+from atomeq.cli.plain_text import printable
 
 _QUIET_SECONDS = 5.0  # between two lines of plain progress
 
@@ -37,14 +41,39 @@ class HelpFormatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
 
 
 class Parser(ArgumentParser):
-    """A jsonargparse parser whose errors are one line, exit code 2."""
+    """A jsonargparse parser whose errors are one line, exit code 2.
+
+    It needs no torch: what is wrong with the words is said before the module that does the work,
+    and with it torch, is imported.
+    """
 
     def __init__(self, prog: str, description: str) -> None:
         super().__init__(prog=prog, description=description, formatter_class=HelpFormatter)
+        self._doors: dict[str, Callable[[Any], object]] = {}
+
+    def door(self, **checks: Callable[[Any], object]) -> None:
+        """Check the values of options once they are parsed; a check raises what is wrong."""
+        self._doors.update(checks)
+
+    def serve(self, words: Sequence[str], work: str) -> int:
+        """Parse words, refuse what is wrong with them, then import what does the work and call it.
+
+        Args:
+            words: Without the verb.
+            work: ``module:function``; the function takes the options and returns the exit code.
+        """
+        options = self.parse_args(list(words))
+        for name, check in self._doors.items():
+            value = options.get(name)
+            for one in value if isinstance(value, list) else [value]:
+                if one is not None:
+                    check(one)
+        module, _, function = work.partition(":")
+        return getattr(importlib.import_module(module), function)(options)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Write the message with the way to the help, and exit."""
-        text = " ".join(message.split())
+        text = printable(" ".join(message.split()))
         sys.stderr.write(f"{self.prog}: error: {text}; see {self.prog} --help\n")
         sys.exit(2)
 
@@ -63,7 +92,7 @@ class Meter:
     def __init__(
         self, label: str, total: int, *, unit: str, done: int = 0, console: Console | None = None
     ) -> None:
-        self.label, self.total, self.unit = label, total, unit
+        self.label, self.total, self.unit = printable(label), total, unit
         self.console = console if console is not None else Console(stderr=True)
         self.done = self._done_before = done
         self._told: tuple[int, str] | None = None  # what the last line said
@@ -101,10 +130,10 @@ class Meter:
             yield self
             return
         bar = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"),
+            TextColumn("{task.fields[rate]}", markup=False),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=self.console,
@@ -116,6 +145,7 @@ class Meter:
 
     def advance(self, steps: int = 1, *, note: str = "") -> None:
         """Count steps done and tell something about them."""
+        note = printable(note)
         if self._interrupted:
             raise KeyboardInterrupt
         self.done += steps
@@ -153,9 +183,10 @@ def show_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, most: i
     """Write a table to standard output, the first rows of a long one."""
     table = Table(box=None, pad_edge=False)
     for column in columns:
-        table.add_column(column, justify="left" if column == columns[0] else "right", no_wrap=True)
+        justify = "left" if column == columns[0] else "right"
+        table.add_column(Text(printable(column)), justify=justify, no_wrap=True)
     for row in rows[:most]:
-        table.add_row(*row)
+        table.add_row(*(Text(printable(cell)) for cell in row))  # no markup: "[red]" is a name
     console = Console()
     if not console.is_terminal:
         console = Console(width=160)  # nobody wraps a file
@@ -166,5 +197,5 @@ def show_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, most: i
 
 def say(text: str) -> None:
     """Write a line to standard output."""
-    sys.stdout.write(text + "\n")
+    sys.stdout.write(printable(text) + "\n")
     sys.stdout.flush()

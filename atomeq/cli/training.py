@@ -33,6 +33,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from atomeq.cli.parsers.training import HELP
 from atomeq.data.ase_files import LabelKeys
 from atomeq.data.datamodule import AtomisticDataModule, Split
 from atomeq.data.nbody import NBodyRecipe
@@ -60,18 +61,6 @@ from atomeq.training.task import AtomisticTask
 from atomeq.typing import PropertyKey
 
 logger = logging.getLogger(__name__)
-
-HELP = {
-    "fit": "Train a potential: atomeq fit -c configs/experiment/acac_escn.yaml. "
-    "Every key of the file can be overridden, as in --trainer.max_epochs 50; --ckpt_path last goes "
-    "on where the last run in trainer.default_root_dir stopped.",
-    "validate": "Errors on the validation set: "
-    "atomeq validate -c EXPERIMENT.yaml --ckpt_path runs/NAME/checkpoints/best.ckpt",
-    "test": "Errors on each test set: "
-    "atomeq test -c EXPERIMENT.yaml --ckpt_path runs/NAME/checkpoints/best.ckpt",
-    "predict": "Energies and forces, or the target, of the structures of a file: "
-    "atomeq predict -c EXPERIMENT.yaml --data.predict FILE --ckpt_path CHECKPOINT",
-}
 
 
 @dataclass(frozen=True)

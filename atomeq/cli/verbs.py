@@ -1,7 +1,7 @@
 """What verbs with a potential share: options, loading, relaxing and evaluating structures."""
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from ase import Atoms
@@ -11,36 +11,12 @@ from jsonargparse import Namespace
 from atomeq.calculators.ase import AtomeqCalculator, has_volume
 from atomeq.cli.restart import Journal
 from atomeq.cli.structures import read_structures, structure_output
-from atomeq.cli.terminal import Meter, Parser
+from atomeq.cli.terminal import Meter
 from atomeq.dynamics.in_flight import Outcome
 from atomeq.dynamics.run import relax
 from atomeq.graph.convert import validate_structure
 
 _CHUNK = 8  # structures between two reports of progress, and what a kill may cost of them
-
-
-def simulation_parser(verb: str, description: str, *, dtype: str | None = None) -> Parser:
-    """Return a parser with the options every verb with a potential has.
-
-    Args:
-        verb: The subcommand.
-        description: Its help.
-        dtype: Precision by default; None takes the potential's own.
-    """
-    parser = Parser(f"atomeq {verb}", description)
-    parser.add_argument("input", metavar="INPUT", type=str, help="any structure file ASE reads")
-    parser.add_argument(
-        "--potential", required=True, type=str, help="name or folder of a potential"
-    )
-    parser.add_argument("--out", required=True, type=str, help="OUT.extxyz or OUT.traj")
-    parser.add_argument("--device", type=str, default="cpu", help="cpu, cuda or cuda:1")
-    parser.add_argument(
-        "--dtype",
-        type=Literal["float32", "float64"],
-        default=dtype,
-        help="precision of the network" + ("" if dtype else "; by default that of the potential"),
-    )
-    return parser
 
 
 def prepare(options: Namespace, *, index: str) -> tuple[AtomeqCalculator, list[Atoms]]:

@@ -22,6 +22,12 @@ from atomeq.data.particles import ParticleView
 from atomeq.data.targets import ScalarTarget
 from atomeq.files import write_atomically
 from atomeq.models.base import AtomisticModel, Propagator
+from atomeq.potential.folders import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    CheckpointError,
+    find_potential,
+)
 from atomeq.potential.long_step import LongStep
 from atomeq.potential.potential import Potential
 from atomeq.potential.predictor import Predictor
@@ -30,8 +36,6 @@ from atomeq.potential.scalar import ScalarPredictor
 from atomeq.potential.terms import EnergyTerm
 
 CHECKPOINT_VERSION = 1
-CONFIG_FILE = "model.yaml"
-WEIGHTS_FILE = "weights.safetensors"
 
 #: Every model a checkpoint may name, by its class path. A new model adds its line here.
 MODELS = (
@@ -58,10 +62,6 @@ TERMS = (
     "atomeq.potential.dispersion.DispersionD3",
     "atomeq.potential.repulsion.ZBL",
 )
-
-
-class CheckpointError(ValueError):
-    """A potential folder is missing, damaged, or of a version this package cannot read."""
 
 
 def save_potential(
@@ -252,35 +252,6 @@ def not_a_potential(predictor: ScalarPredictor, what: str) -> str:
     )
 
 
-def find_potential(name_or_path: str | Path) -> Path:
-    """Return the folder of a potential given by path or by shipped name.
-
-    Raises:
-        CheckpointError: There is no such folder; the message lists the shipped names.
-    """
-    path = Path(name_or_path)
-    candidates = [path, *(root / path for root in _shipped_roots() if len(path.parts) == 1)]
-    for candidate in candidates:
-        if (candidate / CONFIG_FILE).is_file():
-            return candidate
-    if path.suffix == ".pt2" and path.is_file():
-        raise CheckpointError(
-            f"{path} is a compiled potential, a program that is run by loading it; if you trust "
-            "where it comes from, load it with atomeq.load_compiled()"
-        )
-    shipped = ", ".join(shipped_potentials()) or "none"
-    raise CheckpointError(
-        f"no potential at {str(name_or_path)!r}: neither a folder with {CONFIG_FILE} nor the name "
-        f"of a shipped potential (shipped: {shipped})"
-    )
-
-
-def shipped_potentials() -> list[str]:
-    """Return the names of the potentials that come with the package."""
-    found = {p.parent.name for root in _shipped_roots() for p in root.glob(f"*/{CONFIG_FILE}")}
-    return sorted(found)
-
-
 def resolve_device(device: str | torch.device | None) -> torch.device:
     """Return a usable device, refusing CUDA where there is none instead of falling back.
 
@@ -405,11 +376,6 @@ def _scalar(model: AtomisticModel, document: dict[str, Any], folder: Path) -> Sc
         return ScalarPredictor(model, ScalarTarget(**document["target"]))
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{folder / CONFIG_FILE}, target: {error}") from error
-
-
-def _shipped_roots() -> tuple[Path, Path]:
-    package = Path(__file__).resolve().parent.parent
-    return package / "_potentials", package.parent / "potentials"  # installed wheel, source tree
 
 
 def _read_document(folder: Path) -> dict[str, Any]:

@@ -21,8 +21,6 @@ from atomeq.files import refuse_unwritable, write_atomically
 from atomeq.graph.atom_graph import AtomGraph
 from atomeq.ops.dispatch import use_backend
 from atomeq.potential.checkpoint import (
-    WEIGHTS_FILE,
-    find_potential,
     load_potential,
     refuse_foreign_models,
     sha256,

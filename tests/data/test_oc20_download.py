@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from atomeq.cli.data import main
+from atomeq.cli.parsers.data import main
 from atomeq.data import oc20_download
 from atomeq.data.ase_files import DataError
 from atomeq.data.oc20_download import ARCHIVES, Archive, fetch, unpack

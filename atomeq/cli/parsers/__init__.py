@@ -1,0 +1,1 @@
+"""Command lines of the verbs: options, helps and early refusals, without torch or ase."""

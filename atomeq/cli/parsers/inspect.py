@@ -1,0 +1,150 @@
+"""Command lines of ``atomeq check``, ``doctor``, ``convert`` and ``export``."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from jsonargparse.typing import PositiveFloat
+
+from atomeq.cli.door import device_name, existing_file
+from atomeq.cli.terminal import Parser
+from atomeq.files import refuse_unwritable
+from atomeq.potential.folders import find_potential
+
+_CHECK = """\
+Measure the laws of physics and of good behaviour on a potential or on any ASE calculator. One line
+per law with the measured figure; exit code 1 says that a law is broken. A model may name laws that
+its method cannot keep: they are measured, and no fault.
+
+  --quick    derivatives, symmetries, extensivity, smoothness, threads, copies, refusals: seconds
+  (default)  the drift of the energy in molecular dynamics as well: minutes
+  --full     spawned processes and 26 degenerate structures as well (slabs without vacuum, atoms
+             far outside of the cell, NaN, ...), each to be answered rightly or refused clearly
+
+The YAML of a model is checked with random weights. These know no repulsion, so give their dynamics
+a smaller --timestep and fewer --picoseconds, or leave it out by --quick.
+
+examples:
+  atomeq check cu-pbe --full
+  atomeq check configs/model/egnn.yaml --quick
+  atomeq check ase.calculators.emt:EMT --elements Cu,Al --quick
+"""
+
+_DOCTOR = """\
+Tell what atomeq finds on this machine: versions, devices, data, potentials, backends.
+
+example:
+  atomeq doctor
+"""
+_CONVERT = """\
+Turn a published checkpoint of eSCN or EquiformerV2 (fairchem 1.x or older, .pt) into a potential
+folder OUT with weights, options and a model card. Nothing in the file is executed; what is not
+known in it is refused by its name.
+
+example:
+  atomeq convert eq2_31M_ec4_allmd.pt potentials/eq2-31M --grid-resolution 32
+"""
+_EXPORT = """\
+Compile a potential for the processor of this machine: OUT.pt2 computes energy, forces and stress of
+structures of any size without the package's operations, faster for small structures. It takes about
+a minute and a C++ compiler. The file is a program: whoever loads it runs it, which in Python
+atomeq.load_compiled("OUT.pt2") does.
+
+example:
+  atomeq export cu-pbe --out cu.pt2
+"""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Parse one of the verbs and run it.
+
+    Args:
+        argv: The verb and its options.
+
+    Returns:
+        0, or 1 where a law is broken.
+    """
+    verb, *words = argv
+    parser, work = {
+        "check": (_check_parser, "atomeq.cli.inspect:check"),
+        "doctor": (_doctor_parser, "atomeq.cli.inspect:doctor"),
+        "convert": (_convert_parser, "atomeq.cli.convert:convert"),
+        "export": (_export_parser, "atomeq.cli.export:export"),
+    }[verb]
+    return parser().serve(words, work)
+
+
+def _check_parser() -> Parser:
+    parser = Parser("atomeq check", _CHECK)
+    parser.add_argument(
+        "target",
+        metavar="TARGET",
+        type=str,
+        help="name or folder of a potential, YAML of a model, or module:factory that makes an ASE "
+        "calculator",
+    )
+    parser.add_argument(
+        "--elements",
+        type=str,
+        default=None,
+        help="symbols it knows, as Cu,Al; found out by default",
+    )
+    depth = parser.add_mutually_exclusive_group()
+    depth.add_argument("--quick", action="store_true", help="leave out the laws that take minutes")
+    depth.add_argument("--full", action="store_true", help="measure every law there is")
+    parser.add_argument("--only", type=str, default=None, help="laws by name, as rotation,pickling")
+    parser.add_argument(
+        "--structure", type=str, default=None, help="file with the start of the NVE law"
+    )
+    parser.add_argument("--picoseconds", type=PositiveFloat, default=5.0, help="of the NVE law")
+    parser.add_argument("--timestep", type=PositiveFloat, default=2.0, help="of the NVE law, fs")
+    parser.add_argument(
+        "--temperature", type=PositiveFloat, default=300.0, help="of the NVE law, K"
+    )
+    parser.add_argument("--device", type=str, default="cpu", help="cpu or cuda; of a potential")
+    parser.add_argument(
+        "--dtype",
+        type=Literal["float32", "float64"],
+        default="float64",
+        help="of a potential; float32 gets wider tolerances",
+    )
+    parser.add_argument("--json", type=str, default=None, help="write the results there as well")
+    parser.door(structure=existing_file, json=refuse_unwritable, device=device_name)
+    return parser
+
+
+def _doctor_parser() -> Parser:
+    return Parser("atomeq doctor", _DOCTOR)
+
+
+def _convert_parser() -> Parser:
+    parser = Parser("atomeq convert", _CONVERT)
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="a .pt file")
+    parser.add_argument("out", metavar="OUT", type=Path, help="folder of the new potential")
+    parser.add_argument(
+        "--ema", action="store_true", help="take the running average of the weights"
+    )
+    parser.add_argument(
+        "--grid-resolution",
+        type=int,
+        default=None,
+        help="finer grids on the sphere than the checkpoint's, 32 say: slower, more equivariant",
+    )
+    parser.door(checkpoint=existing_file)
+    return parser
+
+
+def _export_parser() -> Parser:
+    parser = Parser("atomeq export", _EXPORT)
+    parser.add_argument(
+        "potential", metavar="POTENTIAL", type=str, help="name or folder of a potential"
+    )
+    parser.add_argument("--out", required=True, type=Path, help="OUT.pt2")
+    parser.add_argument(
+        "--dtype",
+        type=Literal["float32", "float64"],
+        default=None,
+        help="precision of the network; by default that of the potential",
+    )
+    parser.door(potential=find_potential, out=refuse_unwritable)
+    return parser

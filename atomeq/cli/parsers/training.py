@@ -1,0 +1,75 @@
+"""The door of ``atomeq fit | validate | test | predict``: helps and absent files, before Lightning.
+
+Every other word is a key of the classes that are trained, so they have to be imported to judge it.
+"""
+
+import importlib
+import itertools
+from collections.abc import Sequence
+
+from atomeq.cli.door import existing_file
+from atomeq.cli.terminal import say
+
+_KEYS = """\
+  -c, --config FILE         what to train on what; see configs/experiment/ for complete ones
+  --trainer.KEY VALUE       of Lightning's Trainer: max_epochs, devices, accelerator, precision, ...
+  --model.KEY VALUE         the model, its losses, optimizer and schedule
+  --data.KEY VALUE          files, labels, batches
+  --ckpt_path FILE          a checkpoint to start from
+  --seed_everything NUMBER  of weights and batches; 0 by default
+  --print_config            write the whole configuration as it would be used, and end
+
+  atomeq {verb} --help=all lists every key, --model.model.help CLASS those of a model."""
+
+HELP = {
+    "fit": """\
+Train a potential. A run lives in one folder, --trainer.default_root_dir (runs/NAME of the file by
+default): configuration, checkpoints, metrics and in the end the potential. Every key of the file
+can be overridden; --ckpt_path last goes on where the last run in the folder stopped.
+
+examples:
+  atomeq fit -c configs/experiment/acac_escn.yaml
+  atomeq fit -c configs/experiment/acac_escn.yaml --trainer.max_epochs 50
+""",
+    "validate": """\
+Errors of a checkpoint on the validation set.
+
+example:
+  atomeq validate -c EXPERIMENT.yaml --ckpt_path runs/NAME/checkpoints/best.ckpt
+""",
+    "test": """\
+Errors of a checkpoint on each test set.
+
+example:
+  atomeq test -c EXPERIMENT.yaml --ckpt_path runs/NAME/checkpoints/best.ckpt
+""",
+    "predict": """\
+Energies and forces, or the target, of the structures of a file.
+
+example:
+  atomeq predict -c EXPERIMENT.yaml --data.predict FILE --ckpt_path CHECKPOINT
+""",
+}
+
+
+def main(argv: Sequence[str]) -> int | None:
+    """Answer what needs no torch, and hand the rest over.
+
+    Args:
+        argv: The verb and its options.
+    """
+    verb, *words = argv
+    if not words:
+        raise ValueError(f"give a configuration: atomeq {verb} -c FILE; see atomeq {verb} --help")
+    if set(words) & {"-h", "--help"}:
+        say(
+            f"usage: atomeq {verb} -c FILE [--KEY VALUE ...]\n\n{HELP[verb]}\n"
+            f"options:\n{_KEYS.format(verb=verb)}"
+        )
+        return 0
+    for word, following in itertools.pairwise([*words, ""]):
+        option, _, value = word.partition("=")
+        if option in ("-c", "--config"):
+            existing_file(value or following)
+    words = ["--help" if word == "--help=all" else word for word in words]
+    return importlib.import_module("atomeq.cli.training").main([verb, *words])

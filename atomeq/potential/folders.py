@@ -1,0 +1,50 @@
+"""Where saved predictors lie: their files, the shipped ones, and a folder found by its name.
+
+Nothing here needs torch, so that a command line finds a wrong name before it waits for it.
+"""
+
+import difflib
+from pathlib import Path
+
+CONFIG_FILE = "model.yaml"
+WEIGHTS_FILE = "weights.safetensors"
+
+
+class CheckpointError(ValueError):
+    """A potential folder is missing, damaged, or of a version this package cannot read."""
+
+
+def find_potential(name_or_path: str | Path) -> Path:
+    """Return the folder of a potential given by path or by shipped name.
+
+    Raises:
+        CheckpointError: There is no such folder; the message lists the shipped names.
+    """
+    path = Path(name_or_path)
+    candidates = [path, *(root / path for root in _shipped_roots() if len(path.parts) == 1)]
+    for candidate in candidates:
+        if (candidate / CONFIG_FILE).is_file():
+            return candidate
+    if path.suffix == ".pt2" and path.is_file():
+        raise CheckpointError(
+            f"{path} is a compiled potential, a program that is run by loading it; if you trust "
+            "where it comes from, load it with atomeq.load_compiled()"
+        )
+    names = shipped_potentials()
+    close = difflib.get_close_matches(str(name_or_path), names, n=1)
+    raise CheckpointError(
+        f"no potential at {str(name_or_path)!r}: neither a folder with {CONFIG_FILE} nor the name "
+        f"of a shipped potential (shipped: {', '.join(names) or 'none'})"
+        + (f"; did you mean {close[0]!r}?" if close else "")
+    )
+
+
+def shipped_potentials() -> list[str]:
+    """Return the names of the potentials that come with the package."""
+    found = {p.parent.name for root in _shipped_roots() for p in root.glob(f"*/{CONFIG_FILE}")}
+    return sorted(found)
+
+
+def _shipped_roots() -> tuple[Path, Path]:
+    package = Path(__file__).resolve().parent.parent
+    return package / "_potentials", package.parent / "potentials"  # installed wheel, source tree
