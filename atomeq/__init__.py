@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from atomeq.calculators.ase import AtomeqCalculator
     from atomeq.dynamics.run import relax, simulate
     from atomeq.graph.atom_graph import AtomGraph
-    from atomeq.graph.to_structures import to_pymatgen
+    from atomeq.graph.pyg import from_pyg, to_pyg
+    from atomeq.graph.to_structures import to_ase, to_pymatgen
     from atomeq.potential.checkpoint import load_potential, save_potential
     from atomeq.potential.compiled import load_compiled
     from atomeq.potential.export import export_potential
@@ -26,12 +27,15 @@ __all__ = [
     "Potential",
     "__version__",
     "export_potential",
+    "from_pyg",
     "load_compiled",
     "load_potential",
     "relax",
     "save_potential",
     "screen",
     "simulate",
+    "to_ase",
+    "to_pyg",
     "to_pymatgen",
 ]
 
@@ -40,12 +44,15 @@ _HOMES = {
     "AtomeqCalculator": "atomeq.calculators.ase",
     "Potential": "atomeq.potential.potential",
     "export_potential": "atomeq.potential.export",
+    "from_pyg": "atomeq.graph.pyg",
     "load_compiled": "atomeq.potential.compiled",
     "load_potential": "atomeq.potential.checkpoint",
     "relax": "atomeq.dynamics.run",
     "save_potential": "atomeq.potential.checkpoint",
     "screen": "atomeq.screening.run",
     "simulate": "atomeq.dynamics.run",
+    "to_ase": "atomeq.graph.to_structures",
+    "to_pyg": "atomeq.graph.pyg",
     "to_pymatgen": "atomeq.graph.to_structures",
 }
 

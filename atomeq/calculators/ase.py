@@ -15,7 +15,6 @@ import torch
 from ase import Atoms
 from ase.calculators.calculator import Calculator, PropertyNotImplementedError, all_changes
 from ase.stress import full_3x3_to_voigt_6_stress
-from ase.vibrations import VibrationsData
 from numpy.typing import NDArray
 
 from atomeq.graph.atom_graph import MIN_VOLUME, AtomGraph
@@ -250,6 +249,8 @@ class AtomeqCalculator(Calculator):
             atoms: A structure at a minimum or saddle point.
             indices: Atoms that vibrate; by default all that are not fixed.
         """
+        from ase.vibrations import VibrationsData  # brings matplotlib
+
         if indices is None:
             indices = VibrationsData.indices_from_constraints(atoms)
         rows = (3 * np.asarray(indices, dtype=int)[:, None] + np.arange(3)).ravel()

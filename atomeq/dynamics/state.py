@@ -95,7 +95,7 @@ class State:
     def tensors(self) -> dict[str, Tensor]:
         """Return everything the state holds, by name; :meth:`from_tensors` undoes it."""
         own = {name: getattr(self, name) for name, _ in self._levels()}
-        return own | {f"graph.{name}": value for name, value in self.graph._store.items()}
+        return own | {f"graph.{name}": value for name, value in self.graph.to_dict().items()}
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> Self:

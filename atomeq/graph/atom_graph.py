@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
-from torch_geometric.data import Data
-from torch_geometric.data.storage import GlobalStorage
 
 from atomeq.typing import (
     AtomicNumbers,
@@ -73,24 +71,17 @@ _LEVELS: dict[str, Level] = {
 }
 
 
-class _AtomStorage(GlobalStorage):
-    @property
-    def can_infer_num_nodes(self) -> bool:
-        # PyG's collate would write over `batch` and count a graph of many structures as one;
-        # with False it collates our own `batch` through __inc__.
-        return False
-
-
-class AtomGraph(Data):
+class AtomGraph:
     """Structures and their edges, concatenated.
 
     ``edge_index[0]`` is the source or neighbour j, ``edge_index[1]`` the target or centre i, and
     the edge vector ``pos[j] - pos[i] + cell_offsets @ cell`` points from i to the image of j. Edges
-    are sorted by i, then j, then offset. Reading an absent field is an AttributeError, or gives
-    None for ``pos``, ``edge_index`` and ``batch``, as in PyG; ``"energy" in graph`` tells.
+    are sorted by i, then j, then offset. Fields are attributes; reading an absent one is an
+    AttributeError, or gives None for ``pos``, ``edge_index`` and ``batch``; ``"energy" in graph``
+    tells.
 
     Args:
-        pos: (n_atoms, 3), Å. Only PyG itself makes a graph without it.
+        pos: (n_atoms, 3), Å; without it the graph is empty, to be filled by its maker.
         atomic_numbers: (n_atoms,).
         cell: (n_graphs, 3, 3), Å, rows are lattice vectors; zeros where there is no cell.
         pbc: (n_graphs, 3); not periodic by default.
@@ -106,8 +97,8 @@ class AtomGraph(Data):
             (n_hyperedges,), and any other tensor: it belongs to the edges if its name starts with
             ``edge_``, else to the atoms or structures by its length.
 
-    PyG's Batch and DataLoader take AtomGraphs with equal fields and give the numbers of
-    :meth:`concatenate`, which also joins graphs whose fields differ.
+    PyTorch's DataLoader joins graphs with ``collate_fn=AtomGraph.concatenate``; for PyG's Batch and
+    DataLoader there is :mod:`atomeq.graph.pyg`.
 
     Raises:
         ValueError: The shapes contradict each other.
@@ -119,9 +110,9 @@ class AtomGraph(Data):
     """
 
     if TYPE_CHECKING:
-        pos: Positions  # pyright: ignore[reportIncompatibleMethodOverride, reportIncompatibleVariableOverride]
-        batch: BatchIndex  # pyright: ignore[reportIncompatibleMethodOverride, reportIncompatibleVariableOverride]
-        edge_index: EdgeIndex  # pyright: ignore[reportIncompatibleMethodOverride, reportIncompatibleVariableOverride]
+        pos: Positions
+        batch: BatchIndex
+        edge_index: EdgeIndex
         atomic_numbers: AtomicNumbers
         cell: Cells
         pbc: Periodicity
@@ -130,6 +121,10 @@ class AtomGraph(Data):
         energy: Energies
         forces: Forces
         stress: Stress
+
+        def __getattr__(self, name: str) -> Any: ...
+    else:
+        pos = batch = edge_index = None
 
     def __init__(
         self,
@@ -144,8 +139,6 @@ class AtomGraph(Data):
         batch: BatchIndex | None = None,
         **kwargs: Tensor | None,
     ) -> None:
-        super().__init__()
-        vars(self)["_store"] = _AtomStorage(_parent=self)
         if pos is None:
             return
         if natoms is None and batch is not None:
@@ -173,22 +166,53 @@ class AtomGraph(Data):
         }
         for name, value in given.items():
             if value is not None:
-                self._store[name] = value
+                self[name] = value
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Return a field by its name."""
+        return self.__dict__[name]
+
+    def __setitem__(self, name: str, value: Tensor) -> None:
+        """Set a field by its name; ValueError for one that would hide a method."""
+        if name not in _LEVELS and hasattr(AtomGraph, name):
+            raise ValueError(f"a field cannot be named {name!r}: AtomGraph.{name} is taken")
+        self.__dict__[name] = value
+
+    def __contains__(self, name: str) -> bool:
+        """Whether the graph has a field."""
+        return name in self.__dict__
+
+    def __repr__(self) -> str:
+        """Name the fields and their shapes."""
+        shapes = (f"{name}={list(value.shape)}" for name, value in self.__dict__.items())
+        return f"AtomGraph({', '.join(shapes)})"
+
+    def keys(self) -> list[str]:
+        """Return the names of the fields."""
+        return list(self.__dict__)
+
+    def to_dict(self) -> dict[str, Tensor]:
+        """Return the fields by name."""
+        return dict(self.__dict__)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Return a field, or a default where there is none."""
+        return self.__dict__.get(name, default)
 
     @property
     def n_atoms(self) -> int:
         """Number of atoms in all structures."""
-        return self._store["pos"].shape[0]
+        return self.pos.shape[0]
 
     @property
     def n_graphs(self) -> int:
         """Number of structures."""
-        return self._store["natoms"].shape[0]
+        return self.natoms.shape[0]
 
     @property
     def n_edges(self) -> int:
         """Number of directed edges; 0 before a builder made them."""
-        return self._store["edge_index"].shape[1] if "edge_index" in self._store else 0
+        return 0 if self.edge_index is None else self.edge_index.shape[1]
 
     def edge_vectors(self) -> EdgeVectors:
         """Return the vectors from each target to its source's image.
@@ -199,7 +223,7 @@ class AtomGraph(Data):
         Raises:
             ValueError: The graph has no edges yet.
         """
-        if "edge_index" not in self._store:
+        if self.edge_index is None:
             raise ValueError(
                 "this AtomGraph has no edges yet; make them with a builder, "
                 "for example RadiusGraph(cutoff=5.0)(graph)"
@@ -241,12 +265,12 @@ class AtomGraph(Data):
     def replace(self, **fields: Tensor | None) -> "AtomGraph":
         """Return a shallow copy with some fields exchanged; None leaves a field out."""
         copy = AtomGraph()
-        copy._store._mapping.update(self._store._mapping)
+        copy.__dict__.update(self.__dict__)
         for name, value in fields.items():
             if value is not None:
-                copy._store[name] = value
-            elif name in copy._store:
-                del copy._store[name]
+                copy[name] = value
+            else:
+                copy.__dict__.pop(name, None)
         return copy
 
     def volume(self) -> Volumes:
@@ -267,15 +291,15 @@ class AtomGraph(Data):
             raise ValueError("cannot concatenate an empty list of graphs")
         if len(graphs) == 1:
             return graphs[0].replace()
-        names = dict.fromkeys(name for graph in graphs for name in graph._store._mapping)
+        names = dict.fromkeys(name for graph in graphs for name in graph.__dict__)
         joined = cls()
         for name in names:
             values = [_field(graph, name, graphs) for graph in graphs]
-            dim = -1 if name in ("edge_index", "hyperedge_index") else 0
+            dim = _joined_along(name)
             value = torch.cat(values, dim=dim)
             if name in ("edge_index", "hyperedge_index", "batch"):
                 value += _increments(graphs, name, [part.shape[dim] for part in values])
-            joined._store[name] = value
+            joined[name] = value
         return joined
 
     def graph(self, k: int) -> "AtomGraph":
@@ -297,15 +321,15 @@ class AtomGraph(Data):
         Args:
             systems: Their numbers, (n_taken,).
         """
-        levels = {name: self._level(name, value) for name, value in self._store.items()}
+        levels = {name: self._level(name, value) for name, value in self.__dict__.items()}
         if not set(levels.values()) <= {"atom", "graph"}:
             return AtomGraph.concatenate(self._select(systems.tolist()))
         rows = atom_rows(self.natoms, systems)
         copy = AtomGraph()
-        for name, value in self._store.items():
-            copy._store[name] = value[rows if levels[name] == "atom" else systems]
+        for name, value in self.__dict__.items():
+            copy[name] = value[rows if levels[name] == "atom" else systems]
         numbers = torch.arange(len(systems), device=systems.device)
-        copy._store["batch"] = numbers.repeat_interleave(copy.natoms)
+        copy["batch"] = numbers.repeat_interleave(copy.natoms)
         return copy
 
     def to_list(self) -> "list[AtomGraph]":
@@ -315,7 +339,7 @@ class AtomGraph(Data):
     def _select(self, numbers: Sequence[int]) -> "list[AtomGraph]":
         first_atom = _starts(self.natoms)
         pieces: dict[str, tuple[Tensor, list[int]]] = {}
-        for name, value in self._store.items():
+        for name, value in self.__dict__.items():
             level = self._level(name, value)
             if level == "graph":
                 pieces[name] = value, list(range(self.n_graphs + 1))
@@ -330,12 +354,12 @@ class AtomGraph(Data):
         for k in numbers:
             single = AtomGraph()
             for name, (value, starts) in pieces.items():
-                part = value.narrow(self.__cat_dim__(name, value), starts[k], _size(starts, k))
+                part = value.narrow(_joined_along(name), starts[k], _size(starts, k))
                 if name in ("edge_index", "batch"):
                     part = part - (first_atom[k] if name == "edge_index" else k)
                 elif name == "hyperedge_index":
                     part = part - part.new_tensor([[first_atom[k]], [first_hyperedge[k]]])
-                single._store[name] = part
+                single[name] = part
             singles.append(single)
         return singles
 
@@ -343,7 +367,7 @@ class AtomGraph(Data):
         atoms = self.edge_index[1] if level == "edge" else self.hyperedge_index[0]
         owner = self.batch[atoms]
         if owner.shape[0] > 1 and bool((owner[1:] < owner[:-1]).any()):
-            value = value.index_select(self.__cat_dim__(name, value), owner.argsort(stable=True))
+            value = value.index_select(_joined_along(name), owner.argsort(stable=True))
         return value, _starts(torch.bincount(owner, minlength=self.n_graphs))
 
     def _level(self, name: str, value: Any) -> Level:
@@ -363,7 +387,7 @@ class AtomGraph(Data):
             f"'edge_' field with {self.n_edges}"
         )
 
-    def to(  # pyright: ignore[reportIncompatibleMethodOverride]
+    def to(
         self,
         device: torch.device | torch.dtype | str | int | None = None,
         *args: str,
@@ -383,26 +407,17 @@ class AtomGraph(Data):
         """
         if isinstance(device, torch.dtype):
             device, dtype = None, device
-        copy = self.__copy__()
-        for name, value in self._store.items():
-            if isinstance(value, Tensor) and (not args or name in args):
+        copy = AtomGraph()
+        for name, value in self.__dict__.items():
+            if not args or name in args:
                 cast = dtype if value.is_floating_point() and name not in _ALWAYS_DOUBLE else None
-                copy._store[name] = value.to(device=device, dtype=cast, non_blocking=non_blocking)
+                value = value.to(device=device, dtype=cast, non_blocking=non_blocking)
+            copy.__dict__[name] = value
         return copy
 
-    def __cat_dim__(self, key: str, value: Any, *args: Any, **kwargs: Any) -> int:
-        """Return the dimension along which PyG joins a field."""
-        return -1 if key in ("edge_index", "hyperedge_index") else 0
-
-    def __inc__(self, key: str, value: Any, *args: Any, **kwargs: Any) -> Any:
-        """Return what PyG adds to a field of the next graph in a batch."""
-        if key == "batch":
-            return self.n_graphs
-        if key == "edge_index":
-            return self.n_atoms
-        if key == "hyperedge_index":
-            return torch.tensor([[self.n_atoms], [int(self.num_hyperedges.sum())]])
-        return 0
+    def pin_memory(self) -> "AtomGraph":
+        """Return a copy in memory from which a GPU copies faster, as loaders ask for."""
+        return self.replace(**{name: value.pin_memory() for name, value in self.__dict__.items()})
 
 
 def atom_rows(natoms: GraphCounts, systems: Tensor) -> Tensor:
@@ -443,10 +458,14 @@ def _check_shapes(
             )
 
 
+def _joined_along(name: str) -> int:
+    return -1 if name in ("edge_index", "hyperedge_index") else 0
+
+
 def _field(graph: AtomGraph, name: str, graphs: Sequence[AtomGraph]) -> Tensor:
-    if name in graph._store:
-        return graph._store[name]
-    like: Tensor = next(other._store[name] for other in graphs if name in other._store)
+    if name in graph:
+        return graph[name]
+    like: Tensor = next(other[name] for other in graphs if name in other)
     if name == "hyperedge_index":
         return like.new_zeros(2, 0)
     if name == "hyperedge_type":

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import networkx
 import numpy as np
 from numpy.typing import NDArray
 
@@ -134,6 +133,8 @@ def _start(numbers: list[int], bonds: list[tuple[int, int]], defaults: list[int]
 
 
 def _pair(valences: _Valences, bonds: dict[tuple[int, int], float]) -> None:
+    import networkx  # only potentials of hypergraphs wait for it
+
     while True:
         graph = networkx.Graph()
         for (i, j), relative in bonds.items():

@@ -12,6 +12,7 @@ from atomeq.cli import VERBS
 
 HEAVY = ("torch", "ase", "lightning", "numpy", "pymatgen", "matplotlib")
 CPU_SECONDS = 1.0  # of one process that answers all lines below; torch alone takes 1.4
+CALCULATOR_CPU_SECONDS = 3.5  # 1.9 where it was measured; 4.7 with PyG and matplotlib
 
 HELPS = [
     *(f"{verb} --help" for verb in VERBS),
@@ -89,3 +90,21 @@ def test_bad_words_need_no_torch(cases, tmp_path):
         assert err.startswith("atomeq")
         assert cases[line] in err
     assert [path.name for path in tmp_path.iterdir()] == ["cu.xyz"]
+
+
+def test_the_calculator_imports_what_it_uses():
+    """PyG brings torch._dynamo, ASE's vibrations matplotlib: both cost more than torch itself."""
+    unused = {
+        *("torch_geometric", "torch._dynamo", "sympy", "matplotlib", "networkx", "pandas"),
+        *("pymatgen", "lightning", "e3nn", "triton", "rdkit"),
+    }
+    code = f"""
+        import sys, time
+        from atomeq import AtomeqCalculator
+        assert not {unused} & set(sys.modules), {unused} & set(sys.modules)
+        print(time.process_time())
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < CALCULATOR_CPU_SECONDS
