@@ -6,7 +6,7 @@ the thread that asked, so that one calculator can serve many threads; the potent
 
 import copy
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableSet, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,34 +19,31 @@ from numpy.typing import NDArray
 
 from atomeq.graph.atom_graph import MIN_VOLUME, AtomGraph
 from atomeq.graph.builders import HyperGraph, RadiusGraph
-from atomeq.graph.convert import (
-    StructureError,
-    StructureLike,
-    from_structures,
-    validate_structure,
-)
-from atomeq.graph.hyperedges import INFO_KEY, Hyperedges
+from atomeq.graph.convert import StructureError, StructureLike, bare_graph, from_structures
+from atomeq.graph.hyperedges import Hyperedges
+from atomeq.graph.neighbors import SKIN
 from atomeq.graph.to_structures import to_ase
 from atomeq.graph.topology import KeptTopologies
-from atomeq.potential.checkpoint import (
-    WEIGHTS_FILE,
-    find_potential,
-    load_potential,
-    not_a_potential,
-    resolve_device,
-    sha256,
-)
-from atomeq.potential.derivatives import force_constants
+from atomeq.potential.checkpoint import resolve_device, resolve_dtype, sha256
+from atomeq.potential.committee import Committee, frozen
+from atomeq.potential.folders import WEIGHTS_FILE, find_potential
 from atomeq.potential.potential import Potential
-from atomeq.potential.scalar import ScalarPredictor
 from atomeq.typing import PropertyKey
 
 #: Asked of a committee, what its members' spread is called.
 SPREADS = ("energy_std", "energies_std", "forces_std", "stress_std")
 
-_DTYPES = {"float32": torch.float32, "float64": torch.float64}
-_SKIN = 0.6  # Å; a search costs little beside a network, a larger skin means more pairs to measure
 _MAX_EDGES = 60_000  # of one batch; larger ones are no faster on a core and need more memory
+
+_HEAD = "a potential with a force head has no {}: its forces are no derivative of an energy"
+_NOT_GIVEN = {
+    "stress": _HEAD.format("stress"),
+    "hessian": _HEAD.format("Hessian"),
+    "stresses": (
+        "a potential gives no stresses of atoms: an energy that depends on many atoms at once can "
+        "be divided between them in many ways, all with the same sum; take 'stress', the sum"
+    ),
+}
 
 
 class AtomeqCalculator(Calculator):
@@ -98,20 +95,45 @@ class AtomeqCalculator(Calculator):
     ) -> None:
         self._local = threading.local()  # first: ASE's constructor assigns atoms and results
         super().__init__()
-        alone = isinstance(potential, str | Path | torch.nn.Module)  # of modules, _frozen says more
+        alone = isinstance(potential, str | Path | torch.nn.Module)  # of modules, frozen() says it
         members = [potential] if alone else list(potential)
-        if not members:
-            raise ValueError("a committee needs at least one potential, and none was given")
-        self.potentials = tuple(_frozen(one, device, _resolve_dtype(dtype)) for one in members)
-        builders = [one.model.graph_builder() for one in self.potentials]
-        hypergraphs = [builder for builder in builders if isinstance(builder, HyperGraph)]
+        precision = resolve_dtype(dtype)
+        self._committee = Committee(
+            [frozen(one, device=device, dtype=precision) for one in members]
+        )
+        hypergraphs = [one for one in self._committee.builders if isinstance(one, HyperGraph)]
         self.molecules_only = any(one.perceive for one in hypergraphs)  # crystals have no topology
         self._topologies = KeptTopologies(perceive=self.molecules_only)
         self._sees_topology = bool(hypergraphs)
         self._origins = [None if isinstance(one, Potential) else str(one) for one in members]
-        self.implemented_properties = _properties(self.potentials)
-        if not self.elements:
-            raise ValueError("the potentials of this committee have no element in common")
+        self.implemented_properties = _properties(self._committee)
+        names = [
+            type(one.model).__name__ if origin is None else origin
+            for origin, one in zip(self._origins, self.potentials, strict=True)
+        ]
+        self.parameters = {
+            "potential": names[0] if len(names) == 1 else names,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "device": str(self.device),
+        }
+
+    def __repr__(self) -> str:
+        """Name the potential, or those of a committee, the precision and the device."""
+        name, dtype, device = self.parameters.values()
+        return f"AtomeqCalculator({name!r}, device={device!r}, dtype={dtype!r})"
+
+    def set(self, **parameters: Any) -> dict[str, Any]:
+        """Refuse to change parameters: another potential, dtype or device is another calculator.
+
+        Raises:
+            ValueError: There is something to change.
+        """
+        if parameters:
+            raise ValueError(
+                f"{next(iter(parameters))!r} of a calculator is fixed; make another "
+                "AtomeqCalculator(potential, device=..., dtype=...)"
+            )
+        return {}
 
     def _get_name(self) -> str:
         return "atomeq"
@@ -136,6 +158,11 @@ class AtomeqCalculator(Calculator):
         self._local.results = results
 
     @property
+    def potentials(self) -> tuple[Potential, ...]:
+        """The members of the committee; one, where there is no other."""
+        return self._committee.members
+
+    @property
     def potential(self) -> Potential:
         """The potential; the first of a committee."""
         return self.potentials[0]
@@ -153,8 +180,7 @@ class AtomeqCalculator(Calculator):
     @property
     def elements(self) -> tuple[int, ...]:
         """Atomic numbers the potential knows, and every other of a committee."""
-        shared = set.intersection(*(set(one.elements) for one in self.potentials))
-        return tuple(sorted(shared))
+        return self._committee.elements
 
     @property
     def exempt_laws(self) -> Mapping[str, str]:
@@ -177,14 +203,28 @@ class AtomeqCalculator(Calculator):
     def get_property(
         self, name: str, atoms: Atoms | None = None, allow_calculation: bool = True
     ) -> Any:
-        """Return a property, computing it where this thread's last results do not hold it."""
+        """Return a property, computing it where this thread's last results do not hold it.
+
+        Raises:
+            PropertyNotImplementedError: The potential does not give it; the message says why.
+        """
+        if name not in self.implemented_properties and name in _NOT_GIVEN:
+            raise PropertyNotImplementedError(_NOT_GIVEN[name])
         value = super().get_property(name, atoms, allow_calculation)
         self._asked.add(name)
         return value
 
     def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
         """Return what differs from this thread's last calculation, the topology included."""
-        changes = super().check_state(atoms, tol)
+        last = self.atoms
+        if last is None or tol > 1e-15:
+            changes = super().check_state(atoms, tol)
+        else:  # what compare_atoms finds, for a structure of few atoms ten times as fast
+            changes = [
+                name
+                for name in ("positions", "numbers", "cell", "pbc")
+                if not np.array_equal(getattr(last, name), getattr(atoms, name))
+            ]
         if not changes and self._topology(atoms) != getattr(self._local, "topology", None):
             changes = ["info"]
         return changes
@@ -216,9 +256,9 @@ class AtomeqCalculator(Calculator):
                 f"{atoms.get_chemical_formula()} has pbc {atoms.pbc.tolist()} and a cell of "
                 f"{abs(np.linalg.det(atoms.cell.array)):.3g} Å³"
             )
-        bare = self._bare(atoms)
-        graphs = self._graphs(bare)
-        results = self._results(graphs, self._to_compute(atoms, properties, system_changes))
+        graphs = self._graphs(atoms)
+        keys = self._to_compute(atoms, properties, system_changes)
+        results = self._committee.evaluate(graphs, keys)
         if system_changes:
             self.results = {}
             self._local.asked = set()
@@ -226,13 +266,7 @@ class AtomeqCalculator(Calculator):
         self._local.topology = self._topology(atoms)
         self.results.update(_in_ase_form(results))
         if "hessian" in properties:
-            self.results["hessian"] = np.mean(
-                [
-                    force_constants(potential, graph, max_edges=_MAX_EDGES).cpu().numpy()
-                    for potential, graph in zip(self.potentials, graphs, strict=True)
-                ],
-                axis=0,
-            ).astype(np.float64)
+            self.results["hessian"] = self._committee.hessian(graphs, max_edges=_MAX_EDGES)
 
     def get_hessian(self, atoms: Atoms | None = None) -> NDArray[np.float64]:
         """Return the second derivatives of the energy, (3 n_atoms, 3 n_atoms), eV/Å².
@@ -285,8 +319,8 @@ class AtomeqCalculator(Calculator):
         keys = _keys(properties)
         found: list[dict[str, Any]] = []
         for batch in self._batches(structures, max_edges, stress="stress" in keys):
-            graphs = [self._rebuilt(batch, potential) for potential in self.potentials]
-            results = self._results(graphs, keys)
+            others = [builder(batch) for builder in self._committee.builders[1:]]
+            results = self._committee.evaluate([batch, *others], keys)
             stops = np.cumsum(batch.natoms.cpu().numpy())
             for k, (start, stop) in enumerate(zip([0, *stops[:-1]], stops, strict=True)):
                 found.append(_in_ase_form(_of_structure(results, k, slice(start, stop))))
@@ -297,7 +331,7 @@ class AtomeqCalculator(Calculator):
         return False
 
     @property
-    def _asked(self) -> set[str]:
+    def _asked(self) -> MutableSet[str]:
         """What this thread asked of its current structure."""
         return self._local.__dict__.setdefault("asked", set())
 
@@ -312,28 +346,26 @@ class AtomeqCalculator(Calculator):
     def _topology(self, atoms: Atoms, index: int = 0) -> Hyperedges | None:
         return self._topologies.of(atoms, index=index) if self._sees_topology else None
 
-    def _bare(self, structure: StructureLike, index: int = 0) -> Atoms:
-        """Return a valid structure without labels, velocities and tags, with its hyperedges."""
+    def _bare(self, structure: StructureLike, index: int = 0) -> AtomGraph:
+        """Return a valid structure without edges, labels and velocities, with its hyperedges."""
         atoms = structure if isinstance(structure, Atoms) else to_ase(from_structures(structure))[0]
-        bare = Atoms(atoms.numbers, atoms.positions, cell=atoms.cell, pbc=atoms.pbc)
-        name, known = f"structure {index}", self.elements
-        validate_structure(bare, name=name, known_elements=known, min_distance=None)
+        bare = bare_graph(atoms, name=f"structure {index}", known_elements=self.elements)
         if (topology := self._topology(atoms, index)) is not None:
-            bare.info[INFO_KEY] = topology.to_info()
+            bare = bare.replace(**topology.fields(n_atoms=len(atoms)))
         return bare
 
-    def _graphs(self, bare: Atoms) -> list[AtomGraph]:
-        """Build the graph of each member, with the neighbours this thread remembers."""
-        graphs: dict[str, AtomGraph] = {}
-        for potential in self.potentials:
-            builder = potential.model.graph_builder()
-            if repr(builder) in graphs:
-                continue
+    def _graphs(self, atoms: Atoms) -> list[AtomGraph]:
+        """Return the graph of each builder, with the neighbours that this thread remembers."""
+        bare, memory = self._bare(atoms), self._local.__dict__.setdefault("builders", {})
+        graphs = []
+        for builder in self._committee.builders:
             if type(builder) is RadiusGraph:
-                memory = self._local.__dict__.setdefault("builders", {})
-                builder = memory.setdefault(builder.cutoff, RadiusGraph(builder.cutoff, skin=_SKIN))
-            graphs[repr(potential.model.graph_builder())] = builder(bare).to(self.device)
-        return [graphs[repr(potential.model.graph_builder())] for potential in self.potentials]
+                if builder not in memory:
+                    memory[builder] = RadiusGraph(builder.cutoff, skin=SKIN)
+                builder = memory[builder]
+            graph = builder.connect(bare)
+            graphs.append(graph if self.device.type == "cpu" else graph.to(self.device))
+        return graphs
 
     def _batches(
         self, structures: Sequence[StructureLike], max_edges: int, *, stress: bool
@@ -343,11 +375,11 @@ class AtomeqCalculator(Calculator):
         n_edges = 0
         for k, structure in enumerate(structures):
             bare = self._bare(structure, k)
-            if stress and not has_volume(bare):
+            if stress and not (bare.pbc.all() and bare.volume() > MIN_VOLUME):
                 raise StructureError(
                     f"structure {k}: stress needs three periodic directions and a volume", index=k
                 )
-            graph = self.potential.build_graph(bare)
+            graph = self._committee.builders[0].connect(bare).to(self.device)
             if waiting and n_edges + graph.n_edges > max_edges:
                 yield AtomGraph.concatenate(waiting)
                 waiting, n_edges = [], 0
@@ -356,31 +388,10 @@ class AtomeqCalculator(Calculator):
         if waiting:
             yield AtomGraph.concatenate(waiting)
 
-    def _rebuilt(self, batch: AtomGraph, potential: Potential) -> AtomGraph:
-        """Return a batch of the first member with the edges of another."""
-        if repr(potential.model.graph_builder()) == repr(self.potential.model.graph_builder()):
-            return batch
-        return potential.build_graph(batch)
-
-    def _results(
-        self, graphs: Sequence[AtomGraph], keys: Sequence[PropertyKey]
-    ) -> dict[str, NDArray]:
-        """Compute a batch with every member; return means and, of several, standard deviations."""
-        each = [
-            {key: value.detach().cpu().numpy() for key, value in potential(graph, keys).items()}
-            for potential, graph in zip(self.potentials, graphs, strict=True)
-        ]
-        if len(each) == 1:
-            return dict(each[0])
-        stacked = {key: np.stack([one[key] for one in each]).astype(np.float64) for key in each[0]}
-        means = {str(key): values.mean(axis=0) for key, values in stacked.items()}
-        spreads = {f"{key}_std": values.std(axis=0, ddof=1) for key, values in stacked.items()}
-        return means | spreads
-
     def __getstate__(self) -> dict[str, Any]:
         state = {key: value for key, value in self.__dict__.items() if key != "_local"}
         # Weights travel by way of the CPU: the other side may have no such device.
-        state["potentials"] = tuple(copy.deepcopy(one).cpu() for one in self.potentials)
+        state["_committee"] = Committee([copy.deepcopy(one).cpu() for one in self.potentials])
         return {**state, "device": str(self.device), "atoms": self.atoms, "results": self.results}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -397,43 +408,14 @@ def has_volume(atoms: Atoms) -> bool:
     return bool(atoms.pbc.all() and abs(np.linalg.det(atoms.cell.array)) > MIN_VOLUME)
 
 
-def _frozen(
-    potential: str | Path | Potential,
-    device: str | torch.device | None,
-    dtype: torch.dtype | None,
-) -> Potential:
-    """Return a potential of the calculator's own, without gradients of its parameters."""
-    if isinstance(potential, ScalarPredictor):
-        raise ValueError(not_a_potential(potential, "the model given to the calculator"))
-    if isinstance(potential, torch.nn.Module) and not isinstance(potential, Potential):
-        raise ValueError(
-            f"a {type(potential).__name__} is no potential: it gives no energies. A model becomes "
-            "one in Potential(model); a propagator is for `atomeq rollout`"
-        )
-    if not isinstance(potential, Potential):
-        return load_potential(potential, device=device, dtype=dtype)
-    target = potential.device if device is None else resolve_device(device)
-    frozen = copy.deepcopy(potential).to(target).to(dtype if dtype is not None else potential.dtype)
-    return frozen.requires_grad_(False).eval()
-
-
-def _resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    if dtype is None:
-        return None
-    name = str(dtype).removeprefix("torch.")
-    if name not in _DTYPES:
-        raise ValueError(f"dtype must be 'float32' or 'float64', not {name!r}")
-    return _DTYPES[name]
-
-
-def _properties(potentials: Sequence[Potential]) -> list[str]:
+def _properties(committee: Committee) -> list[str]:
     """Return what a committee can compute."""
     names = ["energy", "free_energy", "energies", "forces"]
-    if all(potential.conservative for potential in potentials):
+    if committee.conservative:
         names.append("stress")
-    if all(potential.twice_differentiable for potential in potentials):
+    if committee.twice_differentiable:
         names.append("hessian")
-    if len(potentials) > 1:
+    if len(committee.members) > 1:
         names += [name for name in SPREADS if name.removesuffix("_std") in names]
     return names
 

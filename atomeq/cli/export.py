@@ -1,17 +1,16 @@
 """``atomeq export``: a potential becomes one compiled file."""
 
-import torch
 from jsonargparse import Namespace
 
 from atomeq.cli.terminal import say
+from atomeq.potential.checkpoint import resolve_dtype
 from atomeq.potential.compiled import read_metadata
 from atomeq.potential.export import export_potential
 
 
 def export(options: Namespace) -> int:
     """Compile, and tell what for."""
-    dtype = getattr(torch, options.dtype) if options.dtype else None
-    path = export_potential(options.potential, options.out, dtype=dtype)
+    path = export_potential(options.potential, options.out, dtype=resolve_dtype(options.dtype))
     told = read_metadata(path)
     say(
         f"{path}: {', '.join(told['properties'])} in {told['dtype']} for "

@@ -14,10 +14,9 @@ from atomeq.cli.structures import structure_output, write_summary
 from atomeq.cli.terminal import Meter, say, show_table
 from atomeq.data.recordings import Recording, read_recording, structures_of, write_systems
 from atomeq.files import refuse_unwritable
-from atomeq.potential.checkpoint import WEIGHTS_FILE, load_propagator, sha256
+from atomeq.potential.checkpoint import load_propagator, resolve_dtype, sha256
+from atomeq.potential.folders import WEIGHTS_FILE
 from atomeq.potential.long_step import LongStep, Particles
-
-_DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
 @dataclass(frozen=True)
@@ -114,7 +113,7 @@ def _refuse_output(out: str) -> None:
 
 
 def _load(options: Namespace) -> LoadedStep:
-    dtype = None if options.dtype is None else _DTYPES[options.dtype]
+    dtype = resolve_dtype(options.dtype)
     step = load_propagator(options.propagator, device=options.device, dtype=dtype)
     folder = Path(options.propagator)
     provenance: dict[str, str | None] = {

@@ -17,6 +17,7 @@ from atomeq.graph.atom_graph import MIN_VOLUME, AtomGraph
 from atomeq.graph.builders import HyperGraph, RadiusGraph
 from atomeq.graph.convert import MIN_DISTANCE, StructureError, Structures
 from atomeq.graph.moving import MovingNeighbors
+from atomeq.graph.neighbors import SKIN
 from atomeq.potential.checkpoint import load_potential
 from atomeq.potential.potential import Potential
 from atomeq.typing import PropertyKey
@@ -64,7 +65,7 @@ class Evaluator:
         n_edges: Edges of each structure in the last evaluation, (n_graphs,).
     """
 
-    def __init__(self, potential: Potential | str | Path, *, skin: float = 0.6) -> None:
+    def __init__(self, potential: Potential | str | Path, *, skin: float = SKIN) -> None:
         loaded = potential if isinstance(potential, Potential) else load_potential(potential)
         if loaded.training or any(p.requires_grad for p in loaded.parameters()):
             loaded = copy.deepcopy(loaded).requires_grad_(False).eval()

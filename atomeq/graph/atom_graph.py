@@ -145,6 +145,7 @@ class AtomGraph:
             natoms = torch.bincount(batch)
         if natoms is None:
             natoms = torch.tensor([pos.shape[0]], device=pos.device)
+            batch = torch.zeros(pos.shape[0], dtype=torch.int64, device=pos.device)
         n_graphs = natoms.shape[0]
         if batch is None:
             batch = torch.arange(n_graphs, device=pos.device).repeat_interleave(natoms)
@@ -354,7 +355,7 @@ class AtomGraph:
         for k in numbers:
             single = AtomGraph()
             for name, (value, starts) in pieces.items():
-                part = value.narrow(_joined_along(name), starts[k], _size(starts, k))
+                part = value.narrow(_joined_along(name), starts[k], starts[k + 1] - starts[k])
                 if name in ("edge_index", "batch"):
                     part = part - (first_atom[k] if name == "edge_index" else k)
                 elif name == "hyperedge_index":
@@ -493,7 +494,3 @@ def _increments(graphs: Sequence[AtomGraph], name: str, sizes: list[int]) -> Ten
 
 def _starts(counts: Tensor) -> list[int]:
     return [0, *counts.cumsum(0).tolist()]
-
-
-def _size(starts: list[int], k: int) -> int:
-    return starts[k + 1] - starts[k]

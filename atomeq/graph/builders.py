@@ -53,8 +53,25 @@ class GraphBuilder(Protocol):
         """Return the graph of one or many structures, edges sorted by target."""
         ...
 
+    def connect(self, graph: AtomGraph) -> AtomGraph:
+        """Return a graph of structures that were validated, with its edges."""
+        ...
 
-class RadiusGraph:
+
+class _ByValue:
+    """Builders of one kind with equal arguments are equal: members of a committee share graphs."""
+
+    def _arguments(self) -> tuple[float, ...]:
+        raise NotImplementedError
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and other._arguments() == self._arguments()
+
+    def __hash__(self) -> int:
+        return hash((type(self), *self._arguments()))
+
+
+class RadiusGraph(_ByValue):
     """Connects all atoms, and images of atoms, closer than the cutoff.
 
     With a skin it remembers a neighbour list for each place in the list of structures and searches
@@ -90,8 +107,14 @@ class RadiusGraph:
         Raises:
             StructureError: A structure is not usable, or atoms overlap.
         """
-        graph = from_structures(structures, dtype=dtype)
+        return self.connect(from_structures(structures, dtype=dtype))
+
+    def connect(self, graph: AtomGraph) -> AtomGraph:
+        """Return a graph of structures that were validated, with its edges."""
         return _connect(graph, self._search)
+
+    def _arguments(self) -> tuple[float, ...]:
+        return self.cutoff, self.skin
 
     def _search(self, k: int, pos: NDArray, cell: NDArray, pbc: NDArray) -> _Found:
         if self.skin == 0:
@@ -104,7 +127,7 @@ class RadiusGraph:
         return f"RadiusGraph(cutoff={self.cutoff}{skin})"
 
 
-class NearestNeighborGraph:
+class NearestNeighborGraph(_ByValue):
     """Connects each atom to its nearest neighbours within the cutoff, as OC20's models do.
 
     The neighbour cap makes energies jump when two neighbours swap places; a smooth potential wants
@@ -131,8 +154,14 @@ class NearestNeighborGraph:
 
     def __call__(self, structures: Structures, dtype: torch.dtype | None = None) -> AtomGraph:
         """Return the graph of one or many structures; arguments as in :class:`RadiusGraph`."""
-        graph = from_structures(structures, dtype=dtype)
+        return self.connect(from_structures(structures, dtype=dtype))
+
+    def connect(self, graph: AtomGraph) -> AtomGraph:
+        """Return a graph of structures that were validated, with its edges."""
         return _connect(graph, self._search)
+
+    def _arguments(self) -> tuple[float, ...]:
+        return self.cutoff, self.max_neighbors, self.strict
 
     def _search(self, k: int, pos: NDArray, cell: NDArray, pbc: NDArray) -> _Found:
         # The cap binds long before the cutoff does: of 300 neighbours within 12 Å, 20 are kept.
@@ -160,7 +189,7 @@ class NearestNeighborGraph:
         )
 
 
-class HyperGraph:
+class HyperGraph(_ByValue):
     """Connects atoms within the cutoff, and gives each structure its hyperedges.
 
     They are, in this order of preference: those of a given AtomGraph; those in
@@ -191,6 +220,13 @@ class HyperGraph:
         """
         many = list(structures) if isinstance(structures, Sequence) else [structures]
         return self._with_hyperedges(self._edges(many, dtype=dtype), many)
+
+    def connect(self, graph: AtomGraph) -> AtomGraph:
+        """Return a graph of structures that were validated, with its edges and hyperedges."""
+        return self._with_hyperedges(self._edges.connect(graph), [graph])
+
+    def _arguments(self) -> tuple[float, ...]:
+        return self.cutoff, self.perceive
 
     def fix_topology(self, structures: Structures, dtype: torch.dtype | None = None) -> AtomGraph:
         """Return structures without edges, with hyperedges that they keep as their atoms move.

@@ -174,6 +174,24 @@ def validate_structure(
         _check_overlap(arrays, min_distance, name)
 
 
+def bare_graph(atoms: Atoms, *, name: str, known_elements: Collection[int]) -> AtomGraph:
+    """Make the graph of one structure without edges, labels, velocities and tags.
+
+    Args:
+        atoms: One structure.
+        name: How the error calls it.
+        known_elements: Atomic numbers that are allowed.
+
+    Returns:
+        A validated graph, for :meth:`GraphBuilder.connect`; float64.
+
+    Raises:
+        StructureError: As of :func:`validate_structure`, overlaps excepted.
+    """
+    _validate(_Arrays.of_atoms([atoms]), known_elements, name)
+    return _unlabelled(atoms, torch.float64)
+
+
 def standard_masses(numbers: torch.Tensor) -> torch.Tensor:
     """Return the mass of each atom's element, (n_atoms,), amu, float64."""
     return torch.as_tensor(atomic_masses, dtype=torch.float64, device=numbers.device)[numbers]
@@ -275,7 +293,9 @@ def _check_elements(
     numbers = arrays.numbers
     bad = (numbers < 1) | (numbers > _LAST_ELEMENT)
     if known is not None and not bad.any():
-        bad = ~np.isin(numbers, sorted(known))
+        allowed = np.zeros(_LAST_ELEMENT + 1, dtype=bool)
+        allowed[[z for z in known if z <= _LAST_ELEMENT]] = True
+        bad = ~allowed[numbers]
     if not bad.any():
         return
     first = int(np.flatnonzero(bad)[0])
@@ -287,10 +307,10 @@ def _check_elements(
             "so replace or remove dummy atoms",
             index=k,
         )
-    allowed = ", ".join(chemical_symbols[number] for number in sorted(known or ()))
+    names = ", ".join(chemical_symbols[number] for number in sorted(known or ()))
     raise StructureError(
         f"{describe(k)}: atom {atom} is {chemical_symbols[z]} (Z = {z}), an element that is not "
-        f"known here; known are {allowed}",
+        f"known here; known are {names}",
         index=k,
     )
 
@@ -369,6 +389,10 @@ def _graph_of_atoms(atoms: Atoms, index: int, dtype: torch.dtype) -> AtomGraph:
             if isinstance(constraint, FixAtoms):
                 fixed[torch.as_tensor(constraint.get_indices(), dtype=torch.int64)] = True
         fields["fixed"] = fixed
+    return _unlabelled(atoms, dtype, **fields, **_labels(atoms, index, dtype))
+
+
+def _unlabelled(atoms: Atoms, dtype: torch.dtype, **fields: torch.Tensor) -> AtomGraph:
     # torch.tensor copies: ASE moves atoms in place, and a graph must not follow.
     return AtomGraph(
         torch.tensor(atoms.positions, dtype=dtype),
@@ -376,7 +400,6 @@ def _graph_of_atoms(atoms: Atoms, index: int, dtype: torch.dtype) -> AtomGraph:
         cell=torch.tensor(atoms.cell.array[None], dtype=dtype),
         pbc=torch.tensor(atoms.pbc[None]),
         **fields,
-        **_labels(atoms, index, dtype),
     )
 
 

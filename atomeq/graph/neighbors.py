@@ -12,6 +12,9 @@ from numpy.typing import NDArray
 from scipy.spatial import KDTree
 from vesin import NeighborList
 
+#: Å; a search costs little beside a network, and a larger skin means more pairs to measure.
+SKIN = 0.6
+
 # vesin decides on its own sum of squares which pairs are inside; those this near to the cutoff (Å)
 # are decided again by edge_lengths, so that fresh and reused lists agree to the last bit.
 _BORDER = 1e-6

@@ -270,6 +270,20 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
     return resolved
 
 
+def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """Return a precision that networks compute in; None, the potential's own, stays.
+
+    Raises:
+        ValueError: It is neither of the two.
+    """
+    if dtype is None:
+        return None
+    name = str(dtype).removeprefix("torch.")
+    if name not in ("float32", "float64"):
+        raise ValueError(f"dtype must be 'float32' or 'float64', not {name!r}")
+    return getattr(torch, name)
+
+
 def build_model(node: Any, *, named_in: str | Path = "the node") -> AtomisticModel:
     """Build a model from its node, ``{"class_path": ..., "init_args": {...}}``.
 

@@ -33,6 +33,7 @@ from atomeq.potential.compiled import (
     machine,
 )
 from atomeq.potential.derivatives import energy_and_gradients
+from atomeq.potential.folders import WEIGHTS_FILE, find_potential
 from atomeq.potential.potential import Potential
 
 _SIZES = (3, 4, 5, 6, 4, 5, 4)  # 31 atoms: no size may look like a number of the model, or like 1

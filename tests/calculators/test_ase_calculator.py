@@ -93,7 +93,7 @@ def test_neighbours_that_are_reused_give_exact_results(potential):
         assert atoms.get_potential_energy() == pytest.approx(energy, abs=EXACT)
         np.testing.assert_allclose(atoms.get_forces(), forces, atol=EXACT)
         atoms.positions += random.normal(scale=0.06, size=atoms.positions.shape)
-    builder = atoms.calc._local.builders[potential.cutoff]
+    (builder,) = atoms.calc._local.builders.values()
     assert 1 <= builder._lists[0].n_searches < 12
 
 

@@ -17,7 +17,7 @@ from atomeq.potential.checkpoint import save_potential
 NAMES = {
     "markup": "[red]boo[/nope].extxyz",
     "escape": "\x1b[2J\x1b]0;owned\x07cu.extxyz",
-    "latin": os.fsdecode(b"caf\xe9.extxyz"),
+    "latin": os.fsdecode(b"m\xfcnster.extxyz"),
     "line": "a\nb.extxyz",
 }
 

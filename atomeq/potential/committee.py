@@ -1,0 +1,124 @@
+"""Several potentials asked together: their mean, and how far they disagree. One is a committee too.
+
+Members that see the same edges share a graph, so there is one graph per builder, not per member.
+"""
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from atomeq.graph.atom_graph import AtomGraph
+from atomeq.graph.builders import GraphBuilder
+from atomeq.potential.checkpoint import load_potential, not_a_potential, resolve_device
+from atomeq.potential.derivatives import force_constants
+from atomeq.potential.potential import Potential
+from atomeq.potential.scalar import ScalarPredictor
+from atomeq.typing import PropertyKey
+
+
+class Committee:
+    """Potentials that answer together.
+
+    Args:
+        members: At least one.
+
+    Attributes:
+        builders: Builders of graphs that differ, in the order of the members that need them.
+        elements: Atomic numbers that all members know, ascending.
+
+    Raises:
+        ValueError: No members, or none of their elements in common.
+    """
+
+    def __init__(self, members: Sequence[Potential]) -> None:
+        if not members:
+            raise ValueError("a committee needs at least one potential, and none was given")
+        self.members = tuple(members)
+        builders = [one.model.graph_builder() for one in self.members]
+        self.builders: tuple[GraphBuilder, ...] = tuple(dict.fromkeys(builders))
+        self._seen = [self.builders.index(builder) for builder in builders]
+        known = set.intersection(*(set(one.elements) for one in self.members))
+        if not known:
+            raise ValueError("the potentials of this committee have no element in common")
+        self.elements = tuple(sorted(known))
+
+    @property
+    def conservative(self) -> bool:
+        """Whether all forces are derivatives of energies, so that there is a stress."""
+        return all(one.conservative for one in self.members)
+
+    @property
+    def twice_differentiable(self) -> bool:
+        """Whether there is a Hessian."""
+        return all(one.twice_differentiable for one in self.members)
+
+    def evaluate(
+        self, graphs: Sequence[AtomGraph], properties: Sequence[PropertyKey]
+    ) -> dict[str, NDArray]:
+        """Compute a batch with every member.
+
+        Args:
+            graphs: Of the same structures, one of each of :attr:`builders`.
+            properties: As of :meth:`Potential.forward`.
+
+        Returns:
+            Their means by name, in float64 where there are several members, and then ``<name>_std``
+            as well, the standard deviations (of n - 1).
+        """
+        each = [
+            {key: value.detach().cpu().numpy() for key, value in one(graphs[k], properties).items()}
+            for one, k in zip(self.members, self._seen, strict=True)
+        ]
+        if len(each) == 1:
+            return dict(each[0])
+        stacked = {key: np.stack([one[key] for one in each]).astype(np.float64) for key in each[0]}
+        means = {str(key): values.mean(axis=0) for key, values in stacked.items()}
+        return means | {f"{key}_std": values.std(axis=0, ddof=1) for key, values in stacked.items()}
+
+    def hessian(self, graphs: Sequence[AtomGraph], *, max_edges: int) -> NDArray[np.float64]:
+        """Return the mean Hessian of one structure: (3 n_atoms, 3 n_atoms), eV/Å².
+
+        Args:
+            graphs: Of the structure, one of each of :attr:`builders`.
+            max_edges: Bounds the memory; see :func:`force_constants`.
+        """
+        each = [
+            force_constants(one, graphs[k], max_edges=max_edges).cpu().numpy()
+            for one, k in zip(self.members, self._seen, strict=True)
+        ]
+        return np.asarray(np.mean(each, axis=0, dtype=np.float64))
+
+
+def frozen(
+    potential: str | Path | Potential,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> Potential:
+    """Return a potential of one's own, without gradients of its parameters; a given one stays.
+
+    Args:
+        potential: Name of a shipped one, folder of a saved one, or a Potential, which is copied.
+        device: By default that of the Potential, the CPU for a name or folder.
+        dtype: Of the network; by default its own.
+
+    Raises:
+        CheckpointError: There is no such potential, or it is damaged.
+        ValueError: It is no potential, or the device is not there.
+    """
+    if isinstance(potential, ScalarPredictor):
+        raise ValueError(not_a_potential(potential, "the model that was given"))
+    if isinstance(potential, torch.nn.Module) and not isinstance(potential, Potential):
+        raise ValueError(
+            f"a {type(potential).__name__} is no potential: it gives no energies. A model becomes "
+            "one in Potential(model); a propagator is for `atomeq rollout`"
+        )
+    if not isinstance(potential, Potential):
+        return load_potential(potential, device=device, dtype=dtype)
+    target = potential.device if device is None else resolve_device(device)
+    frozen = copy.deepcopy(potential).to(target).to(dtype if dtype is not None else potential.dtype)
+    return frozen.requires_grad_(False).eval()
