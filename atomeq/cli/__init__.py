@@ -107,9 +107,18 @@ def _version() -> str:
 
 
 def _set_up_terminal() -> None:
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Formatter("%(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     if not sys.warnoptions:  # readers of structure files warn about details of their own
         warnings.simplefilter("ignore")
+
+
+class _Formatter(logging.Formatter):
+    """Messages name files, which may be called anything."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
 
 
 def _one_line(error: BaseException) -> str:

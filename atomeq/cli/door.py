@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 from atomeq.files import refuse_unwritable
+from atomeq.potential.folders import find_potential
 
 #: Formats of structures that are written, by suffix.
 FORMATS = {".extxyz": "extxyz", ".xyz": "extxyz", ".traj": "traj"}
@@ -37,6 +38,16 @@ def existing_path(path: str | Path) -> Path:
     if not path.exists():
         raise FileNotFoundError(f"there is no file or folder {path}")
     return path
+
+
+def checkable(target: str) -> None:
+    """Refuse a potential that is not there; of a YAML or module:factory, whoever reads it can say.
+
+    Raises:
+        CheckpointError: There is no potential of this name.
+    """
+    if not target.endswith((".yaml", ".yml")) and (":" not in target or Path(target).exists()):
+        find_potential(target)
 
 
 def data_source(path: str | Path) -> None:

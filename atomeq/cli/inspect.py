@@ -22,6 +22,7 @@ from rich.text import Text
 from atomeq.calculators.ase import AtomeqCalculator
 from atomeq.calculators.check import check_calculator
 from atomeq.calculators.laws import CalculatorFactory, Law, LawResult
+from atomeq.cli.plain_text import printable
 from atomeq.cli.structures import read_structures, versions
 from atomeq.cli.terminal import Meter, say
 from atomeq.files import refuse_unwritable, write_atomically
@@ -263,7 +264,7 @@ def _line(result: LawResult) -> Text:
     word, style = ("exempt", "yellow") if result.exempt else verdict[result.passed]
     figure = "" if math.isnan(result.figure) else f"{result.figure:.1e} {result.unit}"
     line = Text.assemble((word, style), f" {result.name:<27} {figure:<20}")
-    return line.append(f" limit {result.tolerance:<8.0e} {result.note}".rstrip())
+    return line.append(printable(f" limit {result.tolerance:<8.0e} {result.note}".rstrip()))
 
 
 def _as_json(options: Namespace, results: list[LawResult]) -> str:

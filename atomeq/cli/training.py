@@ -29,11 +29,10 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from atomeq.cli.parsers.training import HELP
+from atomeq.cli.terminal import show_table
 from atomeq.data.ase_files import LabelKeys
 from atomeq.data.datamodule import AtomisticDataModule, Split
 from atomeq.data.nbody import NBodyRecipe
@@ -326,15 +325,14 @@ def _checkpoint_folder(root: str | Path | None) -> str:
 def _show_errors(
     results: dict[str, dict[str, float]], columns: Mapping[str, tuple[str, str]]
 ) -> None:
-    table = Table(box=None, pad_edge=False)
-    table.add_column("set")
     shown = [name for name in columns if any(name in errors for errors in results.values())]
-    for name in shown:
-        table.add_column("\n".join(columns[name]), justify="right")
-    for set_name, errors in results.items():
-        cells = [f"{errors[name]:.4g}" if name in errors else "-" for name in shown]
-        table.add_row(set_name, *cells)
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    show_table(
+        ["set", *("\n".join(columns[name]) for name in shown)],
+        [
+            [set_name, *(f"{errors[name]:.4g}" if name in errors else "-" for name in shown)]
+            for set_name, errors in results.items()
+        ],
+    )
 
 
 def _suggestion(message: str) -> str:

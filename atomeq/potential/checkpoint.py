@@ -27,6 +27,7 @@ from atomeq.potential.folders import (
     WEIGHTS_FILE,
     CheckpointError,
     find_potential,
+    find_propagator,
 )
 from atomeq.potential.long_step import LongStep
 from atomeq.potential.potential import Potential
@@ -214,9 +215,7 @@ def load_propagator(
         CheckpointError: Nothing there, a potential, a damaged file, a wrong hash, an unknown
             network or version.
     """
-    folder = Path(path)
-    if not (folder / CONFIG_FILE).is_file():
-        raise CheckpointError(f"no propagator at {str(path)!r}: no folder with {CONFIG_FILE}")
+    folder = find_propagator(path)
     document = _read_document(folder)
     if "view" not in document:
         raise CheckpointError(f"{folder} holds a potential, not a propagator; use `atomeq md`")

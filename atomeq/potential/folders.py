@@ -39,6 +39,17 @@ def find_potential(name_or_path: str | Path) -> Path:
     )
 
 
+def find_propagator(path: str | Path) -> Path:
+    """Return the folder of a saved propagator.
+
+    Raises:
+        CheckpointError: There is no such folder.
+    """
+    if not (Path(path) / CONFIG_FILE).is_file():
+        raise CheckpointError(f"no propagator at {str(path)!r}: no folder with {CONFIG_FILE}")
+    return Path(path)
+
+
 def shipped_potentials() -> list[str]:
     """Return the names of the potentials that come with the package."""
     found = {p.parent.name for root in _shipped_roots() for p in root.glob(f"*/{CONFIG_FILE}")}

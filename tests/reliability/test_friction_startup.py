@@ -45,6 +45,8 @@ MISSING_FILES = {
     "is2re absent --potential cu-pbe --out out.json": "no file or folder absent",
     "fit -c absent.yaml": "no file absent.yaml",
     "predict --config=absent.yaml": "no file absent.yaml",
+    "check absent": "no potential at 'absent'",
+    "rollout cu.xyz --propagator absent --out out.npz": "no propagator at 'absent'",
     "check cu-pbe --structure absent.cif": "no file absent.cif",
 }
 

@@ -8,7 +8,7 @@ from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 from atomeq.cli.door import data_source, device_name, existing_file
 from atomeq.cli.terminal import Parser, say
 from atomeq.files import refuse_unwritable
-from atomeq.potential.folders import find_potential
+from atomeq.potential.folders import find_potential, find_propagator
 
 _DATA = """\
 Fetch public data sets and turn OC20's files into those that one trains on.
@@ -206,5 +206,7 @@ def _rollout_parser() -> Parser:
         default=None,
         help="precision of the network; by default that of the propagator",
     )
-    parser.door(input=existing_file, reference=existing_file, device=device_name)
+    parser.door(
+        input=existing_file, propagator=find_propagator, reference=existing_file, device=device_name
+    )
     return parser

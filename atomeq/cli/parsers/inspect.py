@@ -6,7 +6,7 @@ from typing import Literal
 
 from jsonargparse.typing import PositiveFloat
 
-from atomeq.cli.door import device_name, existing_file
+from atomeq.cli.door import checkable, device_name, existing_file
 from atomeq.cli.terminal import Parser
 from atomeq.files import refuse_unwritable
 from atomeq.potential.folders import find_potential
@@ -109,7 +109,9 @@ def _check_parser() -> Parser:
         help="of a potential; float32 gets wider tolerances",
     )
     parser.add_argument("--json", type=str, default=None, help="write the results there as well")
-    parser.door(structure=existing_file, json=refuse_unwritable, device=device_name)
+    parser.door(
+        target=checkable, structure=existing_file, json=refuse_unwritable, device=device_name
+    )
     return parser
 
 
