@@ -5,10 +5,16 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from atomeq.cli import VERBS
+from atomeq.cli.dynamics import Ensemble, Thermostat
+from atomeq.cli.parsers import data, screen, simulation
+from atomeq.data.nbody import System
+from atomeq.data.oc20_write import FileFormat
+from atomeq.screening.run import EngineName
 
 HEAVY = ("torch", "ase", "lightning", "numpy", "pymatgen", "matplotlib")
 CPU_SECONDS = 1.0  # of one process that answers all lines below; torch alone takes 1.4
@@ -92,6 +98,23 @@ def test_bad_words_need_no_torch(cases, tmp_path):
         assert err.startswith("atomeq")
         assert cases[line] in err
     assert [path.name for path in tmp_path.iterdir()] == ["cu.xyz"]
+
+
+def test_choices_of_the_parsers_are_those_of_what_does_the_work():
+    """They are written twice, for the parsers import nothing that needs torch."""
+    md, nbody = simulation.build_parser("md"), data._data_parser("nbody")
+    for parser, words, option, choices in (
+        (md, "cu.xyz --potential x --out o.xyz", "ensemble", get_args(Ensemble)),
+        (md, "cu.xyz --potential x --out o.xyz", "thermostat", get_args(Thermostat)),
+        (data._data_parser("convert"), "a b", "format", get_args(FileFormat)),
+        (nbody, "out.npz", "system", get_args(System)),
+        (screen.build_parser(), "a --out o", "engine", get_args(EngineName)),
+    ):
+        for choice in choices:
+            options = parser.parse_args([*words.split(), f"--{option}", choice])
+            assert options[option] == choice
+        with pytest.raises(SystemExit):
+            parser.parse_args([*words.split(), f"--{option}", "another"])
 
 
 def test_the_calculator_imports_what_it_uses():
