@@ -70,16 +70,23 @@ INLINE void turn_block(vec *block) {
 #endif
 }
 
-/* Up to WIDTH columns become parts of rows. A part that is shorter reaches into the next row, which
-   is to be written after it; behind the last row may be nothing. */
-INLINE void write_block(const vec *columns, const int n_columns, const int size, REAL *rows) {
+/* Up to WIDTH columns become the parts of WIDTH rows that begin at offset. A part that is shorter
+   than a vector reaches into the next row, which is to be written after it, and never past the last
+   row: behind it may be nothing, or another thread's. */
+INLINE void write_block(const vec *columns, const int n_columns, const int size, const int offset,
+                        REAL *rows) {
     vec block[WIDTH];
 #pragma GCC unroll 16
     for (int i = 0; i < WIDTH; i++) block[i] = i < n_columns ? columns[i] : (vec){0};
     turn_block(block);
 #pragma GCC unroll 16
-    for (int i = 0; i < WIDTH - 1; i++) *(loose *)(rows + i * size) = block[i];
-    memcpy(rows + (WIDTH - 1) * size, block + WIDTH - 1, n_columns * sizeof(REAL));
+    for (int i = 0; i < WIDTH; i++) {
+        REAL *part = rows + i * size + offset;
+        if (i * size + offset + WIDTH <= WIDTH * size)
+            *(loose *)part = block[i];
+        else
+            memcpy(part, block + i, n_columns * sizeof(REAL));
+    }
 }
 
 /* Number i of column s, the 3 i + s th of three vectors: its place in the first two of them; then in
@@ -121,8 +128,8 @@ INLINE void write_rows(const vec *columns, const int size, int64_t count, REAL *
     if (count >= WIDTH) {
         const int rest = size % WIDTH;
         first = size - rest;
-        if (rest > WIDTH / 4) write_block(columns + first, rest, size, rows + first);
-        for (int s = 0; s < first; s += WIDTH) write_block(columns + s, WIDTH, size, rows + s);
+        if (rest > WIDTH / 4) write_block(columns + first, rest, size, first, rows);
+        for (int s = 0; s < first; s += WIDTH) write_block(columns + s, WIDTH, size, s, rows);
         if (rest > WIDTH / 4) return;
     }
 #endif
