@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from atomeq.ops.orders import check_orders, m_primary_order
-from atomeq.typing import EdgeLengths, EdgeVectors
+from atomeq.typing import EdgeIndex, EdgeLengths, EdgeVectors
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,8 @@ class EdgeFrame:
     as long as what happens between the two is equivariant to rotations about the edge.
 
     Attributes:
-        source: Neighbour j of each edge, (n_edges,).
-        target: Centre i of each edge, (n_edges,).
+        source: Neighbour j of each edge, (n_edges,); no number is beyond the atoms.
+        target: Centre i of each edge, (n_edges,); likewise.
         vectors: r_j - r_i, (n_edges, 3), Å; carries the gradient.
         lengths: (n_edges,), Å; carries the gradient.
         wigner: Rows |m| <= mmax in m-primary order, (n_edges, n_rows, n_sph); detached.
@@ -71,6 +71,41 @@ class EdgeFrame:
     def n_edges(self) -> int:
         """Number of edges."""
         return self.vectors.shape[0]
+
+
+def checked_edges(edge_index: EdgeIndex, n_sources: int, n_targets: int) -> EdgeIndex:
+    """Return the ends of edges as int64, or refuse one that is no atom.
+
+    On a GPU the answer stays there: gather's own assertion ends the process that reads outside,
+    and the host does not wait for it. In a trace there is nothing to read yet; the kernels of a
+    CPU check again when it runs.
+
+    Args:
+        edge_index: (2, n_edges).
+        n_sources: Number of atoms that row 0 counts.
+        n_targets: Number of atoms that row 1 counts.
+
+    Raises:
+        IndexError: If an end is not among the atoms.
+        TypeError: If the ends are no whole numbers.
+    """
+    if edge_index.dtype.is_floating_point or edge_index.dtype == torch.bool:
+        raise TypeError(f"edge_index is {edge_index.dtype}; the numbers of atoms are int64")
+    edge_index = edge_index.long()
+    if torch.compiler.is_compiling() or type(edge_index) is not Tensor or not edge_index.numel():
+        return edge_index
+    for row, n_atoms in enumerate((n_sources, n_targets)):
+        if edge_index.device.type != "cpu":
+            atoms = torch.empty(n_atoms, dtype=torch.uint8, device=edge_index.device)
+            atoms.gather(0, edge_index[row])
+            continue
+        lowest, highest = (int(end) for end in torch.aminmax(edge_index[row]))
+        if lowest < 0 or highest >= n_atoms:
+            raise IndexError(
+                f"row {row} of edge_index names the atoms {lowest} to {highest}; with {n_atoms} "
+                f"atoms they are 0 to {n_atoms - 1}"
+            )
+    return edge_index
 
 
 def segments_of(index: Tensor, n_atoms: int) -> tuple[Tensor, Tensor]:

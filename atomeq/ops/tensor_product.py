@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from atomeq.ops.dispatch import select
+from atomeq.ops.edge_frame import checked_edges
 from atomeq.ops.paths import Mode, Output, Path, RadialMap
 from atomeq.typing import EdgeIndex, NodeFeatures
 
@@ -112,6 +113,7 @@ def cg_conv(
     """
     if edge_index.shape != (2, y.shape[0]):
         raise ValueError(f"edge_index is {tuple(edge_index.shape)} but y has {y.shape[0]} edges")
+    edge_index = checked_edges(edge_index, x.shape[0], n_atoms)
     given = weights
     if radial_map is not None:  # an expanded view has the shape that the weights would have
         given = _check_radial(y.shape[0], weights, radial_map)

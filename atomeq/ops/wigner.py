@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from atomeq.ops.dispatch import select
-from atomeq.ops.edge_frame import EdgeFrame
+from atomeq.ops.edge_frame import EdgeFrame, checked_edges
 from atomeq.ops.harmonic_polynomials import harmonic_polynomials
 from atomeq.ops.orders import check_orders, m_primary_order, m_primary_rows
 from atomeq.ops.tables import constant_table, table_like
@@ -44,6 +44,7 @@ def build_edge_frame(
 
     Raises:
         ValueError: If mmax exceeds lmax or the shapes do not belong together.
+        IndexError: If an edge ends at no atom.
     """
     check_orders(lmax, mmax)
     n_edges = edge_vectors.shape[0]
@@ -52,6 +53,7 @@ def build_edge_frame(
             f"edge_vectors {tuple(edge_vectors.shape)} and edge_index "
             f"{tuple(edge_index.shape)} must be (n_edges, 3) and (2, n_edges)"
         )
+    source, target = checked_edges(edge_index, n_atoms, n_atoms).unbind()
     if rotation is not None and rotation.shape != (n_edges, 3, 3):
         raise ValueError(f"rotation is {tuple(rotation.shape)}; expected ({n_edges}, 3, 3)")
     with torch.no_grad():
@@ -69,8 +71,8 @@ def build_edge_frame(
             full = block_diagonal(wigner_from_matrix(rotation.to(edge_vectors), lmax))
             wigner = full.index_select(1, table_like(m_primary_rows, lmax, mmax, like=full))
     return EdgeFrame(
-        source=edge_index[0],
-        target=edge_index[1],
+        source=source,
+        target=target,
         vectors=edge_vectors,
         lengths=torch.linalg.vector_norm(edge_vectors, dim=-1),
         wigner=wigner,

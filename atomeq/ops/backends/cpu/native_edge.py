@@ -1,7 +1,7 @@
 """The C kernels of the edge layer, called on contiguous tensors."""
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import torch
@@ -37,7 +37,7 @@ def gather_rotate(
     _library(x.dtype, *degrees).gather_rotate(
         pointer(x),
         pointer(wigner),
-        *_index_array(indices),
+        *_index_array(indices, x),
         pointer(scale),
         pointer(rows),
         _number(len(rows)),
@@ -57,7 +57,7 @@ def rotate_scatter(
     _library(rows.dtype, *degrees).rotate_scatter(
         pointer(rows),
         pointer(wigner),
-        *_index_array(indices),
+        *_index_array(indices, total),
         pointer(factor),
         pointer(total),
         _number(len(rows)),
@@ -79,7 +79,7 @@ def torque(
         pointer(x),
         pointer(rows),
         pointer(wigner),
-        *_index_array(indices),
+        *_index_array(indices, x),
         *map(pointer, tables.values()),
         pointer(result),
         _number(len(rows)),
@@ -110,7 +110,7 @@ def gather_gradient(
     """
     tables = generator_tables(grad, degrees[0])
     _library(x.dtype, *degrees).gather_gradient(
-        *(pointer(x), pointer(wigner), *_index_array(indices), pointer(grad), pointer(scale)),
+        *(pointer(x), pointer(wigner), *_index_array(indices, x), pointer(grad), pointer(scale)),
         *map(pointer, (*results, *tables.values())),
         *(_number(len(grad)), _number(x.shape[2])),
     )
@@ -165,14 +165,36 @@ def pointers(tensors: Sequence[Tensor]) -> ctypes.Array:
     return (ctypes.c_void_p * len(tensors))(*map(pointer, tensors))
 
 
+def index_pointer(index: Tensor, atoms: Tensor) -> ctypes.c_void_p:
+    """Return the address of atoms' numbers, none of them beyond the atoms: else C reads anything.
+
+    A frame has been checked already; a compiled graph comes here with indices nobody has seen.
+
+    Raises:
+        IndexError: If a number is not in 0..n_atoms - 1.
+        ValueError: If the numbers are not contiguous int64.
+    """
+    if index.dtype != torch.long:
+        raise ValueError(f"a C kernel was given {index.dtype} for the numbers of atoms; pass int64")
+    place = pointer(index)
+    if not _in_range()(place, _number(len(index)), _number(len(atoms))):
+        raise IndexError(f"an edge ends at an atom that is not among the {len(atoms)} given")
+    return place
+
+
+@cache
+def _in_range() -> Callable[..., int]:
+    return load(source_of("segments.c", {"REAL": "float"})).segments_in_range
+
+
 @cache
 def _library(dtype: torch.dtype, lmax: int, mmax: int) -> ctypes.CDLL:
     return load(source(dtype, lmax, mmax))
 
 
-def _index_array(indices: Sequence[Tensor]) -> tuple[ctypes.Array, ctypes.c_int64]:
-    pointers = (ctypes.c_void_p * max(1, len(indices)))(*(i.data_ptr() for i in indices))
-    return pointers, _number(len(indices))
+def _index_array(indices: Sequence[Tensor], atoms: Tensor) -> tuple[ctypes.Array, ctypes.c_int64]:
+    places = [index_pointer(index, atoms) for index in indices]
+    return (ctypes.c_void_p * max(1, len(places)))(*places), _number(len(places))
 
 
 def _number(value: int) -> ctypes.c_int64:

@@ -76,7 +76,8 @@ class WholeLayer:
             n_parts=max(1, min(n_threads(), layer.n_edges // _EDGES_PER_THREAD)),
             first=native_edge.pointers(weights[0]),
             second=native_edge.pointers(weights[1]),
-            **{field: native_edge.pointer(tensors[field]) for field in _FIELDS if field in tensors},
+            **{field: native_edge.pointer(tensors[field]) for field in _FIELDS if field in tensors}
+            | {end: native_edge.index_pointer(tensors[end], x) for end in ("source", "target")},
         )
         if not getattr(library, name)(ctypes.byref(arguments)):
             raise MemoryError(f"no memory for the blocks of {layer.n_edges} edges")

@@ -97,7 +97,7 @@ def _pass(
     a, b = (x, z) if owner == "z" else (z, x)
     assert a is not None
     library = cg_library(x.dtype)
-    source, target = ends or (None, None)
+    source, target = (end.long().contiguous() for end in ends) if ends else (None, None)
     index_a, index_b = (source, target) if owner == "z" else (target, source)
     n_edges, n_parts = y.shape[0], max(1, min(n_threads(), y.shape[0] // _EDGES_PER_THREAD))
     edges, starts = _order(library, index_b, index_a, n_edges, shape[0], a.shape[0], n_parts)
