@@ -120,13 +120,19 @@ def _compiler(wanted: str, path: str) -> tuple[tuple[str, ...], str]:
         raise BuildError(f"C kernels are built on POSIX systems, not on {platform.system()}")
     names = [wanted] if wanted else ["cc", "gcc", "clang"]
     for name in names:
-        program, *arguments = shlex.split(name)
+        try:
+            program, *arguments = shlex.split(name)
+        except ValueError as error:  # an open quote, or nothing but spaces
+            raise BuildError(f"CC={name!r} is no command ({error}); set it to gcc, say") from error
         found = shutil.which(program, path=path)
         if found is not None:
             command = (found, *arguments)
-            asked = subprocess.run(
-                [*command, "--version"], capture_output=True, text=True, check=False, timeout=60
-            )
+            try:
+                asked = subprocess.run(
+                    [*command, "--version"], capture_output=True, text=True, check=False, timeout=60
+                )
+            except (OSError, subprocess.TimeoutExpired) as error:
+                raise BuildError(f"CC={name!r} does not run: {error}") from error
             return command, f"{os.path.realpath(found)} {arguments} {asked.stdout}"
     raise BuildError(
         f"no C compiler: {', '.join(names)} not found on PATH; install gcc or clang, or set CC"
@@ -145,12 +151,21 @@ def _processor() -> str:
 def _folder() -> Path:
     """Return the cache folder; only the user may write there, for what it holds is executed."""
     home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    folder = Path(home).expanduser() / "atomeq" / "kernels"
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder = Path(home).expanduser().absolute() / "atomeq" / "kernels"
+        for part in (*reversed(folder.parents), folder):
+            if not part.exists():
+                part.mkdir(mode=0o700, exist_ok=True)  # whatever the umask is
+        folder = folder.parent.resolve() / folder.name
         status = folder.lstat()
+        changeable = [parent for parent in folder.parents if _others_may_change(parent)]
     except (OSError, RuntimeError) as error:
         raise BuildError(f"no cache folder: {error}; set XDG_CACHE_HOME to one") from error
+    if changeable:
+        raise BuildError(
+            f"{changeable[0]}, above the cache of kernels, may be changed by others; do: chmod "
+            f"go-w {changeable[0]}, or set XDG_CACHE_HOME to a folder of yours"
+        )
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
         raise BuildError(f"{folder} is no folder of this user; remove it or set XDG_CACHE_HOME")
     if status.st_mode & 0o022:
@@ -158,6 +173,14 @@ def _folder() -> Path:
     if not os.access(folder, os.W_OK):
         raise BuildError(f"{folder} can not be written; set XDG_CACHE_HOME to a folder that can")
     return folder
+
+
+def _others_may_change(folder: Path) -> bool:
+    """Say whether somebody else can put another folder in place of one that lies in this one."""
+    status = folder.stat()
+    if status.st_uid not in (0, os.getuid()):
+        return True
+    return bool(status.st_mode & 0o022) and not status.st_mode & stat.S_ISVTX  # sticky, like /tmp
 
 
 def _digest(path: Path) -> str:
