@@ -240,7 +240,7 @@ def _kills(folder: str, n: str, n_kills: str) -> None:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         os.close(ours)
-        after.append(sum(1 for _ in read_rows(Path(folder), ["id"])))
+        after.append(sum(1 for _ in read_rows(Path(folder), ["hash"])))
     _victim(folder, n, os.open(os.devnull, os.O_WRONLY))
     print(json.dumps(after, separators=(",", ":")))
 
@@ -264,8 +264,8 @@ def dedupe(quick: bool) -> dict[str, Any]:
         started = time.process_time()
         screen(iter(stream), of(Gas()), out=folder, steps=["validate", {"dedupe": "structure"}])
         seconds = time.process_time() - started
-        rows = list(read_rows(Path(folder), ["id", "locator", "status", "duplicate_of"]))
-    names = {row["id"]: row["locator"] for row in rows}
+        rows = list(read_rows(Path(folder), ["hash", "locator", "status", "duplicate_of"]))
+    names = {row["hash"]: row["locator"] for row in rows}
     called = [row for row in rows if row["status"] == "duplicate"]
     right = sum(
         row["locator"].split("#")[0] == "c" + names[row["duplicate_of"]].split("#")[1]

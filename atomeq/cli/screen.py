@@ -14,7 +14,6 @@ from atomeq.potential.checkpoint import load_potential
 from atomeq.screening.dry_run import Estimate, estimate
 from atomeq.screening.export import export_chemiscope, export_database
 from atomeq.screening.intake import Seen
-from atomeq.screening.ranking import best_rows
 from atomeq.screening.results import read_run
 from atomeq.screening.rows import Row
 from atomeq.screening.run import Summary, screen
@@ -46,6 +45,7 @@ def _take_up(options: Namespace) -> None:
         if options[name] is None:
             setattr(options, name, request[name])
     options.sources = request["sources"]
+    options.id_key, options.info = request["id_key"], ",".join(request["info"]) or None
     options.steps = request["steps"]
     options.working_directory = request["working_directory"]
 
@@ -84,6 +84,8 @@ def _run(options: Namespace) -> int:
         "device": options.device,
         "dtype": options.dtype,
         "max_edges": options.max_edges,
+        "id_key": options.id_key,
+        "info": options.info.split(",") if options.info else [],
         "engine": options.engine,
         "workers": options.workers,
         "address": options.address,
@@ -108,6 +110,9 @@ def _run(options: Namespace) -> int:
                 shard=shard,
                 retry=_retry(options.retry),
                 max_edges=options.max_edges,
+                id_key=options.id_key,
+                info=request["info"],
+                rebuild=options.resume,
                 observe=observer,
                 request=request,
             )
@@ -160,8 +165,9 @@ def _tell(summary: Summary, steps: Sequence[Any]) -> None:
     show_table(["status", "structures"], rows)
     rank = next((step for step in steps if isinstance(step, Rank)), None)
     if rank is not None:
-        best = best_rows(summary.folder, rank)[:10]
-        columns = list(dict.fromkeys(["formula", rank.by, "energy_per_atom", "locator"]))
+        best = summary.best[:10]
+        named = ["id"] if any(row["id"] for row in best) else []
+        columns = list(dict.fromkeys([*named, "formula", rank.by, "energy_per_atom", "locator"]))
         show_table(columns, [[_text(row[name]) for name in columns] for row in best])
     say(f"wrote {summary.folder}/results and {summary.report}")
 

@@ -6,7 +6,7 @@ end. It knows nothing of files and ledgers.
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,8 @@ from atomeq.dynamics.in_flight import Outcome
 from atomeq.dynamics.run import relax
 from atomeq.graph.convert import StructureError, validate_structure
 from atomeq.potential.potential import Potential
-from atomeq.screening.filters import Filters, not_converged
+from atomeq.screening.filters import Filters, remarks
+from atomeq.screening.identity import printable
 from atomeq.screening.references import (
     AdsorptionReferences,
     HullReferences,
@@ -35,7 +36,10 @@ from atomeq.screening.steps import (
 )
 from atomeq.screening.symmetry import space_group
 
-_GROUP = 64  # structures a committee looks at together
+#: What a potential, reader or comparison raises over a structure; all else is an error of the run.
+OF_A_STRUCTURE = (RuntimeError, ValueError, ArithmeticError, LookupError, TypeError)
+
+_GROUP = 64  # structures that a committee looks at together, or that relax without their cells
 _DENSITY = 1.66053906892  # g/cm³ of one amu/Å³
 
 
@@ -44,25 +48,56 @@ class Candidate:
     """A structure on its way through the steps.
 
     Attributes:
-        id: Of its row.
-        hash: Of its content.
+        hash: Of its row.
         locator: Where it came from.
         atoms: The structure.
+        labels: Columns of what its source says of it.
     """
 
-    id: str
     hash: str
     locator: str
     atoms: Atoms
+    labels: Row = field(default_factory=dict)
 
     def row(self, **columns: Any) -> Row:
         """Return the row of this structure as it is now, with some columns."""
-        names = {"id": self.id, "hash": self.hash, "locator": self.locator}
+        names = {**self.labels, "hash": self.hash, "locator": self.locator}
         return {**names, **structure_columns(self.atoms), **columns}
 
     def failed(self, stage: str, kind: str, reason: str) -> Row:
         """Return the row that puts this structure into quarantine."""
-        return self.row(status="failed", stage=stage, kind=kind, reason=reason)
+        return self.row(status="failed", stage=stage, kind=kind, reason=printable(reason))
+
+
+class Feed(Iterator[Candidate]):
+    """Candidates that end where their source fails, so that what was taken is computed first.
+
+    An error of the source raised within a computation would be taken for one of the potential.
+
+    Args:
+        candidates: The stream.
+    """
+
+    def __init__(self, candidates: Iterable[Candidate]) -> None:
+        self._candidates = iter(candidates)
+        self._error: Exception | None = None
+
+    def __next__(self) -> Candidate:
+        """Return the next candidate."""
+        if self._error is not None:
+            raise StopIteration
+        try:
+            return next(self._candidates)
+        except StopIteration:
+            raise
+        except Exception as error:  # whatever it is, it is raised in the end
+            self._error = error
+            raise StopIteration from None
+
+    def end(self) -> None:
+        """Raise the error that ended the source, if one did."""
+        if self._error is not None:
+            raise self._error
 
 
 class Computation:
@@ -96,43 +131,58 @@ class Computation:
             self._adsorption = AdsorptionReferences(properties.slabs, properties.gas)
 
     def run(self, candidates: Iterable[Candidate]) -> Iterator[Row]:
-        """Yield the row of every candidate, as they end."""
-        rows = self._energies(candidates)
+        """Yield the row of every candidate, as they end, and raise what the stream raised."""
+        feed = Feed(candidates)
+        rows = self._energies(feed)
         if Committee in self._steps:
             rows = self._disagreements(rows)
         for candidate, row in rows:
             if row["status"] == "done":
                 row = self._finish(candidate, row)
             yield row
+        feed.end()
 
-    def _energies(self, candidates: Iterable[Candidate]) -> Iterator[tuple[Candidate, Row]]:
+    def _energies(self, candidates: Iterator[Candidate]) -> Iterator[tuple[Candidate, Row]]:
         step = self._steps.get(Relax, self._steps.get(SinglePoint))
         if step is None:
             for candidate in candidates:
                 yield candidate, candidate.row(status="done")
             return
         stage = "relax" if isinstance(step, Relax) else "single_point"
-        for candidate, outcome in self._fly(candidates, step):
+        for candidate, outcome in self._outcomes(candidates, step):
             if isinstance(outcome, Exception):
                 kind, reason = "error", f"{type(outcome).__name__}: {outcome}"
                 yield candidate, candidate.failed(stage, kind, reason)
             elif outcome.status in ("failed", "refused", "too_large"):
                 yield candidate, candidate.failed(stage, _kind(outcome), outcome.reason)
             else:
-                relaxed = Candidate(candidate.id, candidate.hash, candidate.locator, outcome.atoms)
-                yield relaxed, _row_of(relaxed, outcome, with_steps=stage == "relax")
+                relaxed = replace(candidate, atoms=outcome.atoms)
+                yield relaxed, _row_of(relaxed, outcome, step)
+
+    def _outcomes(
+        self, candidates: Iterator[Candidate], step: Step
+    ) -> Iterator[tuple[Candidate, Outcome | Exception]]:
+        """Relax with their cells those that have one, a group of others now and then without."""
+        if not isinstance(step, Relax) or not step.cell:
+            yield from self._fly(candidates, step)
+            return
+        while True:
+            aside: list[Candidate] = []
+            yield from self._fly(_with_cells(candidates, aside), step)
+            yield from self._fly(iter(aside), replace(step, cell=False))
+            if len(aside) < _GROUP:
+                return
 
     def _fly(
-        self, candidates: Iterable[Candidate], step: Step
+        self, candidates: Iterator[Candidate], step: Step
     ) -> Iterator[tuple[Candidate, Outcome | Exception]]:
         """Relax what comes; where the potential raises, find out for whom, one by one."""
-        stream = iter(candidates)
         while True:
             aboard: dict[int, Candidate] = {}
             try:
-                for outcome in self._relax(_boarding(stream, aboard), step):
+                for outcome in self._relax(_boarding(candidates, aboard), step):
                     yield aboard.pop(outcome.index), outcome
-            except (RuntimeError, ValueError, ArithmeticError, LookupError, TypeError):
+            except OF_A_STRUCTURE:
                 for candidate in aboard.values():
                     yield candidate, self._alone(candidate, step)
                 continue
@@ -141,7 +191,7 @@ class Computation:
     def _alone(self, candidate: Candidate, step: Step) -> Outcome | Exception:
         try:
             return next(self._relax([candidate.atoms], step))
-        except (RuntimeError, ValueError, ArithmeticError, LookupError, TypeError) as error:
+        except OF_A_STRUCTURE as error:
             return error
 
     def _relax(self, structures: Iterable[Atoms], step: Step) -> Iterator[Outcome]:
@@ -164,21 +214,21 @@ class Computation:
             asked = [candidate for candidate, row in group if row["status"] == "done"]
             found = self._ask_members(asked) if asked else {}
             for candidate, row in group:
-                if candidate.id in found:
-                    row = {**row, **found[candidate.id]}
+                if candidate.hash in found:
+                    row = {**row, **found[candidate.hash]}
                     if row["status"] == "failed":
                         row = candidate.failed("committee", row["kind"], row["reason"])
                 yield candidate, row
 
     def _ask_members(self, candidates: Sequence[Candidate]) -> dict[str, Row]:
-        energies = {c.id: [c.atoms.get_potential_energy()] for c in candidates}
-        forces = {c.id: [c.atoms.get_forces(apply_constraint=False)] for c in candidates}
+        energies = {c.hash: [c.atoms.get_potential_energy()] for c in candidates}
+        forces = {c.hash: [c.atoms.get_forces(apply_constraint=False)] for c in candidates}
         found: dict[str, Row] = {}
         for number, member in enumerate(self._members, start=1):
             structures = [candidate.atoms for candidate in candidates]
             outcomes = relax(structures, member, max_steps=0, max_edges=self._max_edges)
             for outcome in outcomes:
-                name = candidates[outcome.index].id
+                name = candidates[outcome.index].hash
                 if outcome.graph is None or outcome.status == "failed":
                     reason = f"member {number}: {outcome.reason}"
                     found[name] = {"status": "failed", "kind": _kind(outcome), "reason": reason}
@@ -186,10 +236,10 @@ class Computation:
                 energies[name].append(outcome.energy)
                 forces[name].append(outcome.graph.forces.cpu().numpy())
         for candidate in candidates:
-            if candidate.id not in found:
-                found[candidate.id] = _spread(
-                    np.array(energies[candidate.id]) / len(candidate.atoms),
-                    np.array(forces[candidate.id]),
+            if candidate.hash not in found:
+                found[candidate.hash] = _spread(
+                    np.array(energies[candidate.hash]) / len(candidate.atoms),
+                    np.array(forces[candidate.hash]),
                 )
         return found
 
@@ -253,6 +303,17 @@ def _kind_of_refusal(atoms: Atoms, elements: Sequence[int]) -> str:
     return "overlap"
 
 
+def _with_cells(candidates: Iterator[Candidate], aside: list[Candidate]) -> Iterator[Candidate]:
+    """Yield what is periodic in three directions, and set others aside until they are a group."""
+    for candidate in candidates:
+        if candidate.atoms.pbc.all():
+            yield candidate
+            continue
+        aside.append(candidate)
+        if len(aside) == _GROUP:
+            return
+
+
 def _boarding(stream: Iterator[Candidate], aboard: dict[int, Candidate]) -> Iterator[Atoms]:
     for index, candidate in enumerate(stream):
         aboard[index] = candidate
@@ -268,7 +329,7 @@ def _kind(outcome: Outcome) -> str:
     return outcome.status
 
 
-def _row_of(candidate: Candidate, outcome: Outcome, *, with_steps: bool) -> Row:
+def _row_of(candidate: Candidate, outcome: Outcome, step: Step) -> Row:
     assert outcome.graph is not None
     energy = float(outcome.graph.energy)
     columns: Row = {
@@ -277,10 +338,12 @@ def _row_of(candidate: Candidate, outcome: Outcome, *, with_steps: bool) -> Row:
         "energy_per_atom": energy / len(candidate.atoms),
         "max_force": float(outcome.graph.forces.norm(dim=1).max()),
     }
-    if with_steps:
+    if isinstance(step, Relax):
         columns["converged"] = outcome.converged
         columns["n_steps"] = outcome.n_steps
-        columns |= {} if outcome.converged else not_converged(outcome.n_steps)
+        if step.cell:
+            columns["cell_kept"] = not candidate.atoms.pbc.all()
+        columns |= remarks(columns)
     return candidate.row(**columns)
 
 

@@ -41,7 +41,7 @@ class Matcher:
         self._step, self._ledger = step, ledger
 
     def original_of(self, identifier: str, atoms: Atoms) -> str | None:
-        """Return the id of an earlier structure that is the same; None makes this one such.
+        """Return the hash of an earlier structure that is the same; None makes this one such.
 
         Args:
             identifier: Of this structure.
@@ -60,6 +60,14 @@ class Matcher:
                 return other
         self._ledger.represent(identifier, bucket, size, _dump(primitive, mark))
         return None
+
+    def remember(self, identifier: str, atoms: Atoms) -> None:
+        """Keep a structure for comparison without looking for what it may be a copy of."""
+        if not self._ledger.has_representative(identifier):
+            primitive = _primitive(atoms, self._step.tolerance)
+            mark = _fingerprint(primitive)
+            bucket = bucket_of(atoms)
+            self._ledger.represent(identifier, bucket, float(mark[0]), _dump(primitive, mark))
 
     def _near(self, mark: NDArray[np.float64], other: NDArray[np.float64]) -> bool:
         if mark.shape != other.shape:

@@ -88,7 +88,7 @@ def estimate(
     sample = good[:: max(1, len(good) // _SAMPLE)][:_SAMPLE]
     timed = [step for step in steps if not isinstance(step, Committee | Properties)]
     started = time.perf_counter()
-    candidates = [Candidate(content_hash(atoms), "", "", atoms) for atoms in sample]
+    candidates = [Candidate(content_hash(atoms), "", atoms) for atoms in sample]
     n_rows = sum(1 for _ in Computation(timed, potential).run(candidates))
     seconds = time.perf_counter() - started
     n_structures = len(looked_at) if total is None else total

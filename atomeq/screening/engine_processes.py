@@ -14,7 +14,7 @@ from multiprocessing.process import BaseProcess
 
 import torch
 
-from atomeq.screening.compute import Candidate
+from atomeq.screening.compute import Candidate, Feed
 from atomeq.screening.engines import Job, default_workers
 from atomeq.screening.rows import Row
 
@@ -41,11 +41,13 @@ class ProcessEngine:
         Raises:
             RuntimeError: Workers die before they have taken any work.
         """
-        pool = _Pool(self._job, self._sha256, self._n_workers, iter(candidates))
+        feed = Feed(candidates)
+        pool = _Pool(self._job, self._sha256, self._n_workers, feed)
         try:
             yield from pool.rows()
         finally:
             pool.end()
+        feed.end()
 
 
 @dataclass
@@ -99,7 +101,7 @@ class _Pool:
             worker.ready = True
         elif message == "more":
             self._send(worker, [] if worker.alone else self._handful())
-        elif worker.aboard.pop(message["id"], None) is not None:
+        elif worker.aboard.pop(message["hash"], None) is not None:
             self._early_deaths = 0
             yield message
 
@@ -122,7 +124,7 @@ class _Pool:
         return taken
 
     def _send(self, worker: _Worker, handful: list[Candidate]) -> None:
-        worker.aboard.update((candidate.id, candidate) for candidate in handful)
+        worker.aboard.update((candidate.hash, candidate) for candidate in handful)
         try:
             worker.pipe.send(handful)
         except OSError:

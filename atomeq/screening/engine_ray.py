@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from atomeq.screening.compute import Candidate
+from atomeq.screening.compute import Candidate, Feed
 from atomeq.screening.engines import Job, default_workers
 from atomeq.screening.rows import Row
 
@@ -65,9 +65,9 @@ class RayEngine:
         if own:
             self._start()
         try:
-            yield from _Actors(self._ray, self._job, self._sha256, self._n_workers).rows(
-                iter(candidates)
-            )
+            feed = Feed(candidates)
+            yield from _Actors(self._ray, self._job, self._sha256, self._n_workers).rows(feed)
+            feed.end()
         finally:
             if own:
                 self._ray.shutdown()

@@ -3,6 +3,7 @@
 Only the process that reads the sources writes results; workers hold the potential and nothing else.
 """
 
+import copy
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any, Protocol
 
 import torch
 
-from atomeq.potential.checkpoint import load_potential
+from atomeq.potential.checkpoint import load_potential, resolve_device
 from atomeq.potential.potential import Potential
 from atomeq.screening.compute import Candidate, Computation
 from atomeq.screening.references import HullReferences
@@ -39,12 +40,13 @@ class Job:
     max_edges: int | None = None
 
     def load(self, potential: str | Potential, device: str | None = None) -> Potential:
-        """Return a potential where and as this job computes."""
+        """Return a potential where and as this job computes; one that was given stays as it is."""
         device = self.device if device is None else device
         dtype = _DTYPES[self.dtype] if self.dtype else None
-        if isinstance(potential, Potential):
-            return potential if dtype is None else potential.to(dtype)
-        return load_potential(potential, device=device, dtype=dtype)
+        if not isinstance(potential, Potential):
+            return load_potential(potential, device=device, dtype=dtype)
+        own = copy.deepcopy(potential).to(resolve_device(device))
+        return own.to(own.dtype if dtype is None else dtype)
 
     def device_of(self, worker: int) -> str:
         """Return the device of a worker."""
@@ -86,7 +88,10 @@ class Engine(Protocol):
     """Computes candidates."""
 
     def run(self, candidates: Iterable[Candidate]) -> Iterator[Row]:
-        """Yield the row of every candidate, in the order in which they end."""
+        """Yield the row of every candidate, in the order in which they end.
+
+        Where the stream of candidates raises, what was taken from it is computed first.
+        """
         ...
 
 

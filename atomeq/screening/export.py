@@ -1,9 +1,11 @@
 """Exports: results as an ASE database and as a dataset of the chemiscope viewer."""
 
+import contextlib
 import gzip
 import itertools
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,10 +15,10 @@ from ase.calculators.singlepoint import SinglePointCalculator
 
 from atomeq.files import refuse_unwritable, write_atomically
 from atomeq.screening.results import read_rows, read_run
-from atomeq.screening.rows import NUMBERS, Row, structure_of
+from atomeq.screening.rows import NUMBERS, SCHEMA, Row, structure_of
 
 _GROUP = 500  # rows in a transaction
-_TEXTS = ("id", "locator", "space_group", "potential_sha256", "settings_hash")
+_TEXTS = ("id", "hash", "locator", "space_group", "potential_sha256", "settings_hash")
 
 
 def export_database(folder: Path, path: Path) -> int:
@@ -85,10 +87,21 @@ def _write(database: Any, row: Row) -> None:
         for name in NUMBERS
         if row[name] is not None and name not in ("energy", "volume", "n_atoms")
     }
-    pairs |= {f"screening_{name}": row[name] for name in _TEXTS if row[name]}
+    chosen = row.keys() - set(SCHEMA.names)  # keys of the source
+    texts = {name: row[name] for name in (*_TEXTS, *chosen) if row[name] is not None}
+    for name, text in texts.items():
+        pairs["screening_" + re.sub(r"\W", "_", name)] = _value(text)
     if row["energy"] is not None:
         atoms.calc = SinglePointCalculator(atoms, energy=row["energy"])
     database.write(atoms, key_value_pairs=pairs)
+
+
+def _value(value: Any) -> Any:
+    """Return a number for a text that reads as one, which ASE's database refuses."""
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(value) if isinstance(value, str) else value
+    return value
 
 
 def _chemiscope_structure(row: Row) -> dict[str, Any]:

@@ -24,8 +24,8 @@ _ARITHMETIC: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Div: operator.truediv,
 }
 _FUNCTIONS: dict[str, Callable[..., Any]] = {"abs": abs, "min": min, "max": max}
-_TEXTS = ("formula", "space_group", "locator")
-_FLAGS = ("converged",)
+_TEXTS = ("id", "formula", "space_group", "locator")
+_FLAGS = ("converged", "cell_kept")
 _LONGEST = 1000
 
 
@@ -35,8 +35,8 @@ class Expression:
     Args:
         text: Comparisons of columns and numbers with ``and``, ``or``, ``not``, ``+ - * /``,
             ``abs``, ``min``, ``max``; ``in`` with a list of texts.
-        columns: Names of the columns with numbers; ``formula``, ``space_group``, ``locator`` and
-            ``converged`` are known as well.
+        columns: Names of the columns with numbers; ``id``, ``formula``, ``space_group``,
+            ``locator``, ``converged`` and ``cell_kept`` are known as well.
 
     Raises:
         ValueError: It is no such condition, or names what is no column.

@@ -33,10 +33,16 @@ class Filters:
         return row
 
 
-def not_converged(n_steps: int) -> Row:
-    """Return what a row that is done tells of a relaxation that did not get there."""
-    reason = f"not converged after {n_steps} steps"
-    return {"stage": "relax", "kind": "not_converged", "reason": reason}
+def remarks(row: Row) -> Row:
+    """Return what a row that is done tells of a relaxation that did not do all it was to."""
+    said: dict[str, str] = {}
+    if row.get("converged") is False:
+        said["not_converged"] = f"not converged after {row['n_steps']} steps"
+    if row.get("cell_kept"):
+        said["cell_kept"] = "the cell is as it was: it relaxes only if periodic in three directions"
+    if not said:
+        return {"stage": None, "kind": None, "reason": None}
+    return {"stage": "relax", "kind": next(iter(said)), "reason": "; ".join(said.values())}
 
 
 def _refusal(expression: Expression, row: Row) -> str:
@@ -49,7 +55,4 @@ def _refusal(expression: Expression, row: Row) -> str:
 
 
 def _unfiltered(row: Row) -> Row:
-    why: Row = {"stage": None, "kind": None, "reason": None}
-    if row["converged"] is False:
-        why = not_converged(row["n_steps"])
-    return {**row, "status": "done", **why}
+    return {**row, "status": "done", **remarks(row)}

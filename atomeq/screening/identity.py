@@ -1,12 +1,15 @@
 """Who a structure is: the hash of its content, for a further copy of that and its place."""
 
 import hashlib
+import re
 
 import numpy as np
 from ase import Atoms
 from ase.constraints import FixAtoms
 
 _DECIMALS = 6  # Å; the digits that text formats keep
+# What is written as one, and what looks as if it had been.
+_SURROGATE = re.compile(r"[\ud800-\udfff]|\\u")
 _DIGITS = 32  # 128 bits: a million structures collide with a chance of 1e-27
 
 
@@ -36,8 +39,22 @@ def place_hash(content: str, locator: str) -> str:
 
 
 def text_hash(text: str) -> str:
-    """Return the hash of a text, as long as that of a structure."""
-    return hashlib.sha256(text.encode()).hexdigest()[:_DIGITS]
+    """Return the hash of a text, as long as that of a structure; of any text, Unicode or not."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:_DIGITS]
+
+
+def printable(text: str) -> str:
+    r"""Return a text that files, databases and terminals take: surrogates are written out.
+
+    Names of files that are not UTF-8 come with surrogates. Two texts never become the same one.
+
+    Example:
+        >>> printable("copper-\udce9.cif")
+        'copper-\\udce9.cif'
+    """
+    if not _SURROGATE.search(text):
+        return text
+    return text.replace("\\", "\\\\").encode("utf-8", "backslashreplace").decode()
 
 
 def shard_of(content: str, n_shards: int) -> int:

@@ -3,14 +3,16 @@
 What is done already is passed over; what cannot be read or used, or is a copy, gets its row here.
 """
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from ase import Atoms
 
-from atomeq.screening.compute import Candidate, refuse
+from atomeq.screening.compute import OF_A_STRUCTURE, Candidate, refuse
 from atomeq.screening.dedupe import Matcher, bucket_of
-from atomeq.screening.identity import content_hash, place_hash, shard_of, text_hash
+from atomeq.screening.identity import content_hash, place_hash, printable, shard_of, text_hash
+from atomeq.screening.labels import Labels
 from atomeq.screening.results import Results
 from atomeq.screening.rows import Row
 from atomeq.screening.sources import Found
@@ -44,6 +46,7 @@ class Intake:
         steps: All steps.
         elements: Atomic numbers that the potential knows.
         seen: Is kept up to date.
+        labels: Columns of what sources say.
         shard: ``(k, n)``: only every n-th, by hash; where copies are looked for, by the hash of the
             formula, so that a copy is in the shard of its original.
     """
@@ -57,10 +60,12 @@ class Intake:
         steps: Sequence[Step],
         elements: Sequence[int],
         seen: Seen,
+        labels: Labels,
         shard: tuple[int, int] = (0, 1),
     ) -> None:
         self._found, self._results, self._take = found, results, take
         self._elements, self._shard, self._seen = elements, shard, seen
+        self._labels = labels
         self._validate = next((step for step in steps if isinstance(step, Validate)), None)
         self._dedupe = next((step for step in steps if isinstance(step, Dedupe)), None)
         self._matcher = None
@@ -69,31 +74,31 @@ class Intake:
 
     def candidates(self) -> Iterator[Candidate]:
         """Yield what the engine is to compute."""
-        for found in self._found:
-            unreadable = found.atoms is None
-            content = (
-                place_hash("unreadable", found.locator)
-                if found.atoms is None
-                else content_hash(found.atoms)
-            )
+        for given in self._found:
+            found, content = _identified(given._replace(locator=printable(given.locator)))
             if not self._is_ours(content, found.atoms):
                 continue
             self._seen.structures += 1
             identifier, is_copy = self._identify(content, found.locator)
             if identifier is None:
                 self._seen.earlier += 1
+                self._remember(content, found)
                 continue
             self._results.ledger.start(identifier, found.locator)
-            candidate = Candidate(identifier, content, found.locator, found.atoms or Atoms())
-            row = (
-                candidate.failed("read", "unreadable", found.error)
-                if unreadable
-                else self._judge(candidate, is_copy)
-            )
+            labels, complaint = self._labels(found.about)
+            candidate = Candidate(identifier, found.locator, found.atoms or Atoms(), labels)
+            if found.atoms is None or complaint:
+                reason = complaint if found.atoms is not None else found.error or "no reason given"
+                row = candidate.failed("read", "unreadable", reason)
+            elif self._dedupe is not None and is_copy:
+                row = _duplicate(candidate, content)
+            else:
+                row = self._judge(candidate)
             if row is None:
                 yield candidate
             else:
                 self._take(row)
+        self._labels.warn()
 
     def _is_ours(self, content: str, atoms: Atoms | None) -> bool:
         k, n = self._shard
@@ -104,7 +109,7 @@ class Intake:
         return shard_of(content, n) == k
 
     def _identify(self, content: str, locator: str) -> tuple[str | None, bool]:
-        """Return the id of a row to come, None if it is there, and whether it is a further copy."""
+        """Return the hash of a row to come, None if it is there, and whether it is a copy."""
         copy = place_hash(content, locator)
         first = self._results.ledger.entry(content)
         if self._results.ledger.entry(copy) is not None:
@@ -115,29 +120,50 @@ class Intake:
             return None, False
         return copy, True
 
-    def _judge(self, candidate: Candidate, is_copy: bool) -> Row | None:
+    def _judge(self, candidate: Candidate) -> Row | None:
         """Return the row of what ends here."""
-        if self._dedupe is not None and is_copy:
-            return self._duplicate(candidate, candidate.hash)
-        if self._validate is not None:
-            refusal = refuse(candidate.atoms, self._validate, self._elements)
-            if refusal is not None:
-                return candidate.failed("validate", *refusal)
-        if self._matcher is None:
-            return None
+        stage = "validate"
         try:
-            original = self._matcher.original_of(candidate.id, candidate.atoms)
-        except (ValueError, ArithmeticError, RuntimeError, TypeError) as error:
-            reason = f"comparison: {type(error).__name__}: {error}"
-            return candidate.failed("dedupe", "error", reason)
-        return None if original is None else self._duplicate(candidate, original)
+            if self._validate is not None:
+                refusal = refuse(candidate.atoms, self._validate, self._elements)
+                if refusal is not None:
+                    return candidate.failed(stage, *refusal)
+            if self._matcher is None:
+                return None
+            stage = "dedupe"
+            original = self._matcher.original_of(candidate.hash, candidate.atoms)
+        except OF_A_STRUCTURE as error:
+            return candidate.failed(stage, "error", f"{type(error).__name__}: {error}")
+        return None if original is None else _duplicate(candidate, original)
 
-    @staticmethod
-    def _duplicate(candidate: Candidate, original: str) -> Row:
-        return candidate.row(
-            status="duplicate",
-            stage="dedupe",
-            kind="duplicate",
-            reason=f"same structure as {original}",
-            duplicate_of=original,
-        )
+    def _remember(self, content: str, found: Found) -> None:
+        """Keep what was computed earlier for comparison, where a ledger that was lost kept it."""
+        entry = self._results.ledger.entry(content)
+        if self._matcher is None or found.atoms is None or entry is None:
+            return
+        if entry.locator != found.locator or entry.status not in ("done", "filtered", "failed"):
+            return
+        with contextlib.suppress(*OF_A_STRUCTURE):  # then it was refused, as its row says
+            validate = self._validate or Validate()
+            if entry.status != "failed" or not refuse(found.atoms, validate, self._elements):
+                self._matcher.remember(content, found.atoms)
+
+
+def _identified(found: Found) -> tuple[Found, str]:
+    """Return what was found with its hash; what has none cannot be read."""
+    if found.atoms is not None:
+        try:
+            return found, content_hash(found.atoms)
+        except (*OF_A_STRUCTURE, AttributeError) as error:  # no Atoms, or arrays that do not fit
+            found = found._replace(atoms=None, error=f"{type(error).__name__}: {error}")
+    return found, place_hash("unreadable", found.locator)
+
+
+def _duplicate(candidate: Candidate, original: str) -> Row:
+    return candidate.row(
+        status="duplicate",
+        stage="dedupe",
+        kind="duplicate",
+        reason=f"same structure as {original}",
+        duplicate_of=original,
+    )

@@ -14,15 +14,15 @@ from atomeq.screening.rows import Row
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS parts (
-    name TEXT PRIMARY KEY, size INTEGER NOT NULL, modified INTEGER NOT NULL
+    name TEXT PRIMARY KEY, size INTEGER NOT NULL, modified INTEGER NOT NULL, sha256 TEXT NOT NULL
 ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS structures (
-    id TEXT PRIMARY KEY, locator TEXT NOT NULL, status TEXT NOT NULL, kind TEXT, part TEXT
+    hash TEXT PRIMARY KEY, locator TEXT NOT NULL, status TEXT NOT NULL, kind TEXT, part TEXT
 ) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS structures_part ON structures (part);
 CREATE INDEX IF NOT EXISTS structures_status ON structures (status, kind);
 CREATE TABLE IF NOT EXISTS representatives (
-    id TEXT PRIMARY KEY, bucket TEXT NOT NULL, size REAL NOT NULL, structure BLOB NOT NULL
+    hash TEXT PRIMARY KEY, bucket TEXT NOT NULL, size REAL NOT NULL, structure BLOB NOT NULL
 ) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS representatives_bucket ON representatives (bucket, size);
 """
@@ -31,11 +31,16 @@ RUNNING = "running"
 
 
 class Part(NamedTuple):
-    """A file of results as it was when it was recorded: bytes, and nanoseconds of the clock."""
+    """A file of results as it was recorded: bytes, nanoseconds of the clock, digest."""
 
     name: str
     size: int
     modified: int
+    sha256: str
+
+
+class DamagedLedger(ValueError):
+    """A file that is no ledger, or no longer a whole one; the message says what SQLite found."""
 
 
 class Entry(NamedTuple):
@@ -49,13 +54,25 @@ class Ledger:
     """One SQLite file in WAL mode, written by one process.
 
     Args:
-        path: The file, created if missing.
+        path: The file, created if missing; ``:memory:`` for none.
+
+    Raises:
+        DamagedLedger: The file is not whole.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path | str) -> None:
         self._database = sqlite3.connect(path, isolation_level=None)
+        try:
+            self._open()
+        except sqlite3.DatabaseError as error:
+            self._database.close()
+            raise DamagedLedger(str(error)) from error
+
+    def _open(self) -> None:
         self._database.execute("PRAGMA journal_mode=WAL")
+        (found,) = self._database.execute("PRAGMA integrity_check(1)").fetchone()
+        if found != "ok":
+            raise sqlite3.DatabaseError(" ".join(found.split()))
         # A crash of the machine may undo the last commits; the parts are there to tell.
         self._database.execute("PRAGMA synchronous=NORMAL")
         self._database.executescript(_SCHEMA)
@@ -81,7 +98,7 @@ class Ledger:
     def entry(self, identifier: str) -> Entry | None:
         """Return what is known of a row."""
         found = self._database.execute(
-            "SELECT locator, status FROM structures WHERE id = ?", (identifier,)
+            "SELECT locator, status FROM structures WHERE hash = ?", (identifier,)
         ).fetchone()
         return None if found is None else Entry(*found)
 
@@ -100,11 +117,11 @@ class Ledger:
         """Note a part and the rows in it, in place of what was known of either."""
         with self.transaction():
             self._database.execute("DELETE FROM structures WHERE part = ?", (part.name,))
-            self._database.execute("INSERT OR REPLACE INTO parts VALUES (?, ?, ?)", part)
+            self._database.execute("INSERT OR REPLACE INTO parts VALUES (?, ?, ?, ?)", part)
             self._database.executemany(
                 "INSERT OR REPLACE INTO structures VALUES (?, ?, ?, ?, ?)",
                 (
-                    (row["id"], row["locator"], row["status"], row.get("kind"), part.name)
+                    (row["hash"], row["locator"], row["status"], row.get("kind"), part.name)
                     for row in rows
                 ),
             )
@@ -117,28 +134,43 @@ class Ledger:
 
     def parts(self) -> list[Part]:
         """Return the parts that are known, by name."""
-        found = self._database.execute("SELECT name, size, modified FROM parts ORDER BY name")
+        found = self._database.execute("SELECT * FROM parts ORDER BY name")
         return [Part(*row) for row in found]
 
     def elsewhere(self, identifier: str, name: str) -> bool:
         """Tell whether a row is recorded in another part than ``name``."""
         return bool(
             self._database.execute(
-                "SELECT 1 FROM structures WHERE id = ? AND part IS NOT NULL AND part != ?",
+                "SELECT 1 FROM structures WHERE hash = ? AND part IS NOT NULL AND part != ?",
                 (identifier, name),
             ).fetchone()
         )
 
     def parts_of(self, kinds: Iterable[str] | None) -> dict[str, set[str]]:
-        """Return the failed rows of some kinds, or all that failed, as ids by part."""
+        """Return the failed rows of some kinds, or all that failed, as hashes by part."""
         wanted = None if kinds is None else set(kinds)
         found: dict[str, set[str]] = {}
         for identifier, kind, part in self._database.execute(
-            "SELECT id, kind, part FROM structures WHERE status = 'failed' AND part IS NOT NULL"
+            "SELECT hash, kind, part FROM structures WHERE status = 'failed' AND part IS NOT NULL"
         ):
             if wanted is None or kind in wanted:
                 found.setdefault(part, set()).add(identifier)
         return found
+
+    def running(self) -> list[str]:
+        """Return the locators of structures without a row yet."""
+        found = self._database.execute(
+            "SELECT locator FROM structures WHERE status = ? ORDER BY locator", (RUNNING,)
+        )
+        return [locator for (locator,) in found]
+
+    def counts_of_parts(self) -> dict[str, int]:
+        """Return the number of rows in each part."""
+        return dict(
+            self._database.execute(
+                "SELECT part, COUNT(*) FROM structures WHERE part IS NOT NULL GROUP BY part"
+            )
+        )
 
     def counts(self) -> dict[str, int]:
         """Return the number of rows of each status; ``running`` are those without a row yet."""
@@ -167,10 +199,10 @@ class Ledger:
     def representatives(
         self, bucket: str, smallest: float, largest: float
     ) -> list[tuple[str, bytes]]:
-        """Return ids and structures of a bucket whose size lies between two, in order of size."""
+        """Return hashes and structures of a bucket with a size between two, in order of size."""
         found = self._database.execute(
-            "SELECT id, structure FROM representatives WHERE bucket = ? AND size BETWEEN ? AND ? "
-            "ORDER BY size, id",
+            "SELECT hash, structure FROM representatives WHERE bucket = ? AND size BETWEEN ? AND ? "
+            "ORDER BY size, hash",
             (bucket, smallest, largest),
         )
         return found.fetchall()
@@ -179,6 +211,6 @@ class Ledger:
         """Tell whether a structure is kept for comparison."""
         return bool(
             self._database.execute(
-                "SELECT 1 FROM representatives WHERE id = ?", (identifier,)
+                "SELECT 1 FROM representatives WHERE hash = ?", (identifier,)
             ).fetchone()
         )

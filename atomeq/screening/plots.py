@@ -12,10 +12,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from atomeq.screening.results import result_files
+from atomeq.screening.results import read_part, result_files
 
 UNITS = {
     "energy": "eV",
@@ -62,7 +61,7 @@ def words(name: str) -> str:
 
 def _done(folder: Path, columns: Sequence[str]) -> Iterator[pa.Table]:
     for path in result_files(folder):
-        table = pq.read_table(path, columns=["status", *columns])
+        table = read_part(path, ["status", *columns])
         yield table.filter(pc.field("status") == "done")
 
 

@@ -16,7 +16,11 @@ _PACKAGES = ("atomeq", "torch", "torch_geometric", "numpy", "ase", "vesin", "pym
 
 
 def provenance_of(
-    potential: str | Path | Potential, loaded: Potential, steps: list[dict[str, Any]]
+    potential: str | Path | Potential,
+    loaded: Potential,
+    steps: list[dict[str, Any]],
+    *,
+    columns: dict[str, Any],
 ) -> dict[str, Any]:
     """Return the provenance of a run.
 
@@ -28,13 +32,14 @@ def provenance_of(
         potential: As it was given.
         loaded: The potential that computes.
         steps: As plain values, with all defaults.
+        columns: Settings of what sources say of structures, ``id_key`` and ``info``.
     """
     origin = AtomeqCalculator(
         loaded if isinstance(potential, Potential) else str(potential)
     ).provenance
     name = origin["name"] or type(loaded.model).__name__
     dtype = str(loaded.dtype).removeprefix("torch.")
-    settings = {"steps": steps, "dtype": dtype, "potential_sha256": origin["sha256"]}
+    settings = {"steps": steps, "dtype": dtype, "potential_sha256": origin["sha256"], **columns}
     computing = [step for step in steps if not step.keys() & {"filter", "rank"}]
     return {
         "settings_hash": hash_settings({**settings, "steps": computing}),

@@ -1,42 +1,83 @@
 """Ranking: the best rows of a run, found without holding the others."""
 
+import contextlib
 import heapq
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from atomeq.files import write_atomically
-from atomeq.screening.results import read_rows
-from atomeq.screening.rows import SCHEMA, Row
-from atomeq.screening.steps import Rank
+from atomeq.screening.compute import OF_A_STRUCTURE
+from atomeq.screening.dedupe import Matcher
+from atomeq.screening.ledger import Ledger
+from atomeq.screening.results import read_rows, read_run
+from atomeq.screening.rows import Row, schema_of, structure_of
+from atomeq.screening.steps import Dedupe, Rank, Relax, Step
 
 
-def best_rows(folder: Path, step: Rank) -> list[Row]:
+def best_rows(folder: Path, steps: Sequence[Step]) -> list[Row]:
     """Return the first rows of the ranking, whole, in their order.
 
-    Rows that are done and have the number count; equal numbers are in the order of their ids.
+    Rows that are done and have the number count; equal numbers are in the order of their hashes.
+
+    Args:
+        folder: Of the run.
+        steps: Of the run: how it ranks, and the tolerances of dedupe where winners must differ.
     """
+    step = next((step for step in steps if isinstance(step, Rank)), Rank())
+    distinct = step.distinct
+    if distinct is None:
+        distinct = any(isinstance(step, Relax) for step in steps)
+    if not distinct:
+        return _first(folder, step, 0, step.top)
+    tolerances = next((step for step in steps if isinstance(step, Dedupe)), Dedupe())
+    with closing(Ledger(":memory:")) as ledger:
+        matcher = Matcher(tolerances, ledger)
+        best: list[Row] = []
+        begin, end = 0, 2 * step.top
+        while rows := _first(folder, step, begin, end):
+            for row in rows:
+                if len(best) < step.top and _is_new(row, matcher):
+                    best.append(row)
+            if len(best) == step.top:
+                break
+            begin, end = end, 4 * end
+    return best
+
+
+def _is_new(row: Row, matcher: Matcher) -> bool:
+    atoms = structure_of(row)
+    assert atoms is not None  # a row that is done has a structure
+    with contextlib.suppress(*OF_A_STRUCTURE):  # what cannot be compared is no copy
+        return matcher.original_of(row["hash"], atoms) is None
+    return True
+
+
+def _first(folder: Path, step: Rank, begin: int, end: int) -> list[Row]:
+    """Return the rows from one place of the ranking to another."""
     sign = -1.0 if step.descending else 1.0
 
     def keyed() -> Iterator[tuple[float, str]]:
-        for row in read_rows(folder, ["id", "status", step.by]):
+        for row in read_rows(folder, ["hash", "status", step.by]):
             value = row[step.by]
             if row["status"] == "done" and value is not None and math.isfinite(value):
-                yield sign * value, row["id"]
+                yield sign * value, row["hash"]
 
-    chosen = [identifier for _, identifier in heapq.nsmallest(step.top, keyed())]
+    chosen = [identifier for _, identifier in heapq.nsmallest(end, keyed())[begin:]]
     places = {identifier: place for place, identifier in enumerate(chosen)}
-    wanted = (row for row in read_rows(folder) if row["id"] in places)
-    return sorted(itertools.islice(wanted, len(places)), key=lambda row: places[row["id"]])
+    wanted = (row for row in read_rows(folder) if row["hash"] in places)
+    return sorted(itertools.islice(wanted, len(places)), key=lambda row: places[row["hash"]])
 
 
 def write_ranking(folder: Path, rows: list[Row]) -> Path:
     """Write ``ranking.parquet`` with the columns of results, best first."""
     path = folder / "ranking.parquet"
     with write_atomically(path) as partial:
-        pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), partial, compression="zstd")
+        schema = schema_of(read_run(folder)["provenance"])
+        pq.write_table(pa.Table.from_pylist(rows, schema=schema), partial, compression="zstd")
     return path

@@ -29,9 +29,10 @@ _LARGEST_JSON = 2 * 2**30  # bytes; a document is in memory at once, lines are n
 
 
 class Unreadable(NamedTuple):
-    """Something in a file that is no structure, and why."""
+    """Something in a file that is no structure, and why; ``info`` is what else the file says."""
 
     reason: str
+    info: dict[str, Any] | None = None
 
     @classmethod
     def of(cls, error: Exception) -> "Unreadable":
@@ -111,7 +112,7 @@ def read_parquet(path: Path) -> Iterator[Atoms | Unreadable]:
     ``atomic_numbers``, ``pos`` and ``lattice`` are known too. Parts of a screening are read as
     their structures.
     """
-    with pq.ParquetFile(path) as file:
+    with path.open("rb") as stream, pq.ParquetFile(stream) as file:  # whatever the file's name
         there = file.schema_arrow.names
         columns = [_column(there, names, path) for names in _PARQUET_COLUMNS]
         wanted = [column for column in columns if column is not None]

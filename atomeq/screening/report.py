@@ -25,6 +25,7 @@ from atomeq.screening.rows import STATUSES, Row, structure_of
 from atomeq.screening.steps import Rank, parse_steps
 
 _LARGEST = 2000  # atoms that the viewer draws
+_COUNTED = ["status", "kind", "stage", "locator", "reason", "converged", "cell_kept"]
 _EXAMPLES = 3  # of every kind of failure
 _EDGE = (
     1e-3  # of a lattice vector; atoms so near a face of the cell are drawn on the opposite one too
@@ -32,6 +33,7 @@ _EDGE = (
 
 #: Columns of the table, with the digits after the point; None for whole numbers and texts.
 _SHOWN: dict[str, int | None] = {
+    "id": None,
     "formula": None,
     "n_atoms": None,
     "energy_per_atom": 4,
@@ -48,20 +50,25 @@ _SHOWN: dict[str, int | None] = {
     "space_group": None,
     "locator": None,
 }
-_TEXTS = ("formula", "space_group", "locator")
+_TEXTS = ("id", "formula", "space_group", "locator")
 
 
-def write_report(folder: Path) -> Path:
+def write_report(folder: Path, best: list[Row] | None = None) -> Path:
     """Write ``report.html`` of the run in a folder, from its results alone.
+
+    Args:
+        folder: Of the run.
+        best: The first rows of its ranking, where they are known already.
 
     Returns:
         The file.
     """
     run = read_run(folder)
     steps = parse_steps(run["provenance"]["settings"]["steps"])
+    best = best_rows(folder, steps) if best is None else best
     rank = next((step for step in steps if isinstance(step, Rank)), Rank())
     template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
-    text = json.dumps(_document(folder, run["provenance"], rank), allow_nan=False)
+    text = json.dumps(_document(folder, run["provenance"], rank, best), allow_nan=False)
     # Nothing in a name may end the script element that holds it.
     for letter in "<>&\u2028\u2029":
         text = text.replace(letter, f"\\u{ord(letter):04x}")
@@ -71,11 +78,14 @@ def write_report(folder: Path) -> Path:
     return path
 
 
-def _document(folder: Path, provenance: dict[str, Any], rank: Rank) -> dict[str, Any]:
+def _document(
+    folder: Path, provenance: dict[str, Any], rank: Rank, best: list[Row]
+) -> dict[str, Any]:
     counts: Counter[str] = Counter()
     failures: dict[tuple[str, str], dict[str, Any]] = {}
-    for row in read_rows(folder, ["status", "kind", "stage", "locator", "reason", "converged"]):
+    for row in read_rows(folder, _COUNTED):
         counts[row["status"]] += 1
+        counts["cell kept"] += row["status"] == "done" and row["cell_kept"] is True
         counts["not converged"] += row["status"] == "done" and row["converged"] is False
         if row["status"] == "failed":
             kind, stage = row["kind"] or "", row["stage"] or ""
@@ -84,7 +94,6 @@ def _document(folder: Path, provenance: dict[str, Any], rank: Rank) -> dict[str,
             failure["count"] += 1
             if failure["count"] <= _EXAMPLES:
                 failure["examples"].append((row["locator"], row["reason"]))
-    best = best_rows(folder, rank)
     columns = [name for name in _SHOWN if any(row[name] is not None for row in best)]
     direction = "largest" if rank.descending else "smallest"
     title = f"Best {len(best)} by {words(rank.by)}, {direction} first"
@@ -98,6 +107,7 @@ def _document(folder: Path, provenance: dict[str, Any], rank: Rank) -> dict[str,
         "counts": [
             *((status, counts[status], status == "failed") for status in STATUSES),
             ("done, but not converged", counts["not converged"], True),
+            *([("done, cell kept", counts["cell kept"], True)] if counts["cell kept"] else []),
         ],
         "plots": list(plots(folder, rank.by)),
         "best_title": title,
@@ -142,7 +152,7 @@ def _plain(value: Any) -> str:
 
 
 def _entry(row: Row, columns: Sequence[str]) -> dict[str, Any]:
-    shown = {name: _finite(row[name]) for name in (*columns, "formula", "locator")}
+    shown = {name: _finite(row[name]) for name in (*columns, "id", "formula", "locator")}
     return {**shown, "view": _view(row)}
 
 

@@ -5,11 +5,13 @@ between any two of these leaves a state from which :class:`Results` finds back w
 """
 
 import fcntl
+import hashlib
 import json
 import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +20,15 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from atomeq.files import write_atomically
-from atomeq.screening.ledger import RUNNING, Ledger, Part
+from atomeq.screening.ledger import RUNNING, DamagedLedger, Ledger, Part
 from atomeq.screening.rows import METADATA_KEY, Row, as_table
 
 logger = logging.getLogger(__name__)
 
 _ROWS_PER_PART = 1000
 _SECONDS_PER_PART = 30.0  # what a kill costs at most, beside the structures in flight
-_RECORDED = ["id", "locator", "status", "kind"]
+_FORMAT = 2  # of run.json, ledger and parts; in the first the column id held the hash
+_RECORDED = ["hash", "locator", "status", "kind"]
 
 
 class Results:
@@ -40,11 +43,13 @@ class Results:
         shard: ``(k, n)``: this process is one of n that share the folder, each with a ledger and
             parts of its own.
         request: Plain values to keep in ``run.json``: what the run was asked for.
+        rebuild: Make a ledger that is damaged anew from the parts.
         rows_per_part: Rows after which a part is written.
         seconds_per_part: Seconds after which it is written anyhow.
 
     Raises:
-        ValueError: The folder holds results of other settings, or of another number of shards.
+        ValueError: The folder holds results of other settings, or of another number of shards, or
+            its ledger is damaged.
         BlockingIOError: Another process is at work in it.
     """
 
@@ -55,6 +60,7 @@ class Results:
         *,
         shard: tuple[int, int] = (0, 1),
         request: dict[str, Any] | None = None,
+        rebuild: bool = False,
         rows_per_part: int = _ROWS_PER_PART,
         seconds_per_part: float = _SECONDS_PER_PART,
     ) -> None:
@@ -69,7 +75,7 @@ class Results:
         self._since = time.monotonic()
         try:
             self._take_up_run(shard[1])
-            self.ledger = Ledger(folder / f"ledger{suffix}.sqlite")
+            self.ledger = self._open_ledger(folder / f"ledger{suffix}.sqlite", rebuild)
             self.ledger.stop_all()
             self._reconcile()
         except BaseException:
@@ -86,7 +92,7 @@ class Results:
     def add(self, row: Row) -> None:
         """Take a row; it is on disk after :meth:`flush`, or when enough have come together."""
         self._rows.append(row)
-        self._pending.add(row["id"])
+        self._pending.add(row["hash"])
         self.flush_if_due()
 
     def flush_if_due(self) -> None:
@@ -142,10 +148,31 @@ class Results:
             provenance = part_provenance(path)
             if _filters(provenance["settings"]["steps"]) == _filters(now):
                 continue
-            rows = [judge(row) for row in pq.read_table(path).to_pylist()]
+            rows = [judge(row) for row in read_part(path).to_pylist()]
             settings = {**provenance["settings"], "steps": now}
             self._write(path, as_table(rows, {**provenance, "settings": settings}))
             self.ledger.record(_part(path), rows)
+
+    def settle(self, n_seen: int, n_ended: int) -> None:
+        """Compare what came out of the sources with the rows that are written.
+
+        Args:
+            n_seen: Structures that came.
+            n_ended: Of them, those with a row of this or an earlier run.
+
+        Raises:
+            RuntimeError: They disagree: rows are missing or written twice.
+        """
+        self.flush()
+        running, recorded = self.ledger.running(), sum(self.ledger.counts().values())
+        written = sum(pq.read_metadata(path).num_rows for path in self._own_parts())
+        if n_seen != n_ended or running or written != recorded:
+            some = f", such as {', '.join(running[:3])}" if running else ""
+            raise RuntimeError(
+                f"of {n_seen} structures {n_ended} have ended and {len(running)} have no row"
+                f"{some}; {self.parts_folder} has {written} rows, the ledger {recorded}: an engine "
+                "lost or repeated some. Give the same command again to compute what is missing"
+            )
 
     def close(self) -> None:
         """Write what waits and give the folder back."""
@@ -155,39 +182,66 @@ class Results:
             self.ledger.close()
             os.close(self._lock)
 
+    def _open_ledger(self, path: Path, rebuild: bool) -> Ledger:
+        try:
+            return Ledger(path)
+        except DamagedLedger as error:
+            if not rebuild:
+                raise ValueError(
+                    f"{path} is damaged ({error}); the rows themselves are in {self.parts_folder}, "
+                    f"and atomeq screen --out {self.folder} --resume, or screen(..., rebuild=True) "
+                    "in Python, makes the ledger anew from them"
+                ) from error
+            logger.warning("%s is damaged (%s); it is made anew from the parts", path, error)
+        for file in (path, *path.parent.glob(f"{path.name}-*")):  # -wal and -shm belong to it
+            os.replace(file, file.with_name(f"{file.name}.damaged"))
+        return Ledger(path)
+
     def _reconcile(self) -> None:
         """Make the ledger say what the parts say."""
         for leftover in self.folder.glob(f".{self._prefix}-*"):
             leftover.unlink()  # of a writer that was killed
         known = {part.name: part for part in self.ledger.parts()}
+        counts = self.ledger.counts_of_parts()
         there = {path.name: path for path in self._own_parts()}
         for name in sorted(known.keys() - there.keys()):
             logger.warning("%s is gone; its structures are computed again", name)
             self.ledger.forget(name)
         for name, path in sorted(there.items()):
-            if known.get(name) != _part(path):
+            now, before = _part(path), known.get(name)
+            if before is not None and now[:3] == before[:3] and now.sha256 != before.sha256:
+                self._set_aside(path, "its digest is not the one in the ledger")
+            elif now != before or counts.get(name) != pq.read_metadata(path).num_rows:
                 self._take_up(path)
 
     def _take_up(self, path: Path) -> None:
         """Record a part that the ledger does not know, or knows as it was before."""
         try:
-            rows = pq.read_table(path, columns=_RECORDED).to_pylist()
-        except (pa.ArrowInvalid, OSError) as error:
-            aside = path.with_suffix(".damaged")
-            logger.warning("%s is damaged (%s); it is now %s", path, error, aside.name)
-            os.replace(path, aside)
-            self.ledger.forget(path.name)
+            rows = read_part(path).select(_RECORDED).to_pylist()  # all, so that all is verified
+        except (ValueError, KeyError) as error:
+            self._set_aside(path, str(error))
             return
-        repeated = {row["id"] for row in rows if self.ledger.elsewhere(row["id"], path.name)}
+        repeated = {row["hash"] for row in rows if self.ledger.elsewhere(row["hash"], path.name)}
         if repeated:
             self._remove(path, repeated)
             return
         self.ledger.record(_part(path), rows)
 
+    def _set_aside(self, path: Path, why: str) -> None:
+        aside = path.with_suffix(".damaged")
+        logger.warning(
+            "%s is damaged (%s); it is now %s, and its structures are computed again",
+            path,
+            why,
+            aside.name,
+        )
+        os.replace(path, aside)
+        self.ledger.forget(path.name)
+
     def _remove(self, path: Path, identifiers: set[str]) -> None:
         """Write a part anew without some rows, the file first: the ledger follows the files."""
-        table = pq.read_table(path)
-        kept = table.filter(~pc.field("id").isin(sorted(identifiers)))
+        table = read_part(path)
+        kept = table.filter(~pc.field("hash").isin(sorted(identifiers)))
         if kept.num_rows == 0:
             path.unlink()
             self.ledger.forget(path.name)
@@ -198,7 +252,7 @@ class Results:
     def _write(self, path: Path, table: pa.Table) -> None:
         growing = self.folder / f".{path.name}"  # in results/ only whole files ever stand
         with write_atomically(growing) as partial:
-            pq.write_table(table, partial, compression="zstd")
+            pq.write_table(table, partial, compression="zstd", write_page_checksum=True)
         os.replace(growing, path)
         _sync(path.parent)
 
@@ -207,7 +261,12 @@ class Results:
 
     def _take_up_run(self, n_shards: int) -> None:
         path = self.folder / "run.json"
-        document = {"n_shards": n_shards, "provenance": self.provenance, "request": self._request}
+        document = {
+            "format": _FORMAT,
+            "n_shards": n_shards,
+            "provenance": self.provenance,
+            "request": self._request,
+        }
         if path.exists():
             earlier = read_run(self.folder)
             self._refuse_changes(earlier, n_shards)
@@ -236,7 +295,7 @@ def read_run(folder: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: There is no run.
-        ValueError: The file is damaged.
+        ValueError: The file is damaged, or an older atomeq wrote it.
     """
     path = folder / "run.json"
     if not path.is_file():
@@ -247,6 +306,12 @@ def read_run(folder: Path) -> dict[str, Any]:
             raise ValueError("keys are missing")
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
+    if document.get("format") != _FORMAT:
+        raise ValueError(
+            f"{folder} holds results in format {document.get('format', 1)} of another atomeq, and "
+            f"this one has format {_FORMAT} (since 2 the column id is that of the source, and hash "
+            "names a row); screen into another folder, or go on with the atomeq that began it"
+        )
     return document
 
 
@@ -263,9 +328,35 @@ def read_rows(folder: Path, columns: list[str] | None = None) -> Iterator[Row]:
         columns: Which; all by default.
     """
     for path in result_files(folder):
-        with pq.ParquetFile(path) as file:
+        with _reading(path), pq.ParquetFile(path, page_checksum_verification=True) as file:
             for batch in file.iter_batches(columns=columns):
                 yield from batch.to_pylist()
+
+
+def read_part(path: Path, columns: list[str] | None = None) -> pa.Table:
+    """Return a part as a table, its pages compared with their checksums.
+
+    Args:
+        path: Of the part.
+        columns: Which; all by default.
+
+    Raises:
+        ValueError: It is damaged.
+    """
+    # A ParquetFile: read_table would also compare the schema with what it guesses from the path.
+    with _reading(path), pq.ParquetFile(path, page_checksum_verification=True) as file:
+        return file.read(columns=columns)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(
+            f"{path} is damaged ({error}); atomeq screen --out {path.parent.parent} --resume sets "
+            "it aside and computes its structures again"
+        ) from error
 
 
 def part_provenance(path: Path) -> dict[str, Any]:
@@ -274,7 +365,8 @@ def part_provenance(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: It has none: it is not a part of a screening.
     """
-    metadata = pq.read_schema(path).metadata or {}
+    with _reading(path):
+        metadata = pq.read_schema(path).metadata or {}
     if METADATA_KEY not in metadata:
         raise ValueError(f"{path} is not of a screening: its metadata has no provenance")
     return json.loads(metadata[METADATA_KEY])
@@ -286,7 +378,9 @@ def _filters(steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _part(path: Path) -> Part:
     status = path.stat()
-    return Part(path.name, status.st_size, status.st_mtime_ns)
+    with path.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    return Part(path.name, status.st_size, status.st_mtime_ns, digest)
 
 
 def _sync(folder: Path) -> None:

@@ -1,6 +1,7 @@
 """Rows: what a screening tells of one structure, as a dictionary and as a Parquet table.
 
-Every table of a screening has the same columns; what a run did not compute is null.
+Every table of a screening has the same columns, and after them those of the keys that were chosen;
+what a run did not compute is null.
 """
 
 import json
@@ -23,8 +24,8 @@ _REPEATED = pa.dictionary(pa.int32(), pa.string())
 
 SCHEMA = pa.schema(
     [
-        ("id", pa.string()),  # of the row; the content hash, for a further copy one of its own
-        ("hash", pa.string()),  # of the content
+        ("id", pa.string()),  # what the source calls it; null where it has no name
+        ("hash", pa.string()),  # of the content, for a further copy of that and its place; unique
         ("locator", pa.string()),  # file#index
         ("formula", pa.string()),
         ("n_atoms", pa.int32()),
@@ -32,12 +33,13 @@ SCHEMA = pa.schema(
         ("stage", pa.string()),  # the step that ended it
         ("kind", pa.string()),  # the class of its reason: what failures are counted and retried by
         ("reason", pa.string()),
-        ("duplicate_of", pa.string()),
+        ("duplicate_of", pa.string()),  # hash of the row it is a copy of
         ("energy", pa.float64()),  # eV
         ("energy_per_atom", pa.float64()),
         ("max_force", pa.float64()),  # eV/Å
         ("converged", pa.bool_()),
         ("n_steps", pa.int32()),
+        ("cell_kept", pa.bool_()),  # cells were to relax, and this one cannot: see pbc
         ("energy_std", pa.float64()),  # eV per atom, over a committee
         ("force_std", pa.float64()),  # eV/Å, largest of an atom
         ("volume", pa.float64()),  # Å³
@@ -62,7 +64,32 @@ NUMBERS = tuple(
     field.name for field in SCHEMA if pa.types.is_floating(field.type) or field.type == pa.int32()
 )
 
+_NUMBER = ":number"
+
 METADATA_KEY = b"atomeq.screening"
+
+
+def info_fields(info: Sequence[str]) -> list[pa.Field]:
+    """Return the columns of chosen keys, each a text or with ``:number`` a number.
+
+    Raises:
+        ValueError: A key is empty or named twice, or rows have a column of its name.
+    """
+    names = [key.removesuffix(_NUMBER) for key in info]
+    for name in names:
+        if not name or name in SCHEMA.names or names.count(name) > 1:
+            raise ValueError(
+                f"{name!r} cannot be a column of its own: names must differ from each other and "
+                f"from {', '.join(SCHEMA.names)}"
+            )
+    kinds = [pa.float64() if key.endswith(_NUMBER) else pa.string() for key in info]
+    return [pa.field(name, kind) for name, kind in zip(names, kinds, strict=True)]
+
+
+def schema_of(provenance: dict[str, Any]) -> pa.Schema:
+    """Return the columns of a run: those of all runs, and the keys that were chosen."""
+    chosen = info_fields(provenance["settings"].get("info", ()))
+    return pa.schema([*SCHEMA, *chosen])
 
 
 def structure_columns(atoms: Atoms) -> Row:
@@ -100,7 +127,8 @@ def as_table(rows: Sequence[Row], provenance: dict[str, Any]) -> pa.Table:
     Raises:
         KeyError: A row has a column that tables do not have.
     """
-    unknown = {name for row in rows for name in row} - set(SCHEMA.names)
+    schema = schema_of(provenance)
+    unknown = {name for row in rows for name in row} - set(schema.names)
     if unknown:
         raise KeyError(f"rows have no column {', '.join(sorted(unknown))}")
     document = json.dumps(provenance, sort_keys=True)
@@ -109,5 +137,5 @@ def as_table(rows: Sequence[Row], provenance: dict[str, Any]) -> pa.Table:
         "potential_sha256": provenance["potential"]["sha256"],
         "provenance": document,
     }
-    table = pa.Table.from_pylist([{**row, **same} for row in rows], schema=SCHEMA)
+    table = pa.Table.from_pylist([{**row, **same} for row in rows], schema=schema)
     return table.replace_schema_metadata({METADATA_KEY: document.encode()})

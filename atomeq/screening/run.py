@@ -15,13 +15,14 @@ from atomeq.screening.engine_ray import RayEngine
 from atomeq.screening.engines import Engine, Job, LocalEngine
 from atomeq.screening.filters import Filters
 from atomeq.screening.intake import Intake, Seen
+from atomeq.screening.labels import Labels
 from atomeq.screening.provenance import provenance_of
 from atomeq.screening.ranking import best_rows, write_ranking
 from atomeq.screening.report import write_report
 from atomeq.screening.results import Results
 from atomeq.screening.rows import Row
 from atomeq.screening.sources import Found, read_sources
-from atomeq.screening.steps import Rank, describe_steps, parse_steps
+from atomeq.screening.steps import Rank, Step, describe_steps, parse_steps
 
 EngineName = Literal["local", "processes", "ray"]
 
@@ -38,6 +39,7 @@ class Summary:
         seconds: What this run took.
         ranking: The ranking's file, where a rank was asked for.
         report: The HTML file.
+        best: The first rows of the ranking.
     """
 
     folder: Path
@@ -47,6 +49,7 @@ class Summary:
     seconds: float = 0.0
     ranking: Path | None = None
     report: Path | None = None
+    best: list[Row] = field(default_factory=list)
 
 
 def screen(
@@ -58,11 +61,14 @@ def screen(
     engine: EngineName = "local",
     workers: int | None = None,
     address: str | None = None,
-    device: str = "cpu",
+    device: str | None = None,
     dtype: Literal["float32", "float64"] | None = None,
     shard: tuple[int, int] = (0, 1),
     retry: Sequence[str] | bool = False,
     max_edges: int | None = None,
+    id_key: str | None = None,
+    info: Sequence[str] = (),
+    rebuild: bool = False,
     observe: Callable[[Seen, Row | None], None] | None = None,
     request: dict[str, Any] | None = None,
 ) -> Summary:
@@ -82,11 +88,16 @@ def screen(
         engine: ``local`` computes in this process, ``processes`` in several, ``ray`` on a cluster.
         workers: How many, by default as many as GPUs, on the CPU half the cores.
         address: Of the Ray cluster; by default one is started on this machine.
-        device: ``cpu`` or ``cuda``, which is spread over the GPUs by several workers.
+        device: ``cpu`` or ``cuda``, which is spread over the GPUs by several workers; by default
+            where a potential that is given is, and the CPU for a name.
         dtype: Precision of the network; by default that of the potential.
         shard: ``(k, n)``: take every n-th structure, by hash; n such runs share the folder.
         retry: Compute failures again: True for all, or the kinds, such as ``["overlap"]``.
         max_edges: Edges computed at once by each worker.
+        id_key: What sources call their ids: a key of ``atoms.info`` or column of Parquet; else as
+            :class:`~atomeq.screening.labels.Labels` finds it.
+        info: Further such keys that become columns, texts or, as ``band_gap:number``, numbers.
+        rebuild: Make a ledger that is damaged anew from the results.
         observe: Called with what has been seen so far and each new row, and at the end with None.
         request: Plain values kept in ``run.json``, from which a caller takes up the run.
 
@@ -94,7 +105,10 @@ def screen(
         What came of it.
 
     Raises:
-        ValueError: A setting is not allowed, or the folder holds results of other settings.
+        ValueError: A setting is not allowed, the folder holds results of other settings, or its
+            ledger is damaged.
+        RuntimeError: A structure that came out of the sources has no row.
+        Exception: Whatever the stream of sources raised; what came before has its rows.
         KeyboardInterrupt: It was interrupted; what was computed is written.
 
     Example:
@@ -106,39 +120,49 @@ def screen(
     parsed = parse_steps(steps)
     described = describe_steps(parsed)
     name = potential if isinstance(potential, Potential) else str(potential)
+    labels = Labels(id_key, info)
+    if device is None:
+        device = str(potential.device) if isinstance(potential, Potential) else "cpu"
     job = Job(name, described, device, dtype, max_edges)
     loaded = job.load(name, job.device_of(0))
-    provenance = provenance_of(name, loaded, described)
+    provenance = provenance_of(name, loaded, described, columns=labels.settings)
     found = _stream(sources)
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     sha256 = provenance["potential"]["sha256"]
     chosen = _engine(engine, job, sha256, workers=workers, address=address)
-    elements = loaded.elements
-    with closing(Results(folder, provenance, shard=shard, request=request)) as results:
+    options: dict[str, Any] = {"shard": shard, "request": request, "rebuild": rebuild}
+    with closing(Results(folder, provenance, **options)) as results:
         results.filter_again(Filters(parsed))
         if retry:
             results.retry(None if retry is True else retry)
         seen = Seen()
         take = partial(_take, results, seen, observe)
         intake = Intake(
-            found, results, take, steps=parsed, elements=elements, seen=seen, shard=shard
+            found,
+            results,
+            take,
+            steps=parsed,
+            elements=loaded.elements,
+            seen=seen,
+            labels=labels,
+            shard=shard,
         )
         _work(chosen, intake.candidates(), take)
-        results.flush()
+        results.settle(seen.structures, seen.earlier + seen.rows)
         summary = Summary(folder, results.ledger.counts(), results.ledger.kinds(), seen)
     if observe is not None:
         observe(seen, None)
-    summary.ranking = rank(folder, parsed)
-    summary.report = write_report(folder)
+    _conclude(summary, parsed)
     summary.seconds = time.perf_counter() - started
     return summary
 
 
-def rank(folder: Path, steps: Sequence[Any]) -> Path | None:
-    """Write the ranking that steps ask for; None where they ask for none."""
-    step = next((step for step in steps if isinstance(step, Rank)), None)
-    return None if step is None else write_ranking(folder, best_rows(folder, step))
+def _conclude(summary: Summary, steps: Sequence[Step]) -> None:
+    summary.best = best_rows(summary.folder, steps)
+    if any(isinstance(step, Rank) for step in steps):
+        summary.ranking = write_ranking(summary.folder, summary.best)
+    summary.report = write_report(summary.folder, summary.best)
 
 
 def _take(

@@ -5,12 +5,13 @@ single formats are in readers.py.
 """
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ase import Atoms
 
+from atomeq.graph.hyperedges import INFO_KEY
 from atomeq.screening.readers import COUNTERS, KINDS, Reader, Unreadable, kind_of
 
 
@@ -21,11 +22,18 @@ class Found(NamedTuple):
         locator: ``file#index``, the file as the source was given, the index from 0.
         atoms: The structure, without calculator; None where it cannot be read.
         error: Why not.
+        info: What the source says of it beside, such as its id; by default ``atoms.info``.
     """
 
     locator: str
     atoms: Atoms | None
     error: str = ""
+    info: Mapping[str, Any] | None = None
+
+    @property
+    def about(self) -> Mapping[str, Any]:
+        """What the source says of it."""
+        return self.info if self.info is not None else getattr(self.atoms, "info", None) or {}
 
 
 def read_sources(
@@ -107,10 +115,12 @@ def _read_file(file: Path, shown: str) -> Iterator[Found]:
     for index, item in enumerate(_whole(KINDS[kind], file)):
         locator = f"{shown}#{index}"
         if isinstance(item, Unreadable):
-            yield Found(locator, None, item.reason)
+            yield Found(locator, None, item.reason, item.info)
             continue
-        item.calc = None  # labels of the file, not of the potential
-        yield Found(locator, item)
+        # Labels of the file are not those of the potential; what perceives bonds reads INFO_KEY.
+        about, item.calc = item.info, None
+        item.info = {INFO_KEY: about[INFO_KEY]} if INFO_KEY in about else {}
+        yield Found(locator, item, info=about)
 
 
 def _whole(reader: Reader, file: Path) -> Iterator[Atoms | Unreadable]:

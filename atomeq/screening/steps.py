@@ -67,7 +67,8 @@ class Relax:
 
     Args:
         fmax: Largest force left, eV/Å.
-        cell: Relax the cell too.
+        cell: Relax the cell too, of structures that are periodic in three directions; slabs and
+            molecules keep theirs, and ``cell_kept`` says so.
         max_steps: After which a structure is left as it is, ``converged`` false.
         optimizer: ``fire`` or ``lbfgs``.
     """
@@ -154,11 +155,14 @@ class Rank:
         by: A column with numbers.
         descending: The largest first.
         top: How many the ranking and the report show.
+        distinct: Leave out what is the same structure as a better one, within the tolerances of
+            dedupe; by default where a relaxation could have made it so.
     """
 
     by: str = "energy_per_atom"
     descending: bool = False
     top: int = 100
+    distinct: bool | None = None
 
     def __post_init__(self) -> None:
         _refuse_unless(self.by in NUMBERS, f"rank by one of {', '.join(NUMBERS)}", self.by)

@@ -23,11 +23,11 @@ def provenance(fmax=0.05):
 
 
 def row(k, status="done", **columns):
-    return {"id": f"id{k}", "hash": f"id{k}", "locator": f"f#{k}", "status": status, **columns}
+    return {"hash": f"id{k}", "locator": f"f#{k}", "status": status, **columns}
 
 
 def identifiers(folder):
-    return sorted(row["id"] for row in read_rows(folder, ["id"]))
+    return sorted(row["hash"] for row in read_rows(folder, ["hash"]))
 
 
 def opened(folder, **options):
@@ -179,7 +179,7 @@ def test_a_kill_between_judging_two_parts_leaves_the_rest_for_the_next_run(tmp_p
     judged = []
 
     def judge(row):
-        judged.append(row["id"])
+        judged.append(row["hash"])
         if len(judged) == 2:
             raise KeyboardInterrupt
         return {**row, "status": "filtered"}

@@ -127,8 +127,8 @@ def test_exact_copies_are_told_and_not_computed(tmp_path):
     summary = screen(source, potential(), out=tmp_path / "o", steps=["dedupe", "single_point"])
     rows = rows_of(tmp_path / "o")
     assert summary.counts == {"done": 2, "duplicate": 2}
-    assert rows[f"{source}#3"]["duplicate_of"] == rows[f"{source}#0"]["id"]
-    assert len({row["id"] for row in rows.values()}) == 4
+    assert rows[f"{source}#3"]["duplicate_of"] == rows[f"{source}#0"]["hash"]
+    assert len({row["hash"] for row in rows.values()}) == 4
 
 
 def test_without_dedupe_every_copy_is_computed(tmp_path):
@@ -246,24 +246,24 @@ def test_other_filters_and_rankings_judge_again_and_compute_nothing(tmp_path):
         return summary
 
     screened()
-    plain = sorted(read_rows(tmp_path), key=lambda row: row["id"])
+    plain = sorted(read_rows(tmp_path), key=lambda row: row["hash"])
     assert {row["kind"] for row in plain} == {"not_converged", "duplicate"}
     summary = screened({"filter": "volume > 45.0"})
     assert summary.seen.rows == 0
     assert summary.counts["filtered"] == sum(
         row["status"] == "done" and row["volume"] <= 45 for row in plain
     )
-    rows = {row["id"]: row for row in read_rows(tmp_path)}
+    rows = {row["hash"]: row for row in read_rows(tmp_path)}
     for row in plain:
-        now = rows.pop(row["id"])
+        now = rows.pop(row["hash"])
         assert now["energy"] == row["energy"]
         assert "volume > 45.0" in now["provenance"]
         if row["status"] == "done":
             assert now["status"] == ("done" if row["volume"] > 45 else "filtered")
     assert not rows
-    by_volume = {"by": "volume", "descending": True, "top": 3}
+    by_volume = {"by": "volume", "descending": True, "top": 3, "distinct": False}
     screened({"rank": by_volume})
-    again = sorted(read_rows(tmp_path), key=lambda row: row["id"])
+    again = sorted(read_rows(tmp_path), key=lambda row: row["hash"])
     for row, now in zip(plain, again, strict=True):
         assert {**now, "provenance": ""} == {**row, "provenance": ""}
     volumes = [row["volume"] for row in _ranking(tmp_path)]
@@ -355,7 +355,7 @@ for last in {kills!r}:
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     os.close(ours)
-    print(len(list(read_rows(Path({out!r}), ["id"]))), flush=True)
+    print(len(list(read_rows(Path({out!r}), ["hash"]))), flush=True)
 """
 
 

@@ -72,10 +72,18 @@ def build_parser() -> Parser:
     )
     parser.add_argument("--max-edges", type=PositiveInt, default=None, help="computed at once")
     parser.add_argument(
+        "--id-key", type=str, default=None, help="info key or column that holds the ids"
+    )
+    parser.add_argument(
+        "--info", type=str, default=None, help="keys to keep as columns: source,band_gap:number"
+    )
+    parser.add_argument(
         "--shard", type=str, default=None, help="k/n: every n-th structure; in a SLURM array auto"
     )
     parser.add_argument(
-        "--resume", action="store_true", help="take all that is not given from the run in OUT"
+        "--resume",
+        action="store_true",
+        help="take all that is not given from the run in OUT; make a damaged ledger anew",
     )
     parser.add_argument(
         "--retry", type=str, default=None, help="failures to compute again: kinds with commas, all"
