@@ -8,12 +8,14 @@ atoms. The structures compared with are kept in the ledger, not in memory. Mirro
 the same: their energies are.
 """
 
+import itertools
 import json
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from ase import Atoms
+from ase.geometry import minkowski_reduce
 from numpy.typing import NDArray
 from pymatgen.analysis.structure_matcher import StructureMatcher
 from pymatgen.core import Lattice, Structure
@@ -52,11 +54,12 @@ class Matcher:
         primitive = _primitive(atoms, self._step.tolerance)
         mark = _fingerprint(primitive)
         size = float(mark[0])
-        margin = 3 * self._step.length * abs(size) + 1e-9
+        stretch, swelling = _strains(self._step, primitive)
+        margin = swelling * abs(size) + 1e-9
         bucket = bucket_of(atoms)
         for other, stored in self._ledger.representatives(bucket, size - margin, size + margin):
             representative, other_mark = _load(stored)
-            if self._near(mark, other_mark) and self._same(primitive, representative):
+            if self._near(mark, other_mark, stretch) and self._same(primitive, representative):
                 return other
         self._ledger.represent(identifier, bucket, size, _dump(primitive, mark))
         return None
@@ -69,12 +72,12 @@ class Matcher:
             bucket = bucket_of(atoms)
             self._ledger.represent(identifier, bucket, float(mark[0]), _dump(primitive, mark))
 
-    def _near(self, mark: NDArray[np.float64], other: NDArray[np.float64]) -> bool:
+    def _near(self, mark: NDArray[np.float64], other: NDArray[np.float64], stretch: float) -> bool:
         if mark.shape != other.shape:
             return False
-        # Both ends of a distance move, and a longer cell moves them all. What is not known of one
+        # Both ends of a distance move, and another cell moves them all. What is not known of one
         # of the two, NaN, tells nothing.
-        allowed = 2 * self._step.tolerance + self._step.length * np.abs(mark[1:])
+        allowed = 2 * self._step.tolerance + stretch * np.abs(mark[1:])
         return not bool((np.abs(mark[1:] - other[1:]) > allowed).any())
 
     def _same(self, atoms: Atoms, other: Atoms) -> bool:
@@ -118,6 +121,30 @@ def _primitive(atoms: Atoms, tolerance: float) -> Atoms:
     if found is None:
         return Atoms(atoms.numbers, atoms.positions, cell=atoms.cell.array, pbc=True)
     return found
+
+
+def _strains(step: Dedupe, atoms: Atoms) -> tuple[float, float]:
+    """Return the largest share by which a distance and the volume differ between equal cells.
+
+    Lengths and angles of a reduced cell change its metric; the strain is linear in them to first
+    order, so that it is largest at a corner of what is allowed.
+    """
+    if not atoms.pbc.any():
+        return step.length, 3 * step.length
+    cell, _ = minkowski_reduce(_boxed(atoms).cell.array)
+    unit = cell / np.linalg.norm(cell, axis=1)[:, None]
+    metric = unit @ unit.T
+    corners = np.array(list(itertools.product((-1.0, 1.0), repeat=6)))
+    longer = step.length * corners[:, :3]
+    change = (longer[:, :, None] + longer[:, None, :]) * metric  # (64, 3, 3)
+    for k, (i, j) in enumerate(((0, 1), (0, 2), (1, 2))):
+        sine = np.sqrt(max(0.0, 1 - metric[i, j] ** 2))
+        change[:, i, j] += np.radians(step.angle) * sine * corners[:, 3 + k]
+        change[:, j, i] = change[:, i, j]
+    root = np.linalg.inv(np.linalg.cholesky(metric))
+    strains = root @ change @ root.T / 2
+    swelling = float(np.abs(np.trace(strains, axis1=1, axis2=2)).max())
+    return float(np.abs(np.linalg.eigvalsh(strains)).max()), max(3 * step.length, swelling)
 
 
 def _fingerprint(atoms: Atoms) -> NDArray[np.float64]:
@@ -183,12 +210,17 @@ def _all_distances(atoms: Atoms) -> NDArray[np.float64]:
     return lengths[np.lexsort((lengths, high, low))]
 
 
+def _boxed(atoms: Atoms) -> Atoms:
+    if atoms.pbc.all():
+        return atoms
+    boxed = atoms.copy()
+    boxed.center(vacuum=_VACUUM, axis=np.flatnonzero(~atoms.pbc).tolist())
+    return boxed
+
+
 def _structure(atoms: Atoms) -> Structure:
     """Return pymatgen's structure; directions that are not periodic get some vacuum."""
-    boxed = atoms
-    if not atoms.pbc.all():
-        boxed = atoms.copy()
-        boxed.center(vacuum=_VACUUM, axis=np.flatnonzero(~atoms.pbc).tolist())
+    boxed = _boxed(atoms)
     return Structure(
         Lattice(boxed.cell.array), boxed.numbers.tolist(), boxed.get_scaled_positions()
     )

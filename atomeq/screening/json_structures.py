@@ -38,7 +38,9 @@ def structures_of_document(document: Any) -> Iterator[_Item]:
     if isinstance(document, dict) and not _is_structure(document):
         inner = [value for value in document.values() if isinstance(value, dict)]
         if any(map(_is_structure, inner)):
-            yield from map(_structure, inner)
+            for name, value in document.items():
+                if isinstance(value, dict):
+                    yield _structure(value, name)
             return
         keys = ", ".join(map(str, itertools.islice(document, 5)))
         yield ValueError(f"the document holds no structure; its keys are {keys or 'none'}")
@@ -67,18 +69,28 @@ def _is_structure(entry: dict[str, Any]) -> bool:
     return "sites" in entry or "attributes" in entry or any(key in entry for key in _WRAPPERS)
 
 
-def _structure(entry: Any) -> _Item:
+def _structure(entry: Any, name: str | None = None) -> _Item:
     try:
         if not isinstance(entry, dict):
             raise ValueError(f"{str(entry)[:40]!r} is no structure")
+        named = {} if name is None else {"id": name}
         if "attributes" in entry:
-            return _of_optimade(entry["attributes"])
+            atoms = _of_optimade(entry["attributes"])
+            atoms.info.update(_plain(entry["attributes"]) | named | _plain(entry))
+            return atoms
         wrapped = next((entry[key] for key in _WRAPPERS if key in entry), entry)
-        return _of_pymatgen(wrapped)
+        atoms = _of_pymatgen(wrapped)
+        atoms.info.update(named | _plain(wrapped.get("properties") or {}) | _plain(entry))
+        return atoms
     except KeyError as error:
         return ValueError(f"the structure has no {error}")
     except (ValueError, TypeError, AttributeError, IndexError) as error:
         return ValueError(f"{type(error).__name__}: {error}")
+
+
+def _plain(entry: dict[str, Any]) -> dict[str, Any]:
+    """Return what is said in texts and numbers beside a structure."""
+    return {key: value for key, value in entry.items() if isinstance(value, str | int | float)}
 
 
 def _of_pymatgen(document: dict[str, Any]) -> Atoms:
@@ -93,7 +105,7 @@ def _of_pymatgen(document: dict[str, Any]) -> Atoms:
     else:
         positions = np.array([site["xyz"] for site in sites], dtype=np.float64)
     return Atoms(
-        numbers=numbers, positions=positions, cell=cell, pbc=lattice.get("pbc", [True] * 3)
+        numbers=numbers, positions=positions, cell=cell, pbc=lattice.get("pbc") or [True] * 3
     )
 
 

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, TextIO, TypeAlias
 import ase.db
 import ase.io
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 from ase import Atoms
 from ase.io.trajectory import TrajectoryReader
@@ -91,7 +92,9 @@ def read_database(path: Path) -> Iterator[Atoms | Unreadable]:
     database = ase.db.connect(path)
     for row in database.select():
         try:
-            yield row.toatoms()
+            atoms = row.toatoms()
+            atoms.info.update({"id": row.id, **row.key_value_pairs})
+            yield atoms
         except Exception as error:  # ASE's readers raise anything on damaged files
             yield Unreadable.of(error)
 
@@ -109,17 +112,34 @@ def read_lmdb(path: Path) -> Iterator[Atoms | Unreadable]:
 def read_parquet(path: Path) -> Iterator[Atoms | Unreadable]:
     """Read Parquet: columns numbers, positions (flat or by atom), cell and pbc.
 
-    ``atomic_numbers``, ``pos`` and ``lattice`` are known too. Parts of a screening are read as
-    their structures.
+    ``atomic_numbers``, ``pos`` and ``lattice`` are known too. Where there are none, a column
+    ``structure``, ``cif``, ``final_structure`` or ``initial_structure`` holds the text of a CIF or
+    JSON of pymatgen. Parts of a screening are read as their structures. Other columns of plain
+    values are kept with each structure.
     """
     with path.open("rb") as stream, pq.ParquetFile(stream) as file:  # whatever the file's name
         there = file.schema_arrow.names
-        columns = [_column(there, names, path) for names in _PARQUET_COLUMNS]
-        wanted = [column for column in columns if column is not None]
-        for batch in file.iter_batches(batch_size=256, columns=wanted):
+        columns = [next((n for n in names if n in there), None) for names in _PARQUET_COLUMNS]
+        document = next((name for name in _DOCUMENTS if name in there), None)
+        if None not in columns[:2]:
+            document = None
+        elif document is None:
+            raise ValueError(
+                f"{path} has neither columns numbers and positions nor one of "
+                f"{', '.join(_DOCUMENTS)}; it has {', '.join(there)}"
+            )
+        used = [name for name in (columns if document is None else [document]) if name is not None]
+        plain = [f.name for f in file.schema_arrow if _is_plain(f.type) and f.name not in used]
+        for batch in file.iter_batches(batch_size=256, columns=[*used, *plain]):
             for row in batch.to_pylist():
                 values = [None if column is None else row[column] for column in columns]
-                yield _atoms_of_row(*values)
+                item = _atoms_of_document(row[document]) if document else _atoms_of_row(*values)
+                about = {name: row[name] for name in plain}
+                if isinstance(item, Unreadable):
+                    yield item._replace(info=about)
+                    continue
+                item.info.update(about)
+                yield item
 
 
 def read_json(path: Path) -> Iterator[Atoms | Unreadable]:
@@ -180,6 +200,7 @@ _SUFFIXES = {
 }
 _TEXT = ("extxyz", "CIF", "POSCAR", "JSON", "JSON lines")
 _OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
+_DOCUMENTS = ("structure", "cif", "final_structure", "initial_structure")
 _PARQUET_COLUMNS = (
     ("numbers", "atomic_numbers"),
     ("positions", "pos"),
@@ -243,11 +264,32 @@ def _count_extxyz(path: Path) -> int:
     return count
 
 
-def _column(there: list[str], names: tuple[str, ...], path: Path) -> str | None:
-    found = next((name for name in names if name in there), None)
-    if found is None and names[0] in ("numbers", "positions"):
-        raise ValueError(f"{path} has no column {' or '.join(names)}; it has {', '.join(there)}")
-    return found
+def _is_plain(kind: pa.DataType) -> bool:
+    """Tell whether a column holds numbers, flags or texts; those repeated in every row do not."""
+    texts = (pa.types.is_string, pa.types.is_large_string)
+    return pa.types.is_primitive(kind) or any(is_text(kind) for is_text in texts)
+
+
+def _atoms_of_document(value: Any) -> Atoms | Unreadable:
+    """Return the structure of a cell: the text of a CIF, or pymatgen's JSON as text or columns."""
+    if not value:
+        return Unreadable("the row holds no structure")
+    try:
+        if isinstance(value, str) and not value.lstrip().startswith("{"):
+            found = [Unreadable(_partial(a)) if _partial(a) else a for a in _cif(value)]
+        else:
+            document = json.loads(value) if isinstance(value, str) else value
+            items = structures_of_document(document)
+            found = [Unreadable.of(i) if isinstance(i, Exception) else i for i in items]
+    except Exception as error:  # ASE's readers raise anything on damaged files
+        return Unreadable.of(error)
+    if len(found) != 1:
+        return Unreadable(f"the row holds {len(found)} structures, not one")
+    return found[0]
+
+
+def _cif(text: str) -> Iterator[Atoms | Unreadable]:
+    return _frames(io.StringIO(text), "cif")
 
 
 def _atoms_of_row(numbers: Any, positions: Any, cell: Any, pbc: Any) -> Atoms | Unreadable:

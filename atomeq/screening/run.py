@@ -126,7 +126,6 @@ def screen(
     job = Job(name, described, device, dtype, max_edges)
     loaded = job.load(name, job.device_of(0))
     provenance = provenance_of(name, loaded, described, columns=labels.settings)
-    found = _stream(sources)
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     sha256 = provenance["potential"]["sha256"]
@@ -139,7 +138,7 @@ def screen(
         seen = Seen()
         take = partial(_take, results, seen, observe)
         intake = Intake(
-            found,
+            _stream(sources),
             results,
             take,
             steps=parsed,
