@@ -95,6 +95,8 @@ def _document(
             if failure["count"] <= _EXAMPLES:
                 failure["examples"].append((row["locator"], row["reason"]))
     columns = [name for name in _SHOWN if any(row[name] is not None for row in best)]
+    if best and all(row["id"] for row in best):
+        columns.remove("locator")  # the viewer names it, and two long names have no room here
     direction = "largest" if rank.descending else "smallest"
     title = f"Best {len(best)} by {words(rank.by)}, {direction} first"
     if not best:

@@ -224,19 +224,26 @@ def test_a_copy_with_other_angles_is_found(tmp_path):
     ledger.close()
 
 
-def test_report_fits_into_1300_pixels_and_its_titles_stand_apart(tmp_path):
+@pytest.mark.parametrize("named", [True, False])
+def test_report_fits_into_1300_pixels_and_its_titles_stand_apart(named, tmp_path):
     sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     found = []
     for k in range(12):
         atoms = crystal(seed=k, a=3.5 + 1e-4 * k)
-        atoms.info["id"] = f"some-database-{k:08d}"
+        atoms.info = {"id": f"some-database-{k:08d}"} if named else {}
         found.append(Found(f"a/rather/deep/folder/with_a_long_name/{k:06d}.cif#{k}", atoms))
-    steps = [{"relax": {"max_steps": 2}}, {"properties": {"hull": {"Cu": -1.0}}}, "rank"]
+    steps = [
+        {"relax": {"max_steps": 2, "cell": True}},
+        {"properties": {"hull": {"Cu": -1.0}}},
+        "rank",
+    ]
     screen(iter(found), of(Pairs()), out=tmp_path, steps=steps)
     with sync_api.sync_playwright() as driver:
         try:
             browser = driver.chromium.launch(
-                executable_path=shutil.which("chromium"), args=["--no-sandbox"]
+                executable_path=shutil.which("chromium"),
+                args=["--no-sandbox"],
+                ignore_default_args=["--hide-scrollbars"],
             )
         except sync_api.Error as error:
             pytest.skip(f"Chromium cannot be started: {str(error).splitlines()[0]}")
