@@ -26,7 +26,7 @@ from atomeq.cli.plain_text import printable
 from atomeq.cli.structures import read_structures, versions
 from atomeq.cli.terminal import Meter, say
 from atomeq.files import refuse_unwritable, write_atomically
-from atomeq.ops.dispatch import AUTO_ORDER, BACKENDS, Backend, chosen_backend, load_backend
+from atomeq.ops.dispatch import AUTO_ORDER, Backend, backends, chosen_backend, load_backend
 from atomeq.ops.explain import kernels_here
 from atomeq.ops.specification import OpSpec
 from atomeq.potential.checkpoint import load_potential, untrained_potential
@@ -200,7 +200,7 @@ def _potentials() -> Iterator[str]:
 
 
 def _backends() -> Iterator[str]:
-    names = [*AUTO_ORDER, *(name for name in BACKENDS if name not in AUTO_ORDER)]
+    names = [*AUTO_ORDER, *(name for name in backends() if name not in AUTO_ORDER)]
     for name in names:
         try:
             backend = load_backend(name)

@@ -6,7 +6,6 @@ checkpoints, metrics and in the end the potential.
 """
 
 import difflib
-import importlib
 import inspect
 import itertools
 import json
@@ -40,8 +39,7 @@ from atomeq.data.targets import ScalarTarget
 from atomeq.files import write_atomically
 from atomeq.graph.atom_graph import AtomGraph
 from atomeq.graph.to_structures import to_ase
-from atomeq.models.base import AtomisticModel, Propagator
-from atomeq.potential.checkpoint import MODELS, PROPAGATORS
+from atomeq.models.registry import MODELS, PROPAGATORS
 from atomeq.training.callbacks import (
     ExponentialMovingAverage,
     LogEpochs,
@@ -237,11 +235,8 @@ def main(argv: Sequence[str]) -> None:
         SystemExit: Code 2 for configurations that do not fit.
         ValueError: Data, labels or checkpoints that cannot be used.
     """
-    for class_path in (
-        *MODELS,
-        *PROPAGATORS,
-    ):  # so that YAML files may name a model without its module
-        importlib.import_module(class_path.rpartition(".")[0])
+    for registry in (MODELS, PROPAGATORS):  # so that YAML files may name a model without its module
+        registry.import_all()
     try:
         with warnings.catch_warnings():
             _set_up_messages()
@@ -366,7 +361,7 @@ def _known_keys() -> set[str]:
         keys |= names | {f"{section}.{name}" for name in names}
     for data in (NBodyDataModule, MoleculeDataModule):
         keys |= {f"data.{name}" for name in inspect.signature(data).parameters}
-    for model in (*AtomisticModel.__subclasses__(), *Propagator.__subclasses__()):
+    for model in (*MODELS.import_all(), *PROPAGATORS.import_all()):
         names = set(inspect.signature(model).parameters)
         keys |= names | {f"model.model.init_args.{name}" for name in names}
     return keys

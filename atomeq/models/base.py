@@ -7,13 +7,14 @@ of the equations of motion over a long step.
 import inspect
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from atomeq.graph.atom_graph import AtomGraph
 from atomeq.graph.builders import GraphBuilder, RadiusGraph
+from atomeq.registry import path_of
 from atomeq.typing import EdgeIndex, Positions, PropertyKey
 
 
@@ -22,7 +23,29 @@ class ConfiguredModule(nn.Module):
 
     Every constructor argument is kept as an attribute of the same name, so that :meth:`config`
     can write the network down and a checkpoint can build it again.
+
+    Attributes:
+        checkpoint_version: Of the arguments and the weights. A class that changes them in a way
+            that older checkpoints do not fit counts one up and says in :meth:`upgrade` how they do.
     """
+
+    checkpoint_version: ClassVar[int] = 1
+
+    @classmethod
+    def upgrade(
+        cls, version: int, init_args: dict[str, Any], weights: dict[str, Tensor]
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Return arguments and weights as this version of the class takes them.
+
+        Args:
+            version: The ``checkpoint_version`` they were saved with, lower than that of the class.
+            init_args: Constructor arguments; a model inside is the node as it was saved.
+            weights: By their names in this network; those of a model inside are among them.
+
+        Raises:
+            ValueError: That version cannot be read.
+        """
+        raise ValueError(f"{cls.__name__} is at version {cls.checkpoint_version}, not {version}")
 
     def keep_arguments(self, arguments: dict[str, Any]) -> None:
         """Keep every constructor argument as an attribute: ``self.keep_arguments(locals())``."""
@@ -33,17 +56,18 @@ class ConfiguredModule(nn.Module):
     def config(self) -> dict[str, Any]:
         """Return ``{"class_path": ..., "init_args": {...}}``, the node that builds this model.
 
-        A model inside a model stands there as a node of its own.
+        A model inside a model stands there as a node of its own; a class that has had another
+        ``checkpoint_version`` before says which one this is.
         """
         names = [name for name in inspect.signature(type(self).__init__).parameters][1:]
         values = {name: getattr(self, name) for name in names}
         for name, value in values.items():
             if isinstance(value, ConfiguredModule):
                 values[name] = value.config()
-        return {
-            "class_path": f"{type(self).__module__}.{type(self).__qualname__}",
-            "init_args": values,
-        }
+        node: dict[str, Any] = {"class_path": path_of(type(self)), "init_args": values}
+        if self.checkpoint_version != 1:
+            node["checkpoint_version"] = self.checkpoint_version
+        return node
 
     @property
     def dtype(self) -> torch.dtype:

@@ -19,6 +19,7 @@ energies of separated fragments do not add up unless the model itself is invaria
 set of frames changes continuously where a structure becomes symmetric, so there the energy steps.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Literal
@@ -40,7 +41,7 @@ from atomeq.typing import PropertyKey
 _N_LABELS = 128
 
 
-class OverFrames(AtomisticModel):
+class OverFrames(AtomisticModel, ABC):
     """What both wrappers share: a model's mean over the frames of each structure.
 
     Args:
@@ -70,9 +71,9 @@ class OverFrames(AtomisticModel):
         """Return the builder of the model inside."""
         return self.model.graph_builder()
 
+    @abstractmethod
     def frames(self, graph: AtomGraph) -> FrameSet:
         """Return the frames of each structure."""
-        raise NotImplementedError(f"{type(self).__name__} does not define frames()")
 
     def forward(self, graph: AtomGraph) -> dict[PropertyKey, Tensor]:
         """Return the mean of the model's outputs over the frames, turned back."""

@@ -9,13 +9,14 @@ the choice it was traced under, and another one makes another graph. Only the en
 once, at the trace.
 """
 
+import difflib
 import logging
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, lru_cache
-from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -29,7 +30,8 @@ from atomeq.ops.sphere_grid import SphereGrid
 
 logger = logging.getLogger(__name__)
 
-# Where each backend lives, "module:class"; it is imported when first asked for.
+# Where each backend lives, "module:class"; it is imported when first asked for. Those of other
+# distributions, named by entry points of the group atomeq.backends, come after them.
 BACKENDS: dict[str, str] = {
     "cpu": "atomeq.ops.backends.kernel_backend:CPUBackend",
     "reference": "atomeq.ops.backends.reference:ReferenceBackend",
@@ -40,6 +42,7 @@ BACKENDS: dict[str, str] = {
 }
 AUTO_ORDER: tuple[str, ...] = ("cpu", "reference")  # the fastest first; others serve when named
 ENVIRONMENT_VARIABLE = "ATOMEQ_BACKEND"
+_GROUP = "atomeq.backends"
 
 
 class _Choice(threading.local):
@@ -262,9 +265,14 @@ def select(
 def load_backend(name: str) -> Backend:
     """Return a backend by its name, importing it when first asked for."""
     if name not in _loaded:
-        module, _, attribute = BACKENDS[name].partition(":")
-        _loaded[name] = getattr(import_module(module), attribute)()
+        entry = EntryPoint(name, backends()[name], _GROUP)
+        _loaded[name] = entry.load()()
     return _loaded[name]
+
+
+def backends() -> dict[str, str]:
+    """Return where each backend lives, ours and those of other distributions, which add names."""
+    return {entry.name: entry.value for entry in entry_points(group=_GROUP)} | BACKENDS
 
 
 def _serving(asked_for: str, order: tuple[str, ...], repeatable: bool, *call: Any) -> Backend:
@@ -303,6 +311,12 @@ def _announce(op: str, name: str) -> None:
 
 
 def _check_name(name: str, source: str) -> None:
-    if name != "auto" and name not in BACKENDS:
-        known = ", ".join(("auto", *BACKENDS))
-        raise ValueError(f"{source} asks for backend {name!r}; the backends are: {known}")
+    if name == "auto" or name in BACKENDS or name in _loaded:  # each call of an operation asks
+        return
+    known = ("auto", *backends())
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=1)
+        meant = f"; did you mean {close[0]!r}?" if close else ""
+        raise ValueError(
+            f"{source} asks for backend {name!r}; the backends are: {', '.join(known)}{meant}"
+        )

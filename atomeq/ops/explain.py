@@ -6,7 +6,7 @@ import torch
 
 from atomeq.ops.backends.native.builder import unavailable
 from atomeq.ops.costs import MACHINES, Floor, cost
-from atomeq.ops.dispatch import AUTO_ORDER, BACKENDS, chosen_backend, load_backend
+from atomeq.ops.dispatch import AUTO_ORDER, backends, chosen_backend, load_backend
 from atomeq.ops.paths import Mode
 from atomeq.ops.specification import OpSpec
 
@@ -116,7 +116,7 @@ def explain(
     spec = OpSpec(method, lmax, mmax, channels, n_edges, dtype, where, mode, weighted)
     work = cost(spec)
     asked_for = chosen_backend()
-    reasons = {name: load_backend(name).refusal(spec) for name in BACKENDS}
+    reasons = {name: load_backend(name).refusal(spec) for name in backends()}
     auto = next((name for name in AUTO_ORDER if reasons[name] is None), None)
     named = asked_for if asked_for != "auto" and reasons[asked_for] is None else None
     backend = auto if asked_for == "auto" else named

@@ -1,27 +1,27 @@
 """A predictor on disk: a folder with model.yaml, which holds the SHA-256 of weights.safetensors.
 
 A propagator on disk is the same, with ``view``, what it is shown of particles, in model.yaml.
-Nothing that is loaded executes code: the YAML is read with the safe loader, the class must be one
-of the models of this package, and the weights are plain tensors. A folder whose YAML has a
-``target`` predicts that scalar and is no potential.
+Nothing that is loaded executes code: the YAML is read with the safe loader, the class must be a
+registered model, and the weights are plain tensors. A folder whose YAML has a ``target`` predicts
+that scalar and is no potential.
 """
 
 import dataclasses
 import hashlib
-import importlib
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
-from torch import nn
+from torch import Tensor, nn
 
 from atomeq.data.particles import ParticleView
 from atomeq.data.targets import ScalarTarget
 from atomeq.files import write_atomically
-from atomeq.models.base import AtomisticModel, Propagator
+from atomeq.models.base import AtomisticModel
+from atomeq.models.registry import MODELS, PROPAGATORS, build, refuse_unregistered
 from atomeq.potential.folders import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -34,35 +34,12 @@ from atomeq.potential.potential import Potential
 from atomeq.potential.predictor import Predictor
 from atomeq.potential.references import AtomicReferences
 from atomeq.potential.scalar import ScalarPredictor
-from atomeq.potential.terms import EnergyTerm
+from atomeq.potential.terms import TERMS, EnergyTerm
+from atomeq.registry import Registry, RegistryError
 
 CHECKPOINT_VERSION = 1
 
-#: Every model a checkpoint may name, by its class path. A new model adds its line here.
-MODELS = (
-    "atomeq.models.egnn.EGNN",
-    "atomeq.models.egnn_published.MoleculeEGNN",
-    "atomeq.models.equiformer_v2.EquiformerV2",
-    "atomeq.models.equihgnn.EquiHGNN",
-    "atomeq.models.escn.ESCN",
-    "atomeq.models.escn_published.PublishedESCN",
-    "atomeq.models.faenet.FAENet",
-    "atomeq.models.frame_averaged.Canonicalized",
-    "atomeq.models.frame_averaged.FrameAveraged",
-    "atomeq.models.segno.SEGNO",
-)
-
-#: Every network a saved propagator may name.
-PROPAGATORS = (
-    "atomeq.models.egnn_published.VelocityEGNN",
-    "atomeq.models.segno.SEGNOPropagator",
-)
-
-#: Every additive term a checkpoint may name.
-TERMS = (
-    "atomeq.potential.dispersion.DispersionD3",
-    "atomeq.potential.repulsion.ZBL",
-)
+T = TypeVar("T")
 
 
 def save_potential(
@@ -80,15 +57,11 @@ def save_potential(
 
     Returns:
         The folder.
+
+    Raises:
+        CheckpointError: A model or a term that could not be loaded again.
     """
-    config = potential.model.config()
-    refuse_foreign_models(config)
-    document = {"model": config, "dtype": str(potential.dtype).removeprefix("torch.")}
-    if isinstance(potential, ScalarPredictor):
-        document["target"] = dataclasses.asdict(potential.target)
-    if isinstance(potential, Potential) and len(potential.terms):
-        document["terms"] = [_term_config(term) for term in potential.terms]
-    return _write_folder(Path(folder), potential, document, metadata)
+    return _write_folder(Path(folder), _description(potential), potential, metadata)
 
 
 def save_propagator(
@@ -105,38 +78,81 @@ def save_propagator(
         The folder.
 
     Raises:
-        CheckpointError: The network is none of this package.
+        CheckpointError: The network could not be loaded again.
     """
-    config = step.propagator.config()
-    if config["class_path"] not in PROPAGATORS:
+    return _write_folder(Path(folder), _description(step), step.propagator, metadata)
+
+
+def refuse_unsaveable(predictor: Predictor | LongStep) -> None:
+    """Raise :class:`CheckpointError` where a save would fail, or what it wrote not be loaded.
+
+    For those who are about to spend hours on the weights. The weights are not looked at but for
+    their layout, so it costs one copy of them in memory.
+    """
+    module = predictor.propagator if isinstance(predictor, LongStep) else predictor
+    _content(module, _description(predictor))
+
+
+def _description(predictor: Predictor | LongStep) -> dict[str, Any]:
+    """Return what ``model.yaml`` says of a predictor or a long step, all of it registered."""
+    dtype = str(predictor.dtype).removeprefix("torch.")
+    if isinstance(predictor, LongStep):
+        node = _saveable_node(predictor.propagator, PROPAGATORS)
+        return {"model": node, "view": predictor.view.config(), "dtype": dtype}
+    document = {"model": _saveable_node(predictor.model, MODELS), "dtype": dtype}
+    if isinstance(predictor, ScalarPredictor):
+        document["target"] = dataclasses.asdict(predictor.target)
+    if isinstance(predictor, Potential) and len(predictor.terms):
+        document["terms"] = [_saveable_node(term, TERMS) for term in predictor.terms]
+    return document
+
+
+def _saveable_node(module: nn.Module, registry: Registry[Any]) -> dict[str, Any]:
+    """Return the node of a model or a term, from which it could be built again."""
+    try:
+        refuse_unregistered(module, registry)
+        return module.config()  # pyright: ignore[reportCallIssue] - every registered class has it
+    except RegistryError as error:
+        raise CheckpointError(f"{type(module).__name__} cannot be saved: {error}") from error
+    except AttributeError as error:
         raise CheckpointError(
-            f"{config['class_path']} is not a propagator of this package; there are "
-            f"{', '.join(PROPAGATORS)}"
-        )
-    dtype = str(step.dtype).removeprefix("torch.")
-    document = {"model": config, "view": step.view.config(), "dtype": dtype}
-    return _write_folder(Path(folder), step.propagator, document, metadata)
+            f"{type(module).__name__} could not be built again: {error}; an argument of its "
+            "constructor is to be an attribute too, by self.keep_arguments(locals()) in __init__"
+        ) from error
 
 
 def _write_folder(
-    folder: Path, module: nn.Module, document: dict[str, Any], metadata: dict[str, Any] | None
+    folder: Path, document: dict[str, Any], module: nn.Module, metadata: dict[str, Any] | None
 ) -> Path:
+    text, content = _content(module, document, metadata)
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {
-        name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()
-    }
-    content = save(weights)
-    document = {
-        "checkpoint_version": CHECKPOINT_VERSION,
-        **document,
-        "sha256": hashlib.sha256(content).hexdigest(),
-        "metadata": metadata or {},
-    }
     with write_atomically(folder / WEIGHTS_FILE) as partial:
         partial.write_bytes(content)
     with write_atomically(folder / CONFIG_FILE) as partial:
-        partial.write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
+        partial.write_text(text, encoding="utf-8")
     return folder
+
+
+def _content(
+    module: nn.Module, document: dict[str, Any], metadata: dict[str, Any] | None = None
+) -> tuple[str, bytes]:
+    """Return what the two files hold."""
+    weights = {
+        name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()
+    }
+    try:
+        content = save(weights)
+        document = {
+            "checkpoint_version": CHECKPOINT_VERSION,
+            **document,
+            "sha256": hashlib.sha256(content).hexdigest(),
+            "metadata": metadata or {},
+        }
+        return yaml.safe_dump(document, sort_keys=False), content
+    except RuntimeError as error:  # two names of one tensor
+        raise CheckpointError(f"the weights cannot be saved: {error}") from error
+    except yaml.YAMLError as error:
+        raise CheckpointError(f"the model's arguments are no plain values: {error}") from error
 
 
 def load_potential(
@@ -183,14 +199,17 @@ def load_predictor(
             f"{folder} holds a propagator, which carries particles a long step ahead and knows no "
             "energy or forces; use `atomeq rollout`, or load_propagator"
         )
-    model = build_model(document["model"], named_in=folder / CONFIG_FILE)
+    weights = _read_weights(folder)
+    model = build_model(
+        document["model"], named_in=folder / CONFIG_FILE, weights=weights, prefix="model."
+    )
     if "target" in document:
         potential: Predictor = _scalar(model, document, folder)
     else:
         potential = Potential(model, terms=_terms(document, folder))
     # Before the weights: copied into float32, those of a float64 potential would be rounded.
     potential = potential.to(getattr(torch, document["dtype"]))
-    _load_weights(potential, folder)
+    _load_weights(potential, weights, folder)
     potential = potential.to(dtype if dtype is not None else getattr(torch, document["dtype"]))
     return potential.to(resolve_device(device)).requires_grad_(False).eval()
 
@@ -219,24 +238,29 @@ def load_propagator(
     document = _read_document(folder)
     if "view" not in document:
         raise CheckpointError(f"{folder} holds a potential, not a propagator; use `atomeq md`")
-    named_in = folder / CONFIG_FILE
+    named_in, weights = folder / CONFIG_FILE, _read_weights(folder)
+    network = _build(document["model"], PROPAGATORS, named_in, weights)
     try:
-        step = LongStep(
-            _build_propagator(document["model"], named_in=named_in),
-            ParticleView.from_config(document["view"]),
-        )
+        step = LongStep(network, ParticleView.from_config(document["view"]))
     except (AttributeError, ValueError) as error:
         raise CheckpointError(f"{named_in}: {error}") from error
     step = step.to(getattr(torch, document["dtype"]))
-    _load_weights(step.propagator, folder)
+    _load_weights(step.propagator, weights, folder)
     step = step.to(dtype if dtype is not None else getattr(torch, document["dtype"]))
     return step.to(resolve_device(device)).requires_grad_(False).eval()
 
 
-def _load_weights(module: nn.Module, folder: Path) -> None:
+def _read_weights(folder: Path) -> dict[str, Tensor]:
     try:
-        module.load_state_dict(load_file(folder / WEIGHTS_FILE), strict=True)
-    except (SafetensorError, RuntimeError) as error:
+        return load_file(folder / WEIGHTS_FILE)
+    except SafetensorError as error:
+        raise CheckpointError(f"{folder / WEIGHTS_FILE} is damaged: {error}") from error
+
+
+def _load_weights(module: nn.Module, weights: dict[str, Tensor], folder: Path) -> None:
+    try:
+        module.load_state_dict(weights, strict=True)
+    except RuntimeError as error:
         raise CheckpointError(
             f"{folder / WEIGHTS_FILE} does not fit {CONFIG_FILE}: {error}"
         ) from error
@@ -283,25 +307,40 @@ def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     return getattr(torch, name)
 
 
-def build_model(node: Any, *, named_in: str | Path = "the node") -> AtomisticModel:
+def build_model(
+    node: Any,
+    *,
+    named_in: str | Path = "the node",
+    weights: dict[str, Tensor] | None = None,
+    prefix: str = "",
+) -> AtomisticModel:
     """Build a model from its node, ``{"class_path": ..., "init_args": {...}}``.
 
     Args:
-        node: As :meth:`AtomisticModel.config` returns it; a model inside it is a node as well.
+        node: As :meth:`AtomisticModel.config` returns it, of this version of the class or an older
+            one; a model inside it is a node as well.
         named_in: Where it was read, for the error.
+        weights: Saved with the node; brought to the version of the class, in place.
+        prefix: What the names of the weights begin with.
 
     Raises:
-        CheckpointError: A class that is not on the list of models, or arguments it does not take.
+        CheckpointError: A class that is not registered, arguments it does not take, or a version
+            it cannot read.
     """
-    model_class = _listed_class(node, MODELS, named_in)
-    arguments = {
-        key: build_model(value, named_in=named_in) if _is_node(value) else value
-        for key, value in (node.get("init_args") or {}).items()
-    }
+    return _build(node, MODELS, named_in, {} if weights is None else weights, prefix)
+
+
+def _build(
+    node: Any,
+    registry: Registry[T],
+    where: str | Path,
+    weights: dict[str, Tensor],
+    prefix: str = "",
+) -> T:
     try:
-        return model_class(**arguments)
-    except TypeError as error:
-        raise CheckpointError(f"{named_in}, init_args: {error}") from error
+        return build(node, registry, weights, prefix)
+    except RegistryError as error:
+        raise CheckpointError(f"{where}: {error}") from error
 
 
 def untrained_potential(
@@ -343,35 +382,10 @@ def build_term(node: Any, *, named_in: str | Path = "the node") -> EnergyTerm:
         named_in: Where it was read, for the error.
 
     Raises:
-        CheckpointError: A class that is not on the list of terms, or arguments it does not take.
+        CheckpointError: A class that is not registered, or arguments it does not take.
         ImportError: The term needs a package that is not installed.
     """
-    term_class = _listed_class(node, TERMS, named_in, "term")
-    try:
-        return term_class(**(node.get("init_args") or {}))
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{named_in}, terms: {error}") from error
-
-
-def _build_propagator(node: Any, *, named_in: str | Path) -> Propagator:
-    propagator_class = _listed_class(node, PROPAGATORS, named_in)
-    try:
-        return propagator_class(**(node.get("init_args") or {}))
-    except TypeError as error:
-        raise CheckpointError(f"{named_in}, init_args: {error}") from error
-
-
-def _listed_class(
-    node: Any, allowed: tuple[str, ...], named_in: str | Path, what: str = "model"
-) -> Any:
-    """Return the class that a node names, if it is on the list; nothing else is imported."""
-    class_path = node.get("class_path") if isinstance(node, dict) else node
-    if class_path not in allowed:
-        raise CheckpointError(
-            f"{named_in} names the {what} {class_path!r}; known are {', '.join(allowed)}"
-        )
-    module, name = class_path.rsplit(".", 1)
-    return getattr(importlib.import_module(module), name)
+    return _build(node, TERMS, named_in, {})
 
 
 def sha256(path: Path) -> str:
@@ -415,29 +429,3 @@ def _read_document(folder: Path) -> dict[str, Any]:
             f"{str(document['sha256'])[:12]}…: the file is damaged or was exchanged; copy it again"
         )
     return document
-
-
-def refuse_foreign_models(node: dict[str, Any]) -> None:
-    """Raise :class:`CheckpointError` where a node, or one inside it, is none of this package."""
-    if node["class_path"] not in MODELS:
-        raise CheckpointError(
-            f"{node['class_path']} is not a model of this package; checkpoints hold "
-            f"{', '.join(MODELS)}"
-        )
-    for value in node["init_args"].values():
-        if _is_node(value):
-            refuse_foreign_models(value)
-
-
-def _term_config(term: nn.Module) -> dict[str, Any]:
-    config = term.config() if isinstance(term, EnergyTerm) else {"class_path": type(term).__name__}
-    if config["class_path"] not in TERMS:
-        raise CheckpointError(
-            f"{config['class_path']} is not a term of this package; checkpoints hold "
-            f"{', '.join(TERMS)}"
-        )
-    return config
-
-
-def _is_node(value: Any) -> bool:
-    return isinstance(value, dict) and "class_path" in value

@@ -22,7 +22,7 @@ from atomeq.graph.atom_graph import AtomGraph
 from atomeq.ops.dispatch import use_backend
 from atomeq.potential.checkpoint import (
     load_potential,
-    refuse_foreign_models,
+    refuse_unsaveable,
     sha256,
 )
 from atomeq.potential.compiled import (
@@ -104,7 +104,7 @@ def _refuse(potential: Potential) -> None:
             f"potentials are compiled for the CPU only, and this one is on {potential.device}; "
             "export potential.cpu(), or use it as it is"
         )
-    refuse_foreign_models(potential.model.config())
+    refuse_unsaveable(potential)  # what is compiled builds its model again, for its graphs
 
 
 def _refuse_without_compiler() -> None:

@@ -6,6 +6,7 @@ from typing import Any, Self
 from torch import Tensor, nn
 
 from atomeq.graph.atom_graph import AtomGraph
+from atomeq.registry import Registry, path_of
 
 
 class EnergyTerm(nn.Module):
@@ -23,7 +24,7 @@ class EnergyTerm(nn.Module):
         """Return ``{"class_path": ..., "init_args": {...}}``, the node that builds this term."""
         names = list(inspect.signature(type(self).__init__).parameters)[1:]
         return {
-            "class_path": f"{type(self).__module__}.{type(self).__qualname__}",
+            "class_path": path_of(type(self)),
             "init_args": {name: getattr(self, name) for name in names},
         }
 
@@ -32,3 +33,6 @@ class EnergyTerm(nn.Module):
         for name, table in self.named_buffers(recurse=False):
             setattr(self, name, table.to(fn(table).device))
         return self
+
+
+TERMS = Registry("term", EnergyTerm, package="atomeq.potential", group="atomeq.terms")

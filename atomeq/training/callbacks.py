@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 
-from atomeq.potential.checkpoint import save_potential
+from atomeq.potential.checkpoint import refuse_unsaveable, save_potential
 from atomeq.potential.predictor import Predictor
 
 logger = logging.getLogger(__name__)
@@ -204,11 +204,15 @@ class SavePotential(Callback):
     def __init__(self, folder: str | None = None) -> None:
         self.folder = folder
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse, before the first step of a fit, what could not be saved after the last."""
+        if stage == "fit":
+            refuse_unsaveable(_predictor(pl_module))
+
     @rank_zero_only
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the potential of the best checkpoint, or of the last weights where there is none."""
-        potential = getattr(pl_module, "potential", None)
-        assert isinstance(potential, Predictor)
+        potential = _predictor(pl_module)
         folder = Path(self.folder or Path(trainer.default_root_dir) / "potential")
         best = getattr(trainer.checkpoint_callback, "best_model_path", "")
         last = {name: tensor.clone() for name, tensor in potential.state_dict().items()}
@@ -226,6 +230,12 @@ class SavePotential(Callback):
         finally:
             potential.load_state_dict(last)
         logger.info("potential saved in %s", folder)
+
+
+def _predictor(module: LightningModule) -> Predictor:
+    predictor = getattr(module, "potential", None)
+    assert isinstance(predictor, Predictor)
+    return predictor
 
 
 def potential_weights(checkpoint: dict[str, Any]) -> dict[str, Tensor]:

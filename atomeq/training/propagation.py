@@ -23,7 +23,7 @@ from atomeq.data.md_trajectory import read_motion
 from atomeq.data.nbody import FRAME_TIME, NBodyRecipe, Trajectories, load_nbody
 from atomeq.data.particles import ParticleView, batched_pairs
 from atomeq.models.base import Propagator
-from atomeq.potential.checkpoint import save_propagator
+from atomeq.potential.checkpoint import refuse_unsaveable, save_propagator
 from atomeq.potential.long_step import LongStep
 from atomeq.training.schedules import WarmupCosine
 from atomeq.typing import EdgeIndex
@@ -413,11 +413,13 @@ class SavePropagator(Callback):
         self.folder = folder
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse a network that does not take what the data show, before the first step."""
+        """Refuse a network that does not fit the data or cannot be saved, before the first step."""
         data = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
         assert isinstance(pl_module, PropagationTask)
         assert isinstance(data, PropagationDataModule)
         self.step = LongStep(pl_module.model, data.view)
+        if stage == "fit":
+            refuse_unsaveable(self.step)
 
     @rank_zero_only
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -154,7 +154,7 @@ def test_potentials_and_propagators_are_not_mistaken_for_each_other(
     document = (propagators / "charged" / "model.yaml").read_text()
     wrong = document.replace("atomeq.models.segno.SEGNOPropagator", "os.system")
     (propagators / "charged" / "model.yaml").write_text(wrong)
-    with pytest.raises(CheckpointError, match=r"names the model 'os.system'"):
+    with pytest.raises(CheckpointError, match=r"the propagator 'os.system' is not registered"):
         load_propagator(propagators / "charged")
 
 

@@ -5,13 +5,14 @@ from structures import rattled_crystal
 from atomeq.models.base import AtomisticModel
 from atomeq.models.egnn import EGNN
 from atomeq.models.escn import ESCN
-from atomeq.potential.checkpoint import MODELS, build_model
+from atomeq.models.registry import MODELS
+from atomeq.potential.checkpoint import build_model
 
 #: The argument that takes another model, and the modules whose models have it.
 WRAPPED = {"model": ".frame_averaged.", "encoder": ".equihgnn."}
 
 
-@pytest.mark.parametrize("class_path", MODELS)
+@pytest.mark.parametrize("class_path", MODELS.paths())
 def test_config_builds_the_same_model_again(class_path):
     inner = {"class_path": "atomeq.models.egnn.EGNN", "init_args": {"cutoff": 3.5}}
     wraps = next((key for key in WRAPPED if WRAPPED[key] in class_path), None)

@@ -176,7 +176,9 @@ def test_a_foreign_model_inside_is_refused(tmp_path):
     class Foreign(FAENet):
         pass
 
-    with pytest.raises(CheckpointError, match="Foreign is not a model of this package"):
+    with pytest.raises(
+        CheckpointError, match=r"FrameAveraged cannot be saved: .*Foreign' is not registered"
+    ):
         save_potential(Potential(FrameAveraged(Foreign(4.0, **SMALL))), tmp_path)
     node = FrameAveraged(bare()).config()
     node["init_args"]["model"]["class_path"] = "os.system"

@@ -141,7 +141,7 @@ def test_a_checkpoint_carries_its_terms(tmp_path):
 @pytest.mark.parametrize(
     ("node", "message"),
     [
-        ({"class_path": "os.system", "init_args": {}}, "names the term 'os.system'"),
+        ({"class_path": "os.system", "init_args": {}}, "term 'os.system' is not registered"),
         ({"class_path": "atomeq.potential.repulsion.ZBL", "init_args": {"x": 1}}, "unexpected"),
     ],
 )

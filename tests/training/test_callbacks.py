@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from atomeq.cli.training import TrainingCLI, main
-from atomeq.potential.checkpoint import load_potential
+from atomeq.models.egnn import EGNN
+from atomeq.potential.checkpoint import CheckpointError, load_potential
 from atomeq.training.callbacks import ExponentialMovingAverage, potential_weights
 from atomeq.training.task import AtomisticTask
 
@@ -101,3 +102,15 @@ def test_validation_sees_the_average(tmp_path: Path, experiment: Path, monkeypat
     for name, parameter in cli.model.named_parameters():
         assert torch.equal(seen[-1][name], last["state_dict"][name])
         assert torch.equal(parameter, last["state_dict"][name]), "the task ends with the average"
+
+
+class Unregistered(EGNN):
+    """A model that a saved potential could not name."""
+
+
+def test_what_cannot_be_saved_is_refused_before_the_first_step(tmp_path: Path, experiment: Path):
+    path = f"{Unregistered.__module__}.{Unregistered.__qualname__}"
+    with pytest.raises(CheckpointError, match="Unregistered cannot be saved"):
+        main(["fit", "-c", str(experiment), "--model.model.class_path", path])
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert not (tmp_path / "run" / "potential").exists()
