@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from atomeq.calculators.ase import AtomeqCalculator
+    from atomeq.check.model import validate_model
     from atomeq.dynamics.run import relax, simulate
     from atomeq.graph.atom_graph import AtomGraph
     from atomeq.graph.pyg import from_pyg, to_pyg
@@ -37,6 +38,7 @@ __all__ = [
     "to_ase",
     "to_pyg",
     "to_pymatgen",
+    "validate_model",
 ]
 
 _HOMES = {
@@ -54,6 +56,7 @@ _HOMES = {
     "to_ase": "atomeq.graph.to_structures",
     "to_pyg": "atomeq.graph.pyg",
     "to_pymatgen": "atomeq.graph.to_structures",
+    "validate_model": "atomeq.check.model",
 }
 
 

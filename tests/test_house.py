@@ -28,7 +28,7 @@ MAX_FUNCTION_LINES = 60  # without the docstring
 
 # Where a library may be imported: folders end with "/"; an empty tuple means nowhere.
 STRUCTURE_DOORS = ("graph/convert.py", "graph/to_structures.py", "graph/neighbors.py")
-ASE_DOORS = (*STRUCTURE_DOORS, "data/", "calculators/", "screening/", "cli/")
+ASE_DOORS = (*STRUCTURE_DOORS, "data/", "calculators/", "check/", "screening/", "cli/")
 DOORS = {
     "ase": ASE_DOORS,
     "pymatgen": ASE_DOORS,

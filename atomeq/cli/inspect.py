@@ -20,8 +20,8 @@ from rich.console import Console
 from rich.text import Text
 
 from atomeq.calculators.ase import AtomeqCalculator
-from atomeq.calculators.check import check_calculator
-from atomeq.calculators.laws import CalculatorFactory, Law, LawResult
+from atomeq.check.calculator import check_calculator
+from atomeq.check.laws import CalculatorFactory, Law, LawResult
 from atomeq.cli.plain_text import printable
 from atomeq.cli.structures import read_structures, versions
 from atomeq.cli.terminal import Meter, say

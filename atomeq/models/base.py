@@ -91,8 +91,9 @@ class AtomisticModel(ConfiguredModule):
     Attributes:
         cutoff: Radius beyond which two atoms do not see each other, Å.
         outputs: What :meth:`forward` returns.
-        exempt_laws: Laws of physics the method cannot keep by construction, and why. The names are
-            those of tests/physics without ``test_``; there an exempted law must really fail.
+        exempt_laws: Laws of physics the method cannot keep by construction, and why, by the names
+            that ``atomeq check`` prints. A model that keeps such a law after all is refused by
+            :func:`~atomeq.check.model.validate_model`.
     """
 
     cutoff: float

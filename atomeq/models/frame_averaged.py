@@ -52,9 +52,9 @@ class OverFrames(AtomisticModel, ABC):
 
     exempt_laws: Mapping[str, str] = MappingProxyType(
         {
-            "separated_fragments_are_additive": "one frame belongs to the whole structure, and "
+            "separated fragments add": "one frame belongs to the whole structure, and "
             "each fragment turns it for the others",
-            "energy_is_continuous_at_symmetric_structures": "a perfect crystal has other frames "
+            "continuous at symmetry": "a perfect crystal has other frames "
             "than one a little distorted, so the energy steps and dynamics there drift",
         }
     )

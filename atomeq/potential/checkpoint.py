@@ -367,11 +367,16 @@ def untrained_potential(
         torch.manual_seed(0)
         model = build_model(node, named_in=path)
     potential = Potential(model, AtomicReferences(scale=scale)).double()
+    scatter_weights(potential)
+    return potential.to(dtype).requires_grad_(False).eval()
+
+
+def scatter_weights(module: nn.Module) -> None:
+    """Move weights away from the zeros and ones of their initialisation, the same way each time."""
     generator = torch.Generator().manual_seed(7)
-    for parameter in potential.parameters():
+    for parameter in module.parameters():
         noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
         parameter.data += 0.05 * noise
-    return potential.to(dtype).requires_grad_(False).eval()
 
 
 def build_term(node: Any, *, named_in: str | Path = "the node") -> EnergyTerm:

@@ -14,8 +14,8 @@ from ase.md.verlet import VelocityVerlet
 from ase.optimize import BFGS
 
 from atomeq.calculators.ase import AtomeqCalculator
-from atomeq.calculators.check import check_calculator
 from atomeq.calculators.torchsim import torchsim_model
+from atomeq.check.calculator import check_calculator
 from atomeq.dynamics.evaluator import Evaluator
 from atomeq.dynamics.integrators import VelocityVerlet as BatchedVerlet
 from atomeq.dynamics.run import relax, simulate

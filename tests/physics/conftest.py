@@ -1,15 +1,13 @@
-"""Potentials of every model config with generic weights, and structures to hold the laws on."""
+"""Every model config with generic weights, and structures to hold the laws on."""
 
 from pathlib import Path
 
 import pytest
-from ase import Atoms
 from bonded import BondedHyperGraph
-from exemptions import expect_failure
 from structures import RATTLED
 
+from atomeq.check.model import ModelSubject
 from atomeq.potential.checkpoint import untrained_potential
-from atomeq.potential.potential import Potential
 
 MODEL_CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "model").glob("*.yaml"))
 #: Models of hypergraphs keep the laws twice: without hyperedges, and with some in every structure.
@@ -20,26 +18,11 @@ PARAMS += [
 ]
 
 
-def build_potential(config: Path) -> Potential:
-    """Build a config's model in float64; the tests differentiate by its weights."""
-    return untrained_potential(config).requires_grad_()
-
-
 @pytest.fixture(scope="session", params=PARAMS)
-def potential(request) -> Potential:
+def subject(request) -> ModelSubject:
     config, with_hyperedges = request.param
-    made = build_potential(config)
+    potential = untrained_potential(config).requires_grad_()
     if with_hyperedges:
-        made._builder = BondedHyperGraph(made.model.graph_builder())
-    return made
-
-
-@pytest.fixture(params=RATTLED, ids=str)
-def structure(request) -> Atoms:
-    return RATTLED[request.param]()
-
-
-@pytest.fixture(autouse=True)
-def exempted_law_fails(request: pytest.FixtureRequest) -> None:
-    if "potential" in request.fixturenames:
-        expect_failure(request, request.getfixturevalue("potential").model.exempt_laws)
+        potential._builder = BondedHyperGraph(potential.model.graph_builder())
+    structures = [RATTLED[name]() for name in ("crystal", "slab", "molecule")]
+    return ModelSubject(potential, ["Cu", "Mg", "O", "C", "H"], structures)

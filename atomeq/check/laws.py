@@ -1,6 +1,7 @@
-"""What a law about a calculator is: how it is measured, on which structures, and its verdict.
+"""What a law is: how it is measured, on which structures, and its verdict.
 
-The laws themselves are in ``physical_laws`` and ``software_laws``; ``check`` runs them.
+The laws of any calculator are in ``physical_laws``, ``thread_laws``, ``software_laws`` and
+``degenerate_structures``, and ``calculator`` runs them; ``model`` runs those of physics on a model.
 """
 
 import math
@@ -30,24 +31,6 @@ _REPEATS = {1: 5, 2: 4, 4: 3, 8: 2}
 
 #: Tried in this order on calculators of molecules, by what elements they know.
 _MOLECULES = ("CH3CONH2", "CH3CH2OH", "C2H6", "NH3", "H2O", "H2", "P2", "Cl2", "N2", "O2")
-
-#: What ``exempt_laws`` of a model calls a law here; from any other law nothing is exempt.
-EXEMPTIONS = {
-    "forces are -dE/dx": "forces_are_minus_energy_gradient",
-    "stress is dE/dε / V": "stress_is_the_strain_derivative",
-    "rotation": "energy_is_invariant_and_forces_turn_along",
-    "reflection": "energy_is_invariant_and_forces_turn_along",
-    "translation": "translation_and_lattice_shifts_change_nothing",
-    "permutation": "permutation_permutes_forces",
-    "wrapping": "translation_and_lattice_shifts_change_nothing",
-    "supercell extensivity": "supercell_is_extensive",
-    "separated fragments add": "separated_fragments_are_additive",
-    "pieces 100,000 Å apart": "separated_fragments_are_additive",
-    "smooth at the cutoff": "energy_and_forces_are_smooth_at_the_cutoff",
-    "continuous at symmetry": "energy_is_continuous_at_symmetric_structures",
-    "NVE drift": "energy_is_continuous_at_symmetric_structures",
-    "single atom": "single_atom_has_an_energy_and_no_force",
-}
 
 
 @dataclass(frozen=True)
@@ -97,6 +80,7 @@ class Law:
         tolerance: Allowed of a float64 calculator.
         single: Allowed of a float32 calculator.
         depth: The least depth of a check that measures it.
+        along_with: Another law, whose exemption is one from this law too.
     """
 
     name: str
@@ -105,6 +89,7 @@ class Law:
     tolerance: float
     single: float
     depth: Depth = "quick"
+    along_with: str = ""
 
     def judge(self, subject: "Subject") -> LawResult:
         """Measure and compare with the tolerance; whatever the calculator raises is a failure.
@@ -119,7 +104,8 @@ class Law:
         except Exception as error:  # a check must survive any fault of what it checks
             measured = Measured(math.inf, f"raised {describe(error)}")
         passed = not measured.broken and measured.figure <= tolerance  # NaN fails
-        reason = subject.exempt_laws.get(EXEMPTIONS.get(self.name, ""), "")
+        exempt = subject.exempt_laws
+        reason = exempt.get(self.name) or exempt.get(self.along_with, "")
         if reason and not passed and math.isfinite(measured.figure):
             note = f"exempt: {reason}"
             return LawResult(self.name, measured.figure, self.unit, tolerance, None, note, reason)
@@ -151,6 +137,11 @@ class Subject:
     temperature: float = 300.0
     seed: int = 0
     on_step: Callable[[int, int], object] = field(default=lambda step, steps: None)
+
+    #: Of the cubic cell of few atoms that becomes the crystal.
+    repeats = (2, 2, 2)
+    #: How far apart the atoms of a dimer are pulled, Å; beyond the cutoff of what is known.
+    reach = 12.5
 
     @cached_property
     def calculator(self) -> Calculator:
@@ -185,7 +176,7 @@ class Subject:
         if self.molecules_only:
             return rattled(self._molecule(), random)
         atoms = cubic_cell(self.elements[0])
-        atoms = atoms.repeat((2, 2, 2) if len(atoms) <= 4 else (2, 1, 1))
+        atoms = atoms.repeat(self.repeats if len(atoms) <= 4 else (2, 1, 1))
         self._alloy(atoms)
         strain = np.eye(3) + random.uniform(-0.03, 0.03, (3, 3))
         atoms.set_cell(atoms.cell @ strain, scale_atoms=True)
@@ -215,6 +206,10 @@ class Subject:
         atoms.pbc = False
         return rattled(atoms, random)
 
+    def samples(self) -> list[Atoms]:
+        """Return a structure of each kind, for laws of any structure."""
+        return [self.crystal(), self.cluster()]
+
     def hundred_atoms(self) -> Atoms:
         """Return the structure of the NVE law."""
         if self.dynamics_structure is not None:
@@ -238,6 +233,24 @@ class Subject:
         atoms = atoms.copy()
         atoms.calc = self.calculator if calculator is None else calculator
         return self.energy_of(atoms)
+
+    def evaluate_all(self, structures: Sequence[Atoms]) -> list["Evaluation"]:
+        """Compute many structures, as :meth:`evaluate` does one."""
+        return [self.evaluate(atoms) for atoms in structures]
+
+    def energies(self, structures: Sequence[Atoms]) -> np.ndarray:
+        """Compute the energies of many structures, (n_structures,) eV."""
+        return np.array([self.energy(atoms) for atoms in structures])
+
+    def along(self, atoms: Atoms, positions: Sequence[np.ndarray]) -> list["Evaluation"]:
+        """Compute one object at each of many positions, where it keeps what it is; no stress."""
+        atoms = atoms.copy()
+        atoms.calc = self.calculator
+        found = []
+        for each in positions:
+            atoms.positions = each
+            found.append(Evaluation(self.energy_of(atoms), atoms.get_forces(), None))
+        return found
 
     @staticmethod
     def energy_of(atoms: Atoms) -> float:
@@ -264,6 +277,11 @@ class Evaluation(NamedTuple):
     energy: float
     forces: np.ndarray
     stress: np.ndarray | None
+
+    def turned(self, matrix: np.ndarray) -> "Evaluation":
+        """Return what an orthogonal matrix (3, 3) makes of it."""
+        stress = None if self.stress is None else matrix @ self.stress @ matrix.T
+        return Evaluation(self.energy, self.forces @ matrix.T, stress)
 
     def distance(self, other: "Evaluation") -> float:
         """Return the largest difference of energy per atom, force component or stress component."""

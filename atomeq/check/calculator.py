@@ -10,11 +10,11 @@ from typing import get_args
 from ase import Atoms
 from ase.data import atomic_numbers, chemical_symbols
 
-from atomeq.calculators.degenerate_structures import DEGENERATE_STRUCTURES
-from atomeq.calculators.laws import CalculatorFactory, Depth, Law, LawResult, Subject, describe
-from atomeq.calculators.physical_laws import PHYSICAL_LAWS
-from atomeq.calculators.software_laws import SOFTWARE_LAWS
-from atomeq.calculators.thread_laws import THREAD_LAWS
+from atomeq.check.degenerate_structures import DEGENERATE_STRUCTURES
+from atomeq.check.laws import CalculatorFactory, Depth, Law, LawResult, Subject, describe
+from atomeq.check.physical_laws import PHYSICAL_LAWS
+from atomeq.check.software_laws import SOFTWARE_LAWS
+from atomeq.check.thread_laws import THREAD_LAWS
 
 LAWS: tuple[Law, ...] = PHYSICAL_LAWS + THREAD_LAWS + SOFTWARE_LAWS + DEGENERATE_STRUCTURES
 

@@ -13,7 +13,7 @@ from ase import Atoms
 from ase.constraints import FixAtoms
 from ase.data import atomic_numbers, covalent_radii
 
-from atomeq.calculators.laws import (
+from atomeq.check.laws import (
     Evaluation,
     Law,
     Measured,
@@ -334,8 +334,10 @@ def _laws() -> tuple[Law, ...]:
         "coplanar lattice vectors": partial(refused, flat_cell),
     }
     # Atoms 1e5 Å away lose the digits that leave about 1e-10 eV/Å.
+    kin = {"pieces 100,000 Å apart": "separated fragments add", "one atom": "single atom"}
     return tuple(
-        Law(name, measure, "eV, Å", 1e-8, 1e-4, depth="full") for name, measure in measures.items()
+        Law(name, measure, "eV, Å", 1e-8, 1e-4, depth="full", along_with=kin.get(name, ""))
+        for name, measure in measures.items()
     )
 
 

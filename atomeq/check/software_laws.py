@@ -12,7 +12,7 @@ from ase import Atoms
 from ase.calculators.calculator import Calculator
 from ase.data import atomic_numbers, covalent_radii
 
-from atomeq.calculators.laws import (
+from atomeq.check.laws import (
     Evaluation,
     Law,
     Measured,

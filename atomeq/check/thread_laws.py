@@ -12,7 +12,7 @@ import numpy as np
 from ase import Atoms
 from ase.calculators.calculator import Calculator
 
-from atomeq.calculators.laws import Evaluation, Law, Measured, Subject, describe, quiet, rattled
+from atomeq.check.laws import Evaluation, Law, Measured, Subject, describe, quiet, rattled
 
 N_THREADS = 8
 _ROUNDS = 6  # evaluations per thread, all threads starting each at the same moment

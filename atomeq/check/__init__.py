@@ -1,0 +1,1 @@
+"""The laws of any calculator and any model, written once: measured here, repaired elsewhere."""
