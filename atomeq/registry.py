@@ -12,7 +12,7 @@ from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
 from pkgutil import iter_modules
-from typing import Generic, TypeVar
+from typing import Generic, TypeGuard, TypeVar
 
 T = TypeVar("T")
 
@@ -112,7 +112,7 @@ class Registry(Generic[T]):
             raise RegistryError(f"{origin}; its entry point has to name {path_of(found)}")
         return found
 
-    def _is_one(self, value: object) -> bool:
+    def _is_one(self, value: object) -> TypeGuard[type[T]]:
         return (
             inspect.isclass(value)
             and issubclass(value, self.base)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from ase import Atoms
@@ -75,7 +75,7 @@ class Law:
 
     Attributes:
         name: The law in a few words.
-        measure: Takes the subject, returns the figure.
+        measure: Takes the subject, of the kind that the law is about, returns the figure.
         unit: Unit of the figure.
         tolerance: Allowed of a float64 calculator.
         single: Allowed of a float32 calculator.
@@ -84,7 +84,7 @@ class Law:
     """
 
     name: str
-    measure: "Callable[[Subject], Measured]"
+    measure: "Callable[[Any], Measured]"
     unit: str
     tolerance: float
     single: float

@@ -12,6 +12,7 @@ from itertools import accumulate
 import numpy as np
 import torch
 from ase import Atoms
+from ase.calculators.calculator import Calculator
 from ase.data import atomic_numbers, chemical_symbols
 from torch import Tensor
 
@@ -64,12 +65,16 @@ class ModelSubject(Subject):
         given = (atoms.copy() for atoms in self.structures if atoms.pbc.all())
         return next(given, None) or super().crystal(purpose)
 
-    def evaluate(self, atoms: Atoms, **options: None) -> Evaluation:
-        """Compute one structure."""
+    def evaluate(self, atoms: Atoms, *, calculator: Calculator | None = None) -> Evaluation:
+        """Compute one structure, without a calculator if none is given."""
+        if calculator is not None:
+            return super().evaluate(atoms, calculator=calculator)
         return self.evaluate_all([atoms])[0]
 
-    def energy(self, atoms: Atoms, **options: None) -> float:
-        """Compute the energy of a structure."""
+    def energy(self, atoms: Atoms, *, calculator: Calculator | None = None) -> float:
+        """Compute the energy of a structure, without a calculator if none is given."""
+        if calculator is not None:
+            return super().energy(atoms, calculator=calculator)
         return float(self.energies([atoms])[0])
 
     def energies(self, structures: Sequence[Atoms]) -> np.ndarray:
@@ -83,7 +88,9 @@ class ModelSubject(Subject):
         for few in _batches(structures):
             stress = self.has_stress and all(has_volume(atoms) for atoms in few)
             properties: list[PropertyKey] = ["energy", "forces"]
-            results = self.compute(few, properties + ["stress"] * stress)
+            if stress:
+                properties.append("stress")
+            results = self.compute(few, properties)
             stops = list(accumulate(len(atoms) for atoms in few))
             forces = np.split(results["forces"], stops[:-1])
             for k, energy in enumerate(results["energy"]):

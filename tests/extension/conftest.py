@@ -1,0 +1,3 @@
+"""The distribution is not a test: it is installed by one."""
+
+collect_ignore = ["painn"]
