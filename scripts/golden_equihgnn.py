@@ -70,7 +70,7 @@ def run(model: PublishedEquiHGNN, inputs: Tensors) -> Tensors:
 
     convolutions = model.layers if model.variant == "mhnnm" else [model.conv]
     hooks = [conv.register_forward_hook(keep_convolution) for conv in convolutions]
-    if hasattr(model, "egnn_layer"):
+    if model.egnn_layer is not None:
         hooks.append(model.egnn_layer.register_forward_hook(keep_encoding))
     molecules = Molecules(
         x=inputs["x"],

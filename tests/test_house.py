@@ -178,6 +178,13 @@ def nobody_prints(module: Module) -> list[str]:
     return [f"line {call.lineno}: print()" for call, name in calls(module) if name == "print"]
 
 
+def networks_say_what_they_lack(module: Module) -> list[str]:
+    """A block that an option leaves out is None, for readers and for the type checker."""
+    if not module.lives_in(("models/", "nn/")):
+        return []
+    return [f"line {call.lineno}: hasattr()" for call, name in calls(module) if name == "hasattr"]
+
+
 def copies(call: ast.Call) -> bool:
     """Whether it is ``pickle.loads(pickle.dumps(...))``: a copy in memory, no file."""
     return bool(call.args) and ast.unparse(call.args[0]).startswith("pickle.dumps(")
@@ -238,6 +245,10 @@ RULES: dict[Rule, tuple[tuple[str, str], tuple[str, str]]] = {
         ("nn/__init__.py", '"""Blocks."""\n'),
     ),
     nobody_prints: (("nn/mlp.py", "print(1)\n"), ("nn/mlp.py", "console.print(1)\n")),
+    networks_say_what_they_lack: (
+        ("nn/mlp.py", "if hasattr(self, 'norm'):\n    pass\n"),
+        ("nn/mlp.py", "if self.norm is not None:\n    pass\n"),
+    ),
     files_cannot_run_code: (
         ("data/oc20.py", "from torch import load\nload('x.pt', weights_only=False)\n"),
         (

@@ -96,8 +96,7 @@ class PublishedEquiHGNN(nn.Module):
         self.act = _ACTIVATIONS[activation]()
         self.dropout = nn.Dropout(dropout)
         self.atom_encoder = AtomEncoder(channels)
-        if geometry:
-            self.egnn_layer = CloudEGNN(channels)
+        self.egnn_layer = CloudEGNN(channels) if geometry else None
         if variant != "mhnns":
             self.bond_encoder = nn.Embedding(NUM_HYPEREDGE_TYPES, channels)
         if variant == "mhnn":
@@ -115,7 +114,7 @@ class PublishedEquiHGNN(nn.Module):
     def forward(self, molecules: Molecules) -> Tensor:
         """Return the predictions of all molecules, (n_graphs * num_target,)."""
         x = self.atom_encoder(molecules.x)
-        if hasattr(self, "egnn_layer"):
+        if self.egnn_layer is not None:
             if molecules.pos is None:
                 raise ValueError("EquiHGNN needs positions")
             x = self.egnn_layer(x, molecules.pos.to(x.dtype))

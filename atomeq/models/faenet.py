@@ -269,19 +269,18 @@ class Embedding(nn.Module):
         super().__init__()
         n_hidden, n_pg, n_elements = model.hidden_channels, model.pg_channels, model.num_elements
         table = element_properties()
-        n_phys = 0
+        n_phys = (model.phys_channels or table.values.shape[1]) if model.phys_embeds else 0
+        self.phys_emb, self.phys_lin = None, None
         if model.phys_embeds:
             self.phys_emb = PropertyTable(n_elements, learned=model.phys_channels > 0)
-            n_phys = model.phys_channels or table.values.shape[1]
-        if model.phys_embeds and model.phys_channels:
-            self.phys_lin = _linear(table.values.shape[1], n_phys)
+            if model.phys_channels:
+                self.phys_lin = _linear(table.values.shape[1], n_phys)
         self.register_buffer("period", table.period[:n_elements], persistent=False)
         self.register_buffer("group", table.group[:n_elements], persistent=False)
-        if n_pg:
-            self.period_embedding = nn.Embedding(int(self.period.max()) + 1, n_pg)
-            self.group_embedding = nn.Embedding(N_GROUPS, n_pg)
-        if model.tag_channels:
-            self.tag_embedding = nn.Embedding(3, model.tag_channels)
+        n_periods = int(self.period.max()) + 1
+        self.period_embedding = nn.Embedding(n_periods, n_pg) if n_pg else None
+        self.group_embedding = nn.Embedding(N_GROUPS, n_pg) if n_pg else None
+        self.tag_embedding = nn.Embedding(3, model.tag_channels) if model.tag_channels else None
         n_element = n_hidden - model.tag_channels - n_phys - 2 * n_pg
         if n_element < 1:
             raise ValueError(
@@ -310,17 +309,17 @@ class Embedding(nn.Module):
     def _elements(self, graph: AtomGraph) -> Tensor:
         numbers = graph.atomic_numbers
         parts = [self.emb(numbers)]
-        if hasattr(self, "tag_embedding"):
+        if self.tag_embedding is not None:
             if "tags" not in graph:
                 raise ValueError(
                     "this model embeds tags, and the graph has none; set them with "
                     "atoms.set_tags(), or build the model with tag_channels=0"
                 )
             parts.append(self.tag_embedding(graph.tags))
-        if hasattr(self, "phys_emb"):
+        if self.phys_emb is not None:
             known = self.phys_emb(numbers)
-            parts.append(self.phys_lin(known) if hasattr(self, "phys_lin") else known)
-        if hasattr(self, "period_embedding"):
+            parts.append(known if self.phys_lin is None else self.phys_lin(known))
+        if self.period_embedding is not None and self.group_embedding is not None:
             parts.append(self.period_embedding(self.period[numbers]))
             parts.append(self.group_embedding(self.group[numbers]))
         return torch.cat(parts, dim=1)  # (n_atoms, H)
@@ -361,15 +360,14 @@ class Interaction(nn.Module):
         self.scaled = mp_type.startswith("updown")
         self.local = mp_type == "updown_local_env"
         width = n_filters if self.scaled else n_hidden
-        if mp_type != "simple":
-            self.lin_geom = _linear(n_filters + 2 * n_hidden * self.ends, width)
+        n_inputs = n_filters + 2 * n_hidden * self.ends
+        self.lin_geom = _linear(n_inputs, width) if mp_type != "simple" else None
         if self.scaled:
             self.lin_down = _linear(n_hidden, n_filters)
             self.lin_up = _linear(n_filters * (1 + self.local), n_hidden)
         else:
             self.lin_h = _linear(n_hidden, n_hidden)
-        if complex_mp:
-            self.other_mlp = _linear(n_hidden, n_hidden)
+        self.other_mlp = _linear(n_hidden, n_hidden) if complex_mp else None
         self.graph_norm = message_norm(normalisation, width)
 
     def forward(
@@ -393,10 +391,10 @@ class Interaction(nn.Module):
             x = self.lin_up(torch.cat([total, around], dim=1))
         else:
             x = silu(self.lin_up(total) if self.scaled else self.lin_h(total))
-        return silu(self.other_mlp(x)) if hasattr(self, "other_mlp") else x
+        return x if self.other_mlp is None else silu(self.other_mlp(x))
 
     def _filters(self, h: Tensor, e: Tensor, edge_index: Tensor) -> Tensor:
-        if not hasattr(self, "lin_geom"):
+        if self.lin_geom is None:
             return e
         if self.ends:
             e = torch.cat([e, h[edge_index[0]], h[edge_index[1]]], dim=1)
