@@ -27,7 +27,9 @@ MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 60  # without the docstring
 
 # Where a library may be imported: folders end with "/"; an empty tuple means nowhere.
-STRUCTURE_DOORS = ("graph/convert.py", "graph/to_structures.py", "graph/neighbors.py")
+STRUCTURE_DOORS = tuple(
+    f"graph/{name}.py" for name in ("convert", "files", "neighbors", "to_structures")
+)
 ASE_DOORS = (*STRUCTURE_DOORS, "data/", "calculators/", "check/", "screening/", "cli/")
 DOORS = {
     "ase": ASE_DOORS,

@@ -19,7 +19,14 @@ from numpy.typing import NDArray
 
 from atomeq.graph.atom_graph import MIN_VOLUME, AtomGraph
 from atomeq.graph.builders import HyperGraph, RadiusGraph
-from atomeq.graph.convert import StructureError, StructureLike, bare_graph, from_structures
+from atomeq.graph.convert import (
+    StructureError,
+    StructureLike,
+    Structures,
+    bare_graph,
+    from_structures,
+    structure_list,
+)
 from atomeq.graph.hyperedges import Hyperedges
 from atomeq.graph.neighbors import SKIN
 from atomeq.graph.to_structures import to_ase
@@ -293,7 +300,7 @@ class AtomeqCalculator(Calculator):
 
     def evaluate(
         self,
-        structures: Sequence[StructureLike],
+        structures: Structures,
         properties: Sequence[str] = ("energy", "forces"),
         *,
         max_edges: int = _MAX_EDGES,
@@ -301,7 +308,8 @@ class AtomeqCalculator(Calculator):
         """Compute properties of many structures in batches, beside and apart from :attr:`results`.
 
         Args:
-            structures: Of any kinds, mixed: ASE's Atoms, pymatgen's Structures or Molecules.
+            structures: Of any kinds, mixed: ASE's Atoms, pymatgen's Structures or Molecules; or the
+                path of a file that ASE reads.
             properties: Names of ASE properties, all but the Hessian.
             max_edges: How many edges are computed at once; a larger structure goes alone.
 
@@ -368,12 +376,12 @@ class AtomeqCalculator(Calculator):
         return graphs
 
     def _batches(
-        self, structures: Sequence[StructureLike], max_edges: int, *, stress: bool
+        self, structures: Structures, max_edges: int, *, stress: bool
     ) -> Iterator[AtomGraph]:
         """Yield structures in batches of so many edges of the first member."""
         waiting: list[AtomGraph] = []
         n_edges = 0
-        for k, structure in enumerate(structures):
+        for k, structure in enumerate(structure_list(structures)):
             bare = self._bare(structure, k)
             if stress and not (bare.pbc.all() and bare.volume() > MIN_VOLUME):
                 raise StructureError(

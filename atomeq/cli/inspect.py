@@ -23,9 +23,10 @@ from atomeq.calculators.ase import AtomeqCalculator
 from atomeq.check.calculator import check_calculator
 from atomeq.check.laws import CalculatorFactory, Law, LawResult
 from atomeq.cli.plain_text import printable
-from atomeq.cli.structures import read_structures, versions
+from atomeq.cli.structures import versions
 from atomeq.cli.terminal import Meter, say
 from atomeq.files import refuse_unwritable, write_atomically
+from atomeq.graph.files import read_structures
 from atomeq.ops.dispatch import AUTO_ORDER, Backend, backends, chosen_backend, load_backend
 from atomeq.ops.explain import kernels_here
 from atomeq.ops.specification import OpSpec

@@ -14,11 +14,12 @@ from jsonargparse import Namespace
 from atomeq.calculators.ase import AtomeqCalculator
 from atomeq.calculators.elastic_band import BatchedNEB, path_lengths
 from atomeq.cli.plots import plot_curve
-from atomeq.cli.structures import output_format, read_structures, structure_output, write_summary
+from atomeq.cli.structures import output_format, structure_output, write_summary
 from atomeq.cli.terminal import Meter, say, show_table
 from atomeq.cli.verbs import prepare, relaxed, settings
 from atomeq.files import write_atomically
 from atomeq.graph.convert import StructureError
+from atomeq.graph.files import read_structures
 
 _OPTIMIZERS = {"fire": FIRE, "bfgs": BFGS}
 _BEFORE_CLIMBING = 5.0  # times --fmax: a band that is nearly there knows which image is highest

@@ -18,7 +18,7 @@ from ase.io.extxyz import write_extxyz
 from ase.io.trajectory import TrajectoryWriter
 
 from atomeq.calculators.ase import AtomeqCalculator, has_volume
-from atomeq.cli.door import existing_file, output_format
+from atomeq.cli.door import output_format
 from atomeq.files import write_atomically
 
 #: Packages whose version a result depends on.
@@ -42,36 +42,6 @@ class Origin(Protocol):
     def device(self) -> torch.device:
         """Where it computed."""
         ...
-
-
-def read_structures(path: str | Path, *, index: str = ":") -> list[Atoms]:
-    """Read structures from any file ASE knows.
-
-    Args:
-        path: The file.
-        index: ASE's index of frames, ``":"`` for all, ``"-1:"`` for the last.
-
-    Returns:
-        At least one structure, without calculators.
-
-    Raises:
-        FileNotFoundError: No such file.
-        ValueError: The file is not readable, truncated, or holds no structure.
-    """
-    path = existing_file(path)
-    try:
-        frames = ase.io.read(path, index=index)
-    except Exception as error:  # readers of ASE raise anything from IndexError to XMLSyntaxError
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ValueError(
-            f"cannot read structures from {path} ({reason}); is it complete, and its suffix right?"
-        ) from error
-    structures = frames if isinstance(frames, list) else [frames]
-    if not structures:
-        raise ValueError(f"{path} holds no structure")
-    for atoms in structures:
-        atoms.calc = None  # labels of the file, not of the potential
-    return structures
 
 
 class StructureWriter:

@@ -10,11 +10,12 @@ from jsonargparse import Namespace
 
 from atomeq.calculators.ase import AtomeqCalculator, has_volume
 from atomeq.cli.restart import Journal
-from atomeq.cli.structures import read_structures, structure_output
+from atomeq.cli.structures import structure_output
 from atomeq.cli.terminal import Meter
 from atomeq.dynamics.in_flight import Outcome
 from atomeq.dynamics.run import relax
 from atomeq.graph.convert import validate_structure
+from atomeq.graph.files import read_structures
 
 _CHUNK = 8  # structures between two reports of progress, and what a kill may cost of them
 

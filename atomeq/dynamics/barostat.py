@@ -133,7 +133,7 @@ class LangevinNPT(Langevin):
 
     def _mass(self, degrees: Tensor) -> Tensor:
         """Return the cell's mass, (n_graphs, 1, 1), eV fs²."""
-        kt = BOLTZMANN * self.temperature
+        kt = BOLTZMANN * self.start_temperature
         return ((degrees + 3) * kt * self.barostat_time**2)[:, None, None] / self._directions
 
     @property
@@ -177,7 +177,7 @@ class LangevinNPT(Langevin):
             noise = noise[:, :1, :1] * torch.eye(3, dtype=rate.dtype, device=rate.device)
         else:
             noise = (noise + noise.transpose(1, 2)) / 2
-        variance = (1 - keep**2) * BOLTZMANN * self.temperature / self._mass(state.degrees)
+        variance = (1 - keep**2) * self.kt(state)[:, None, None] / self._mass(state.degrees)
         return keep * rate + variance.sqrt() * noise
 
     def _bounded(self, rate: Tensor) -> Tensor:

@@ -5,9 +5,9 @@
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Generic, Literal, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,14 +15,12 @@ from torch import Tensor
 from atomeq.dynamics.budget import EdgeBudget, is_out_of_memory
 from atomeq.dynamics.evaluator import Evaluator, Failure
 from atomeq.dynamics.state import State
-from atomeq.dynamics.trajectory import Passenger, Recorder
+from atomeq.dynamics.trajectory import End, Passenger, Recorder, Status
 from atomeq.graph.atom_graph import AtomGraph
 from atomeq.graph.convert import StructureError, StructureLike
 from atomeq.graph.to_structures import to_ase
 
 S = TypeVar("S", bound=State)
-
-Status = Literal["converged", "completed", "not_converged", "failed", "refused", "too_large"]
 
 # New structures enter together: evaluated one by one they would gain nothing from the batch.
 _REFILL_BELOW = 0.75
@@ -120,10 +118,23 @@ class Flight(Generic[S]):
         self._next: tuple[Passenger, AtomGraph] | None = None
         self._exhausted = False
         self._too_large: list[Outcome] = []
+        self._ends: Iterable[End[S]] = ()
 
-    def resume(self, states: Sequence[S], passengers: Sequence[Passenger], n_taken: int) -> None:
-        """Go on from a checkpoint: the running batch first, then what was set aside."""
-        self.n_taken = n_taken
+    def resume(self, kind: type[S]) -> None:
+        """Go on from the recorder's checkpoint, if there is one.
+
+        Args:
+            kind: The class of state.
+        """
+        assert self.recorder is not None
+        device = self.evaluate.potential.device
+        saved = self.recorder.restore(kind, device)
+        if saved is None:
+            return
+        states, passengers, self.n_taken = saved
+        on_the_way = {passenger.index for passenger in passengers}
+        others = [index for index in range(self.n_taken) if index not in on_the_way]
+        self._ends = self.recorder.ends(kind, device, others)
         if not states:
             return
         n_running = states[0].graph.n_graphs
@@ -142,6 +153,7 @@ class Flight(Generic[S]):
         """
         names: Iterable[Hashable] = itertools.count() if ids is None else ids
         stream = itertools.islice(zip(structures, names, strict=False), self.n_taken, None)
+        yield from self._ended_before()
         while True:
             yield from self._admit(stream)
             if self._state is None:
@@ -152,6 +164,20 @@ class Flight(Generic[S]):
                 yield from self._advance()
         if self.recorder is not None:
             self.recorder.finish(self.n_taken)
+
+    def _ended_before(self) -> Iterator[Outcome]:
+        """Yield what ended before a restart; what now has longer to go is set aside for it."""
+        assert self.recorder is not None or not self._ends
+        for end in self._ends:
+            unfinished = end.status in ("completed", "not_converged")
+            goes_on = unfinished and end.state is not None and self.ended(end.state)[0] is None
+            self.recorder.cut(end.passenger.index, end.sizes[0 if goes_on else 1])
+            if goes_on:
+                self._aside.append((end.passenger, end.state))
+                continue
+            graph = None if end.state is None else _bare(end.state.graph)
+            name = end.passenger.index, end.passenger.id
+            yield Outcome(*name, end.status, end.reason, end.n_steps, graph)
 
     def _fits(self, n_edges: int, n_running: int) -> bool:
         return n_running == 0 or n_running + n_edges <= self.budget.limit
@@ -210,8 +236,8 @@ class Flight(Generic[S]):
             self.evaluate.potential.check_elements(graph)
             self.stepper.check(graph)
             n_edges = self.evaluate.count_edges(graph)
-        except (ValueError, TypeError) as error:
-            return Outcome(index, name, "refused", str(error), 0, None)
+        except (ValueError, TypeError, OSError) as error:
+            return self._end(Passenger(index, name, 0), "refused", str(error))
         if self.budget.is_strict and n_edges > self.budget.limit:
             return self._oversized(
                 Passenger(index, name, n_edges), f"max_edges={self.budget.limit}"
@@ -288,19 +314,17 @@ class Flight(Generic[S]):
             return []
         leaving = [k for k in range(len(codes)) if k not in set(staying)]
         steps = state.n_steps.tolist()
-        graphs = state.graph.take(_index(leaving, state)).to_list()
+        gone = state.take(_index(leaving, state))
         outcomes = []
-        for k, graph in zip(leaving, graphs, strict=True):
+        for place, k in enumerate(leaving):
             status, reason = statuses[k], ""
             if codes[k]:
                 status, reason = "failed", f"{Failure(codes[k]).reason} (step {steps[k] + 1})"
             elif status == "not_converged":
                 reason = f"not converged after {steps[k]} steps"
             assert status is not None
-            passenger = self._running[k]
-            outcomes.append(
-                Outcome(passenger.index, passenger.id, status, reason, steps[k], _bare(graph))
-            )
+            own = gone.take(_index([place], gone))
+            outcomes.append(self._end(self._running[k], status, reason, own))
         self._keep(staying)
         return outcomes
 
@@ -311,9 +335,16 @@ class Flight(Generic[S]):
 
     def _oversized(self, passenger: Passenger, limit: str, state: S | None = None) -> Outcome:
         reason = f"{passenger.n_edges} edges of one structure are more than {limit} allows"
+        return self._end(passenger, "too_large", reason, state)
+
+    def _end(
+        self, passenger: Passenger, status: Status, reason: str, state: S | None = None
+    ) -> Outcome:
         graph = None if state is None else _bare(state.graph)
         steps = 0 if state is None else int(state.n_steps)
-        return Outcome(passenger.index, passenger.id, "too_large", reason, steps, graph)
+        if self.recorder is not None:
+            self.recorder.land(passenger, status, reason, steps, state)
+        return Outcome(passenger.index, passenger.id, status, reason, steps, graph)
 
     def _indices(self) -> list[int]:
         return [passenger.index for passenger in self._running]

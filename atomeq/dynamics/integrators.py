@@ -62,25 +62,57 @@ class MDState(State):
 
 
 @dataclass(frozen=True)
+class Ramp:
+    """A temperature that changes evenly from one value to another, and then stays.
+
+    Args:
+        start: K.
+        end: K.
+        n_steps: Steps of a structure until the end is reached.
+    """
+
+    start: float
+    end: float
+    n_steps: int
+
+    def __post_init__(self) -> None:
+        _refuse_not_positive(self)
+
+    def __call__(self, steps: Tensor) -> Tensor:
+        """Return the temperature after so many steps, (n_graphs,), K."""
+        fraction = (steps.to(torch.float64) / self.n_steps).clamp(max=1.0)
+        return self.start + (self.end - self.start) * fraction
+
+
+@dataclass(frozen=True)
 class Integrator:
     """What integrators share.
 
     Args:
         timestep: fs.
         temperature: Of velocities that are drawn where a structure has none, and of the thermostat
-            where there is one, K.
+            where there is one, K; a Ramp where it changes on the way.
     """
 
     timestep: float = 1.0
-    temperature: float = 300.0
+    temperature: float | Ramp = 300.0
 
     holds_drift: ClassVar[bool] = True  # whether the momentum of a structure stays what it is
     state_type: ClassVar[type[MDState]] = MDState
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if isinstance(value, float) and name in _POSITIVE and not 0 < value < math.inf:
-                raise ValueError(f"{name} must be a positive number, not {value!r}")
+        _refuse_not_positive(self)
+
+    @property
+    def start_temperature(self) -> float:
+        """The temperature at the first step, K."""
+        return self.temperature.start if isinstance(self.temperature, Ramp) else self.temperature
+
+    def kt(self, state: MDState) -> Tensor:
+        """Return k times the thermostat's temperature at each structure's step, (n_graphs,), eV."""
+        if isinstance(self.temperature, Ramp):
+            return BOLTZMANN * self.temperature(state.n_steps)
+        return torch.full_like(state.graph.energy, BOLTZMANN * self.temperature)
 
     def check(self, graph: AtomGraph) -> None:
         """Refuse structures this cannot integrate.
@@ -113,7 +145,7 @@ class Integrator:
         seeds: Tensor | None = None,
         stress: bool = False,
     ) -> MDState:
-        """Evaluate structures and give those at rest velocities.
+        """Evaluate structures and give those at rest velocities of exactly the temperature.
 
         Args:
             graph: As :func:`~atomeq.dynamics.state.prepare` makes it; a structure keeps velocities
@@ -127,7 +159,10 @@ class Integrator:
             seeds = graph["seed"]
         if seeds is None:
             seeds = torch.arange(graph.n_graphs, device=graph.pos.device)
-        drawn = thermal_velocities(graph, self.temperature, seeds)
+        degrees = degrees_of_freedom(graph, held=self.holds_drift)
+        drawn = thermal_velocities(graph, self.start_temperature, seeds, held=self.holds_drift)
+        now = kinetic_temperature(graph.replace(velocities=drawn), degrees)
+        drawn = drawn * (self.start_temperature / now).sqrt()[graph.batch, None]
         if "velocities" in graph:
             given = graph["velocities"]
             speeds = torch.zeros_like(graph.cell[:, 0, 0])
@@ -141,17 +176,27 @@ class Integrator:
             graph=graph,
             n_steps=torch.zeros_like(graph.natoms),
             seeds=seeds,
-            degrees=degrees_of_freedom(graph, held=self.holds_drift),
+            degrees=degrees,
         )
 
 
 _POSITIVE = (
     "timestep",
     "temperature",
+    "start",
+    "end",
+    "n_steps",
     "friction_time",
     "relaxation_time",
     "barostat_time",
 )
+
+
+def _refuse_not_positive(settings: Integrator | Ramp) -> None:
+    for name, value in vars(settings).items():
+        number = isinstance(value, int | float)
+        if number and name in _POSITIVE and not 0 < value < math.inf:
+            raise ValueError(f"{name} must be a positive number, not {value!r}")
 
 
 @dataclass(frozen=True)
@@ -179,6 +224,75 @@ class VelocityVerlet(Integrator):
     def conserved(self, state: MDState) -> Energies:
         """Return the total energy, (n_graphs,), eV."""
         return state.total_energy()
+
+
+@dataclass(frozen=True)
+class BussiState(MDState):
+    """A batch with what its thermostat gave.
+
+    Attributes:
+        heat: Energy that each structure was given so far, (n_graphs,), eV.
+    """
+
+    heat: Tensor = field(metadata=PER_SYSTEM)
+
+
+@dataclass(frozen=True)
+class Bussi(VelocityVerlet):
+    """Constant temperature by rescaling all velocities of a structure by one random factor.
+
+    Canonical sampling through velocity rescaling (Bussi, Donadio, Parrinello, J. Chem. Phys. 126,
+    014101, 2007). The motion is hardly disturbed, and the centre of mass is held as in NoseHoover.
+
+    Args:
+        timestep: fs.
+        temperature: K.
+        relaxation_time: Of the kinetic energy, fs.
+    """
+
+    relaxation_time: float = 100.0
+
+    state_type: ClassVar[type[MDState]] = BussiState
+
+    def init(
+        self, graph: AtomGraph, evaluate: Evaluator, *, seeds: Tensor | None = None
+    ) -> BussiState:
+        """Evaluate the structures."""
+        start = self.start(graph, evaluate, seeds=seeds)
+        return BussiState(**vars(start), heat=torch.zeros_like(start.graph.energy))
+
+    def step(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, state: BussiState, evaluate: Evaluator
+    ) -> BussiState:
+        """Take one step of velocity Verlet and let the thermostat act for as long."""
+        after = super().step(state, evaluate)
+        before = after.kinetic_energy()
+        held = after.graph.replace(velocities=without_drift(after.graph["velocities"], after.graph))
+        scale = torch.where(after.failed, 1.0, self._scale(state, 2 * kinetic_energy(held)))
+        graph = held.replace(velocities=held["velocities"] * scale[held.batch, None])
+        heat = state.heat + torch.where(after.failed, 0.0, kinetic_energy(graph) - before)
+        return dataclasses.replace(after, graph=graph, heat=heat)
+
+    def conserved(self, state: MDState) -> Energies:
+        """Return the total energy without what the thermostat gave, (n_graphs,), eV."""
+        assert isinstance(state, BussiState)
+        return state.total_energy() - state.heat
+
+    def _scale(self, state: BussiState, twice_kinetic: Energies) -> Tensor:
+        """Return the factors of the velocities, eq. A7 with its square completed, (n_graphs,)."""
+        keep = math.exp(-self.timestep / self.relaxation_time)
+        share = (1 - keep) * self.kt(state)
+        noise = standard_normal(state.seeds, state.n_steps, state.degrees.tolist(), ())
+        first = torch.cumsum(state.degrees, dim=0) - state.degrees
+        squares = torch.zeros_like(share).index_add(
+            0,
+            torch.repeat_interleave(torch.arange(len(first), device=first.device), state.degrees),
+            noise.square(),
+        )
+        kept = (keep * twice_kinetic).sqrt() + noise[first] * share.sqrt()
+        scaled = kept.square() + share * (squares - noise[first].square())
+        tiny = torch.finfo(scaled.dtype).tiny
+        return torch.sign(kept) * (scaled / twice_kinetic.clamp(min=tiny)).sqrt()
 
 
 @dataclass(frozen=True)
@@ -271,8 +385,8 @@ class NoseHoover(Integrator):
         return state.followed_by(after)
 
     def conserved(self, state: NoseHooverState) -> Energies:
-        """Return the energy of structure and chain, (n_graphs,), eV, which stays constant."""
-        kt = BOLTZMANN * self.temperature
+        """Return the energy of structure and chain, (n_graphs,), eV; constant without a Ramp."""
+        kt = self.kt(state)
         moving = (self._masses(state) * state.chain_velocities.square()).sum(dim=1) / 2
         resting = kt * (state.degrees * state.chain[:, 0] + state.chain[:, 1:].sum(dim=1))
         return state.total_energy() + moving + resting
@@ -281,11 +395,11 @@ class NoseHoover(Integrator):
         """Return the thermostats' masses, (n_graphs, chain_length), eV fs²."""
         masses = torch.ones_like(state.chain)
         masses[:, 0] = state.degrees.to(masses.dtype)
-        return masses * BOLTZMANN * self.temperature * self.relaxation_time**2
+        return masses * BOLTZMANN * self.start_temperature * self.relaxation_time**2
 
     def _thermostat(self, state: NoseHooverState) -> NoseHooverState:
         """Let the chains act for half a step; velocities are scaled as a whole."""
-        kt, masses = BOLTZMANN * self.temperature, self._masses(state)
+        kt, masses = self.kt(state), self._masses(state)
         twice_kinetic = 2 * state.kinetic_energy()
         scale = torch.ones_like(twice_kinetic)
         chain, speed = state.chain, list(state.chain_velocities.unbind(dim=1))
@@ -333,7 +447,7 @@ def thermalized(state: MDState, velocities: Positions, bath: Langevin) -> Positi
     """Let friction and noise act on velocities for a whole step, exactly."""
     graph = state.graph
     keep = math.exp(-bath.timestep / bath.friction_time)
-    width = (1 - keep**2) * BOLTZMANN * bath.temperature * ACCELERATION / graph["masses"]
+    width = (1 - keep**2) * ACCELERATION * bath.kt(state)[graph.batch] / graph["masses"]
     noise = standard_normal(state.seeds, state.n_steps, graph.natoms.tolist(), (3,))
     return torch.where(
         graph["fixed"][:, None], 0.0, keep * velocities + width.sqrt()[:, None] * noise

@@ -1,5 +1,6 @@
 """relax() and simulate(): streams of structures in, their outcomes out, batched in flight."""
 
+import os
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -16,6 +17,7 @@ from atomeq.dynamics.optimizers import FIRE, LBFGS, OptimizerState
 from atomeq.dynamics.trajectory import Recorder
 from atomeq.graph.atom_graph import AtomGraph
 from atomeq.graph.convert import PymatgenSites, StructureLike
+from atomeq.graph.files import read_structures
 from atomeq.potential.potential import Potential
 
 Optimizer = FIRE | LBFGS
@@ -23,7 +25,7 @@ _OPTIMIZERS: dict[str, type[Optimizer]] = {"fire": FIRE, "lbfgs": LBFGS}
 
 
 def relax(
-    structures: Iterable[StructureLike],
+    structures: Iterable[StructureLike] | str | os.PathLike[str],
     potential: Potential | Evaluator | str | Path,
     *,
     optimizer: Literal["fire", "lbfgs"] | Optimizer = "fire",
@@ -46,7 +48,8 @@ def relax(
 
     Args:
         structures: ASE's Atoms, pymatgen's Structures or Molecules, AtomGraphs of one structure;
-            any iterable, which need not fit into memory. Fixed atoms stay.
+            any iterable, which need not fit into memory, or a file that ASE reads. Fixed atoms
+            stay.
         potential: A potential, name or folder of one, or an Evaluator. It computes where it is.
         optimizer: ``"fire"``, ``"lbfgs"``, or one of them with settings of your own.
         cell: Relax the cell too; a FrechetCell says how.
@@ -59,9 +62,8 @@ def relax(
         interval: Steps of a structure between frames.
         checkpoint_interval: Steps of the batch between checkpoints.
         restart: Go on from the folder's checkpoint, given the same structures. Every outcome is
-            yielded at least once: those after the last checkpoint are yielded again. A run that had
-            ended yields only structures that were added since; one without a checkpoint starts
-            afresh.
+            yielded, and nothing that had ended is computed again; but what did not converge goes on
+            where ``max_steps`` allows more. A run without a checkpoint starts afresh.
         observe: Called after every step with the state and the indices of its structures.
 
     Yields:
@@ -86,7 +88,8 @@ def relax(
         ]
 
     evaluate = potential if isinstance(potential, Evaluator) else Evaluator(potential)
-    recorder = _recorder(folder, f"{stepper}, fmax={fmax}", interval, checkpoint_interval, restart)
+    intervals = interval, checkpoint_interval
+    recorder = _recorder(folder, f"{stepper}, fmax={fmax}", intervals, restart)
     flight = Flight[Any](
         stepper,
         evaluate,
@@ -99,7 +102,7 @@ def relax(
 
 
 def simulate(
-    structures: Iterable[StructureLike],
+    structures: Iterable[StructureLike] | str | os.PathLike[str],
     potential: Potential | Evaluator | str | Path,
     integrator: Integrator,
     *,
@@ -118,7 +121,7 @@ def simulate(
     Args:
         structures: As in :func:`relax`; those at rest get velocities of the temperature.
         potential: As in :func:`relax`.
-        integrator: Which dynamics: VelocityVerlet, Langevin, NoseHoover or LangevinNPT.
+        integrator: Which dynamics: VelocityVerlet, Bussi, Langevin, NoseHoover or LangevinNPT.
         n_steps: Steps of each structure.
         seed: Of velocities and noise, which each structure draws by its index.
         ids: As in :func:`relax`.
@@ -126,7 +129,8 @@ def simulate(
         folder: As in :func:`relax`.
         interval: As in :func:`relax`.
         checkpoint_interval: As in :func:`relax`.
-        restart: As in :func:`relax`; on a CPU the run goes on bit for bit.
+        restart: As in :func:`relax`; on a CPU the run goes on bit for bit. A run that has ended is
+            extended where ``n_steps`` is larger now.
         observe: As in :func:`relax`; the place for logs and averages.
 
     Yields:
@@ -151,7 +155,8 @@ def simulate(
 
     evaluate = potential if isinstance(potential, Evaluator) else Evaluator(potential)
     settings = f"{integrator}, seed={seed}"
-    recorder = _recorder(folder, settings, interval, checkpoint_interval, restart)
+    intervals = interval, checkpoint_interval
+    recorder = _recorder(folder, settings, intervals, restart, timestep=integrator.timestep)
     flight = Flight[Any](
         integrator,
         evaluate,
@@ -179,14 +184,23 @@ def _optimizer(optimizer: str | Optimizer, cell: FrechetCell | bool) -> Optimize
 
 
 def _recorder(
-    folder: str | Path | None, settings: str, interval: int, checkpoint_interval: int, restart: bool
+    folder: str | Path | None,
+    settings: str,
+    intervals: tuple[int, int],
+    restart: bool,
+    *,
+    timestep: float | None = None,
 ) -> Recorder | None:
     if folder is None:
         if restart:
             raise ValueError("restart needs the folder of the run it continues")
         return None
     recorder = Recorder(
-        folder, settings=settings, interval=interval, checkpoint_interval=checkpoint_interval
+        folder,
+        settings=settings,
+        interval=intervals[0],
+        checkpoint_interval=intervals[1],
+        timestep=timestep,
     )
     if not restart and any(recorder.folder.iterdir()):
         raise ValueError(
@@ -197,15 +211,15 @@ def _recorder(
 
 def _fly(
     flight: Flight[Any],
-    structures: Iterable[StructureLike],
+    structures: Iterable[StructureLike] | str | os.PathLike[str],
     ids: Iterable[Hashable] | None,
     kind: type[Any],
 ) -> Iterator[Outcome]:
     # A single structure is iterable too, in its own way; it is not what was meant.
     if isinstance(structures, PymatgenSites | AtomGraph) or hasattr(structures, "get_positions"):
         structures = cast("Iterable[StructureLike]", [structures])
+    elif isinstance(structures, str | os.PathLike):
+        structures = read_structures(structures)
     if flight.recorder is not None:
-        saved = flight.recorder.restore(kind, flight.evaluate.potential.device)
-        if saved is not None:
-            flight.resume(*saved)
+        flight.resume(kind)
     return flight.run(structures, ids)

@@ -8,13 +8,20 @@ import dataclasses
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from typing import Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor
 
 from atomeq.graph.atom_graph import AtomGraph, atom_rows
-from atomeq.graph.convert import Structures, from_structures, standard_masses
+from atomeq.graph.convert import (
+    StructureError,
+    Structures,
+    from_structures,
+    standard_masses,
+    structure_list,
+    structure_name,
+)
 
 #: Metadata of a state's fields: whose numbers their rows are.
 PER_ATOM = {"level": "atom"}
@@ -126,8 +133,9 @@ def prepare(structures: Structures, *, device: torch.device | str | None = None)
         element's), ``fixed``, ``failure`` and a ``key`` by which neighbour lists know a structure.
 
     Raises:
-        StructureError: A structure is not usable.
+        StructureError: A structure is not usable, or has constraints other than fixed atoms.
     """
+    _refuse_other_constraints(structures)
     graph = from_structures(structures, dtype=torch.float64, device=device)
     labels = dict.fromkeys(("energy", "forces", "stress", "weight", "edge_index", "cell_offsets"))
     standard = standard_masses(graph.atomic_numbers)
@@ -151,6 +159,21 @@ def per_system(values: Tensor, graph: AtomGraph) -> Tensor:
 def largest(values: Tensor, graph: AtomGraph) -> Tensor:
     """Return the largest of each structure's non-negative numbers: (n_atoms,) to (n_graphs,)."""
     return values.new_zeros(graph.n_graphs).scatter_reduce(0, graph.batch, values, "amax")
+
+
+def _refuse_other_constraints(structures: Structures) -> None:
+    """Refuse what would move otherwise than its constraints say: only fixed atoms are kept."""
+    for index, item in enumerate(structure_list(structures)):
+        for constraint in getattr(item, "constraints", ()):  # of ASE's Atoms alone
+            kind = type(constraint).__name__
+            name = structure_name(index, cast("Any", item).numbers)
+            if kind != "FixAtoms":
+                raise StructureError(
+                    f"{name}: {kind} is no constraint that "
+                    "dynamics keeps, which is FixAtoms alone; remove it, or use ASE's optimizers "
+                    "and integrators with AtomeqCalculator",
+                    index=index,
+                )
 
 
 def _where(mask: Tensor, kept: Tensor, changed: Tensor) -> Tensor:

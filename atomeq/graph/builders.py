@@ -18,6 +18,7 @@ from atomeq.graph.convert import (
     Structures,
     from_structures,
     refuse_overlap,
+    structure_list,
     structure_name,
 )
 from atomeq.graph.hyperedges import INFO_KEY, NO_HYPEREDGES, Hyperedges
@@ -218,7 +219,7 @@ class HyperGraph(_ByValue):
             StructureError: A structure is not usable, or its hyperedges cannot be perceived.
             ImportError: They must be perceived, and RDKit is not installed.
         """
-        many = list(structures) if isinstance(structures, Sequence) else [structures]
+        many = structure_list(structures)
         return self._with_hyperedges(self._edges(many, dtype=dtype), many)
 
     def connect(self, graph: AtomGraph) -> AtomGraph:
@@ -239,7 +240,7 @@ class HyperGraph(_ByValue):
             StructureError: As in :meth:`__call__`.
             ImportError: As in :meth:`__call__`.
         """
-        many = list(structures) if isinstance(structures, Sequence) else [structures]
+        many = structure_list(structures)
         return self._with_hyperedges(from_structures(many, dtype=dtype), many)
 
     def _with_hyperedges(self, graph: AtomGraph, many: Sequence[object]) -> AtomGraph:

@@ -6,6 +6,7 @@ periodicity. Units are ASE's eV and Å; velocities are Å/fs inside and converte
 """
 
 import itertools
+import os
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
@@ -19,6 +20,7 @@ from ase.symbols import Symbols
 from numpy.typing import NDArray
 
 from atomeq.graph.atom_graph import AtomGraph
+from atomeq.graph.files import read_structures
 from atomeq.graph.neighbors import Edges, neighbor_list_with_lengths, spans_periodic_directions
 
 MIN_DISTANCE = 0.1  # Å; no two nuclei come so near, so such atoms are an error in the input
@@ -43,7 +45,8 @@ class PymatgenSites(Protocol):
 
 
 StructureLike: TypeAlias = Atoms | PymatgenSites | AtomGraph
-Structures: TypeAlias = StructureLike | Sequence[StructureLike]
+#: One or many, or the path of a file that ASE reads.
+Structures: TypeAlias = StructureLike | Sequence[StructureLike] | str | os.PathLike[str]
 
 
 class StructureError(ValueError):
@@ -59,6 +62,23 @@ class StructureError(ValueError):
         self.index = index
 
 
+def structure_list(structures: Structures) -> list[StructureLike]:
+    """Return one or many structures, or those of a file, as a list.
+
+    Raises:
+        StructureError: There are none.
+        OSError: There is no such file.
+        ValueError: It cannot be read.
+    """
+    if isinstance(structures, str | os.PathLike):
+        return list(read_structures(structures))
+    single = isinstance(structures, Atoms | AtomGraph | PymatgenSites)
+    many = [structures] if single else list(structures)
+    if not many:
+        raise StructureError("no structures were given: the list is empty")
+    return many  # pyright: ignore[reportReturnType]
+
+
 def from_structures(
     structures: Structures,
     *,
@@ -68,7 +88,8 @@ def from_structures(
     """Make one graph, without edges, of structures of any kind; kinds may be mixed.
 
     Args:
-        structures: One or many of ASE's Atoms, pymatgen's Structure or Molecule, AtomGraph.
+        structures: One or many of ASE's Atoms, pymatgen's Structure or Molecule, AtomGraph; or the
+            path of a file that ASE reads, with all its frames.
         dtype: Of floating-point fields; by default float64, and for an AtomGraph its own.
         device: By default the CPU, and for an AtomGraph its own.
 
@@ -76,7 +97,7 @@ def from_structures(
         StructureError: A structure is not usable.
         TypeError: Something is not a structure.
     """
-    many = _as_list(structures)
+    many = structure_list(structures)
     if not any(isinstance(item, AtomGraph) for item in many):
         atoms = [_as_atoms(item, index) for index, item in enumerate(many)]
         return from_ase(atoms, dtype=dtype or torch.float64, device=device or "cpu")
@@ -115,7 +136,7 @@ def from_ase(
         >>> from_ase(bulk("Cu")).cell.shape
         torch.Size([1, 3, 3])
     """
-    many = [_as_atoms(item, index) for index, item in enumerate(_as_list(atoms))]
+    many = [_as_atoms(item, index) for index, item in enumerate(structure_list(atoms))]
     _validate(_Arrays.of_atoms(many))
     graphs = [_graph_of_atoms(item, index, dtype) for index, item in enumerate(many)]
     graph = AtomGraph.concatenate(graphs)
@@ -141,7 +162,7 @@ def from_pymatgen(
     Raises:
         StructureError: A structure or label is not usable.
     """
-    atoms = [_as_atoms(item, index) for index, item in enumerate(_as_list(structures))]
+    atoms = [_as_atoms(item, index) for index, item in enumerate(structure_list(structures))]
     return from_ase(atoms, dtype=dtype, device=device)
 
 
@@ -356,14 +377,6 @@ def refuse_overlap(
     )
 
 
-def _as_list(structures: Structures) -> list[StructureLike]:
-    single = isinstance(structures, Atoms | AtomGraph | PymatgenSites)
-    many = [structures] if single else list(structures)
-    if not many:
-        raise StructureError("no structures were given: the list is empty")
-    return many  # pyright: ignore[reportReturnType]
-
-
 def _as_atoms(item: object, index: int) -> Atoms:
     if isinstance(item, Atoms):
         return item
@@ -371,7 +384,7 @@ def _as_atoms(item: object, index: int) -> Atoms:
         return _atoms_of_sites(item, index)
     raise TypeError(
         f"item {index} is a {type(item).__name__}; structures are ase.Atoms, pymatgen Structure or "
-        "Molecule, or AtomGraph. Read files with ase.io.read"
+        "Molecule, or AtomGraph, or one path of a file"
     )
 
 

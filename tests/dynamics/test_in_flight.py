@@ -47,7 +47,7 @@ def test_useless_structures_are_refused_with_their_reason(potential):
     outcomes = by_index(atomeq.relax(stream, potential, fmax=FMAX))
     statuses = [outcomes[k].status for k in range(len(stream))]
     assert statuses == ["converged", "refused", "refused", "refused", "converged", "refused"]
-    for k, word in ((1, "nan"), (2, "0 Å apart"), (3, "no atoms"), (5, "str")):
+    for k, word in ((1, "nan"), (2, "0 Å apart"), (3, "no atoms"), (5, "no file water")):
         assert word in outcomes[k].reason
         assert outcomes[k].atoms is None
     (alone,) = relax(cluster(5, 2), potential, fmax=FMAX)

@@ -7,11 +7,11 @@ import pytest
 import torch
 from analytic_potentials import Gas, Pairs, Tethers, cluster, crystal, of
 from ase import Atoms
-from ase.constraints import FixAtoms
+from ase.constraints import FixAtoms, FixBondLength
 
 from atomeq.dynamics.barostat import LangevinNPT
 from atomeq.dynamics.evaluator import Evaluator
-from atomeq.dynamics.integrators import Langevin, NoseHoover, VelocityVerlet
+from atomeq.dynamics.integrators import Bussi, Langevin, NoseHoover, Ramp, VelocityVerlet
 from atomeq.dynamics.kinetics import standard_normal, thermal_velocities
 from atomeq.dynamics.run import simulate
 from atomeq.dynamics.state import per_system, prepare
@@ -25,6 +25,7 @@ INTEGRATORS = {
     "nve": VelocityVerlet(2.0, T),
     "langevin": Langevin(2.0, T, friction_time=50.0),
     "chain": NoseHoover(2.0, T, relaxation_time=30.0),
+    "bussi": Bussi(2.0, T, relaxation_time=30.0),
     "npt": LangevinNPT(2.0, T, barostat="full", barostat_time=100.0),
 }
 
@@ -107,14 +108,14 @@ def test_verlet_runs_backwards(pairs):
     torch.testing.assert_close(state.graph.pos, first.graph.pos, atol=1e-11, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["nve", "chain"])
+@pytest.mark.parametrize("name", ["nve", "chain", "bussi"])
 def test_momentum_stays_zero_where_no_atom_is_fixed(name, pairs):
     graph = run(INTEGRATORS[name], [crystal(seed=1), cluster(5)], pairs, 20).graph
     momentum = per_system(graph["masses"][:, None] * graph["velocities"], graph)
     assert momentum.abs().max() < 1e-12
 
 
-@pytest.mark.parametrize("name", ["nve", "langevin", "chain"])
+@pytest.mark.parametrize("name", ["nve", "langevin", "chain", "bussi"])
 def test_fixed_atoms_stay(name, pairs):
     atoms = held()
     graph = run(INTEGRATORS[name], [atoms, cluster(4)], pairs, 10).graph
@@ -125,7 +126,7 @@ def test_fixed_atoms_stay(name, pairs):
 
 @pytest.mark.parametrize(
     ("name", "degrees"),
-    [("nve", [24, 3 * 2, 18]), ("chain", [24, 6, 18]), ("langevin", [27, 9, 18])],
+    [(name, [24, 6, 18]) for name in ("nve", "chain", "bussi")] + [("langevin", [27, 9, 18])],
 )
 def test_degrees_of_freedom_are_counted(name, degrees, pairs):
     state, _ = started(INTEGRATORS[name], [cluster(9), cluster(3), held()], pairs)
@@ -141,7 +142,7 @@ def gases(n_atoms, n_systems, volume):
     ]
 
 
-@pytest.mark.parametrize("name", ["langevin", "chain"])
+@pytest.mark.parametrize("name", ["langevin", "chain", "bussi"])
 def test_harmonic_atoms_have_the_canonical_energies(name):
     """⟨K⟩ = n kT/2, ⟨K²⟩ - ⟨K⟩² = n (kT)²/2, ⟨U⟩ as K: equipartition and its fluctuation."""
     random = np.random.default_rng(1)
@@ -161,6 +162,55 @@ def test_harmonic_atoms_have_the_canonical_energies(name):
     assert float(kinetic.var(unbiased=False) / degrees.mean()) == pytest.approx(KT**2 / 2, rel=0.2)
     if name == "langevin":  # the chain holds the centre of mass where it began
         assert float((potential / degrees).mean()) == pytest.approx(KT / 2, rel=0.07)
+
+
+def test_bussi_rescales_as_the_paper_says(pairs):
+    """⟨K'⟩ and var K' of one thermostat step from one K, eq. A7, over many structures."""
+    n_systems, keep = 4000, 0.6
+    motion = Bussi(1.0, T, relaxation_time=-1 / np.log(keep))
+    state, _ = started(motion, [Atoms("Cu2", [[0, 0, 0], [0, 0, 30]])] * n_systems, of(Gas()))
+    twice = torch.full((n_systems,), 5 * KT, dtype=torch.float64)  # of three degrees
+    scale = motion._scale(state, twice)
+    after = scale.square() * twice / KT
+    mean = keep * 5 + (1 - keep) * 3
+    variance = 2 * 3 * (1 - keep) ** 2 + 4 * keep * (1 - keep) * 5
+    assert float(after.mean()) == pytest.approx(mean, abs=4 * (variance / n_systems) ** 0.5)
+    assert float(after.var()) == pytest.approx(variance, rel=0.12)
+
+
+def test_what_bussi_gives_is_accounted_for(pairs):
+    """Total energy minus heat stays within the error of velocity Verlet, which goes with dt²."""
+    motion = Bussi(1.0, T, relaxation_time=20.0)
+    state, evaluate = started(motion, [crystal(seed=1), cluster(12, 3)], pairs)
+    first, total = motion.conserved(state), state.total_energy()
+    for _ in range(100):
+        state = motion.step(state, evaluate)
+        assert (motion.conserved(state) - first).abs().max() < 2e-3
+    assert (state.total_energy() - total).abs().min() > 0.02
+
+
+@pytest.mark.parametrize("name", ["langevin", "chain", "bussi"])
+def test_a_ramp_heats_as_it_says(name):
+    random = np.random.default_rng(1)
+    structures = [Atoms("Cu4", random.normal(0, 0.2, (4, 3))) for _ in range(100)]
+    motion = dataclasses.replace(INTEGRATORS[name], timestep=8.0, temperature=Ramp(T, 3 * T, 150))
+    state, evaluate = started(motion, structures, of(Tethers()))
+    assert torch.allclose(state.temperature(), torch.full((100,), T, dtype=torch.float64))
+    found = []
+    for _ in range(200):
+        state = motion.step(state, evaluate)
+        found.append(float(state.temperature().mean()))
+    # 100 structures of 9 to 12 degrees: 4 % of the mean at a step, averaged over 40 of them.
+    assert np.mean(found[55:95]) == pytest.approx(2 * T, rel=0.12)
+    assert np.mean(found[-40:]) == pytest.approx(3 * T, rel=0.12)
+
+
+def test_other_constraints_are_refused(pairs):
+    atoms = cluster(4)
+    atoms.set_constraint(FixBondLength(0, 1))
+    (outcome,) = simulate(atoms, pairs, VelocityVerlet(), n_steps=1)
+    assert outcome.status == "refused"
+    assert "is no constraint that dynamics keeps" in outcome.reason
 
 
 def test_an_ideal_gas_takes_the_volume_of_its_pressure():
@@ -239,6 +289,8 @@ def test_structures_that_cannot_be_integrated_are_refused(integrator, atoms, mes
     ("make", "message"),
     [
         (lambda: Langevin(timestep=-1.0), "timestep must be a positive number"),
+        (lambda: Langevin(temperature=-1), "temperature must be a positive number"),
+        (lambda: Ramp(300, 600, 0), "n_steps must be a positive number"),
         (lambda: NoseHoover(chain_length=0), "chain_length"),
         (lambda: LangevinNPT(barostat="cubic"), "'isotropic' or 'full'"),
     ],

@@ -12,7 +12,8 @@ from analytic_potentials import Pairs, cluster, crystal, of
 from ase.constraints import FixAtoms
 from ase.io import read
 
-from atomeq.dynamics.integrators import Langevin, NoseHoover, VelocityVerlet
+from atomeq.dynamics.evaluator import Evaluator
+from atomeq.dynamics.integrators import Bussi, Langevin, NoseHoover, Ramp, VelocityVerlet
 from atomeq.dynamics.run import relax, simulate
 from atomeq.dynamics.trajectory import CHECKPOINT_FILE
 
@@ -21,12 +22,14 @@ INTEGRATORS = {
     "nve": VelocityVerlet(2.0),
     "langevin": Langevin(2.0),
     "chain": NoseHoover(2.0),
+    "bussi": Bussi(2.0, Ramp(300.0, 500.0, 12)),
 }
 
 
 def stream():
     atoms = cluster(6, 1)
     atoms.set_constraint(FixAtoms([0]))
+    atoms.set_masses([62.9, *[None] * 5])  # an isotope
     return [atoms, crystal(seed=1), cluster(5, 2), crystal(seed=2), cluster(8, 3)]
 
 
@@ -88,16 +91,72 @@ def test_an_abandoned_run_goes_on_bit_for_bit(name, tmp_path):
     check_same(whole, resumed, tmp_path)
 
 
-def test_a_run_that_has_ended_is_not_done_again(tmp_path, caplog):
-    n_whole = len(list(run("nve", tmp_path)))
-    frames = [path.read_bytes() for path in sorted(tmp_path.glob("*.extxyz"))]
-    assert list(run("nve", tmp_path, restart=True)) == []
-    assert "has ended" in caplog.text
-    more = [*stream(), cluster(4, 9)]
-    nve = INTEGRATORS["nve"]
-    added = simulate(more, of(Pairs()), nve, folder=tmp_path, restart=True, **OPTIONS)
-    assert [(o.index, o.status) for o in added] == [(n_whole, "completed")]
-    assert [path.read_bytes() for path in sorted(tmp_path.glob("*.extxyz"))][:-1] == frames
+class Counted(Evaluator):
+    """Counts how often it is asked."""
+
+    n_calls = 0
+
+    def __call__(self, graph, **options):
+        self.n_calls += 1
+        return super().__call__(graph, **options)
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in folder.glob("*.extxyz")}
+
+
+def test_a_run_that_has_ended_is_not_done_again(tmp_path):
+    whole = {o.index: o for o in run("nve", tmp_path)}
+    frames, evaluate = files(tmp_path), Counted(of(Pairs()))
+    options = {**OPTIONS, "folder": tmp_path, "restart": True}
+    again = {o.index: o for o in simulate(stream(), evaluate, INTEGRATORS["nve"], **options)}
+    assert again.keys() == whole.keys()
+    assert all(torch.equal(o.graph.pos, whole[k].graph.pos) for k, o in again.items())
+    assert (evaluate.n_calls, files(tmp_path)) == (0, frames)
+    more = [*stream(), cluster(4, 9), "no file"]
+    added = list(simulate(more, evaluate, INTEGRATORS["nve"], **options))[5:]
+    assert [(o.index, o.status) for o in added] == [(6, "refused"), (5, "completed")]
+    assert evaluate.n_calls == 21
+    assert frames.items() < files(tmp_path).items()
+
+
+@pytest.mark.parametrize("name", INTEGRATORS)
+def test_a_run_that_has_ended_is_extended_bit_for_bit(name, tmp_path):
+    """Its last frame, which is off the interval, is none of the longer run's."""
+    of_pairs, motion = of(Pairs()), INTEGRATORS[name]
+    shorter = {**OPTIONS, "n_steps": 14, "folder": tmp_path / "broken"}
+    list(simulate(stream(), of_pairs, motion, **shorter))
+    assert [f.info["step"] for f in read(tmp_path / "broken/000001.extxyz", ":")] == [
+        0,
+        4,
+        8,
+        12,
+        14,
+    ]
+    whole = {o.index: o for o in run(name, tmp_path / "whole")}
+    longer = {o.index: o for o in run(name, tmp_path / "broken", restart=True)}
+    assert longer.keys() == whole.keys()
+    check_same(whole, longer, tmp_path)
+
+
+def test_a_relaxation_that_did_not_converge_goes_on(tmp_path):
+    options = {"fmax": 1e-3, "folder": tmp_path}
+    short = list(relax(stream(), of(Pairs()), max_steps=5, **options))
+    assert {o.status for o in short} == {"not_converged"}
+    evaluate = Counted(of(Pairs()))
+    again = {o.index: o for o in relax(stream(), evaluate, restart=True, **options)}
+    whole = {o.index: o for o in relax(stream(), of(Pairs()), fmax=1e-3)}
+    assert evaluate.n_calls == max(o.n_steps for o in whole.values()) - 5
+    assert {k: (o.status, o.n_steps) for k, o in again.items()} == {
+        k: ("converged", o.n_steps) for k, o in whole.items()
+    }
+
+
+def test_frames_that_are_gone_are_not_made_up(tmp_path):
+    list(run("nve", tmp_path))
+    (tmp_path / "000002.extxyz").write_text("")
+    with pytest.raises(ValueError, match="missing or shorter than when"):
+        list(run("nve", tmp_path, restart=True))
 
 
 def test_an_abandoned_relaxation_goes_on(tmp_path):
@@ -119,9 +178,11 @@ def test_ase_reads_the_trajectory(tmp_path):
     for index in (0, 1):
         frames = read(tmp_path / f"{index:06d}.extxyz", index=":")
         assert [frame.info["step"] for frame in frames] == list(range(0, 21, 4))
+        assert [frame.info["time_fs"] for frame in frames] == list(range(0, 41, 8))
         last, ours = frames[-1], outcomes[index].atoms
         np.testing.assert_array_equal(last.positions, ours.positions)
         np.testing.assert_allclose(last.get_velocities(), ours.get_velocities(), rtol=1e-6)
+        np.testing.assert_array_equal(last.get_masses(), ours.get_masses())
         np.testing.assert_array_equal(last.cell.array, ours.cell.array)
         np.testing.assert_array_equal(last.pbc, ours.pbc)
         assert last.get_potential_energy() == ours.get_potential_energy()
