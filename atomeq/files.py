@@ -53,6 +53,24 @@ def write_atomically(
         raise
 
 
+def refuse_existing(*paths: str | Path, overwrite: bool, way: str = "") -> None:
+    """Refuse to replace what is there: the one door of every command that writes.
+
+    Args:
+        *paths: What would be written.
+        overwrite: Whether the user asked for it to be replaced.
+        way: What else the user may do, with a comma after it.
+
+    Raises:
+        FileExistsError: One of them exists.
+    """
+    for path in paths:
+        if not overwrite and Path(path).exists():
+            raise FileExistsError(
+                f"{path} exists already; {way}name another output, or replace it with --overwrite"
+            )
+
+
 def refuse_unwritable(path: str | Path) -> None:
     """Raise before the work begins where :func:`write_atomically` would fail after it.
 

@@ -20,9 +20,9 @@ from atomeq.data.nbody import NBodyRecipe
 from atomeq.data.oc20 import open_frames
 from atomeq.data.oc20_download import ARCHIVES, Archive, fetch, unpack
 from atomeq.data.oc20_frame import EnergyKind
-from atomeq.data.oc20_write import FileFormat, convert, write_metadata
+from atomeq.data.oc20_write import FileFormat, convert, metadata_file, write_metadata
 from atomeq.data.recordings import simulated, write_systems
-from atomeq.files import refuse_unwritable, write_atomically
+from atomeq.files import refuse_existing, refuse_unwritable, write_atomically
 from atomeq.training.oc20_metrics import (
     ENERGY_THRESHOLD,
     average_distance_within_threshold,
@@ -142,6 +142,8 @@ def convert_files(options: Namespace) -> int:
 
 def metadata(options: Namespace) -> int:
     """Write metadata.npz."""
+    source = expand_data_path(options.source)
+    refuse_existing(metadata_file(source), overwrite=options.overwrite)
     meter: Meter | None = None
 
     def report(done: int, total: int) -> None:
@@ -150,7 +152,7 @@ def metadata(options: Namespace) -> int:
             meter = Meter("metadata", total, unit="frames")
         meter.advance(done - meter.done)
 
-    say(f"wrote {write_metadata(expand_data_path(options.source), report=report)}")
+    say(f"wrote {write_metadata(source, report=report)}")
     return 0
 
 

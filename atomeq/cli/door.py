@@ -5,13 +5,19 @@ Nothing here imports torch or ase, so that a slip of the keyboard is answered at
 
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
-from atomeq.files import refuse_unwritable
-from atomeq.potential.folders import find_potential
+from jsonargparse import Namespace
+
+from atomeq.files import refuse_existing, refuse_unwritable
+from atomeq.potential.folders import CONFIG_FILE, find_potential
 
 #: Formats of structures that are written, by suffix.
 FORMATS = {".extxyz": "extxyz", ".xyz": "extxyz", ".traj": "traj"}
+
+#: What verbs keep beside their output, from which ``--restart`` goes on.
+_KEPT = {"md": ".restart", "relax": ".relax", "neb": ".band.traj", "phonons": ".forces.jsonl"}
 
 _DEVICE = re.compile(r"(cpu|cuda|mps|xpu)(:\d+)?")
 
@@ -80,3 +86,53 @@ def device_name(name: str) -> str:
     if not _DEVICE.fullmatch(name):
         raise ValueError(f"{name!r} is not a device; give 'cpu', 'cuda' or 'cuda:1'")
     return name
+
+
+def summary_path(out: str | Path) -> Path:
+    """Return the summary's path: ``cu.extxyz`` has ``cu.summary.json`` beside it."""
+    return Path(out).with_suffix(".summary.json")
+
+
+def kept_path(verb: str, out: str | Path) -> Path:
+    """Return what a verb keeps for ``--restart``: ``md.extxyz`` has ``md.restart`` beside it."""
+    return Path(out).with_suffix(_KEPT[verb])
+
+
+def refuse_old_output(verb: str) -> Callable[[Namespace], None]:
+    """Return the check that no run of a verb replaces what is there, or what it could go on from.
+
+    It raises FileExistsError; a verb that has ``--restart`` may go on instead.
+    """
+
+    def check(options: Namespace) -> None:
+        kept = kept_path(verb, options.out) if verb in _KEPT else None
+        restart = kept is not None and options.restart
+        if kept is not None and restart and kept.exists():
+            return
+        way = "there is nothing that --restart could go on from; " if restart else ""
+        outputs = options.out, summary_path(options.out)
+        refuse_existing(*outputs, overwrite=options.overwrite, way=way)
+        if kept is not None:
+            way = "go on from it with --restart, "
+            refuse_existing(kept, overwrite=options.overwrite, way=way)
+
+    return check
+
+
+def refuse_old_files(*names: str) -> Callable[[Namespace], None]:
+    """Return the check that the files that options name are not there; FileExistsError if so."""
+
+    def check(options: Namespace) -> None:
+        given = [options[name] for name in names if options[name]]
+        refuse_existing(*given, overwrite=options.overwrite or options.get("resume", False))
+
+    return check
+
+
+def refuse_old_potential(options: Namespace) -> None:
+    """Refuse to write a potential into the folder of another.
+
+    Raises:
+        FileExistsError: There is one.
+    """
+    refuse_existing(options.out / CONFIG_FILE, overwrite=options.overwrite)

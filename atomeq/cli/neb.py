@@ -13,8 +13,9 @@ from jsonargparse import Namespace
 
 from atomeq.calculators.ase import AtomeqCalculator
 from atomeq.calculators.elastic_band import BatchedNEB, path_lengths
+from atomeq.cli.door import kept_path
 from atomeq.cli.plots import plot_curve
-from atomeq.cli.structures import output_format, structure_output, write_summary
+from atomeq.cli.structures import structure_output, write_summary
 from atomeq.cli.terminal import Meter, say, show_table
 from atomeq.cli.verbs import prepare, relaxed, settings
 from atomeq.files import write_atomically
@@ -28,10 +29,9 @@ _SAME = 1e-3  # Å, of cells that are the same
 
 def neb(options: Namespace) -> int:
     """Find the path."""
-    output_format(options.out)
     calculator, frames = prepare(options, index=":")
     _refuse_ends(options.input, frames)
-    saved = Path(options.out).with_suffix(".band.traj")
+    saved = kept_path("neb", options.out)
     restarting = options.restart and saved.exists()
     images = read_structures(saved) if restarting else _band(frames, calculator, options)
     if restarting:

@@ -122,12 +122,14 @@ class Panel(NamedTuple):
         y_label: At the left.
         lines: x and y of each.
         log: Whether y is logarithmic.
+        ends: Whether the first and the last point of each line are marked.
     """
 
     x_label: str
     y_label: str
     lines: Sequence[tuple[Sequence[float], Sequence[float]]]
     log: bool = False
+    ends: bool = True
 
 
 def plot_lines(out: str | Path, panels: Sequence[Panel]) -> Path:
@@ -137,6 +139,8 @@ def plot_lines(out: str | Path, panels: Sequence[Panel]) -> Path:
         def draw(axes: Axes) -> None:
             for x, y in panel.lines:
                 axes.plot(x, y, color=_INK, linewidth=1)
+                if panel.ends and len(x):
+                    axes.plot([x[0], x[-1]], [y[0], y[-1]], "o", color=_ACCENT, markersize=4)
             axes.set(xlabel=panel.x_label, ylabel=panel.y_label)
             if panel.log:
                 axes.set_yscale("log")

@@ -14,9 +14,10 @@ from atomeq.calculators import phonons as ph
 from atomeq.calculators.ase import AtomeqCalculator
 from atomeq.calculators.elasticity import fit_elasticity, strained_structures
 from atomeq.calculators.equation_of_state import fit_equation_of_state, scaled_volumes
+from atomeq.cli.door import kept_path
 from atomeq.cli.plots import plot_curve, plot_matrix, plot_phonons
 from atomeq.cli.restart import Journal, identity
-from atomeq.cli.structures import output_format, write_summary
+from atomeq.cli.structures import write_summary
 from atomeq.cli.terminal import say, show_table
 from atomeq.cli.verbs import evaluated, prepare_crystal, relaxed, settings
 from atomeq.files import write_atomically
@@ -27,7 +28,6 @@ _VOIGT = ("xx", "yy", "zz", "yz", "xz", "xy")
 
 def eos(options: Namespace) -> int:
     """Fit an equation of state."""
-    output_format(options.out)
     scaled_volumes(Atoms("H", cell=[1, 1, 1]), options.span, options.volumes)  # refuse early
     calculator, atoms = prepare_crystal("eos", options)
     atoms = _start(atoms, calculator, options)
@@ -64,7 +64,6 @@ def eos(options: Namespace) -> int:
 
 def elastic(options: Namespace) -> int:
     """Compute the elastic constants."""
-    output_format(options.out)
     strained_structures(Atoms("H", cell=[1, 1, 1]), options.strain)  # refuse early
     calculator, atoms = prepare_crystal("elastic", options)
     atoms = _start(atoms, calculator, options)
@@ -109,10 +108,9 @@ def _elastic_results(fit: dict[str, Any]) -> dict[str, Any]:
 
 def phonons(options: Namespace) -> int:
     """Compute phonons."""
-    output_format(options.out)
     calculator, atoms = prepare_crystal("phonons", options)
     journal = Journal(
-        Path(options.out).with_suffix(".forces.jsonl"),
+        kept_path("phonons", options.out),
         identity(options, calculator, free=("path", "mesh", "temperature")),
         restart=options.restart,
     )

@@ -1,9 +1,9 @@
 """What a molecular dynamics run looked like: temperature, energy, distances, displacements."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 from ase import Atoms
@@ -16,6 +16,7 @@ from atomeq.graph.neighbors import neighbor_list_with_lengths
 
 _CUTOFF = 6.0  # Å
 _BINS = 120
+_MOST_LINES = 20  # structures whose motion is drawn
 
 
 class TrajectoryReport:
@@ -49,37 +50,6 @@ class TrajectoryReport:
         moved = _displacements(self._start, atoms)
         self._displacements.append(float((moved**2).sum(axis=1).mean()))
 
-    def state(self) -> dict[str, Any]:
-        """Return what was collected, ready for JSON; :meth:`restored` takes it up."""
-        start = self._start
-        return {
-            "histogram": self._histogram.tolist(),
-            "density": self._density,
-            "frames": self._frames,
-            "displacements": self._displacements,
-            "start": None
-            if start is None
-            else [start.positions.tolist(), start.cell.array.tolist()],
-        }
-
-    @classmethod
-    def restored(cls, state: Mapping[str, Any], atoms: Atoms) -> "TrajectoryReport":
-        """Return the report of an interrupted run.
-
-        Args:
-            state: From :meth:`state`.
-            atoms: The structure, wherever it is by now.
-        """
-        report = cls()
-        report._histogram = np.array(state["histogram"])
-        report._density, report._frames = state["density"], state["frames"]
-        report._displacements = list(state["displacements"])
-        if state["start"] is not None:
-            report._start = atoms.copy()
-            report._start.positions, cell = state["start"]
-            report._start.set_cell(cell)
-        return report
-
     @property
     def distances(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Middles of bins (Å), and g(r) or neighbours per Å."""
@@ -92,50 +62,70 @@ class TrajectoryReport:
         return middles, counts / (shells * self._density / frames)
 
     @property
+    def has_density(self) -> bool:
+        """Whether the structure has a volume."""
+        return bool(self._density)
+
+    @property
     def mean_squared_displacement(self) -> list[float]:
         """Of each frame against the first, Å²."""
         return list(self._displacements)
 
-    def write(self, out: str | Path, log: Sequence[Mapping[str, float]]) -> list[Path]:
-        """Write OUT.report.json and OUT.png beside the trajectory.
 
-        Args:
-            out: The trajectory.
-            log: The lines of its log, one for each frame.
+class Run(NamedTuple):
+    """One structure's motion.
 
-        Returns:
-            The two paths.
-        """
-        times = [line["time_fs"] for line in log]
-        energies = [line["total_energy_eV"] for line in log]
-        temperatures = [line["temperature_K"] for line in log]
-        middles, values = self.distances
-        name = "g" if self._density else "neighbours_per_A"
+    Attributes:
+        lines: Of its log, one for each frame.
+        report: What was collected of its frames.
+        n_atoms: Of the structure.
+    """
+
+    lines: list[dict[str, float]]
+    report: TrajectoryReport
+    n_atoms: int
+
+    def column(self, name: str) -> list[float]:
+        """Return a column of the log."""
+        return [line[name] for line in self.lines]
+
+    def write(self, out: Path) -> Path:
+        """Write OUT.report.json beside the trajectory; return its path."""
+        middles, values = self.report.distances
+        name = "g" if self.report.has_density else "neighbours_per_A"
         document = {
-            "time_fs": times,
-            "temperature_K": temperatures,
-            "total_energy_eV": energies,
-            "mean_squared_displacement_A2": self.mean_squared_displacement,
+            "time_fs": self.column("time_fs"),
+            "temperature_K": self.column("temperature_K"),
+            "total_energy_eV": self.column("total_energy_eV"),
+            "mean_squared_displacement_A2": self.report.mean_squared_displacement,
             "radial_distribution": {"r_A": middles.tolist(), name: values.tolist()},
         }
-        path = Path(out).with_suffix(".report.json")
+        path = out.with_suffix(".report.json")
         with write_atomically(path) as partial:
             partial.write_text(json.dumps(document) + "\n", encoding="utf-8")
-        per_atom = 1e3 / len(self._start) if self._start is not None else 1.0
-        change = [(energy - energies[0]) * per_atom for energy in energies]
-        density = "g(r)" if self._density else "neighbours per Å"
-        picture = plot_lines(
-            out,
-            [
-                Panel("time / fs", "temperature / K", [(times, temperatures)]),
-                Panel("time / fs", "change of total energy / meV per atom", [(times, change)]),
-                Panel("r / Å", density, [(middles.tolist(), values.tolist())]),
-                Panel(
-                    "time / fs", "mean squared displacement / Å²", [(times, self._displacements)]
-                ),
-            ],
-        )
-        return [path, picture]
+        return path
+
+
+def draw_runs(out: str | Path, runs: Sequence[Run]) -> Path:
+    """Draw the motion of the first structures; return the path of the picture."""
+    drawn = runs[:_MOST_LINES]
+    temperatures, energies, distances, displacements = [], [], [], []
+    for run in drawn:
+        times, energy = run.column("time_fs"), run.column("total_energy_eV")
+        temperatures.append((times, run.column("temperature_K")))
+        energies.append((times, [1e3 * (value - energy[0]) / run.n_atoms for value in energy]))
+        distances.append(tuple(values.tolist() for values in run.report.distances))
+        displacements.append((times, run.report.mean_squared_displacement))
+    density = "g(r)" if all(run.report.has_density for run in drawn) else "neighbours per Å"
+    return plot_lines(
+        out,
+        [
+            Panel("time / fs", "temperature / K", temperatures),
+            Panel("time / fs", "change of energy / meV/atom", energies),
+            Panel("r / Å", density, distances, ends=False),
+            Panel("time / fs", "mean squared displ. / Å²", displacements),
+        ],
+    )
 
 
 def _displacements(start: Atoms, end: Atoms) -> NDArray[np.float64]:

@@ -1,19 +1,23 @@
 """What a run that is killed leaves behind, so that ``--restart`` goes on from there.
 
-Every verb keeps such a file beside its output while it computes, and removes it at the end. It says
-which run it belongs to, and another run does not go on from it.
+A verb keeps a file or folder beside its output while it computes. It says which run it belongs to,
+and another run does not go on from it.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace
 
 from atomeq.calculators.ase import AtomeqCalculator
+from atomeq.dynamics.trajectory import CHECKPOINT_FILE
 from atomeq.files import write_atomically
 from atomeq.potential.checkpoint import sha256
+
+_ABOUT = "run.jsonl"
 
 
 def identity(
@@ -29,7 +33,7 @@ def identity(
     kept = {
         key: value
         for key, value in options.as_dict().items()
-        if key not in ("input", "out", "potential", "restart", *free)
+        if key not in ("input", "out", "potential", "restart", "overwrite", *free)
     }
     weights = calculator.provenance["sha256"]
     return json.loads(
@@ -51,37 +55,48 @@ def refuse_other_run(path: Path, found: Mapping[str, Any], expected: Mapping[str
             )
 
 
-class Checkpoint:
-    """The whole state of a run, replaced as a whole.
+class RunFolder:
+    """What a run of :mod:`atomeq.dynamics` keeps beside its output, with what the run is.
 
     Args:
-        path: The file.
+        path: The folder; made anew unless the run goes on.
         about: The run, see :func:`identity`.
+        restart: Keep what is there.
+
+    Raises:
+        ValueError: What is there is of another run.
     """
 
-    def __init__(self, path: Path, about: Mapping[str, Any]) -> None:
-        self.path, self.about = path, dict(about)
+    def __init__(self, path: Path, about: Mapping[str, Any], *, restart: bool) -> None:
+        self.path = path
+        if not restart:
+            self.remove()
+        Journal(path / _ABOUT, about, restart=restart)
 
-    def save(self, state: Mapping[str, Any]) -> None:
-        """Write the state; numbers keep every bit."""
-        with write_atomically(self.path) as partial:
-            partial.write_text(json.dumps({"run": self.about, **state}), encoding="utf-8")
+    def frames(self, index: int) -> Path:
+        """Return the file of a structure's frames."""
+        return self.path / f"{index:06d}.extxyz"
 
-    def load(self) -> dict[str, Any] | None:
-        """Return the state, or None where there is none.
-
-        Raises:
-            ValueError: It is of another run.
-        """
-        if not self.path.exists():
-            return None
-        state = json.loads(self.path.read_text(encoding="utf-8"))
-        refuse_other_run(self.path, state.pop("run"), self.about)
-        return state
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Say after Ctrl-C how the run goes on."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(
+                f"and what was computed is in {self.path}; go on with the same options and "
+                "--restart"
+            ) from None
 
     def remove(self) -> None:
-        """Remove the file: there is nothing to go on from any more."""
-        self.path.unlink(missing_ok=True)
+        """Remove what a restart would need, and nothing else that is in the folder."""
+        if not self.path.exists():
+            return
+        for pattern in ("[0-9]" * 6 + ".*", CHECKPOINT_FILE, _ABOUT):
+            for path in self.path.glob(pattern):
+                path.unlink()
+        if not any(self.path.iterdir()):
+            self.path.rmdir()
 
 
 class Journal:

@@ -12,6 +12,7 @@ from atomeq.cli.door import output_format
 from atomeq.cli.plots import Panel, plot_lines
 from atomeq.cli.structures import structure_output, write_summary
 from atomeq.cli.terminal import Meter, say, show_table
+from atomeq.cli.verbs import settings
 from atomeq.data.recordings import Recording, read_recording, structures_of, write_systems
 from atomeq.files import refuse_unwritable
 from atomeq.potential.checkpoint import load_propagator, resolve_dtype, sha256
@@ -183,13 +184,12 @@ def _report(
         "velocities": "network" if loaded.step.propagator.gives_velocities else "trapezoidal rule",
         "errors": errors,
     }
-    settings = {k: v for k, v in options.as_dict().items() if k not in ("input", "out")}
     summary = write_summary(
         "rollout",
         options.out,
         source=options.input,
         calculator=loaded,
-        settings=settings,
+        settings=settings(options),
         results=results,
         role="propagator",
     )

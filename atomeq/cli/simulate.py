@@ -1,4 +1,4 @@
-"""``atomeq single-point``, ``atomeq relax`` and ``atomeq md``: structures in, results out."""
+"""``atomeq single-point`` and ``atomeq relax``: structures in, results out."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,15 +9,10 @@ from ase import Atoms
 from jsonargparse import Namespace
 
 from atomeq.calculators.ase import AtomeqCalculator, has_volume
-from atomeq.cli.dynamics import MolecularDynamicsRun
-from atomeq.cli.relaxation import RelaxationRun
-from atomeq.cli.restart import Checkpoint, identity
-from atomeq.cli.structures import (
-    output_format,
-    structure_output,
-    with_results,
-    write_summary,
-)
+from atomeq.cli.door import kept_path
+from atomeq.cli.relaxation import draw_relaxation, relaxed_in
+from atomeq.cli.restart import RunFolder, identity
+from atomeq.cli.structures import structure_output, with_results, write_summary
 from atomeq.cli.terminal import Meter, say, show_table
 from atomeq.cli.verbs import prepare, settings
 from atomeq.graph.convert import StructureError
@@ -26,7 +21,6 @@ from atomeq.units import GPA
 
 def single_point(options: Namespace) -> int:
     """Compute every structure of a file."""
-    output_format(options.out)
     calculator, structures = prepare(options, index=":")
     rows: list[dict[str, Any]] = []
     meter = Meter("single-point", len(structures), unit="structures")
@@ -42,24 +36,25 @@ def single_point(options: Namespace) -> int:
 
 def relax(options: Namespace) -> int:
     """Relax every structure of a file."""
-    output_format(options.out)
     calculator, structures = prepare(options, index=":")
     if options.cell:
         _refuse_cells_without_volume(options.input, structures)
-    run = RelaxationRun(structures, calculator, options)
+    about = identity(options, calculator, free=("checkpoint_interval",))
+    folder = RunFolder(kept_path("relax", options.out), about, restart=options.restart)
     rows: list[dict[str, Any]] = []
-    ended = run.run()
+    outcomes = relaxed_in(folder, structures, calculator, options)
     with structure_output(options.out) as output:
-        for atoms, end in zip(structures, ended, strict=True):
-            atoms.set_cell(end["cell"])
-            atoms.arrays["positions"][:] = end["positions"]  # constraints kept already
+        for atoms, outcome in zip(structures, outcomes, strict=True):
+            if outcome.graph is not None:
+                atoms.set_cell(outcome.graph.cell[0].cpu().numpy())
+                atoms.arrays["positions"][:] = outcome.graph.pos.cpu().numpy()
             frozen, row = _frozen(atoms, calculator)
             output.write(frozen)
-            converged = end["status"] == "converged"
-            row |= {"steps": end["steps"], "converged": converged, "status": end["status"]}
-            rows.append(row if converged else {**row, "reason": end["reason"]})
-    picture = run.draw()
-    run.remove()
+            row |= {"steps": outcome.n_steps, "converged": outcome.converged}
+            row |= {"status": outcome.status}
+            rows.append(row if outcome.converged else {**row, "reason": outcome.reason})
+    picture = draw_relaxation(options.out, folder, len(structures))
+    folder.remove()
     _finish("relax", options, calculator, rows, picture)
     return _say_what_failed(rows, options)
 
@@ -81,49 +76,6 @@ def _say_what_failed(rows: list[dict[str, Any]], options: Namespace) -> int:
         if row["status"] not in ("converged", "not_converged"):
             say(f"structure {k} {row['status']}: {row['reason']}")
     return 0 if all(row["converged"] for row in rows) else 1
-
-
-def md(options: Namespace) -> int:
-    """Run molecular dynamics from the last structure of a file."""
-    output_format(options.out)
-    calculator, structures = prepare(options, index="-1:")
-    atoms = structures[-1]
-    atoms.calc = calculator
-    run = MolecularDynamicsRun(
-        atoms,
-        ensemble=options.ensemble,
-        temperature=options.temperature,
-        timestep=options.timestep,
-        thermostat=options.thermostat,
-        thermostat_time=options.thermostat_time,
-        pressure=options.pressure,
-        isotropic=options.barostat == "isotropic",
-        barostat_time=options.barostat_time,
-        new_velocities=options.new_velocities,
-        seed=options.seed,
-    )
-    results = run.run(
-        options.steps,
-        out=options.out,
-        interval=options.interval,
-        checkpoint=Checkpoint(
-            Path(options.out).with_suffix(".checkpoint.json"),
-            identity(options, calculator, free=("steps", "checkpoint_interval")),
-        ),
-        checkpoint_interval=options.checkpoint_interval,
-        restart=options.restart,
-    )
-    summary = write_summary(
-        "md",
-        options.out,
-        source=options.input,
-        calculator=calculator,
-        settings=settings(options),
-        results=results,
-    )
-    show_table(["quantity", "value"], run.table(results))
-    say(f"wrote {', '.join([options.out, results['log'], *results['report']])} and {summary}")
-    return 0
 
 
 def _refuse_cells_without_volume(source: str, structures: list[Atoms]) -> None:

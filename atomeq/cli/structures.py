@@ -10,7 +10,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Protocol
 
-import ase.io
 import torch
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
@@ -18,7 +17,7 @@ from ase.io.extxyz import write_extxyz
 from ase.io.trajectory import TrajectoryWriter
 
 from atomeq.calculators.ase import AtomeqCalculator, has_volume
-from atomeq.cli.door import output_format
+from atomeq.cli.door import output_format, summary_path
 from atomeq.files import write_atomically
 
 #: Packages whose version a result depends on.
@@ -50,31 +49,17 @@ class StructureWriter:
     Args:
         path: The file to write.
         file_format: ``extxyz`` or ``traj``.
-        begin: An earlier file whose first frames come first, and its :attr:`extent` then.
     """
 
-    def __init__(self, path: Path, file_format: str, begin: tuple[Path, int] | None = None) -> None:
-        self.path = path
-        self._n_frames = 0
+    def __init__(self, path: Path, file_format: str) -> None:
         self._stream = self._trajectory = None
         if file_format == "extxyz":
-            if begin is not None:
-                copy_beginning(*begin, path)
-            self._stream = path.open("w" if begin is None else "a", encoding="utf-8")
-            return
-        self._trajectory = TrajectoryWriter(path, "w")
-        if begin is not None:
-            for atoms in ase.io.iread(begin[0], index=f":{begin[1]}", format="traj"):
-                self.write(atoms)
-
-    @property
-    def extent(self) -> int:
-        """How much there is by now: bytes of text, frames of a trajectory."""
-        return self._n_frames if self._stream is None else self._stream.tell()
+            self._stream = path.open("w", encoding="utf-8")
+        else:
+            self._trajectory = TrajectoryWriter(path, "w")
 
     def write(self, atoms: Atoms) -> None:
         """Append a structure with the results its calculator has for it."""
-        self._n_frames += 1
         if self._stream is not None:
             write_extxyz(self._stream, [atoms])
             self._stream.flush()
@@ -89,41 +74,15 @@ class StructureWriter:
 
 
 @contextmanager
-def structure_output(
-    path: str | Path,
-    *,
-    keep_on: tuple[type[BaseException], ...] = (),
-    begin: tuple[Path, int] | None = None,
-) -> Iterator[StructureWriter]:
-    """Open a file for structures that appears under its name when the block ends well.
-
-    Args:
-        path: The file.
-        keep_on: See :func:`~atomeq.files.write_atomically`.
-        begin: See :class:`StructureWriter`.
-    """
+def structure_output(path: str | Path) -> Iterator[StructureWriter]:
+    """Open a file for structures that appears under its name when the block ends well."""
     file_format = output_format(path)
-    with write_atomically(path, keep_on=keep_on) as partial:
-        writer = StructureWriter(partial, file_format, begin)
+    with write_atomically(path) as partial:
+        writer = StructureWriter(partial, file_format)
         try:
             yield writer
         finally:
             writer.close()
-
-
-def copy_beginning(source: Path, n_bytes: int, path: Path) -> None:
-    """Copy the first bytes of a file.
-
-    Raises:
-        ValueError: There are not as many.
-    """
-    content = source.read_bytes()[:n_bytes] if source.exists() else b""
-    if len(content) < n_bytes:
-        raise ValueError(
-            f"{source}, what the interrupted run wrote, is missing or too short; start afresh "
-            "without --restart"
-        )
-    path.write_bytes(content)
 
 
 def with_results(atoms: Atoms, calculator: AtomeqCalculator) -> Atoms:
@@ -135,11 +94,6 @@ def with_results(atoms: Atoms, calculator: AtomeqCalculator) -> Atoms:
     frozen = atoms.copy()
     frozen.calc = SinglePointCalculator(frozen, **results)
     return frozen
-
-
-def summary_path(out: str | Path) -> Path:
-    """Return the summary's path: ``cu.extxyz`` has ``cu.summary.json`` beside it."""
-    return Path(out).with_suffix(".summary.json")
 
 
 def write_summary(

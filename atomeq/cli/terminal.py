@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any, NoReturn
 
-from jsonargparse import ArgumentParser, DefaultHelpFormatter
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -50,6 +50,7 @@ class Parser(ArgumentParser):
     def __init__(self, prog: str, description: str) -> None:
         super().__init__(prog=prog, description=description, formatter_class=HelpFormatter)
         self._doors: dict[str, Callable[[Any], object]] = {}
+        self._outputs: Callable[[Namespace], None] | None = None
 
     def door(self, **checks: Callable[[Any], object]) -> None:
         """Check the values of options once they are parsed; a check raises what is wrong."""
@@ -68,8 +69,15 @@ class Parser(ArgumentParser):
             for one in value if isinstance(value, list) else [value]:
                 if one is not None:
                     check(one)
+        if self._outputs is not None:
+            self._outputs(options)
         module, _, function = work.partition(":")
         return getattr(importlib.import_module(module), function)(options)
+
+    def add_overwrite(self, check: Callable[[Namespace], None] | None = None) -> None:
+        """Add the option without which no output is replaced, and the check that none is."""
+        self.add_argument("--overwrite", action="store_true", help="replace outputs that exist")
+        self._outputs = check
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Write the message with the way to the help, and exit."""
@@ -160,6 +168,11 @@ class Meter:
         self._last_line, self._told = now, (self.done, note)
         self.console.file.write(f"{self.line()}{', ' + note if note else ''}\n")
         self.console.file.flush()
+
+    def skip(self, steps: int) -> None:
+        """Count steps that an earlier run has done."""
+        self.done += steps
+        self._done_before += steps
 
     def line(self) -> str:
         """Return the progress in words."""

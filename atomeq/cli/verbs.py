@@ -54,7 +54,8 @@ def prepare_crystal(verb: str, options: Namespace) -> tuple[AtomeqCalculator, At
 
 def settings(options: Namespace) -> dict[str, Any]:
     """Return the options of a run as a summary tells them."""
-    return {key: value for key, value in options.as_dict().items() if key not in ("input", "out")}
+    hidden = ("input", "out", "overwrite")
+    return {key: value for key, value in options.as_dict().items() if key not in hidden}
 
 
 def relaxed(

@@ -167,16 +167,17 @@ class Flight(Generic[S]):
 
     def _ended_before(self) -> Iterator[Outcome]:
         """Yield what ended before a restart; what now has longer to go is set aside for it."""
-        assert self.recorder is not None or not self._ends
         for end in self._ends:
+            assert self.recorder is not None
+            passenger, state = end.passenger, end.state
             unfinished = end.status in ("completed", "not_converged")
-            goes_on = unfinished and end.state is not None and self.ended(end.state)[0] is None
-            self.recorder.cut(end.passenger.index, end.sizes[0 if goes_on else 1])
-            if goes_on:
-                self._aside.append((end.passenger, end.state))
+            if state is not None and unfinished and self.ended(state)[0] is None:
+                self.recorder.cut(passenger.index, end.sizes[0])
+                self._aside.append((passenger, state))
                 continue
-            graph = None if end.state is None else _bare(end.state.graph)
-            name = end.passenger.index, end.passenger.id
+            self.recorder.cut(passenger.index, end.sizes[1])
+            graph = None if state is None else _bare(state.graph)
+            name = passenger.index, passenger.id
             yield Outcome(*name, end.status, end.reason, end.n_steps, graph)
 
     def _fits(self, n_edges: int, n_running: int) -> bool:

@@ -214,7 +214,7 @@ class VelocityVerlet(Integrator):
         """Evaluate the structures; the drift of their centre of mass is taken out once."""
         return self.start(graph, evaluate, seeds=seeds)
 
-    def step(self, state: MDState, evaluate: Evaluator) -> MDState:
+    def step(self, state: S, evaluate: Evaluator) -> S:
         """Take one step."""
         velocities = state.graph["velocities"] + self.timestep / 2 * acceleration(state.graph)
         graph = evaluate(drift(state.graph, velocities, self.timestep))

@@ -116,8 +116,12 @@ class Recorder:
             indices: Of its structures.
             entered: These structures have just begun: their files start anew.
         """
-        steps = state.n_steps.tolist()
-        due = [k for k, n in enumerate(steps) if entered or n % self.interval == 0]
+        steps, broken = state.n_steps.tolist(), state.failed.tolist()
+        due = [
+            k
+            for k, n in enumerate(steps)
+            if not broken[k] and (entered or n % self.interval == 0)  # else it was written before
+        ]
         if not due:
             return
         systems = torch.tensor(due, device=state.n_steps.device)

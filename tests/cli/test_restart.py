@@ -12,13 +12,12 @@ import pytest
 from atomeq.calculators.ase import AtomeqCalculator
 from atomeq.calculators.elastic_band import BatchedNEB
 from atomeq.cli import main
-from atomeq.cli.dynamics import MolecularDynamicsRun
 from atomeq.dynamics.evaluator import Evaluator
 
 MD = "md cu.extxyz --potential small --timestep 0.5 --interval 3 --checkpoint-interval 5 --steps 24"
 ENSEMBLES = [  # nve goes into the binary trajectory below
     "nvt",
-    "nvt --thermostat langevin",
+    "nvt --thermostat langevin --temperature-end 400",
     "npt --barostat anisotropic",
     pytest.param("npt", marks=pytest.mark.slow),
 ]
@@ -57,7 +56,7 @@ def summary(name):
 def test_a_killed_md_goes_on_bit_for_bit(ensemble, run, workdir, monkeypatch):
     words = f"{MD} --ensemble {ensemble} --out"
     assert run(f"{words} whole.extxyz") == 0
-    killed(f"{words} md.extxyz", monkeypatch, MolecularDynamicsRun, "_frame", 6)  # at step 15
+    killed(f"{words} md.extxyz", monkeypatch, Evaluator, "__call__", 16)
     assert not (workdir / "md.extxyz").exists()
     assert run(f"{words} md.extxyz --restart") == 0
     assert summary("md")["restarted_at_step"] == 10
@@ -65,7 +64,7 @@ def test_a_killed_md_goes_on_bit_for_bit(ensemble, run, workdir, monkeypatch):
         whole = (workdir / f"whole{suffix}").read_bytes()
         assert (workdir / f"md{suffix}").read_bytes() == whole
     assert sorted(path.name for path in workdir.glob("md*")) == [
-        *("md.extxyz", "md.log.csv", "md.png", "md.report.json", "md.summary.json")
+        *("md.extxyz", "md.log.csv", "md.png", "md.report.json", "md.restart", "md.summary.json")
     ]
 
 
@@ -73,7 +72,7 @@ def test_a_killed_md_goes_on_in_a_binary_trajectory_and_may_last_longer(run, wor
     words = f"{MD} --ensemble nve"
     assert run(f"{words} --out whole.traj") == 0
     shorter = words.replace("--steps 24", "--steps 20")
-    killed(f"{shorter} --out md.traj", monkeypatch, MolecularDynamicsRun, "_frame", 6)
+    killed(f"{shorter} --out md.traj", monkeypatch, Evaluator, "__call__", 16)
     assert run(f"{words} --out md.traj --restart --temperature 400") == 2  # another run
     assert run(f"{words} --out md.traj --restart") == 0
     whole, again = (ase.io.read(f"{name}.traj", index=":") for name in ("whole", "md"))

@@ -10,8 +10,7 @@ from typing import get_args
 import pytest
 
 from atomeq.cli import VERBS
-from atomeq.cli.dynamics import Ensemble, Thermostat
-from atomeq.cli.parsers import data, screen, simulation
+from atomeq.cli.parsers import data, screen
 from atomeq.data.nbody import System
 from atomeq.data.oc20_write import FileFormat
 from atomeq.screening.run import EngineName
@@ -102,10 +101,8 @@ def test_bad_words_need_no_torch(cases, tmp_path):
 
 def test_choices_of_the_parsers_are_those_of_what_does_the_work():
     """They are written twice, for the parsers import nothing that needs torch."""
-    md, nbody = simulation.build_parser("md"), data._data_parser("nbody")
+    nbody = data._data_parser("nbody")
     for parser, words, option, choices in (
-        (md, "cu.xyz --potential x --out o.xyz", "ensemble", get_args(Ensemble)),
-        (md, "cu.xyz --potential x --out o.xyz", "thermostat", get_args(Thermostat)),
         (data._data_parser("convert"), "a b", "format", get_args(FileFormat)),
         (nbody, "out.npz", "system", get_args(System)),
         (screen.build_parser(), "a --out o", "engine", get_args(EngineName)),

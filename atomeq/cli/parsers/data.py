@@ -5,7 +5,13 @@ from typing import Literal
 
 from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 
-from atomeq.cli.door import data_source, device_name, existing_file
+from atomeq.cli.door import (
+    data_source,
+    device_name,
+    existing_file,
+    refuse_old_files,
+    refuse_old_output,
+)
 from atomeq.cli.terminal import Parser, say
 from atomeq.files import refuse_unwritable
 from atomeq.potential.folders import find_potential, find_propagator
@@ -134,6 +140,8 @@ def _data_parser(command: str) -> Parser:
         return _add_nbody_options(parser)
     parser.add_argument("source", metavar="SOURCE", type=str, help="folder or file of OC20 data")
     parser.door(source=data_source)
+    if command == "metadata":
+        parser.add_overwrite()
     if command == "convert":
         parser.add_argument("target", metavar="TARGET", type=str, help="new folder")
         parser.add_argument(
@@ -156,6 +164,7 @@ def _data_parser(command: str) -> Parser:
 
 def _add_nbody_options(parser: Parser) -> Parser:
     parser.add_argument("out", metavar="OUT", type=str, help="OUT.npz")
+    parser.add_overwrite(refuse_old_files("out"))
     parser.add_argument(
         "--system", type=Literal["charged", "gravity"], default="charged", help="forces"
     )
@@ -173,6 +182,7 @@ def _is2re_parser() -> Parser:
         "--potential", required=True, type=str, help="name or folder of a potential"
     )
     parser.add_argument("--out", required=True, type=str, help="OUT.json: metrics and systems")
+    parser.add_overwrite(refuse_old_files("out"))
     parser.add_argument("--fmax", type=PositiveFloat, default=0.02, help="largest force, eV/Å")
     parser.add_argument("--max-steps", type=PositiveInt, default=300, help="end a relaxation after")
     parser.add_argument("--limit", type=PositiveInt, default=None, help="only the first so many")
@@ -190,6 +200,7 @@ def _rollout_parser() -> Parser:
         "--propagator", required=True, type=str, help="folder that a fit of propagation has left"
     )
     parser.add_argument("--out", required=True, type=str, help="OUT.npz, OUT.extxyz or OUT.traj")
+    parser.add_overwrite(refuse_old_output("rollout"))
     parser.add_argument("--steps", type=PositiveInt, default=1, help="number of long steps")
     parser.add_argument("--frame", type=int, default=-1, help="of the input to start from")
     parser.add_argument("--reference", type=str, default=None, help="true motion to compare with")

@@ -6,7 +6,13 @@ from typing import Literal
 
 from jsonargparse.typing import PositiveFloat
 
-from atomeq.cli.door import checkable, device_name, existing_file
+from atomeq.cli.door import (
+    checkable,
+    device_name,
+    existing_file,
+    refuse_old_files,
+    refuse_old_potential,
+)
 from atomeq.cli.terminal import Parser
 from atomeq.files import refuse_unwritable
 from atomeq.potential.folders import find_potential
@@ -109,6 +115,7 @@ def _check_parser() -> Parser:
         help="of a potential; float32 gets wider tolerances",
     )
     parser.add_argument("--json", type=str, default=None, help="write the results there as well")
+    parser.add_overwrite(refuse_old_files("json"))
     parser.door(
         target=checkable, structure=existing_file, json=refuse_unwritable, device=device_name
     )
@@ -123,6 +130,7 @@ def _convert_parser() -> Parser:
     parser = Parser("atomeq convert", _CONVERT)
     parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="a .pt file")
     parser.add_argument("out", metavar="OUT", type=Path, help="folder of the new potential")
+    parser.add_overwrite(refuse_old_potential)
     parser.add_argument(
         "--ema", action="store_true", help="take the running average of the weights"
     )
@@ -142,6 +150,7 @@ def _export_parser() -> Parser:
         "potential", metavar="POTENTIAL", type=str, help="name or folder of a potential"
     )
     parser.add_argument("--out", required=True, type=Path, help="OUT.pt2")
+    parser.add_overwrite(refuse_old_files("out"))
     parser.add_argument(
         "--dtype",
         type=Literal["float32", "float64"],

@@ -5,7 +5,7 @@ from typing import Literal
 
 from jsonargparse.typing import PositiveFloat, PositiveInt
 
-from atomeq.cli.door import device_name, existing_file, existing_path
+from atomeq.cli.door import device_name, existing_file, existing_path, refuse_old_files
 from atomeq.cli.terminal import Parser
 from atomeq.potential.folders import find_potential
 
@@ -91,6 +91,7 @@ def build_parser() -> Parser:
     parser.add_argument("--dry-run", action="store_true", help="estimate time and memory only")
     parser.add_argument("--export-db", type=str, default=None, help="also write an ASE database")
     parser.add_argument("--export-chemiscope", type=str, default=None, help="also write its JSON")
+    parser.add_overwrite(refuse_old_files("export_db", "export_chemiscope"))
     parser.door(
         sources=existing_path,
         potential=find_potential,

@@ -5,14 +5,14 @@ from typing import Literal
 
 from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 
-from atomeq.cli.door import device_name, existing_file, output_format
+from atomeq.cli.door import device_name, existing_file, output_format, refuse_old_output
 from atomeq.cli.terminal import Parser
 from atomeq.potential.folders import find_potential
 
 _WORK = {
     "single-point": "atomeq.cli.simulate:single_point",
     "relax": "atomeq.cli.simulate:relax",
-    "md": "atomeq.cli.simulate:md",
+    "md": "atomeq.cli.dynamics:md",
     "neb": "atomeq.cli.neb:neb",
     "serve": "atomeq.cli.serve:serve",
 }
@@ -37,20 +37,24 @@ example:
   atomeq relax cu.cif --potential cu-pbe --out relaxed.extxyz --fmax 0.01 --cell
 """,
     "md": """\
-Run molecular dynamics from the last structure of a file. Velocities are those of the file, or
-drawn for --temperature. Beside the trajectory OUT.extxyz stand OUT.log.csv (energies, temperature),
+Run molecular dynamics from the last structure of a file; --index picks another (0 is the first),
+or several (:10) or all (:), which run as a batch. Velocities are those of the file, or drawn for
+--temperature. Beside the trajectory OUT.extxyz stand OUT.log.csv (energies, temperature),
 OUT.report.json and OUT.png (temperature, total energy, radial distribution, mean squared
-displacement) and OUT.summary.json. A run that is interrupted leaves OUT.part-<process>.extxyz and
-OUT.checkpoint.json, from which --restart goes on, whatever the thermostat, to the very trajectory
-of an uninterrupted run (on a GPU up to rounding).
+displacement) and OUT.summary.json; of several structures each has its own, OUT-0.extxyz and so on,
+and they share picture and summary. The folder OUT.restart has all that a run needs to go on: with
+--restart an interrupted one ends as if it had never stopped (on a GPU up to rounding), and one that
+has ended is extended to the --steps that are asked for. Exit code 1 says that a structure broke
+down on the way; its frames so far are kept.
 
 nve  velocity Verlet: constant energy
-nvt  --thermostat bussi (stochastic velocity rescaling) or langevin
-npt  Langevin thermostat and barostat (BAOAB); --barostat isotropic keeps the shape of the cell
+nvt  --thermostat bussi (stochastic velocity rescaling), langevin (BAOAB) or nose-hoover (chains)
+npt  Langevin thermostat and barostat; --barostat isotropic keeps the shape of the cell
 
-example:
+examples:
   atomeq md cu.cif --potential cu-pbe --ensemble nvt --temperature 300 --timestep 2 --steps 1000 \\
       --out md.extxyz
+  atomeq md cu.cif --potential cu-pbe --temperature 300 --temperature-end 1200 --out heated.extxyz
 """,
     "neb": """\
 Find the path of least energy between two structures with a nudged elastic band: improved tangent,
@@ -116,6 +120,7 @@ def simulation_parser(
     if out:
         parser.add_argument("--out", required=True, type=str, help="OUT.extxyz or OUT.traj")
         parser.door(out=output_format)
+        parser.add_overwrite(refuse_old_output(verb))
     parser.add_argument("--device", type=str, default="cpu", help="cpu, cuda or cuda:1")
     parser.add_argument(
         "--dtype",
@@ -144,34 +149,30 @@ def _add_relax_options(parser: Parser) -> None:
 
 
 def _add_md_options(parser: Parser) -> None:
-    parser.add_argument(
-        "--ensemble", type=Literal["nve", "nvt", "npt"], default="nvt", help="nve, nvt or npt"
+    add = parser.add_argument
+    add("--index", type=str, default="-1", help="which structures of the file, as ASE's index")
+    add("--ensemble", type=Literal["nve", "nvt", "npt"], default="nvt", help="nve, nvt or npt")
+    add("--temperature", type=PositiveFloat, default=300.0, help="K")
+    add(
+        "--temperature-end",
+        type=PositiveFloat,
+        default=None,
+        help="K; the thermostat's changes evenly to it over --steps",
     )
-    parser.add_argument("--temperature", type=PositiveFloat, default=300.0, help="K")
-    parser.add_argument("--timestep", type=PositiveFloat, default=1.0, help="fs")
-    parser.add_argument("--steps", type=PositiveInt, default=1000, help="number of steps")
-    parser.add_argument(
-        "--thermostat", type=Literal["bussi", "langevin"], default="bussi", help="of nvt"
-    )
-    parser.add_argument(
-        "--thermostat-time", type=PositiveFloat, default=100.0, help="its relaxation time, fs"
-    )
-    parser.add_argument("--pressure", type=float, default=0.0, help="of npt, GPa")
-    parser.add_argument(
-        "--barostat", type=Literal["isotropic", "anisotropic"], default="isotropic", help="of npt"
-    )
-    parser.add_argument(
-        "--barostat-time", type=PositiveFloat, default=1000.0, help="its relaxation time, fs"
-    )
-    parser.add_argument(
-        "--interval", type=PositiveInt, default=10, help="steps between frames and log lines"
-    )
-    parser.add_argument(
-        "--checkpoint-interval", type=PositiveInt, default=100, help="steps between checkpoints"
-    )
-    parser.add_argument("--restart", action="store_true", help=RESTART_HELP)
-    parser.add_argument("--new-velocities", action="store_true", help="ignore those of the file")
-    parser.add_argument("--seed", type=NonNegativeInt, default=0, help="of velocities and noise")
+    add("--timestep", type=PositiveFloat, default=1.0, help="fs")
+    add("--steps", type=PositiveInt, default=1000, help="number of steps, earlier ones included")
+    thermostats = Literal["bussi", "langevin", "nose-hoover"]
+    add("--thermostat", type=thermostats, default="bussi", help="of nvt")
+    add("--thermostat-time", type=PositiveFloat, default=100.0, help="its relaxation time, fs")
+    add("--pressure", type=float, default=0.0, help="of npt, GPa")
+    barostats = Literal["isotropic", "anisotropic"]
+    add("--barostat", type=barostats, default="isotropic", help="of npt")
+    add("--barostat-time", type=PositiveFloat, default=1000.0, help="its relaxation time, fs")
+    add("--interval", type=PositiveInt, default=10, help="steps between frames and log lines")
+    add("--checkpoint-interval", type=PositiveInt, default=100, help="steps between checkpoints")
+    add("--restart", action="store_true", help=RESTART_HELP)
+    add("--new-velocities", action="store_true", help="ignore those of the file")
+    add("--seed", type=NonNegativeInt, default=0, help="of velocities and noise")
 
 
 def _add_neb_options(parser: Parser) -> None:
