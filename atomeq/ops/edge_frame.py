@@ -102,8 +102,8 @@ def checked_edges(edge_index: EdgeIndex, n_sources: int, n_targets: int) -> Edge
         lowest, highest = (int(end) for end in torch.aminmax(edge_index[row]))
         if lowest < 0 or highest >= n_atoms:
             raise IndexError(
-                f"row {row} of edge_index names the atoms {lowest} to {highest}; with {n_atoms} "
-                f"atoms they are 0 to {n_atoms - 1}"
+                f"row {row} of edge_index names an atom that is not there: {lowest} to {highest}, "
+                f"of {n_atoms} atoms"
             )
     return edge_index
 
