@@ -166,7 +166,17 @@ def build_segno_nbody(config: dict[str, Any]) -> nn.Module:
         n_inputs=config["in_node_nf"],
         n_edge_features=config["in_edge_nf"],
         hidden_channels=config["hidden_nf"],
+        **segno_options(config),
     )
+
+
+def segno_options(config: dict[str, Any]) -> dict[str, Any]:
+    """Return what all three forms of SEGNO have in common."""
+    return {
+        "residual": config["recurrent"],
+        "tanh": config["tanh"],
+        "pull_scale": config.get("coords_weight", 1.0),
+    }
 
 
 def run_segno(model: Any, inputs: Tensors, features: tuple[Tensor, Tensor]) -> Tensors:
@@ -186,6 +196,7 @@ def build_segno_md22(config: dict[str, Any]) -> nn.Module:
         n_edge_features=config["in_edge_nf"],
         hidden_channels=config["hidden_nf"],
         normalize=config["norm_diff"],
+        **segno_options(config),
     )
 
 
@@ -201,11 +212,15 @@ def md22_features(inputs: Tensors) -> tuple[Tensor, Tensor]:
 
 
 def build_segno_motion(config: dict[str, Any]) -> nn.Module:
+    if config.get("learnable"):
+        raise ValueError("learnable sticks raise a NameError in the reference")
     return segno_motion.SEGNOMotion(
         config["in_node_nf"],
         config["in_edge_nf"],
         hidden_channels=config["hidden_nf"],
         num_steps=config["n_layers"],
+        normalize=config["norm_diff"],
+        **segno_options(config),
     )
 
 
@@ -216,7 +231,8 @@ def run_segno_motion(model: Any, inputs: Tensors) -> Tensors:
     edges = torch.cat([inputs["edge_attr0"], squared], dim=1)
     nodes, _ = md22_features(inputs)
     sticks = inputs.get("cfg_Stick", torch.zeros(0, 2, dtype=torch.long))
-    x, v = model(inputs["x"], inputs["v"], nodes, edges, flipped(inputs), sticks)
+    hinges = inputs.get("cfg_Hinge")
+    x, v = model(inputs["x"], inputs["v"], nodes, edges, flipped(inputs), sticks, hinges)
     return {"out.x": x, "out.v": v}
 
 

@@ -117,16 +117,23 @@ def averaged(
             found[f"{stem}.forces"] = wrapper(graph)["forces"]
         theirs = wanted[f"{stem}.rot"].to(matrices)
         found[f"{stem}.rot"] = in_their_order(matrices.detach(), theirs)
+        if len(matrices.detach().flatten(1).round(decimals=6).unique(dim=0)) != len(matrices):
+            report.fail(f"{stem}: two frames are one")
         if len(matrices) != len(theirs) or not bool((weights == weights[0, 0]).all()):
             report.fail(f"{stem}: {len(matrices)} frames, the reference has {len(theirs)}")
     return found
 
 
 def in_their_order(ours: Tensor, theirs: Tensor) -> Tensor:
-    """Sort frames (n_frames, n_graphs, 3, 3) so that each stands where its nearest does."""
-    distance = (ours[None] - theirs[:, None]).abs().amax(dim=(3, 4))  # theirs, ours, n_graphs
-    nearest = distance.argmin(dim=1)  # (n_frames, n_graphs)
-    return torch.gather(ours, 0, nearest[..., None, None].expand_as(ours))
+    """Sort frames (n_frames, n_graphs, 3, 3) so that each stands where its nearest does.
+
+    The sign of an eigenvector, a column, is the eigensolver's whim, and so is their order.
+    """
+    signs = (ours[None] * theirs[:, None]).sum(dim=3, keepdim=True).sign()
+    turned = ours[None] * signs  # (theirs, ours, n_graphs, 3, 3)
+    distance = (turned - theirs[:, None]).abs().amax(dim=(3, 4))
+    nearest = distance.argmin(dim=1)[:, None, :, None, None]  # (theirs, 1, n_graphs, 1, 1)
+    return torch.gather(turned, 1, nearest.expand(-1, 1, *ours.shape[1:]))[:, 0]
 
 
 def align_edges(found: Tensors, wanted: Tensors) -> None:

@@ -64,6 +64,10 @@ class SEGNOPropagator(Propagator):
         normalize: Divide directions by their length plus one.
         final_bias: Give the strength of a pull a bias.
         largest_pull: Bound of each component of a neighbour's pull; not equivariant where it acts.
+        residual: Features change by what the layer gives; else they become it, as published where
+            ``recurrent`` is off, whatever the length of a step.
+        tanh: Bound the strength of a pull to +-1.
+        pull_scale: Factor of the mean pull, ``coords_weight`` of the reference.
     """
 
     def __init__(
@@ -80,6 +84,9 @@ class SEGNOPropagator(Propagator):
         normalize: bool = False,
         final_bias: bool = True,
         largest_pull: float | None = None,
+        residual: bool = True,
+        tanh: bool = False,
+        pull_scale: float = 1.0,
     ) -> None:
         super().__init__()
         if num_steps < 1 or horizon <= 0:
@@ -93,6 +100,8 @@ class SEGNOPropagator(Propagator):
         self.num_steps = num_steps
         self.horizon = horizon
         self.feature_rate = feature_rate
+        self.residual = residual
+        self.pull_scale = pull_scale
         self.embedding = nn.Linear(n_inputs, hidden_channels)
         self.layer = Acceleration(
             hidden_channels,
@@ -101,6 +110,7 @@ class SEGNOPropagator(Propagator):
             normalize=normalize,
             final_bias=final_bias,
             largest_pull=largest_pull,
+            tanh=tanh,
         )
 
     def forward(
@@ -135,20 +145,22 @@ class SEGNOPropagator(Propagator):
         counts = motion.pos.new_zeros(n_atoms).index_add(
             0, edge_index[1], motion.pos.new_ones(edge_index.shape[1])
         )
-        share = 1.0 / counts.clamp(min=1.0)[:, None]  # turns sums over neighbours into means
+        share = self.pull_scale / counts.clamp(min=1.0)[:, None]  # of a sum: the mean
         h, pos, velocities = motion
         for _ in range(self.num_steps):
             if drift_before:
                 pos = pos + drift_before * velocities
             pull, h_rate, gate = self.layer(h, pos, edge_features, edge_index)
-            if leapfrog and self.feature_rate:  # midpoint rule, or the features are of first order
+            if (
+                leapfrog and self.feature_rate and self.residual
+            ):  # midpoint rule, or the features are of first order
                 middle = h + growth / 2 * h_rate
                 pull, h_rate, gate = self.layer(middle, pos, edge_features, edge_index)
             if gate is not None:
                 velocities = gate * velocities
             velocities = velocities + dt * share * pull
             pos = pos + (dt - drift_before) * velocities
-            h = h + growth * h_rate
+            h = h + growth * h_rate if self.residual else h_rate
             yield Motion(h, pos, velocities)
 
 
@@ -164,6 +176,7 @@ class Acceleration(nn.Module):
         normalize: bool,
         final_bias: bool,
         largest_pull: float | None,
+        tanh: bool,
     ) -> None:
         super().__init__()
         self.normalize = normalize
@@ -172,7 +185,8 @@ class Acceleration(nn.Module):
         self.node_mlp = MLP((2 * channels, channels, channels))
         final = nn.Linear(channels, 1, bias=final_bias)
         nn.init.xavier_uniform_(final.weight, gain=1e-3)
-        self.coord_mlp = nn.Sequential(nn.Linear(channels, channels), nn.SiLU(), final)
+        bound = [nn.Tanh()] if tanh else []
+        self.coord_mlp = nn.Sequential(nn.Linear(channels, channels), nn.SiLU(), final, *bound)
         self.coord_mlp_vel = MLP((channels, channels, 1)) if velocity_gate else None
 
     def forward(

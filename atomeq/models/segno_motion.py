@@ -8,7 +8,7 @@ reference does and we would not:
 
 * steps have length one, whatever their number: fewer steps shorten the horizon;
 * the factor of a stick's central acceleration, a network of the normalised squared force, is a
-  constant, for a single number normalised is always one;
+  constant but for the smallest forces, for a single number normalised is one;
 * velocity gates are in its weights but take part in the spin of a hinge's arms only;
 * its learnable sticks, which would not keep their length, raise a NameError and are left out.
 """
@@ -37,6 +37,10 @@ class SEGNOMotion(nn.Module):
         n_edge_features: Features given with each edge.
         hidden_channels: Channels of particles and messages.
         num_steps: Steps, each one unit of time long.
+        residual: Features change by what the layer gives; else they become it.
+        normalize: Divide directions by their length plus one.
+        tanh: Bound the strength of a pull to +-1.
+        pull_scale: Factor of the force, ``coords_weight`` of the reference.
     """
 
     def __init__(
@@ -46,15 +50,23 @@ class SEGNOMotion(nn.Module):
         *,
         hidden_channels: int = 64,
         num_steps: int = 6,
+        residual: bool = True,
+        normalize: bool = False,
+        tanh: bool = False,
+        pull_scale: float = 1.0,
     ) -> None:
         super().__init__()
         channels = hidden_channels
         self.num_steps = num_steps
+        self.residual = residual
+        self.normalize = normalize
+        self.pull_scale = pull_scale
         self.embedding = nn.Linear(n_inputs, channels)
         self.edge_mlp = PairMLP(channels, 1 + n_edge_features)
         final = nn.Linear(channels, 1, bias=False)
         nn.init.xavier_uniform_(final.weight, gain=1e-3)
-        self.coord_mlp = nn.Sequential(nn.Linear(channels, channels), nn.SiLU(), final)
+        bound = [nn.Tanh()] if tanh else []
+        self.coord_mlp = nn.Sequential(nn.Linear(channels, channels), nn.SiLU(), final, *bound)
         self.node_mlp = MLP((3 * channels, channels, channels))
         self.f_stick_mlp = MLP((1, channels, 1))
         self.f_hinge_mlp = MLP((9, channels, 3))
@@ -91,11 +103,11 @@ class SEGNOMotion(nn.Module):
             raise ValueError("a particle belongs to one stick or one hinge, not to several")
         h = self.embedding(node_features)
         for _ in range(self.num_steps):
-            h, force = self.force(h, pos, edge_features, edge_index)
+            after, force = self.force(h, pos, edge_features, edge_index)
             moved = self.advance(pos, velocities, force, sticks)
             if hinges is not None and len(hinges):
                 moved = self.swing(h, (pos, velocities, force), moved, hinges)
-            pos, velocities = moved
+            h, (pos, velocities) = after, moved  # hinges turn by the features of before
         return pos, velocities
 
     def force(
@@ -106,10 +118,13 @@ class SEGNOMotion(nn.Module):
         separation = pos.index_select(0, target) - pos.index_select(0, source)  # towards receivers
         squared = (separation**2).sum(dim=1, keepdim=True)
         m = self.edge_mlp(h, torch.cat([squared, edge_features], dim=1), edge_index)
+        if self.normalize:
+            separation = separation / (squared.sqrt() + 1.0)
         pull = (separation * self.coord_mlp(m)).clamp(-LARGEST_PULL, LARGEST_PULL)
         total = segment_sum(m, target, len(h))
-        h = h + self.node_mlp(torch.cat([h, h, total], dim=1))
-        return h, segment_mean(pull, target, len(h))
+        new = self.node_mlp(torch.cat([h, h, total], dim=1))
+        force = self.pull_scale * segment_mean(pull, target, len(h))
+        return h + new if self.residual else new, force
 
     def advance(
         self, pos: Positions, velocities: Tensor, force: Tensor, sticks: Sticks
@@ -123,12 +138,12 @@ class SEGNOMotion(nn.Module):
         # (n_sticks, 2, 3): both ends of each stick, as seen from its centre
         centre, arms = _centred(pos[sticks])
         centre_velocity, arm_velocities = _centred(velocities[sticks])
-        centre_force, _ = _centred(force[sticks])
         inertia = (arms**2).sum(dim=(1, 2))[:, None]
         spin = torch.linalg.cross(arms, arm_velocities).sum(dim=1) / inertia
         spin = spin + torch.linalg.cross(arms, force[sticks]).sum(dim=1) / inertia
-        factor = self.f_stick_mlp(pos.new_ones(1, 1))
-        centre_velocity = centre_velocity + factor * centre_force
+        squared_force = (force[sticks] ** 2).sum(dim=-1, keepdim=True)
+        factor = self.f_stick_mlp(normalize(squared_force, dim=-1))
+        centre_velocity = centre_velocity + (factor * force[sticks]).mean(dim=1)
         centre = centre + centre_velocity
         arms = _turned(arms, spin[:, None, :])
         end_pos = centre[:, None] + arms

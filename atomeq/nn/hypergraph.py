@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from atomeq.ops.segment import segment_mean, segment_sum
 
 Aggregation = Literal["mean", "sum"]
-Normalization = Literal["ln", "bn", "none"]
+Normalization = Literal["ln", "bn", "none", "None"]  # the last one is the reference's word
 
 _AGGREGATIONS = {"mean": segment_mean, "sum": segment_sum}
 
@@ -47,13 +47,16 @@ class HypergraphMLP(nn.Module):
         if num_layers < 1:
             raise ValueError(f"a perceptron needs at least one layer, not {num_layers}")
         makers = {"ln": nn.LayerNorm, "bn": nn.BatchNorm1d, "none": lambda _: nn.Identity()}
+        maker = makers.get(normalization.lower())
+        if maker is None:
+            raise ValueError(f"normalization {normalization!r} is unknown; there are ln, bn, none")
         widths = [n_in, *[n_hidden] * (num_layers - 1), n_out]
         self.activation = activation
         self.dropout = nn.Dropout(dropout)
         self.lins = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
         # The first place is that of a normalisation of inputs, which no published model has.
         self.normalizations = nn.ModuleList(
-            [nn.Identity(), *(makers[normalization](n_hidden) for _ in range(num_layers - 1))]
+            [nn.Identity(), *(maker(n_hidden) for _ in range(num_layers - 1))]
         )
 
     def forward(self, x: Tensor) -> Tensor:
