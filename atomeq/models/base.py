@@ -91,6 +91,7 @@ class AtomisticModel(ConfiguredModule):
     Attributes:
         cutoff: Radius beyond which two atoms do not see each other, Å.
         outputs: What :meth:`forward` returns.
+        readouts: Submodules that :meth:`node_features` has no use for.
         exempt_laws: Laws of physics the method cannot keep by construction, and why, by the names
             that ``atomeq check`` prints. A model that keeps such a law after all is refused by
             :func:`~atomeq.check.model.validate_model`.
@@ -98,6 +99,7 @@ class AtomisticModel(ConfiguredModule):
 
     cutoff: float
     outputs: frozenset[PropertyKey] = frozenset({"energies"})
+    readouts: tuple[str, ...] = ("energy",)
     exempt_laws: Mapping[str, str] = MappingProxyType({})
 
     def graph_builder(self) -> GraphBuilder:
@@ -134,6 +136,16 @@ class AtomisticModel(ConfiguredModule):
     def node_channels(self) -> int:
         """Channels of :meth:`node_features`."""
         raise NotImplementedError(f"{type(self).__name__} does not offer node_features()")
+
+    def freeze_readouts(self) -> None:
+        """Train nothing that only :meth:`forward` needs, where atoms alone are taken.
+
+        Distributed training waits for the gradient of every parameter that asks for one.
+        """
+        for part in self.modules():  # a model may stand inside a model
+            if isinstance(part, AtomisticModel):
+                for name in set(part.readouts) & set(dict(part.named_children())):
+                    part.get_submodule(name).requires_grad_(False)
 
 
 class Propagator(ConfiguredModule):

@@ -68,6 +68,9 @@ class EGNN(AtomisticModel):
             EGNNLayer(hidden_channels, num_radial + 1, attention=attention)
             for _ in range(num_layers)
         )
+        # No layer follows that would see the last move. Its weights stay, as older potentials have
+        # them, but are not trained: distributed training waits for every gradient it was promised.
+        self.layers[-1].get_submodule("shift").requires_grad_(False)
         self.energy = MLP((hidden_channels, hidden_channels, 1), zero_output=True)
 
     def forward(self, graph: AtomGraph) -> dict[PropertyKey, Tensor]:
@@ -95,7 +98,7 @@ class EGNN(AtomisticModel):
             squared = (separation * separation).sum(dim=1, keepdim=True)  # (n_edges, 1)
             invariants = torch.cat([basis, squared / self.cutoff**2], dim=1)
             m = layer.messages(h, invariants, envelope, graph.edge_index)  # (n_edges, C)
-            if number < self.num_layers:  # no layer follows that would see the last move
+            if number < self.num_layers:
                 pull = layer.pull(m, separation, squared, envelope)  # (n_edges, 3)
                 moved = moved + segment_sum(pull, target, graph.n_atoms)  # eq. 4
             h = layer(h, m, target)

@@ -116,6 +116,8 @@ class EquiformerV2(AtomisticModel):
     drop_path: float
     proj_drop: float
 
+    readouts = ("energy", "forces")
+
     def __init__(
         self,
         cutoff: float = 6.0,

@@ -80,6 +80,8 @@ class EquiHGNN(AtomisticModel):
 
         self.embedding = nn.Embedding(num_elements, hidden_channels)
         if encoder is not None:
+            # Atoms alone are taken from it: what makes energies of them gets no gradient.
+            encoder.freeze_readouts()
             self.projection = nn.Linear(encoder.node_channels, hidden_channels)
         mlp = partial(HypergraphMLP, activation=nn.functional.silu)
         if layer == "mhnns":

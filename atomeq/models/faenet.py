@@ -13,8 +13,7 @@ Our default differs from the paper on purpose:
   batch. ``normalisation="graph"`` is the norm per structure, batch-safe but not additive;
 * forces are the derivative of the energy, and the bias behind a ``concat`` skip connection counts
   per atom, so the energy is extensive;
-* all elements up to 118 have embeddings; lanthanides and actinides, which have no group, share the
-  row 0 that no other element uses.
+* all elements up to 118 have embeddings; those without a group share row 0, which no other uses.
 
 ``published()`` gives the other face, in which the reference's weights load unchanged.
 """
@@ -165,16 +164,17 @@ class FAENet(AtomisticModel):
         self.output_block = EnergyBlock(
             n_hidden, self.out_dim, weighted=self.energy_head == "weighted_final"
         )
+        self.readouts = ("output_block", "w_lin", "decoder")
         if self.energy_head == "weighted_initial":
             self.w_lin = nn.Linear(n_hidden, 1)
         if self.skip_connection == "concat":
             self.mlp_skip_co = nn.Linear(n_stages * self.out_dim, self.out_dim)
+            self.readouts = (*self.readouts, "mlp_skip_co")
         elif self.skip_connection == "concat_atom":
             self.mlp_skip_co = nn.Linear(n_stages * n_hidden, n_hidden)
         if self.force_head is not None:
-            self.decoder = ForceDecoder(
-                self.force_head, n_hidden, self.decoder_channels, self.decoder_norm
-            )
+            sizes = (n_hidden, self.decoder_channels, self.decoder_norm)
+            self.decoder = ForceDecoder(self.force_head, *sizes)
         self.polynomial = PolynomialEnvelope(self.cutoff)
 
     def graph_builder(self) -> GraphBuilder:
