@@ -56,7 +56,7 @@ def train(model: str, run: Path) -> None:
     finally:  # a fit that was stopped has cost its time too
         spent.write_text(json.dumps([*earlier, round(_children_cpu_seconds() - before, 1)]))
     (run / "commit").write_text(_commit())
-    atomeq("test", *words, f"--ckpt_path={checkpoints / 'best.ckpt'}")
+    atomeq("test", *words, "--overwrite", f"--ckpt_path={checkpoints / 'best.ckpt'}")
 
 
 def atomeq(*words: str) -> None:

@@ -6,14 +6,15 @@ checkpoints, metrics and in the end the potential.
 """
 
 import difflib
-import inspect
-import itertools
 import json
 import logging
+import os
 import re
+import shutil
 import sys
+import traceback
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -23,37 +24,34 @@ import ase.io
 import torch
 import yaml
 from ase import Atoms
+from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
-from atomeq.cli.parsers.training import HELP
+from atomeq.cli.parsers.training import HELP, named_in_words
 from atomeq.cli.terminal import show_table
-from atomeq.data.ase_files import LabelKeys
-from atomeq.data.datamodule import AtomisticDataModule, Split
-from atomeq.data.nbody import NBodyRecipe
+from atomeq.data.datamodule import AtomisticDataModule
 from atomeq.data.targets import ScalarTarget
 from atomeq.files import write_atomically
 from atomeq.graph.atom_graph import AtomGraph
 from atomeq.graph.to_structures import to_ase
+from atomeq.models.base import ConfiguredModule
 from atomeq.models.registry import MODELS, PROPAGATORS
+from atomeq.potential.folders import CONFIG_FILE
 from atomeq.training.callbacks import (
     ExponentialMovingAverage,
-    LogEpochs,
     RunCheckpoint,
     SavePotential,
 )
-from atomeq.training.losses import PotentialLoss, ScalarLoss
-from atomeq.training.propagation import (
-    MoleculeDataModule,
-    NBodyDataModule,
-    PropagationDataModule,
-    PropagationTask,
-    SavePropagator,
-)
+from atomeq.training.propagation import PropagationDataModule, PropagationTask, SavePropagator
+from atomeq.training.report import LogEpochs, ModelCard
 from atomeq.training.task import AtomisticTask
 from atomeq.typing import PropertyKey
 
@@ -67,6 +65,11 @@ class TaskKind:
     task: type[LightningModule]
     data: type[LightningDataModule]
     saver: type[Callback]
+
+    @property
+    def product(self) -> str:
+        """The folder in a run's that it is saved in."""
+        return self.saver_section.removeprefix("save_")
 
     @property
     def saver_section(self) -> str:
@@ -86,8 +89,17 @@ class TrainingParser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Write the message with a suggestion and exit with code 2."""
         text = " ".join(message.split())
-        sys.stderr.write(f"atomeq: error: {text}{_suggestion(text)}\n")
+        sys.stderr.write(f"atomeq: error: {text}{_suggestion(text, set(self.keys()))}\n")
         sys.exit(2)
+
+    def keys(self) -> Iterator[str]:
+        """Yield every key of this parser and of those below it; a class has a parser of its own."""
+        for action in self._actions:
+            if isinstance(action.choices, Mapping):  # the subcommands
+                for parser in action.choices.values():
+                    yield from parser.keys()
+            elif action.option_strings and not action.dest.endswith("help"):
+                yield action.dest
 
 
 class SaveConfig(SaveConfigCallback):
@@ -108,14 +120,15 @@ class TrainingCLI(LightningCLI):
     """Adds the run's folder, averaged weights and result tables to Lightning's command line."""
 
     def __init__(self, args: list[str]) -> None:
-        self.run_name = _run_name(args)
         self.kind = TASKS[_task_name(args)]
+        self.replaced: list[Path] = []
         super().__init__(
             self.kind.task,
             self.kind.data,
             subclass_mode_data=True,
             seed_everything_default=0,
             save_config_callback=SaveConfig,
+            trainer_defaults={"callbacks": [LogEpochs(quiet=sys.stderr.isatty()), ModelCard()]},
             parser_class=TrainingParser,
             parser_kwargs={"prog": "atomeq", **{k: {"description": v} for k, v in HELP.items()}},
             auto_configure_optimizers=False,
@@ -139,13 +152,19 @@ class TrainingCLI(LightningCLI):
         parser.add_argument(
             "--task", default="potential", choices=list(TASKS), help="What is trained."
         )
+        parser.add_argument(
+            "--overwrite",
+            type=bool,
+            nargs="?",
+            const=True,
+            default=False,
+            help="Replace what an earlier run left in trainer.default_root_dir.",
+        )
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         parser.add_lightning_class_args(ExponentialMovingAverage, "ema")
         parser.add_lightning_class_args(self.kind.saver, self.kind.saver_section)
-        parser.link_arguments("trainer.default_root_dir", "checkpoint.dirpath", _checkpoint_folder)
         parser.set_defaults(
             {
-                "trainer.default_root_dir": f"runs/{self.run_name}",
                 "trainer.inference_mode": False,
                 "trainer.enable_model_summary": False,
                 "checkpoint.filename": "best",
@@ -159,18 +178,65 @@ class TrainingCLI(LightningCLI):
         """Parse what was given, whatever the process itself was called with."""
         self.config = parser.parse_args(args)
 
+    def before_instantiate_classes(self) -> None:
+        """Name the run's folder after its experiment, and refuse one that holds another run."""
+        config = self.config[str(self.subcommand)]
+        files = config.get("config") or ["latest"]
+        if config.trainer.default_root_dir is None:
+            config.trainer.default_root_dir = f"runs/{Path(str(files[-1])).stem}"
+        # Not kept: the saved configuration, run again, is asked again.
+        overwrite, config["overwrite"] = config.overwrite, False
+        if not getattr(
+            rank_zero_only, "rank", 0
+        ):  # the others start when this one has begun to write
+            self._refuse_earlier_run(config, overwrite=overwrite)
+
+    def _refuse_earlier_run(self, config: Namespace, *, overwrite: bool) -> None:
+        folder = Path(config.trainer.default_root_dir)
+        checkpoints = Path(config.checkpoint.dirpath or folder / "checkpoints")
+        saved = Path(config[self.kind.saver_section].folder or folder / self.kind.product)
+        left = {
+            "fit": [folder / "config.yaml", *checkpoints.glob("*.ckpt"), saved / CONFIG_FILE],
+            "test": [folder / "test_errors.json"],
+            "predict": [folder / "predictions.extxyz"],
+        }
+        found = [path for path in left.get(self.subcommand or "", []) if path.exists()]
+        start = config.get("ckpt_path")
+        goes_on = start == "last" or (
+            start and checkpoints.resolve() in Path(start).resolve().parents
+        )
+        if not found or (self.subcommand == "fit" and goes_on):
+            return
+        if not overwrite:
+            on = ", go on with it (--ckpt_path last)" if self.subcommand == "fit" else ""
+            raise ValueError(
+                f"{found[0]} is of an earlier run; name another folder (--trainer.default_root_dir)"
+                f"{on} or replace it (--overwrite)"
+            )
+        # Of a fit; or a later --ckpt_path last would find the other run's.
+        self.replaced = [*checkpoints.glob("*.ckpt"), *folder.glob("metrics/version_*")]
+
     def instantiate_classes(self) -> None:
-        """Make data, task and trainer."""
-        self.config_init = self.parser.instantiate(self.config)
-        self.datamodule = self._get(self.config_init, "data")
-        self.model = self._get(self.config_init, "model")
-        self.trainer = self.instantiate_trainer()
+        """Make data, task and trainer; what cannot be made of the configuration is one line."""
+        try:
+            self.config_init = self.parser.instantiate(self.config)
+            self.datamodule = self._get(self.config_init, "data")
+            self.model = self._get(self.config_init, "model")
+            self.trainer = self.instantiate_trainer()
+        except (ValueError, OSError, ImportError):
+            raise
+        except Exception as error:  # a constructor raises what it likes on values it cannot use
+            raise ValueError(
+                f"the configuration cannot be built: {type(error).__name__}: {error}"
+            ) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the trainer with a CSV log in the run's folder, and a bar if there is a terminal."""
         config = self._get(self.config_init, "trainer")
+        root = config["default_root_dir"]
+        checkpoint = self._get(self.config_init, "checkpoint")
+        checkpoint.dirpath = checkpoint.dirpath or os.path.abspath(Path(root) / "checkpoints")
         if config["logger"] is None:
-            root = config["default_root_dir"]
             kwargs["logger"] = (
                 CSVLogger(root, name="metrics") if self.subcommand == "fit" else False
             )
@@ -179,7 +245,7 @@ class TrainingCLI(LightningCLI):
             kwargs["enable_progress_bar"] = False
         elif not any(isinstance(callback, ProgressBar) for callback in callbacks):
             callbacks += [RichProgressBar()] if config["enable_progress_bar"] is not False else []
-        return super().instantiate_trainer(callbacks=[*callbacks, LogEpochs()], **kwargs)
+        return super().instantiate_trainer(callbacks=callbacks, **kwargs)
 
     def _parse_ckpt_path(self) -> None:
         """Refuse a damaged checkpoint before anything is read or built."""
@@ -195,6 +261,8 @@ class TrainingCLI(LightningCLI):
 
     def fit(self, **arguments: Any) -> None:
         """Train; nothing that a checkpoint holds is executed."""
+        for path in self.replaced:  # now that everything could be built
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
         self.trainer.fit(weights_only=True, **arguments)
 
     def validate(self, **arguments: Any) -> None:
@@ -244,11 +312,13 @@ def main(argv: Sequence[str]) -> None:
     except MisconfigurationException as error:
         raise ValueError(str(error)) from error
     except RuntimeError as error:
-        if "loading state_dict" not in str(error):
+        if "loading state_dict" in str(error):
+            raise ValueError(
+                f"the checkpoint does not fit the model of this configuration: {error}"
+            ) from error
+        if not _raised_by_lightning(error):
             raise
-        raise ValueError(
-            f"the checkpoint does not fit the model of this configuration: {error}"
-        ) from error
+        raise ValueError(str(error)) from error
 
 
 def _set_up_messages() -> None:
@@ -261,30 +331,26 @@ def _set_up_messages() -> None:
         ".*The number of training batches.*is smaller than the logging interval.*",
         ".*Checkpoint directory .* exists and is not empty.*",  # a continued run
         ".*isinstance.treespec, LeafSpec.*",  # Lightning's own use of PyTorch
+        ".*Total length of .* across ranks is zero.*",  # no validation set: the card says so
         ".*using a custom batch sampler.*",  # ours keeps every structure, in order
     ):
         warnings.filterwarnings("ignore", message=message)
 
 
-def _run_name(args: Sequence[str]) -> str:
-    """Return the name of the experiment's file, so that experiments do not share a folder."""
-    name = "latest"
-    for word, following in itertools.pairwise([*args, ""]):
-        option, _, value = word.partition("=")
-        if option in ("-c", "--config"):
-            name = Path(value or following).stem
-    return name
+def _raised_by_lightning(error: BaseException) -> bool:
+    """Return whether Lightning, or a callback of its, says what the configuration does wrong."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return frame.f_globals.get("__name__", "").startswith(("lightning.", "torchmetrics."))
 
 
 def _task_name(args: Sequence[str]) -> str:
-    """Return what the command line or its configuration files train, the last one to say so."""
-    name = "potential"
-    for word, following in itertools.pairwise([*args, ""]):
-        option, _, value = word.partition("=")
-        if option in ("-c", "--config"):
-            name = _named_in(Path(value or following)) or name
-        elif option == "--task":
-            name = value or following
+    """Return what the command line or its configuration files train, the last one to say so.
+
+    It decides what the parser of everything else accepts, so it is looked for first.
+    """
+    files, task = named_in_words(args)
+    named = [_named_in(Path(path)) for path in files]
+    name = [name for name in ["potential", *named, task] if name][-1]
     if name not in TASKS:
         raise ValueError(f"task {name!r} is unknown; there are {', '.join(TASKS)}")
     return name
@@ -313,10 +379,6 @@ def _predicted(
     return structures
 
 
-def _checkpoint_folder(root: str | Path | None) -> str:
-    return str(Path(root or ".") / "checkpoints")
-
-
 def _show_errors(
     results: dict[str, dict[str, float]], columns: Mapping[str, tuple[str, str]]
 ) -> None:
@@ -330,38 +392,24 @@ def _show_errors(
     )
 
 
-def _suggestion(message: str) -> str:
-    """Return the key closest to the one that a message complains about."""
-    found = re.search(r"(?:[Oo]ption '|unrecognized arguments: --)([\w.]+)", message)
-    if found is None:
+def _suggestion(message: str, keys: set[str]) -> str:
+    """Return the key, or the class, closest to the one that a message complains about."""
+    if found := re.search(r"(?:Option '|does not accept option '|arguments: --)([\w.]+)", message):
+        wanted, known = found[1], {key: key for key in keys}
+        ends = {key.rpartition(".")[2]: key for key in sorted(keys, reverse=True)}
+        # --max_epochs is in a section, and --trainer.max_epoch_s is not far from it.
+        known |= ends if "." not in wanted else {}
+    elif found := re.search(r"Expected a path but (\w+) either", message):
+        wanted = found[1]
+        known = {
+            name: name for name in _names_of(ConfiguredModule, Callback, Optimizer, LRScheduler)
+        }
+    else:
         return ""
-    close = difflib.get_close_matches(found[1], _known_keys(), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    close = difflib.get_close_matches(wanted, known, n=1, cutoff=0.6)
+    return f"; did you mean {known[close[0]]!r}?" if close else ""
 
 
-def _known_keys() -> set[str]:
-    sections: dict[str, Any] = {
-        "trainer": Trainer,
-        "model": AtomisticTask,
-        "model.loss": PotentialLoss,
-        "model.scalar_loss": ScalarLoss,
-        "model.target": ScalarTarget,
-        "data": AtomisticDataModule,
-        "data.recipe": NBodyRecipe,
-        "data.split": Split,
-        "data.labels": LabelKeys,
-        "checkpoint": RunCheckpoint,
-        "ema": ExponentialMovingAverage,
-        "save_potential": SavePotential,
-        "save_propagator": SavePropagator,
-    }
-    keys = {"seed_everything", "task", "config", "ckpt_path", "class_path", "init_args", *sections}
-    for section, owner in sections.items():
-        names = set(inspect.signature(owner).parameters)
-        keys |= names | {f"{section}.{name}" for name in names}
-    for data in (NBodyDataModule, MoleculeDataModule):
-        keys |= {f"data.{name}" for name in inspect.signature(data).parameters}
-    for model in (*MODELS.import_all(), *PROPAGATORS.import_all()):
-        names = set(inspect.signature(model).parameters)
-        keys |= names | {f"model.model.init_args.{name}" for name in names}
-    return keys
+def _names_of(*classes: type) -> set[str]:
+    below = {below for each in classes for below in each.__subclasses__()}
+    return {each.__name__ for each in below} | (_names_of(*below) if below else set())

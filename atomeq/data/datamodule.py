@@ -40,16 +40,17 @@ else:
     class DataFile(str):
         """A path in a YAML file: relative to that file, absolute, or ``${ATOMEQ_DATA}/...``."""
 
-    def _from_yaml(value: Any) -> DataFile:
-        # jsonargparse reads every YAML with its folder as the working directory.
-        if isinstance(value, DataFile):
-            return value
-        text = os.fspath(value) if isinstance(value, str | os.PathLike) else ""
-        if not text or text.startswith(("[", "{")):
-            raise ValueError(f"{value!r} is not a path")
-        return DataFile(text if text.startswith("${") else os.path.abspath(text))
+        @classmethod
+        def from_yaml(cls, value: Any) -> "DataFile":
+            """Read a path in a YAML file, with whose folder as working directory it is parsed."""
+            if isinstance(value, DataFile):
+                return value
+            text = os.fspath(value) if isinstance(value, str | os.PathLike) else ""
+            if not text or text.startswith(("[", "{")):
+                raise ValueError(f"{value!r} is not a path")
+            return cls(text if text.startswith("${") else os.path.abspath(text))
 
-    register_type(DataFile, str, _from_yaml)
+    register_type(DataFile, str, DataFile.from_yaml)
 
 DataFiles: TypeAlias = DataFile | list[DataFile]
 

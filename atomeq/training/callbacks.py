@@ -1,7 +1,6 @@
-"""Callbacks of a fit: averaged weights, the trained potential as a folder, one line per epoch."""
+"""Callbacks of a fit: averaged weights, the trained potential as a folder."""
 
 import logging
-import time
 from pathlib import Path
 from typing import Any
 
@@ -246,32 +245,3 @@ def potential_weights(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
         for name, tensor in checkpoint["state_dict"].items()
         if name.startswith(prefix)
     }
-
-
-class LogEpochs(Callback):
-    """Logs one line per epoch: loss, validation errors, seconds. For runs without a terminal."""
-
-    def __init__(self) -> None:
-        self._started = 0.0
-
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock."""
-        self._started = time.perf_counter()
-
-    @rank_zero_only
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the line."""
-        shown = ["train/loss", "val/loss", "val/energy_per_atom_mae", "val/forces_mae"]
-        target = getattr(pl_module, "target", None)
-        shown += [f"val/{target.name}_mae"] if target is not None else []
-        values = [
-            f"{name} {float(trainer.callback_metrics[name]):.5g}"
-            for name in shown
-            if name in trainer.callback_metrics
-        ]
-        logger.info(
-            "epoch %d  %s  %.1f s",
-            trainer.current_epoch,
-            "  ".join(values),
-            time.perf_counter() - self._started,
-        )

@@ -2,11 +2,13 @@
 
 import logging
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
+from jsonargparse.typing import register_type
 from torch import Tensor
 
 from atomeq.data.ase_files import DataError, atomic_number, read_isolated_atoms
@@ -14,10 +16,24 @@ from atomeq.data.batching import GraphDataset
 from atomeq.data.datamodule import DataFile
 from atomeq.data.targets import ScalarTarget
 from atomeq.potential.checkpoint import load_predictor
+from atomeq.potential.folders import shipped_potentials
 from atomeq.potential.predictor import Predictor
 from atomeq.potential.references import AtomicReferences, least_squares_shift
 
 logger = logging.getLogger(__name__)
+
+if TYPE_CHECKING:
+    PotentialSource: TypeAlias = str | os.PathLike[str]
+else:
+
+    class PotentialSource(str):
+        """The name of a shipped potential, or a folder as :class:`DataFile` has it."""
+
+    def _source_from_yaml(value: Any) -> PotentialSource:
+        shipped = value in shipped_potentials() and not os.path.isdir(value)
+        return PotentialSource(value if shipped else DataFile.from_yaml(value))
+
+    register_type(PotentialSource, str, _source_from_yaml)
 
 _PLURAL = {"energy": "energies", "scalar": "labels of the target"}
 
@@ -121,7 +137,7 @@ def take_weights(potential: Predictor, source: str | Path) -> None:
             f"{source} is a {type(other.model).__name__} whose weights do not fit the "
             f"{type(potential.model).__name__} of this configuration: {error}"
         ) from error
-    potential.references = other.references
+    potential.references = other.references.train()
 
 
 def _shift(

@@ -26,7 +26,12 @@ from atomeq.potential.scalar import ScalarPredictor
 from atomeq.training.callbacks import forget_scores
 from atomeq.training.losses import Loss, PotentialLoss, ScalarLoss
 from atomeq.training.metrics import ErrorMetric, PotentialErrors, ScalarErrors
-from atomeq.training.normalisation import fit_references, fit_scalar_references, take_weights
+from atomeq.training.normalisation import (
+    PotentialSource,
+    fit_references,
+    fit_scalar_references,
+    take_weights,
+)
 from atomeq.training.parameters import Decay, parameter_groups
 from atomeq.training.schedules import RunSchedule
 from atomeq.typing import PropertyKey
@@ -85,7 +90,7 @@ class AtomisticTask(LightningModule):
         scale: float | Literal["forces", "energy"] | None = None,
         offset: float = 0.0,
         metrics: ErrorMetric | None = None,
-        start_from: DataFile | None = None,
+        start_from: PotentialSource | None = None,
     ) -> None:
         super().__init__()
         self.target = known_target(target) if target is not None else None
@@ -278,6 +283,10 @@ class AtomisticTask(LightningModule):
             forget_scores(checkpoint)
         self._rng_state = checkpoint.get("rng_state")
         self._plateau_state = checkpoint.get("plateau")
+
+    def evaluated(self, name: str) -> tuple[PropertyKey, ...]:
+        """Return what is computed of a set, ``val`` or ``test/...``, once it is set up."""
+        return self._properties[name]
 
     def _evaluate(self, batch: AtomGraph, name: str) -> dict[PropertyKey, Tensor]:
         with torch.enable_grad():

@@ -94,8 +94,9 @@ def test_fine_tuning_of_another_model_is_refused(
 ):
     main(["fit", "-c", str(experiment)])
     words = [f"--model.start_from={tmp_path / 'run/potential'}", "--trainer.max_epochs=1"]
+    words += ["--overwrite", "--model.model.init_args.hidden_channels=16"]
     with pytest.raises(SystemExit) as exit_:
-        main(["fit", "-c", str(experiment), *words, "--model.model.init_args.hidden_channels=16"])
+        main(["fit", "-c", str(experiment), *words])
     assert exit_.value.code == 2
     assert "do not fit the EGNN" in capsys.readouterr().err
 

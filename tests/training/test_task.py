@@ -199,9 +199,16 @@ def refusal(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     ("option", "found", "suggested"),
     [
         ("--trainer.max_epoch_s=3", "trainer.max_epoch_s", "trainer.max_epochs"),
-        ("--model.los.energy=3", "model.los.energy", "model.loss.energy"),
+        ("--model.los.energy=3", "model.los.energy", "model.loss"),
         ("--model.model.init_args.num_layer=3", "num_layer", "num_layers"),
         ("--data.max_atom=3", "max_atom", "max_atoms"),
+        ("--max_epoch=3", "max_epoch", "trainer.max_epochs"),
+        ("--model.optimizer.lrr=1", "lrr", "lr"),
+        ("--chekpoint.monitor=x", "chekpoint.monitor", "checkpoint.monitor"),
+        ("--tsk=propagation", "tsk", "task"),
+        ("--model.scheduler.init_args.warmupp=1", "warmupp", "warmup"),
+        ("--model.model=EGN", "EGN", "EGNN"),
+        ("--trainer.callbacks+=EarlyStoping", "EarlyStoping", "EarlyStopping"),
     ],
 )
 def test_a_wrong_key_is_named_with_the_closest(

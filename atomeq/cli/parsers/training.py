@@ -3,8 +3,8 @@
 Every other word is a key of the classes that are trained, so they have to be imported to judge it.
 """
 
+import argparse
 import importlib
-import itertools
 from collections.abc import Sequence
 
 from atomeq.cli.door import existing_file
@@ -16,6 +16,7 @@ _KEYS = """\
   --model.KEY VALUE         the model, its losses, optimizer and schedule
   --data.KEY VALUE          files, labels, batches
   --ckpt_path FILE          a checkpoint to start from
+  --overwrite               replace what an earlier run left in the folder
   --seed_everything NUMBER  of weights and batches; 0 by default
   --print_config            write the whole configuration as it would be used, and end
 
@@ -25,7 +26,8 @@ HELP = {
     "fit": """\
 Train a potential. A run lives in one folder, --trainer.default_root_dir (runs/NAME of the file by
 default): configuration, checkpoints, metrics and in the end the potential. Every key of the file
-can be overridden; --ckpt_path last goes on where the last run in the folder stopped.
+can be overridden; --ckpt_path last goes on where the last run in the folder stopped, --overwrite
+begins again there.
 
 examples:
   atomeq fit -c configs/experiment/acac_escn.yaml
@@ -67,9 +69,19 @@ def main(argv: Sequence[str]) -> int | None:
             f"options:\n{_KEYS.format(verb=verb)}"
         )
         return 0
-    for word, following in itertools.pairwise([*words, ""]):
-        option, _, value = word.partition("=")
-        if option in ("-c", "--config"):
-            existing_file(value or following)
+    for path in named_in_words(words)[0]:
+        existing_file(path)
     words = ["--help" if word == "--help=all" else word for word in words]
     return importlib.import_module("atomeq.cli.training").main([verb, *words])
+
+
+def named_in_words(words: Sequence[str]) -> tuple[list[str], str | None]:
+    """Return the configuration files and the task that a command line names, whatever else it says.
+
+    The task decides which keys there are, so both are looked for before the parser of all keys.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("-c", "--config", nargs="?", action="append", default=[])
+    parser.add_argument("--task", nargs="?")
+    known, _ = parser.parse_known_args(list(words))
+    return [path for path in known.config if path], known.task
