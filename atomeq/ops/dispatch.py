@@ -27,6 +27,7 @@ from atomeq.ops.harmonic_polynomials import Normalization
 from atomeq.ops.paths import Mode, Path, RadialMap
 from atomeq.ops.specification import OpSpec
 from atomeq.ops.sphere_grid import SphereGrid
+from atomeq.ops.tables import constant_in_traces
 
 logger = logging.getLogger(__name__)
 
@@ -293,6 +294,7 @@ def _serving(asked_for: str, order: tuple[str, ...], repeatable: bool, *call: An
 _remembered = lru_cache(maxsize=1024)(_serving)
 
 
+@constant_in_traces
 def _refusal(name: str, *call: Any) -> str | None:
     """Return why a backend does not serve a call, or None; afterwards it is loaded."""
     spec = OpSpec(*call)
@@ -300,9 +302,6 @@ def _refusal(name: str, *call: Any) -> str | None:
     if reason is None:
         _announce(spec.op, name)
     return reason
-
-
-_refusal._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see atomeq.ops.tables
 
 
 @cache

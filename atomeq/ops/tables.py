@@ -6,14 +6,28 @@ made by a function under :func:`constant_table`, and reaches a computation throu
 """
 
 import functools
+import sys
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import ParamSpec
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def constant_in_traces(function: Callable[P, T]) -> Callable[P, T]:
+    """Let a trace run a function and take its answer for a constant.
+
+    This is ``torch.compiler.assume_constant_result``, which imports the compiler to set its mark:
+    two seconds that who does not compile should not wait.
+    """
+    if "torch._dynamo" in sys.modules:
+        return torch.compiler.assume_constant_result(function)
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def constant_table(build: Callable[P, Tensor]) -> Callable[P, Tensor]:
@@ -54,6 +68,7 @@ def _converted(
 _shelf = SimpleNamespace()  # tables that traces have asked for
 
 
+@constant_in_traces
 def _shelve(
     table: Callable[..., Tensor], args: tuple, dtype: torch.dtype, device: torch.device
 ) -> str:
@@ -62,8 +77,3 @@ def _shelve(
     place = f"{table.__name__}_{id(values)}"  # the cache keeps it alive
     setattr(_shelf, place, values)
     return place
-
-
-# What torch.compiler.assume_constant_result sets, which imports the compiler to do so, two seconds
-# that nobody else should wait: a trace runs the function and takes its answer for a constant.
-_shelve._dynamo_marked_constant = True  # type: ignore[attr-defined]

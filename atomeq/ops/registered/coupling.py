@@ -65,26 +65,14 @@ def segments_for(x: Tensor, ends: list[Tensor], n_targets: int, kernels: str) ->
     return found
 
 
-def _fake_partials(
-    x: Tensor,
-    y: Tensor,
-    weights: Tensor | None,
-    z: Tensor | None,
-    ends: list[Tensor],
-    segments: list[Tensor],
-    n_targets: int,
-    arguments: str,
-    paths: Sequence[int],
-    mode: str,
-    stacked: bool,
-    kernels: str,
-) -> list[Tensor]:
-    channels = weights.shape[-1] if weights is not None and mode == "uvw" else x.shape[-1]
-    n_rows = form_of(paths, mode, stacked).n_rows
-    shapes = {"x": x.shape, "y": y.shape, "z": (n_targets, n_rows, channels)}
+def _fake_partials(call: SimpleNamespace) -> list[Tensor]:
+    x, weights = call.x, call.weights
+    channels = weights.shape[-1] if weights is not None and call.mode == "uvw" else x.shape[-1]
+    n_rows = form_of(call.paths, call.mode, call.stacked).n_rows
+    shapes = {"x": x.shape, "y": call.y.shape, "z": (call.n_targets, n_rows, channels)}
     if weights is not None:
         shapes["weights"] = weights.shape
-    return [x.new_empty(shapes[argument]) for argument in arguments.split()]
+    return [x.new_empty(shapes[argument]) for argument in call.arguments.split()]
 
 
 def gradient_of_partials(
@@ -127,7 +115,7 @@ def _partials_gradient(
     return gradient_of_partials(cg_partials, ARGUMENTS, {}, saved, wanted, grads)
 
 
-@registered(fake=_fake_partials, gradient=_partials_gradient)
+@registered(outputs=_fake_partials, gradient=_partials_gradient)
 def cg_partials(
     x: Tensor,
     y: Tensor,

@@ -30,18 +30,9 @@ from atomeq.ops.tables import table_like
 from atomeq.ops.wigner import flat_generators
 
 
-def _fake_rotated(
-    x: Tensor,
-    vectors: Tensor,
-    wigner: Tensor,
-    omega: Tensor | None,
-    indices: list[Tensor],
-    segments: list[Tensor],
-    lmax: int,
-    mmax: int,
-    kernels: str,
-) -> Tensor:
-    return x.new_empty(*wigner.shape[:2], max(1, len(indices)) * x.shape[2])
+def _fake_rotated(call: SimpleNamespace) -> Tensor:
+    channels = max(1, len(call.indices)) * call.x.shape[2]
+    return call.x.new_empty(*call.wigner.shape[:2], channels)
 
 
 def _rotated_gradient(
@@ -54,7 +45,7 @@ def _rotated_gradient(
     return found
 
 
-@registered(fake=_fake_rotated, gradient=_rotated_gradient)
+@registered(outputs=_fake_rotated, gradient=_rotated_gradient)
 def gather_rotate(
     x: Tensor,
     vectors: Tensor,
@@ -71,21 +62,11 @@ def gather_rotate(
     return edge_kernels(kernels).gather_rotate(x, turned, indices, lmax=lmax, mmax=mmax)
 
 
-def _fake_scattered(
-    rows: Tensor,
-    vectors: Tensor,
-    wigner: Tensor,
-    factor: Tensor | None,
-    omega: Tensor | None,
-    indices: list[Tensor],
-    segments: list[Tensor],
-    n_atoms: int,
-    lmax: int,
-    mmax: int,
-    kernels: str,
-) -> Tensor:
-    channels = rows.shape[2] // max(1, len(indices))
-    return rows.new_empty(n_atoms if indices else rows.shape[0], wigner.shape[2], channels)
+def _fake_scattered(call: SimpleNamespace) -> Tensor:
+    rows = call.rows
+    n_results = call.n_atoms if call.indices else rows.shape[0]
+    channels = rows.shape[2] // max(1, len(call.indices))
+    return rows.new_empty(n_results, call.wigner.shape[2], channels)
 
 
 def _scattered_gradient(
@@ -105,7 +86,7 @@ def _scattered_gradient(
 
 
 @registered(
-    fake=_fake_scattered,
+    outputs=_fake_scattered,
     gradient=_scattered_gradient,
     only_for={"rows": ("vectors", "factor", "omega")},
 )
@@ -135,18 +116,8 @@ def rotate_scatter(
     )
 
 
-def _fake_torque(
-    x: Tensor,
-    rows: Tensor,
-    vectors: Tensor,
-    wigner: Tensor,
-    indices: list[Tensor],
-    segments: list[Tensor],
-    lmax: int,
-    mmax: int,
-    kernels: str,
-) -> Tensor:
-    return x.new_empty(rows.shape[0], 3)
+def _fake_torque(call: SimpleNamespace) -> Tensor:
+    return call.x.new_empty(call.rows.shape[0], 3)
 
 
 def _torque_gradient(
@@ -163,7 +134,7 @@ def _torque_gradient(
     return found
 
 
-@registered(fake=_fake_torque, gradient=_torque_gradient)
+@registered(outputs=_fake_torque, gradient=_torque_gradient)
 def torque(
     x: Tensor,
     rows: Tensor,
@@ -190,8 +161,8 @@ def turning(omega: Tensor, n_sph: int) -> Tensor:
     return (omega @ generators.T).unflatten(1, (n_sph, n_sph))
 
 
-def _fake_turns(omega: Tensor, n_sph: int) -> Tensor:
-    return omega.new_empty(omega.shape[0], n_sph, n_sph)
+def _fake_turns(call: SimpleNamespace) -> Tensor:
+    return call.omega.new_empty(call.omega.shape[0], call.n_sph, call.n_sph)
 
 
 def _turns_gradient(
@@ -200,14 +171,14 @@ def _turns_gradient(
     return {"omega": turn_components(grad)}
 
 
-@registered(fake=_fake_turns, gradient=_turns_gradient)
+@registered(outputs=_fake_turns, gradient=_turns_gradient)
 def turn_matrices(omega: Tensor, n_sph: int) -> Tensor:
     """Return T(omega) in a gradient formula: a trace of one may not meet the table itself."""
     return turning(omega, n_sph)
 
 
-def _fake_components(matrices: Tensor) -> Tensor:
-    return matrices.new_empty(matrices.shape[0], 3)
+def _fake_components(call: SimpleNamespace) -> Tensor:
+    return call.matrices.new_empty(call.matrices.shape[0], 3)
 
 
 def _components_gradient(
@@ -216,7 +187,7 @@ def _components_gradient(
     return {"matrices": turn_matrices(grad, saved.matrices.shape[1])}
 
 
-@registered(fake=_fake_components, gradient=_components_gradient)
+@registered(outputs=_fake_components, gradient=_components_gradient)
 def turn_components(matrices: Tensor) -> Tensor:
     """Return <X_k, matrices>, (n_edges, 3): the transpose of :func:`turn_matrices`."""
     generators = table_like(flat_generators, math.isqrt(matrices.shape[1]) - 1, like=matrices)

@@ -44,26 +44,10 @@ def _layer(given: SimpleNamespace) -> escn_layer.EdgeLayer:
     )
 
 
-def _fake_value(
-    x: Tensor,
-    vectors: Tensor,
-    wigner: Tensor,
-    radial: Tensor | None,
-    radial_weight: Tensor | None,
-    radial_bias: Tensor | None,
-    envelope: Tensor | None,
-    first: list[Tensor],
-    second: list[Tensor],
-    source: Tensor,
-    target: Tensor,
-    segments: list[Tensor],
-    lmax: int,
-    mmax: int,
-    keep: bool,
-    kernels: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    shapes = layer_shapes(x.shape[2], second, lmax, mmax)
-    y, u = (x.new_empty(wigner.shape[0] if keep else 0, shape.width) for shape in shapes)
+def _fake_value(call: SimpleNamespace) -> tuple[Tensor, Tensor, Tensor]:
+    x, shapes = call.x, layer_shapes(call.x.shape[2], call.second, call.lmax, call.mmax)
+    n_kept = call.wigner.shape[0] if call.keep else 0
+    y, u = (x.new_empty(n_kept, shape.width) for shape in shapes)
     return x.new_empty(*x.shape[:2], shapes[1].c_out), y, u
 
 
@@ -81,7 +65,7 @@ def _value_gradient(
     return _named(saved, wanted, list(found[:-2]), saved.vectors)
 
 
-@registered(fake=_fake_value, gradient=_value_gradient, keeps=(1, 2))
+@registered(outputs=_fake_value, gradient=_value_gradient, keeps=(1, 2))
 def escn_conv(
     x: Tensor,
     vectors: Tensor,
@@ -104,32 +88,11 @@ def escn_conv(
     return escn_layer.value(_layer(SimpleNamespace(**locals())), keep=keep)
 
 
-def _fake_gradient(
-    grad: Tensor,
-    x: Tensor,
-    vectors: Tensor,
-    radial: Tensor | None,
-    radial_weight: Tensor | None,
-    radial_bias: Tensor | None,
-    envelope: Tensor | None,
-    wigner: Tensor,
-    first: list[Tensor],
-    second: list[Tensor],
-    source: Tensor,
-    target: Tensor,
-    segments: list[Tensor],
-    kept: list[Tensor],
-    lmax: int,
-    mmax: int,
-    wanted: str,
-    keep: bool,
-    kernels: str,
-) -> list[Tensor]:
-    given = SimpleNamespace(**locals())
-    n_kept = wigner.shape[0] if keep else 0
-    shapes = layer_shapes(x.shape[2], second, lmax, mmax)
-    rows = [x.new_empty(n_kept, shape.n_rows * shape.c_in) for shape in reversed(shapes)]
-    return [*_fake_list(given, _TENSORS), *rows]
+def _fake_gradient(call: SimpleNamespace) -> list[Tensor]:
+    n_kept = call.wigner.shape[0] if call.keep else 0
+    shapes = layer_shapes(call.x.shape[2], call.second, call.lmax, call.mmax)
+    rows = [call.x.new_empty(n_kept, shape.n_rows * shape.c_in) for shape in reversed(shapes)]
+    return [*_fake_list(call, _TENSORS), *rows]
 
 
 def _gradient_gradient(
@@ -150,7 +113,7 @@ def _gradient_gradient(
     return named | {"grad": found[0] if "grad" in wanted else None}
 
 
-@registered(fake=_fake_gradient, gradient=_gradient_gradient, keeps=(-2, -1))
+@registered(outputs=_fake_gradient, gradient=_gradient_gradient, keeps=(-2, -1))
 def escn_conv_gradient(
     grad: Tensor,
     x: Tensor,
@@ -184,32 +147,11 @@ def escn_conv_gradient(
     return [*_listed(given, found, _TENSORS), *rows]
 
 
-def _fake_second(
-    grad: Tensor,
-    x: Tensor,
-    vectors: Tensor,
-    radial: Tensor | None,
-    radial_weight: Tensor | None,
-    radial_bias: Tensor | None,
-    envelope: Tensor | None,
-    wigner: Tensor,
-    first: list[Tensor],
-    second: list[Tensor],
-    source: Tensor,
-    target: Tensor,
-    segments: list[Tensor],
-    kept: list[Tensor],
-    along: str,
-    directions: list[Tensor],
-    lmax: int,
-    mmax: int,
-    wanted: str,
-    kernels: str,
-) -> list[Tensor]:
-    return _fake_list(SimpleNamespace(**locals()), ("grad", *_TENSORS))
+def _fake_second(call: SimpleNamespace) -> list[Tensor]:
+    return _fake_list(call, ("grad", *_TENSORS))
 
 
-@registered(fake=_fake_second)
+@registered(outputs=_fake_second)
 def escn_conv_second_gradient(
     grad: Tensor,
     x: Tensor,

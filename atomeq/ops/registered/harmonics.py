@@ -16,10 +16,8 @@ from atomeq.ops.registered.registration import registered
 Gradients = dict[str, Tensor | list[Tensor] | None]
 
 
-def _fake_harmonics(
-    vectors: Tensor, lmax: int, normalization: str, normalize: bool, kernels: str
-) -> Tensor:
-    return vectors.new_empty(vectors.shape[0], (lmax + 1) ** 2)
+def _fake_harmonics(call: SimpleNamespace) -> Tensor:
+    return call.vectors.new_empty(call.vectors.shape[0], (call.lmax + 1) ** 2)
 
 
 def _harmonics_gradient(saved: SimpleNamespace, wanted: set[str], grad: Tensor) -> Gradients:
@@ -30,7 +28,7 @@ def _harmonics_gradient(saved: SimpleNamespace, wanted: set[str], grad: Tensor) 
     }
 
 
-@registered(fake=_fake_harmonics, gradient=_harmonics_gradient)
+@registered(outputs=_fake_harmonics, gradient=_harmonics_gradient)
 def harmonics(
     vectors: Tensor, lmax: int, normalization: str, normalize: bool, kernels: str
 ) -> Tensor:
@@ -38,10 +36,8 @@ def harmonics(
     return harmonics_kernels(kernels).harmonics(vectors, lmax, _norm(normalization), normalize)
 
 
-def _fake_slope(
-    vectors: Tensor, g: Tensor, lmax: int, normalization: str, normalize: bool, kernels: str
-) -> Tensor:
-    return torch.empty_like(vectors)
+def _fake_slope(call: SimpleNamespace) -> Tensor:
+    return torch.empty_like(call.vectors)
 
 
 def _slope_gradient(saved: SimpleNamespace, wanted: set[str], grad: Tensor) -> Gradients:
@@ -52,7 +48,7 @@ def _slope_gradient(saved: SimpleNamespace, wanted: set[str], grad: Tensor) -> G
     return {"g": to_g, "vectors": to_vectors}
 
 
-@registered(fake=_fake_slope, gradient=_slope_gradient)
+@registered(outputs=_fake_slope, gradient=_slope_gradient)
 def harmonics_slope(
     vectors: Tensor, g: Tensor, lmax: int, normalization: str, normalize: bool, kernels: str
 ) -> Tensor:
@@ -60,16 +56,8 @@ def harmonics_slope(
     return harmonics_kernels(kernels).slope(vectors, g, lmax, _norm(normalization), normalize)
 
 
-def _fake_second(
-    vectors: Tensor,
-    g: Tensor,
-    h: Tensor,
-    lmax: int,
-    normalization: str,
-    normalize: bool,
-    kernels: str,
-) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(g), torch.empty_like(vectors)
+def _fake_second(call: SimpleNamespace) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(call.g), torch.empty_like(call.vectors)
 
 
 def _second_gradient(
@@ -105,7 +93,7 @@ def _second_gradient(
     return dict(zip(("vectors", "g", "h"), found, strict=True))
 
 
-@registered(fake=_fake_second, gradient=_second_gradient)
+@registered(outputs=_fake_second, gradient=_second_gradient)
 def harmonics_second(
     vectors: Tensor,
     g: Tensor,

@@ -16,6 +16,7 @@ from atomeq.ops.harmonic_polynomials import Normalization
 from atomeq.ops.registered.radial_scale import RadialScale
 from atomeq.ops.registered.so2_shape import SO2Shape
 from atomeq.ops.specification import OpSpec
+from atomeq.ops.tables import constant_in_traces
 
 if TYPE_CHECKING:  # which imports this module
     from atomeq.ops.registered.escn_layer import EdgeLayer
@@ -344,12 +345,10 @@ class SphereKernels(Protocol):
         ...
 
 
+@constant_in_traces
 def wants_segments(topic: Literal["edge", "coupling"], name: str) -> bool:
     """Return whether the kernels of a set want sorted edges; a constant of a traced graph."""
     return (edge_kernels(name) if topic == "edge" else coupling_kernels(name)).wants_segments
-
-
-wants_segments._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see atomeq.ops.tables
 
 
 @cache

@@ -11,8 +11,9 @@ from torch import Tensor
 from atomeq.ops.registered.registration import registered
 
 
-def _like_product(x: Tensor, y: Tensor, left: Tensor, right: Tensor, out: Tensor) -> Tensor:
-    return x.new_empty(*x.shape[:-2], out.shape[1], x.shape[-1])
+def _like_product(call: SimpleNamespace) -> Tensor:
+    x = call.x
+    return x.new_empty(*x.shape[:-2], call.out.shape[1], x.shape[-1])
 
 
 def _exchanged(saved: SimpleNamespace, wanted: set[str], grad: Tensor) -> dict[str, Tensor]:
@@ -26,7 +27,7 @@ def _exchanged(saved: SimpleNamespace, wanted: set[str], grad: Tensor) -> dict[s
     return gradients
 
 
-@registered(fake=_like_product, gradient=_exchanged)
+@registered(outputs=_like_product, gradient=_exchanged)
 def pointwise_product(x: Tensor, y: Tensor, left: Tensor, right: Tensor, out: Tensor) -> Tensor:
     """Return out^T ((left x) * (right y)), each table of size (n_points, its rows)."""
     return out.mT @ ((left @ x) * (right @ y))

@@ -58,29 +58,15 @@ def couple_radially(
     return product
 
 
-def _fake_partials(
-    x: Tensor,
-    y: Tensor,
-    radial: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    z: Tensor | None,
-    ends: list[Tensor],
-    segments: list[Tensor],
-    n_targets: int,
-    arguments: str,
-    paths: Sequence[int],
-    mode: str,
-    stacked: bool,
-    kernels: str,
-) -> list[Tensor]:
-    given = {"x": x, "y": y, "radial": radial, "weight": weight, "bias": bias}
+def _fake_partials(call: SimpleNamespace) -> list[Tensor]:
+    given = {name: getattr(call, name) for name in _ARGUMENTS if name != "z"}
     shapes = {name: value.shape for name, value in given.items() if value is not None}
-    channels = x.shape[-1]
-    if mode == "uvw":
-        channels = weight.shape[-2] if weight is not None else shapes["bias"][-1]
-    shapes["z"] = torch.Size((n_targets, form_of(paths, mode, stacked).n_rows, channels))
-    return [x.new_empty(shapes[argument]) for argument in arguments.split()]
+    channels = call.x.shape[-1]
+    if call.mode == "uvw":
+        channels = call.weight.shape[-2] if call.weight is not None else shapes["bias"][-1]
+    n_rows = form_of(call.paths, call.mode, call.stacked).n_rows
+    shapes["z"] = torch.Size((call.n_targets, n_rows, channels))
+    return [call.x.new_empty(shapes[argument]) for argument in call.arguments.split()]
 
 
 def _partials_gradient(
@@ -89,7 +75,7 @@ def _partials_gradient(
     return gradient_of_partials(cg_radial_partials, _ARGUMENTS, _ABSENT, saved, wanted, grads)
 
 
-@registered(fake=_fake_partials, gradient=_partials_gradient)
+@registered(outputs=_fake_partials, gradient=_partials_gradient)
 def cg_radial_partials(
     x: Tensor,
     y: Tensor,

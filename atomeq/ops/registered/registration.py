@@ -1,4 +1,4 @@
-"""How an operation is registered with torch: its value, its shapes, its gradient by formula.
+"""How an operation is registered with torch: its value, its outputs, its gradient by formula.
 
 A gradient formula calls registered operations and plain torch only, so it can be differentiated in
 its turn: force training needs the gradient of a gradient, in eager mode as in a traced graph.
@@ -12,58 +12,56 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._library.custom_ops import CustomOpDef
-
-from atomeq.ops.registered.direct import may_call
 
 NAMESPACE = "atomeq"
 
 # From the saved inputs by name, the names whose gradient is wanted, and the gradients of the
 # outputs (None for one that nothing depends on), to the gradients by name; a missing name is zero.
 Gradient = Callable[..., Mapping[str, Tensor | list[Tensor] | list[Tensor | None] | None]]
+Outputs = Callable[[SimpleNamespace], Tensor | tuple[Tensor, ...] | list[Tensor]]
 
 
 def registered(
     *,
-    fake: Callable[..., Any],
+    outputs: Outputs,
     gradient: Gradient | None = None,
     only_for: Mapping[str, tuple[str, ...]] | None = None,
     keeps: tuple[int, ...] = (),
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register a function as ``torch.ops.atomeq.<its name>``.
+    """Register a function as ``torch.ops.atomeq.<its name>``; its signature is the schema.
 
     Args:
-        fake: Takes the same arguments and returns empty tensors of the right shapes.
+        outputs: From the inputs as attributes to empty tensors like the results: all that a trace
+            needs to know.
         gradient: ``gradient(saved, wanted, *grads)``, see :data:`Gradient`. ``saved`` has every
-            input as an attribute; None leaves the operation without a derivative.
+            input as an attribute; without one a backward pass through the operation is refused.
         only_for: Inputs kept for the gradient only if one of the named inputs requires one.
         keeps: Numbers of outputs that only the gradient reads, as ``saved.outputs``; nothing can
             be differentiated through them.
 
     Returns:
-        A decorator; the decorated function is the operation.
+        A decorator that gives the operation in the place of the function.
     """
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        names = tuple(inspect.signature(function).parameters)
+        operation = f"{NAMESPACE}::{function.__name__}"
+
+        def fake(*values: Any) -> Any:
+            return outputs(SimpleNamespace(**dict(zip(names, values, strict=True))))
+
         schema = torch.library.infer_schema(function, mutates_args=())
-        operation = _Operation(NAMESPACE, function.__name__, schema, function)
-        operation.register_kernel(None)(function)
-        operation.register_fake(fake)
-        if gradient is not None:
-            tape = _Tape(tuple(inspect.signature(function).parameters), only_for or {}, keeps)
-            operation.register_autograd(partial(tape.gradients, gradient), setup_context=tape.save)
-        return operation
+        tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
+        torch.library.define(operation, schema, tags=tags)
+        torch.library.impl(operation, "default", function)
+        torch.library.register_fake(operation, fake)
+        tape = _Tape(function.__name__, names, only_for or {}, keeps)
+        formula = tape.refuse if gradient is None else partial(tape.gradients, gradient)
+        # Without a formula torch would give no gradient at all, and no more than a warning.
+        torch.library.register_autograd(operation, formula, setup_context=tape.save)
+        return getattr(getattr(torch.ops, NAMESPACE), function.__name__).default
 
     return decorate
-
-
-class _Operation(CustomOpDef):
-    """What ``torch.library.custom_op`` makes, with a short way for calls that need no more."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not torch.compiler.is_compiling() and may_call((*args, *kwargs.values())):
-            return self._init_fn(*args, **kwargs)
-        return self._opoverload(*args, **kwargs)
 
 
 class _Place(NamedTuple):
@@ -79,10 +77,12 @@ class _Tape:
 
     def __init__(
         self,
+        operation: str,
         names: tuple[str, ...],
         only_for: Mapping[str, tuple[str, ...]],
         keeps: tuple[int, ...],
     ) -> None:
+        self.operation = operation
         self.names = names
         self.only_for = only_for
         self.keeps = keeps
@@ -115,6 +115,12 @@ class _Tape:
             tensors += kept
         ctx.required = required
         ctx.save_for_backward(*tensors)
+
+    def refuse(self, ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        raise NotImplementedError(
+            f"{NAMESPACE}::{self.operation} has no derivative; with use_backend('reference') the "
+            f"same function is plain torch, with derivatives of any order"
+        )
 
     def gradients(self, gradient: Gradient, ctx: Any, *grads: Any) -> tuple[Any, ...]:
         tensors = list(ctx.saved_tensors)
@@ -153,11 +159,16 @@ def _on_the_way(ctx: Any, names: tuple[str, ...]) -> set[str]:
 
 
 def _will_run(node: Any) -> bool:
+    """Ask the running backward pass, by the one private function of torch that can tell.
+
+    Where it cannot, a gradient is made that may be thrown away.
+    """
     if node is None:
         return False
-    if node.name().endswith("AccumulateGrad"):  # torch cannot tell for leaves
+    ask = getattr(torch._C, "_will_engine_execute_node", None)
+    if ask is None or node.name().endswith("AccumulateGrad"):  # torch cannot tell for leaves
         return True
-    return torch._C._will_engine_execute_node(node)
+    return ask(node)
 
 
 def _all_tensors(values: list[Any] | tuple[Any, ...]) -> bool:

@@ -14,8 +14,8 @@ from atomeq.ops.registered.registration import registered
 from atomeq.ops.registered.so2_shape import SO2Shape, shape_of
 
 
-def _fake_scaled(rows: Tensor, scale: Tensor, sizes: list[int], kernels: str) -> Tensor:
-    return rows.new_empty(rows.shape)
+def _fake_scaled(call: SimpleNamespace) -> Tensor:
+    return call.rows.new_empty(call.rows.shape)
 
 
 def _scaled_gradient(
@@ -29,15 +29,15 @@ def _scaled_gradient(
     return found
 
 
-@registered(fake=_fake_scaled, gradient=_scaled_gradient, only_for={"rows": ("scale",)})
+@registered(outputs=_fake_scaled, gradient=_scaled_gradient, only_for={"rows": ("scale",)})
 def scaled_rows(rows: Tensor, scale: Tensor, sizes: list[int], kernels: str) -> Tensor:
     """Return s rows, (n_edges, n_rows * c_in), with s (n_edges, n_scales); sizes: an SO2Shape."""
     shape = shape_of(sizes)
     return edge_kernels(kernels).scaled_rows(rows.contiguous(), scale.contiguous(), shape)
 
 
-def _fake_products(left: Tensor, right: Tensor, sizes: list[int], kernels: str) -> Tensor:
-    return left.new_empty(left.shape[0], shape_of(sizes).n_scales)
+def _fake_products(call: SimpleNamespace) -> Tensor:
+    return call.left.new_empty(call.left.shape[0], shape_of(call.sizes).n_scales)
 
 
 def _products_gradient(
@@ -51,7 +51,7 @@ def _products_gradient(
     return found
 
 
-@registered(fake=_fake_products, gradient=_products_gradient)
+@registered(outputs=_fake_products, gradient=_products_gradient)
 def row_products(left: Tensor, right: Tensor, sizes: list[int], kernels: str) -> Tensor:
     """Return the products of two edges' rows, summed over +m and -m, (n_edges, n_scales)."""
     shape = shape_of(sizes)

@@ -13,10 +13,8 @@ from atomeq.ops.registered.registration import registered
 from atomeq.ops.registered.so2_shape import SO2Shape, shape_of
 
 
-def _fake_forward(
-    rows: Tensor, weights: list[Tensor], bias: Tensor | None, sizes: list[int], kernels: str
-) -> Tensor:
-    return rows.new_empty(rows.shape[0], shape_of(sizes).width)
+def _fake_forward(call: SimpleNamespace) -> Tensor:
+    return call.rows.new_empty(call.rows.shape[0], shape_of(call.sizes).width)
 
 
 def _forward_gradient(
@@ -35,7 +33,7 @@ def _forward_gradient(
     return found
 
 
-@registered(fake=_fake_forward, gradient=_forward_gradient, only_for={"rows": ("weights",)})
+@registered(outputs=_fake_forward, gradient=_forward_gradient, only_for={"rows": ("weights",)})
 def so2_forward(
     rows: Tensor, weights: list[Tensor], bias: Tensor | None, sizes: list[int], kernels: str
 ) -> Tensor:
@@ -48,9 +46,9 @@ def so2_forward(
     return edge_kernels(kernels).so2_map(weights, shape).forward(rows.contiguous(), out, bias)
 
 
-def _fake_transposed(grad: Tensor, weights: list[Tensor], sizes: list[int], kernels: str) -> Tensor:
-    shape = shape_of(sizes)
-    return grad.new_empty(grad.shape[0], shape.n_rows * shape.c_in)
+def _fake_transposed(call: SimpleNamespace) -> Tensor:
+    shape = shape_of(call.sizes)
+    return call.grad.new_empty(call.grad.shape[0], shape.n_rows * shape.c_in)
 
 
 def _transposed_gradient(
@@ -67,7 +65,9 @@ def _transposed_gradient(
     return found
 
 
-@registered(fake=_fake_transposed, gradient=_transposed_gradient, only_for={"grad": ("weights",)})
+@registered(
+    outputs=_fake_transposed, gradient=_transposed_gradient, only_for={"grad": ("weights",)}
+)
 def so2_transposed(grad: Tensor, weights: list[Tensor], sizes: list[int], kernels: str) -> Tensor:
     """Return M^T grad, (n_edges, width) -> (n_edges, n_rows * c_in)."""
     shape = shape_of(sizes)
@@ -83,10 +83,8 @@ def _empty_weights(like: Tensor, complex_: list[bool], shape: SO2Shape) -> list[
     return weights
 
 
-def _fake_weight_gradient(
-    rows: Tensor, grad: Tensor, complex_: list[bool], sizes: list[int], kernels: str
-) -> list[Tensor]:
-    return _empty_weights(rows, complex_, shape_of(sizes))
+def _fake_weight_gradient(call: SimpleNamespace) -> list[Tensor]:
+    return _empty_weights(call.rows, call.complex_, shape_of(call.sizes))
 
 
 def _weight_gradient_gradient(
@@ -102,7 +100,7 @@ def _weight_gradient_gradient(
     return found
 
 
-@registered(fake=_fake_weight_gradient, gradient=_weight_gradient_gradient)
+@registered(outputs=_fake_weight_gradient, gradient=_weight_gradient_gradient)
 def so2_weight_gradient(
     rows: Tensor, grad: Tensor, complex_: list[bool], sizes: list[int], kernels: str
 ) -> list[Tensor]:

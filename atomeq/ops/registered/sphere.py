@@ -21,11 +21,9 @@ from atomeq.ops.registered.kernel_sets import sphere_kernels
 from atomeq.ops.registered.registration import registered
 
 
-def _fake_form(
-    factors: list[Tensor], matrices: list[Tensor], back: Tensor, order: int, kernels: str
-) -> Tensor:
-    n, _, channels = factors[0].shape
-    return factors[0].new_empty(n, back.shape[0], channels)
+def _fake_form(call: SimpleNamespace) -> Tensor:
+    n, _, channels = call.factors[0].shape
+    return call.factors[0].new_empty(n, call.back.shape[0], channels)
 
 
 def _form_gradient(
@@ -50,7 +48,7 @@ def _form_gradient(
     return {"factors": found}
 
 
-@registered(fake=_fake_form, gradient=_form_gradient)
+@registered(outputs=_fake_form, gradient=_form_gradient)
 def sphere_form(
     factors: list[Tensor], matrices: list[Tensor], back: Tensor, order: int, kernels: str
 ) -> Tensor:

@@ -1,20 +1,21 @@
-"""A registered operation is its bare function where that is all, and the operation elsewhere."""
+"""Registered operations: whoever watches sees them, and torch's private help may be missing."""
 
+import sys
 from collections.abc import Callable
 from functools import partial
 
 import pytest
 import torch
-from operations import OPERATIONS, leaves_of
+from operations import OPERATIONS, leaves_of, step
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.profiler import profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from atomeq.ops.dispatch import select, use_backend
-from atomeq.ops.registered import registration
 from atomeq.ops.registered.harmonics import harmonics as any_harmonics
+from atomeq.ops.registered.wigner import edge_wigner
+from atomeq.ops.tables import constant_in_traces
 
 harmonics = partial(any_harmonics, normalization="component", normalize=True, kernels="cpu")
 
@@ -40,22 +41,8 @@ def vectors() -> Tensor:
     return torch.randn(5, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
-@pytest.fixture
-def direct(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Return a list that gets an entry for every call: whether it went past the dispatcher."""
-    taken: list[bool] = []
-    decide = registration.may_call
-
-    def recorded(values):
-        taken.append(decide(values))
-        return taken[-1]
-
-    monkeypatch.setattr(registration, "may_call", recorded)
-    return taken
-
-
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_values_are_the_same_past_the_dispatcher_and_through_it(name: str) -> None:
+def test_values_are_the_same_whether_or_not_a_gradient_is_wanted(name: str) -> None:
     operation = OPERATIONS[name]
     leaves = leaves_of(operation, torch.float64)
     through = operation.compute(*leaves)
@@ -65,20 +52,7 @@ def test_values_are_the_same_past_the_dispatcher_and_through_it(name: str) -> No
         assert torch.equal(operation.compute(*leaves), through)
 
 
-def test_calls_without_a_gradient_go_past_the_dispatcher(vectors: Tensor, direct: list) -> None:
-    leaf = torch.nn.Parameter(vectors)
-    harmonics(vectors, 2)
-    with torch.no_grad():
-        harmonics(leaf, 2)
-    with torch.inference_mode():
-        harmonics(vectors.clone(), 2)
-    assert direct == [True, True, True]
-    (slope,) = torch.autograd.grad(harmonics(leaf, 2).sum(), leaf)
-    assert direct[3:] == [False, True]  # of a gradient without a graph nothing is differentiated
-    assert not slope.requires_grad
-
-
-def test_whoever_watches_sees_the_operation(vectors: Tensor, direct: list) -> None:
+def test_whoever_watches_sees_the_operation(vectors: Tensor) -> None:
     with Watch() as watch:
         harmonics(vectors, 2)
     assert "atomeq.harmonics.default" in watch.seen
@@ -87,29 +61,48 @@ def test_whoever_watches_sees_the_operation(vectors: Tensor, direct: list) -> No
     with profile() as seen:
         harmonics(vectors, 2)
     assert "atomeq::harmonics" in {event.key for event in seen.key_averages()}
-    harmonics(vectors.as_subclass(Marked), 2)
-    with torch.device("cpu"):  # a mode of torch functions
-        harmonics(vectors, 2)
-    assert not any(direct)
 
 
-def test_tensors_that_are_no_plain_numbers_reach_no_kernel(vectors: Tensor, direct: list) -> None:
+def test_tensors_that_are_no_plain_numbers_reach_no_kernel(vectors: Tensor) -> None:
     assert harmonics(vectors.to("meta"), 2).is_meta
     shown = torch._neg_view(vectors)  # what it shows is not what lies in its memory
     assert torch.equal(harmonics(shown, 2), harmonics(-vectors, 2))
-    with forward_ad.dual_level():
-        harmonics(vectors, 2)
-    assert direct == [False, False, True, False]
+    assert torch.equal(harmonics(vectors.as_subclass(Marked), 2), harmonics(vectors, 2))
 
 
 # torch says that it loops over the batch, as it does for every operation without a rule of its own
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
-def test_function_transforms_meet_the_operation(vectors: Tensor, direct: list) -> None:
+def test_function_transforms_meet_the_operation(vectors: Tensor) -> None:
     batched = torch.func.vmap(lambda v: harmonics(v, 2))(vectors[:, None])
-    assert direct[0] is False
     assert torch.equal(batched[:, 0], harmonics(vectors, 2))
     with pytest.raises(RuntimeError, match="functorch"):  # and not a gradient of zero
         torch.func.grad(lambda v: harmonics(v, 2).square().sum())(vectors)
+
+
+def test_an_operation_without_a_derivative_refuses_one(vectors: Tensor) -> None:
+    rows = edge_wigner(vectors.requires_grad_(), 1, 1, "cpu")
+    with pytest.raises(NotImplementedError, match="atomeq::edge_wigner has no derivative"):
+        rows.sum().backward()
+
+
+@pytest.mark.parametrize("name", ["escn_conv", "cg_conv", "so2_linear"])
+def test_gradients_do_not_need_to_know_which_of_them_are_wanted(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    operation = OPERATIONS[name]
+    leaves = leaves_of(operation, torch.float64)
+    known = step(operation.compute, leaves)
+    monkeypatch.delattr(torch._C, "_will_engine_execute_node")
+    for found, expected in zip(step(operation.compute, leaves), known, strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def test_the_mark_of_a_constant_is_the_one_torch_sets(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = vars(torch.compiler.assume_constant_result(lambda: 1))
+    assert expected
+    assert vars(constant_in_traces(lambda: 1)) == expected
+    monkeypatch.delitem(sys.modules, "torch._dynamo")
+    assert vars(constant_in_traces(lambda: 1)) == expected
 
 
 def chosen(op: str, like: Tensor, n_edges: int = 3) -> str:
