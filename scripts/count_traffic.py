@@ -16,7 +16,6 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cache
 from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "1"  # the kernels are called on CPU tensors, and replaced below
@@ -27,9 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from atomeq.ops.backends.triton import coupling, gate, rotation, row_scale, segment, so2, sphere
 from atomeq.ops.dispatch import use_backend
-from atomeq.ops.registered import edge_rotation, so2_map
-from atomeq.ops.registered import escn_conv as registered_layer
-from atomeq.ops.registered import row_scale as row_scale_ops
+from atomeq.ops.registered.registration import functions
 from atomeq.ops.so2 import escn_conv
 from atomeq.ops.wigner import build_edge_frame
 
@@ -37,7 +34,6 @@ BANDWIDTH = 4.3e12  # bytes/s
 EDGES = 256
 DEGREE = 16  # edges of an atom
 PHASES = ("forward", "+ backward", "+ second gradient")
-REGISTERED = (edge_rotation, registered_layer, row_scale_ops, so2_map)
 MODULES = (coupling, gate, rotation, row_scale, segment, so2, sphere)
 
 
@@ -55,7 +51,7 @@ class Traffic(TorchDispatchMode):
         kwargs = kwargs or {}
         if func.namespace == "atomeq":  # what it is made of counts, not itself
             with self:
-                return _functions()[func._schema.name](*args, **kwargs)
+                return functions[func._schema.name](*args, **kwargs)
         result = func(*args, **kwargs)
         returns = func._schema.returns
         view = any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
@@ -75,14 +71,6 @@ class Traffic(TorchDispatchMode):
     ) -> None:
         """Count, and start nothing: what the kernels are given in the place of ``launch``."""
         self.count(kernel.__name__, [tensor for tensor in tensors if tensor is not None])
-
-
-@cache
-def _functions() -> dict[str, Callable[..., Any]]:
-    """Return what the registered operations are made of, by their names."""
-    values = [value for module in REGISTERED for value in vars(module).values()]
-    operations = [value for value in values if isinstance(value, torch.library.CustomOpDef)]
-    return {operation._qualname: operation._init_fn for operation in operations}
 
 
 def _tensors(value: Any) -> list[Tensor]:

@@ -2,7 +2,8 @@ import pytest
 import torch
 from edge_layers import EdgeLayer, kept_bytes_of_an_edge, relative
 
-from atomeq.ops.backends.cpu import native_edge
+from atomeq.ops.backends.cpu import native_edge, whole_layer
+from atomeq.ops.backends.native.builder import BuildError
 from atomeq.ops.wigner import edge_quaternion, rotation_matrix
 
 EXACT = 1e-12  # float64 rounding through second derivatives
@@ -128,3 +129,14 @@ def test_sigmoids_of_extreme_gates_are_those_of_torch() -> None:
             layer.leaves["first.0"].mul_(scale)
             out, expected = layer("cpu"), layer("reference")
             torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12, equal_nan=True)
+
+
+@pytest.mark.skipif(not native_edge.available(), reason="needs a C compiler")
+def test_the_arguments_of_c_are_held_to_its_struct(monkeypatch: pytest.MonkeyPatch) -> None:
+    build = whole_layer._library.__wrapped__
+    build(torch.float64, 1, 1)
+    swapped = ("wigner", "x", *whole_layer._FIELDS[2:])
+    for fields in (swapped, swapped[1:], whole_layer._FIELDS[:-1]):
+        monkeypatch.setattr(whole_layer, "_FIELDS", fields)
+        with pytest.raises(BuildError, match=r"layer_t in layer\.c"):
+            build(torch.float64, 1, 1)

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -14,9 +15,11 @@ from atomeq.ops.dispatch import use_backend
 from atomeq.ops.orders import m_primary_order
 from atomeq.ops.registered.edge_rotation import gather_rotate, rotate_scatter, torque
 from atomeq.ops.registered.escn_conv import (
+    INPUTS,
     escn_conv,
     escn_conv_gradient,
     escn_conv_second_gradient,
+    layer_arguments,
 )
 from atomeq.ops.registered.row_scale import row_products, scaled_rows
 from atomeq.ops.registered.so2_map import so2_forward, so2_transposed, so2_weight_gradient
@@ -153,17 +156,16 @@ def test_layer_passes_gradcheck_and_gradgradcheck_at_the_poles_too(recompute: bo
     assert_gradients(compute, *inputs)
 
 
-def layer_arguments(layer: EdgeLayer) -> dict[str, object]:
+def layer_call(layer: EdgeLayer) -> dict[str, Any]:
     """Return what the three operations of a layer share, detached, by the names of arguments."""
-    frame = layer.frame()
-    names = ("x", "vectors", "radial", "radial_weight", "radial_bias", "envelope")
-    leaves = {name: tensor.detach() for name, tensor in layer.leaves.items()}
-    maps = {
-        name: [leaves[f"{name}.{m}"] for m in range(layer.mmax + 1)] for name in ("first", "second")
+    frame, leaves = layer.frame(), {name: leaf.detach() for name, leaf in layer.leaves.items()}
+    inputs, layout = layer_arguments(leaves, layer.lmax, layer.mmax)
+    weights = [leaves[f"{name}.{m}"] for name in ("first", "second") for m in range(layer.mmax + 1)]
+    edges = [frame.wigner, frame.source, frame.target]
+    return {
+        **{"inputs": inputs, "weights": weights, "edges": edges, "layout": layout},
+        "kernels": "cpu",
     }
-    ends = {"source": frame.source, "target": frame.target, "segments": []}
-    sizes = {"lmax": layer.lmax, "mmax": layer.mmax, "kernels": "cpu"}
-    return {name: leaves[name] for name in names} | {"wigner": frame.wigner} | maps | ends | sizes
 
 
 def test_operations_are_registered_as_torch_expects(
@@ -184,29 +186,42 @@ def test_operations_are_registered_as_torch_expects(
     check(so2_forward, (rows, weights, random(SHAPE.n_biases), sizes, "cpu"))
     check(so2_transposed, (grad, weights, sizes, "cpu"))
     check(so2_weight_gradient, (rows, grad, [False, True], sizes, "cpu"))
-    given = layer_arguments(EdgeLayer(1, 1))
+    given = layer_call(EdgeLayer(1, 1))
     for keep in (True, False):
         check(escn_conv, (), given | {"keep": keep})
     out, *kept = escn_conv(**given, keep=True)
-    wanted = {"wanted": "first,second,vectors,x", "grad": torch.randn_like(out), "kept": kept}
+    assert len(given["inputs"]) == len(INPUTS)
+    x, edge_vectors, first, second, behind = 0, 1, [6, 7], [8, 9], 10  # places of gradients
+    wanted = {"wanted": [x, edge_vectors, *first, *second], "kept": kept}
+    wanted["grad"] = torch.randn_like(out)
     for keep in (True, False):
         check(escn_conv_gradient, (), given | wanted | {"keep": keep})
     *_, ga, gz = escn_conv_gradient(**given, **wanted, keep=True)
-    kept = [*kept, ga, gz]
-    along = {"along": "x,vectors", "directions": [torch.randn_like(given["x"]), vectors.detach()]}
-    along["directions"][1] = torch.randn(len(given["vectors"]), 3, dtype=torch.float64)
-    second = {"grad": torch.randn_like(out), "kept": kept, "wanted": "first,grad,x"}
-    check(escn_conv_second_gradient, (), given | along | second)
+    directions = [torch.randn_like(given["inputs"][place]) for place in (x, edge_vectors)]
+    along = {"along": [x, edge_vectors], "directions": directions}
+    of = {"kept": [*kept, ga, gz], "wanted": [x, *first, behind], "grad": torch.randn_like(out)}
+    check(escn_conv_second_gradient, (), given | along | of)
 
 
 def test_layer_feels_no_torque_about_its_edges() -> None:
-    given = layer_arguments(EdgeLayer(3, 2, channels=8, hidden=8, n_edges=20, chiral=True))
+    given = layer_call(EdgeLayer(3, 2, channels=8, hidden=8, n_edges=20, chiral=True))
     out, *kept = escn_conv(**given, keep=True)
-    grad = torch.randn_like(out)
-    found = escn_conv_gradient(grad, **given, kept=kept, wanted="vectors", keep=False)
-    turn, direction = found[1], torch.nn.functional.normalize(given["vectors"], dim=1)
+    grad, place = torch.randn_like(out), INPUTS.index("vectors")
+    found = escn_conv_gradient(grad, **given, kept=kept, wanted=[place], keep=False)
+    turn = found[place]
+    direction = torch.nn.functional.normalize(given["inputs"][place], dim=1)
     assert turn.norm(dim=1).min() > 0
     assert (turn * direction).sum(1).abs().max() <= EXACT * turn.norm(dim=1).max()
+
+
+def test_layer_refuses_a_third_derivative() -> None:
+    given = layer_call(EdgeLayer(1, 1))
+    x = given["inputs"][0] = given["inputs"][0].requires_grad_()
+    out, *_ = escn_conv(**given, keep=False)
+    first = torch.autograd.grad(out.square().sum(), x, create_graph=True)[0]
+    second = torch.autograd.grad(first.square().sum(), x, create_graph=True)[0]
+    with pytest.raises(NotImplementedError, match="escn_conv_second_gradient has no derivative"):
+        second.sum().backward()
 
 
 def test_threads_change_rounding_alone_and_their_results_are_repeatable() -> None:

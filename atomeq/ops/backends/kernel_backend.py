@@ -83,16 +83,14 @@ class KernelBackend(AtomOperations):
         inputs = (x, frame.vectors, radial, radial_weight, radial_bias, envelope, *first, *second)
         needs = any(tensor is not None and tensor.requires_grad for tensor in inputs)
         keep = needs and torch.is_grad_enabled() and not recompute
-        if radial_weight is not None:
-            radial_weight, *_ = _views([radial_weight])
-        if radial_bias is not None:
-            radial_bias, *_ = _views([radial_bias])
-        total, *_ = escn_conv.escn_conv(
-            *(x, frame.vectors, frame.wigner, radial, radial_weight, radial_bias, envelope),
-            *(_views(first), _views(second), frame.source, frame.target),
-            self._segments(frame, (frame.source, frame.target)),
-            *(frame.lmax, frame.mmax, keep, self.name),
-        )
+        given = {"x": x, "vectors": frame.vectors, "radial": radial, "envelope": envelope}
+        for name, leaf in (("radial_weight", radial_weight), ("radial_bias", radial_bias)):
+            given[name] = None if leaf is None else _views([leaf])[0]
+        segments = self._segments(frame, (frame.source, frame.target))
+        edges = [frame.wigner, frame.source, frame.target, *segments]
+        present, layout = escn_conv.layer_arguments(given, frame.lmax, frame.mmax)
+        weights = _views([*first, *second])
+        total, *_ = escn_conv.escn_conv(present, weights, edges, layout, keep, self.name)
         return total
 
     def _segments(self, frame: EdgeFrame, indices: tuple[Tensor, ...]) -> list[Tensor]:

@@ -18,6 +18,7 @@ NAMESPACE = "atomeq"
 # From the saved inputs by name, the names whose gradient is wanted, and the gradients of the
 # outputs (None for one that nothing depends on), to the gradients by name; a missing name is zero.
 Gradient = Callable[..., Mapping[str, Tensor | list[Tensor] | list[Tensor | None] | None]]
+functions: dict[str, Callable[..., Any]] = {}  # what the operations are made of, by their names
 Outputs = Callable[[SimpleNamespace], Tensor | tuple[Tensor, ...] | list[Tensor]]
 
 
@@ -50,6 +51,7 @@ def registered(
         def fake(*values: Any) -> Any:
             return outputs(SimpleNamespace(**dict(zip(names, values, strict=True))))
 
+        functions[operation] = function
         schema = torch.library.infer_schema(function, mutates_args=())
         tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
         torch.library.define(operation, schema, tags=tags)
@@ -89,12 +91,15 @@ class _Tape:
 
     def save(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.set_materialize_grads(False)
-        required = {
-            name
-            # torch appends an entry of its own
-            for name, needs in zip(self.names, ctx.needs_input_grad, strict=False)
-            if (any(needs) if isinstance(needs, list | tuple) else needs)
-        }
+        # ctx.needs_input_grad counts the members of lists here, and the lists in the backward pass
+        required: set[str] = set()
+        for name, value in zip(self.names, inputs, strict=True):
+            if isinstance(value, Tensor) and value.requires_grad:
+                required.add(name)
+            elif isinstance(value, list | tuple) and _all_tensors(value):
+                members = [n for n, member in enumerate(value) if member.requires_grad]
+                required.update(name for _ in members)
+                required.update(f"{name}.{n}" for n in members)
         tensors: list[Tensor] = []
         ctx.layout, ctx.tensor_counts = {}, []
         for name, value in zip(self.names, inputs, strict=True):
@@ -145,17 +150,19 @@ class _Tape:
 def _on_the_way(ctx: Any, names: tuple[str, ...]) -> set[str]:
     """Return the inputs whose gradient leads to something the running backward pass is asked for.
 
+    Of a list of tensors each member has a name too, ``weights.0`` and so on.
+
     Torch tells a Python function which inputs require a gradient, not which of them are wanted:
     forces would pay for the gradient of every weight.
     """
-    nodes = iter(ctx.next_functions)
     if torch.compiler.is_compiling() or sum(ctx.tensor_counts) != len(ctx.next_functions):
-        return set(names)
-    return {
-        name
-        for name, count in zip(names, ctx.tensor_counts, strict=True)
-        if any([_will_run(next(nodes)[0]) for _ in range(count)])
-    }
+        return ctx.required
+    nodes, found = iter(ctx.next_functions), set()
+    for name, count in zip(names, ctx.tensor_counts, strict=True):
+        running = [n for n in range(count) if _will_run(next(nodes)[0])]
+        found.update(name for _ in running)
+        found.update(f"{name}.{n}" for n in running)
+    return found
 
 
 def _will_run(node: Any) -> bool:

@@ -30,8 +30,8 @@ def _form_gradient(
     saved: SimpleNamespace, wanted: set[str], grad: Tensor
 ) -> dict[str, list[Tensor | None]]:
     found: list[Tensor | None] = []
-    for place, (factor, matrix) in enumerate(zip(saved.factors, saved.matrices, strict=True)):
-        if not factor.requires_grad:
+    for place, matrix in enumerate(saved.matrices):
+        if f"factors.{place}" not in wanted:
             found.append(None)
             continue
         inside = place == 0 and saved.order >= 0

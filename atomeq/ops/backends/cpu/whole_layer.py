@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from atomeq.ops.backends.cpu import native_edge
-from atomeq.ops.backends.native.builder import load, n_threads, source_of
+from atomeq.ops.backends.native.builder import BuildError, load, n_threads, source_of
 from atomeq.ops.registered.escn_layer import EdgeLayer, Named, empty_gradients
 
 _EDGES_AT_ONCE = 64  # 24 are as fast in small layers, and a tenth slower in large ones
@@ -105,4 +105,10 @@ def _library(dtype: torch.dtype, lmax: int, mmax: int) -> tuple[ctypes.CDLL, typ
     fields += [(name, pointer) for name in _FIELDS[after:]]
     kind = type("layer_t", (ctypes.Structure,), {"_fields_": fields})
     library = load(native_edge.source(dtype, lmax, mmax) + source_of("layer.c", {}))
+    names = ctypes.string_at(ctypes.addressof(ctypes.c_char.in_dll(library, "layer_names")))
+    known = names.decode().split()
+    places = list((ctypes.c_int64 * (len(known) + 1)).in_dll(library, "layer_places"))
+    own = [getattr(kind, name).offset for name, _ in fields]
+    if known != [name for name, _ in fields] or places != [*own, ctypes.sizeof(kind)]:
+        raise BuildError("layer_t in layer.c is not what this module writes; see _SIZES, _FIELDS")
     return library, kind

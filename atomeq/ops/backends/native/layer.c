@@ -2,6 +2,7 @@
    what lies between its steps stays in the processor's cache. Equations and names are those of
    atomeq/ops/registered/escn_layer.py. This follows edge.c in one source. */
 
+#include <stddef.h>
 #include <stdlib.h>
 
 #define N_ORDERS (MMAX + 1)
@@ -30,6 +31,17 @@ typedef struct {
   const REAL *generator;                                       /* as in torque() */
   const int64_t *place, *count;
 } layer_t;
+
+/* The names and places of layer_t's fields and its size: Python's own are held to these. */
+#define FIELDS(F)                                                                                 \
+  F(n_edges) F(n_atoms) F(channels) F(hidden) F(c_out) F(n_radial) F(at_once) F(n_parts)          \
+  F(x) F(wigner) F(source) F(target) F(radial) F(radial_weight) F(radial_bias) F(envelope)        \
+  F(first) F(second) F(y) F(u) F(total) F(grad) F(to_x) F(to_turn) F(to_radial) F(to_envelope)    \
+  F(generator) F(place) F(count)
+#define NAME(field) #field " "
+#define PLACE(field) offsetof(layer_t, field),
+const char layer_names[] = FIELDS(NAME);
+const int64_t layer_places[] = {FIELDS(PLACE) sizeof(layer_t)};
 
 /* What one thread works with. */
 typedef struct {
