@@ -15,6 +15,7 @@ The three share their arguments:
 A gradient has a place of its own: that of its input or, behind these, of its weight.
 """
 
+from functools import cache
 from types import SimpleNamespace
 
 import torch
@@ -39,16 +40,21 @@ def layer_arguments(
     return [value for _, value in present], [lmax, mmax, *(place for place, _ in present)]
 
 
-def _names(layout: list[int]) -> list[str]:
+def _names(layout: list[int]) -> tuple[str, ...]:
     """Return the names of what has a gradient, in the order of the gradients."""
+    return _names_of(tuple(map(int, layout)))  # a trace may have symbols for them
+
+
+@cache
+def _names_of(layout: tuple[int, ...]) -> tuple[str, ...]:
     _, mmax, *given = layout
     weights = [f"{name}.{m}" for name in ("first", "second") for m in range(mmax + 1)]
-    return [*(INPUTS[place] for place in given), *weights]
+    return (*(INPUTS[place] for place in given), *weights)
 
 
 def _shapes(call: SimpleNamespace) -> tuple[SO2Shape, SO2Shape]:
     """Return the sizes of the two maps: both atoms to the hidden channels and gates, and on."""
-    lmax, mmax, *_ = (int(number) for number in call.layout)
+    lmax, mmax = map(int, call.layout[:2])
     c_out, hidden = (size // (lmax + 1) for size in call.weights[mmax + 1].shape)
     return (
         SO2Shape(lmax, mmax, 2 * call.inputs[0].shape[2], hidden, lmax * hidden),
@@ -183,7 +189,7 @@ def escn_conv_second_gradient(
     kernels: str,
 ) -> list[Tensor]:
     """Return the gradients of <directions, gradients at the places ``along``>, of ``grad`` last."""
-    layer, names = _layer(inputs, weights, edges, layout, kernels), [*_names(layout), _GRAD]
+    layer, names = _layer(inputs, weights, edges, layout, kernels), (*_names(layout), _GRAD)
     named = {names[place]: d.contiguous() for place, d in zip(along, directions, strict=True)}
     found = escn_second.second_gradient(
         layer, grad.contiguous(), kept, named, _whole(names, wanted)
@@ -191,7 +197,7 @@ def escn_conv_second_gradient(
     return [found.get(name, grad.new_empty(0)) for name in names]
 
 
-def _whole(names: list[str], places: list[int]) -> set[str]:
+def _whole(names: tuple[str, ...], places: list[int]) -> set[str]:
     """Return the names at some places, a map's weights by that of the map."""
     return {names[place].partition(".")[0] for place in places}
 
