@@ -3,9 +3,11 @@
 Both come from one backward pass through a symmetric strain ε of the structure
 (r -> r (1 + ε), cell -> cell (1 + ε)):  F = -dE/dr,  σ = (1/V) dE/dε.
 Forces are taken with respect to the unstrained positions, which are the same at ε = 0.
+
+Derivatives leave ``torch.inference_mode()``, where autograd records nothing, by themselves.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -47,7 +49,8 @@ def energy_and_derivatives(
         The properties of ``evaluate`` with forces and stress beside them.
 
     Raises:
-        ValueError: Stress is asked of a structure whose cell has no volume.
+        ValueError: Stress is asked of a structure whose cell has no volume, or the energy of
+            structures with edges does not depend on their positions.
     """
     if stress:
         refuse_flat_cells(graph)
@@ -82,7 +85,8 @@ def energy_and_gradients(
         The properties of ``evaluate``, and those asked for of dE/dr (n_atoms, 3), eV/Å, and dE/dε
         (n_graphs, 3, 3), eV.
     """
-    with torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad():
+        graph = _differentiable(graph)
         positions = graph.pos if graph.pos.requires_grad else graph.pos.detach().requires_grad_()
         deformation = graph.cell.new_zeros(graph.n_graphs, 3, 3).requires_grad_(strain)
         deformed = graph.replace(pos=positions)
@@ -90,7 +94,7 @@ def energy_and_gradients(
             deformed = deformed.strained(deformation)
         properties = evaluate(deformed)
         inputs = [positions] * forces + [deformation] * strain
-        gradients = list(_gradients(properties["energy"], inputs, create_graph=create_graph))
+        gradients = _gradients(properties["energy"], inputs, graph, create_graph=create_graph)
     if not create_graph:
         for key, value in properties.items():
             properties[key] = value.detach()
@@ -113,36 +117,69 @@ def force_constants(potential: ForceField, graph: AtomGraph, *, max_edges: int) 
     """
     size = 3 * graph.n_atoms
     n_replicas = max(1, min(size, max_edges // max(graph.n_edges, 1)))
-    replicas = AtomGraph.concatenate([graph] * n_replicas)
-    positions = replicas.pos.detach().requires_grad_()
-    replicas = replicas.replace(pos=positions)
-    with torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad():
+        hessian = torch.zeros(size, size, dtype=torch.float64, device=graph.pos.device)
+        replicas = AtomGraph.concatenate([_differentiable(graph)] * n_replicas)
+        positions = replicas.pos.detach().requires_grad_()
+        replicas = replicas.replace(pos=positions)
         forces = potential(replicas, ("forces",), create_graph=True)["forces"]
-    hessian = torch.zeros(size, size, dtype=torch.float64, device=positions.device)
-    if not forces.requires_grad:  # no edges, no forces
-        return hessian
-    for start in range(0, size, n_replicas):
-        rows = torch.arange(start, min(start + n_replicas, size), device=positions.device)
-        directions = torch.zeros_like(forces).reshape(n_replicas, size)
-        directions[rows - start, rows] = -1.0
-        gradient = torch.autograd.grad(
-            forces,
-            positions,
-            directions.reshape(forces.shape),
-            retain_graph=start + n_replicas < size,
-            materialize_grads=True,
-        )[0]
-        hessian[rows] = gradient.reshape(n_replicas, size)[: len(rows)].to(hessian)
+        for start in range(0, size, n_replicas):
+            rows = torch.arange(start, min(start + n_replicas, size), device=positions.device)
+            directions = torch.zeros_like(forces).reshape(n_replicas, size)
+            directions[rows - start, rows] = -1.0
+            (gradient,) = _gradients(
+                forces,
+                [positions],
+                replicas,
+                along=directions.reshape(forces.shape),
+                retain_graph=start + n_replicas < size,
+            )
+            hessian[rows] = gradient.reshape(n_replicas, size)[: len(rows)].to(hessian)
     return (hessian + hessian.T) / 2
 
 
-def _gradients(energy: Tensor, inputs: list[Tensor], *, create_graph: bool) -> tuple[Tensor, ...]:
-    """Return dE/dx for each input; structures without edges do not depend on any and give zeros."""
-    if not energy.requires_grad:
-        return tuple(torch.zeros_like(x) for x in inputs)
-    return torch.autograd.grad(
-        energy.sum(), inputs, create_graph=create_graph, materialize_grads=True
-    )
+def _differentiable(graph: AtomGraph) -> AtomGraph:
+    """Return a graph that autograd can use: clones in place of what inference mode made."""
+    made = {name: value.clone() for name, value in graph.to_dict().items() if value.is_inference()}
+    return graph.replace(**made) if made else graph
+
+
+def _gradients(
+    values: Tensor,
+    inputs: list[Tensor],
+    graph: AtomGraph,
+    *,
+    along: Tensor | None = None,
+    create_graph: bool = False,
+    retain_graph: bool | None = None,
+) -> list[Tensor]:
+    """Return the derivatives of values, summed or along a direction, by each input.
+
+    Structures without edges depend on no position and no strain, and give zeros.
+
+    Raises:
+        ValueError: The values do not depend on an input though there are edges.
+    """
+    gradients: Sequence[Tensor | None] = [None] * len(inputs)
+    if values.requires_grad:
+        gradients = torch.autograd.grad(
+            values,
+            inputs,
+            torch.ones_like(values) if along is None else along,
+            create_graph=create_graph,
+            retain_graph=retain_graph,
+            allow_unused=True,
+        )
+    if any(gradient is None for gradient in gradients) and graph.n_edges:
+        raise ValueError(
+            f"the model's energy does not depend on the positions of {graph.n_atoms} atoms with "
+            f"{graph.n_edges} edges, so its derivatives would be zero without being so: somewhere "
+            "it leaves autograd (detach, no_grad, numpy); keep it differentiable"
+        )
+    return [
+        torch.zeros_like(x) if gradient is None else gradient
+        for gradient, x in zip(gradients, inputs, strict=True)
+    ]
 
 
 def refuse_flat_cells(graph: AtomGraph) -> None:

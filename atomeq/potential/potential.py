@@ -86,6 +86,16 @@ class Potential(Predictor):
         Raises:
             ValueError: An unknown property, or the stress of a structure without volume.
         """
+        try:
+            return self._compute(graph, properties, create_graph)
+        except RuntimeError:  # autograd refuses weights that were made inside inference mode
+            if self.training or not self._leave_inference_mode():
+                raise
+            return self._compute(graph, properties, create_graph)
+
+    def _compute(
+        self, graph: AtomGraph, properties: Sequence[PropertyKey], create_graph: bool | None
+    ) -> dict[PropertyKey, Tensor]:
         refuse_unknown_properties(properties)
         derived = [key for key in ("forces", "stress") if key in properties]
         if "stress" in derived and not self.conservative:
@@ -105,6 +115,23 @@ class Potential(Predictor):
                 create_graph=create_graph,
             )
         return {key: computed[key] for key in properties}
+
+    def _leave_inference_mode(self) -> bool:
+        """Put clones in place of weights that inference mode made; return whether there were any.
+
+        Looking at every tensor costs as much as a small model's energy, so it is done on failure.
+        """
+        with torch.inference_mode(False):
+            inference = [one for one in (*self.parameters(), *self.buffers()) if one.is_inference()]
+            normal = {id(one): one.clone() for one in inference}
+            for module in self.modules():
+                for name, one in (*module._parameters.items(), *module._buffers.items()):
+                    if one is None or (clone := normal.get(id(one))) is None:
+                        continue
+                    if isinstance(one, nn.Parameter):
+                        clone = nn.Parameter(clone, one.requires_grad)
+                    setattr(module, name, clone)
+        return bool(normal)
 
     def _evaluate_with_gradient(self, graph: AtomGraph) -> dict[PropertyKey, Tensor]:
         if self.conservative:
