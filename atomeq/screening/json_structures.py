@@ -15,6 +15,8 @@ from ase.data import atomic_numbers
 
 _Item: TypeAlias = Atoms | ValueError
 
+_FULL = 1e-8  # how far a share of a site may be from 1, for the rounding of those who wrote it
+
 # Where structures stand in documents that hold more than them.
 _WRAPPERS = ("structure", "final_structure", "molecule")
 
@@ -110,24 +112,27 @@ def _of_pymatgen(document: dict[str, Any]) -> Atoms:
 
 
 def _one_element(species: list[dict[str, Any]]) -> int:
-    if len(species) != 1 or float(species[0].get("occu", 1)) < 1 - 1e-8:
-        shares = ", ".join(f"{item['element']} {item.get('occu', 1):g}" for item in species)
-        raise ValueError(
-            f"a site is partly occupied ({shares}); make it an ordered structure first"
-        )
-    return _number(str(species[0]["element"]))
+    elements = [str(item["element"]) for item in species]
+    return _occupant("a site", elements, [item.get("occu", 1) for item in species])
+
+
+def _occupant(site: str, elements: list[str], shares: list[float]) -> int:
+    """Return the one element of a site, refusing a share that is not 1: less, more, NaN."""
+    if len(elements) != 1 or len(shares) != 1 or not abs(float(shares[0]) - 1) < _FULL:
+        told = ", ".join(f"{one} {share}" for one, share in itertools.zip_longest(elements, shares))
+        how = "partly" if all(0 <= float(share) <= 1 for share in shares) else "impossibly"
+        raise ValueError(f"{site} is {how} occupied ({told}); make it an ordered structure first")
+    return _number(elements[0])
 
 
 def _of_optimade(attributes: dict[str, Any]) -> Atoms:
-    symbols = {}
-    for species in attributes["species"]:
-        elements = species["chemical_symbols"]
-        symbols[species["name"]] = elements[0] if len(elements) == 1 else None
-    numbers = []
-    for name in attributes["species_at_sites"]:
-        if symbols[name] is None:
-            raise ValueError(f"sites of {name!r} are partly occupied; make it an ordered structure")
-        numbers.append(_number(symbols[name]))
+    species = {one["name"]: one for one in attributes["species"]}
+    occupants = {}
+    for name in dict.fromkeys(attributes["species_at_sites"]):
+        elements = species[name]["chemical_symbols"]
+        shares = species[name].get("concentration") or [1.0] * len(elements)
+        occupants[name] = _occupant(f"a site of {name!r}", elements, shares)
+    numbers = [occupants[name] for name in attributes["species_at_sites"]]
     vectors = attributes.get("lattice_vectors")
     cell = np.zeros((3, 3)) if vectors is None else np.array(vectors, dtype=np.float64)
     periodic = attributes.get("dimension_types", [0 if vectors is None else 1] * 3)

@@ -249,7 +249,7 @@ def _partial(atoms: Atoms | Unreadable) -> str:
         return ""
     occupancy = atoms.info.get("occupancy") or {}
     for site in occupancy.values():
-        if len(site) > 1 or any(share < 1 for share in site.values()):
+        if len(site) > 1 or any(share != 1 for share in site.values()):
             shares = ", ".join(f"{element} {share:g}" for element, share in site.items())
             return f"a site is partly occupied ({shares}); make it an ordered structure first"
     return ""
