@@ -35,6 +35,7 @@ from atomeq.potential.checkpoint import resolve_device, resolve_dtype, sha256
 from atomeq.potential.committee import Committee, frozen
 from atomeq.potential.folders import WEIGHTS_FILE, find_potential
 from atomeq.potential.potential import Potential
+from atomeq.potential.untrusted import refuse_meta_device
 from atomeq.typing import PropertyKey
 
 #: Asked of a committee, what its members' spread is called.
@@ -114,10 +115,7 @@ class AtomeqCalculator(Calculator):
         self._sees_topology = bool(hypergraphs)
         self._origins = [None if isinstance(one, Potential) else str(one) for one in members]
         self.implemented_properties = _properties(self._committee)
-        names = [
-            type(one.model).__name__ if origin is None else origin
-            for origin, one in zip(self._origins, self.potentials, strict=True)
-        ]
+        names = [one.name for one in self.potentials]
         self.parameters = {
             "potential": names[0] if len(names) == 1 else names,
             "dtype": str(self.dtype).removeprefix("torch."),
@@ -356,6 +354,7 @@ class AtomeqCalculator(Calculator):
 
     def _bare(self, structure: StructureLike, index: int = 0) -> AtomGraph:
         """Return a valid structure without edges, labels and velocities, with its hyperedges."""
+        refuse_meta_device()
         atoms = structure if isinstance(structure, Atoms) else to_ase(from_structures(structure))[0]
         bare = bare_graph(atoms, name=f"structure {index}", known_elements=self.elements)
         if (topology := self._topology(atoms, index)) is not None:

@@ -12,6 +12,7 @@ from ase.data import chemical_symbols
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from atomeq.arguments import refuse_wrong_types
 from atomeq.data.nbody import fully_connected
 from atomeq.typing import EdgeIndex
 
@@ -80,10 +81,11 @@ class ParticleView:
             ValueError: An unknown key, or values that cannot be used.
         """
         try:
+            refuse_wrong_types(cls.__init__, values)
             bonds = tuple((int(i), int(j)) for i, j in values.get("bonds", ()))
             numbers = tuple(int(number) for number in values.get("atomic_numbers", ()))
             return cls(**{**values, "bonds": bonds, "atomic_numbers": numbers})
-        except TypeError as error:
+        except (TypeError, AttributeError) as error:
             raise ValueError(f"this is no view of particles: {error}") from error
 
     def pairs(self, n_particles: int) -> Pairs:

@@ -80,6 +80,13 @@ class ConfiguredModule(nn.Module):
         return next(self.parameters()).device
 
 
+def refuse_nonpositive(**arguments: float) -> None:
+    """Raise ``ValueError`` naming the first number that is zero or less: one divides by it."""
+    for name, value in arguments.items():
+        if not value > 0:
+            raise ValueError(f"{name} must be more than 0, not {value!r}")
+
+
 class AtomisticModel(ConfiguredModule):
     """A graph network over atoms.
 

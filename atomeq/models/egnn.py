@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from atomeq.graph.atom_graph import AtomGraph
-from atomeq.models.base import AtomisticModel
+from atomeq.models.base import AtomisticModel, refuse_nonpositive
 from atomeq.nn.mlp import MLP
 from atomeq.nn.pair_mlp import PairMLP
 from atomeq.nn.radial import BesselBasis, PolynomialEnvelope
@@ -58,6 +58,7 @@ class EGNN(AtomisticModel):
         self.hidden_channels = hidden_channels
         self.num_radial = num_radial
         self.attention = attention
+        refuse_nonpositive(avg_num_neighbors=avg_num_neighbors)
         self.avg_num_neighbors = avg_num_neighbors
         self.num_elements = num_elements
 

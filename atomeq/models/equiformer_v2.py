@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from atomeq.graph.atom_graph import AtomGraph
 from atomeq.graph.builders import GraphBuilder, NearestNeighborGraph, RadiusGraph
-from atomeq.models.base import AtomisticModel
+from atomeq.models.base import AtomisticModel, refuse_nonpositive
 from atomeq.nn.attention import (
     AttentionActivation,
     DegreeEmbedding,
@@ -159,6 +159,7 @@ class EquiformerV2(AtomisticModel):
             raise ValueError(f"mmax must lie between 0 and lmax; got mmax={mmax}, lmax={lmax}")
         if element_pairs not in ("per_block", "shared", "none"):
             raise ValueError(f"element_pairs is per_block, shared or none, not {element_pairs!r}")
+        refuse_nonpositive(avg_degree=avg_degree, energy_divisor=energy_divisor)
         self.keep_arguments(locals())
         if direct_forces:
             self.outputs = frozenset({"energies", "forces"})

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from atomeq.graph.atom_graph import AtomGraph
-from atomeq.models.base import AtomisticModel
+from atomeq.models.base import AtomisticModel, refuse_nonpositive
 from atomeq.nn.gaunt import GauntProduct
 from atomeq.nn.mlp import MLP
 from atomeq.nn.norms import EquivariantRMSNorm
@@ -84,6 +84,7 @@ class ESCN(AtomisticModel):
         self.hidden_channels = hidden_channels
         self.edge_channels = edge_channels
         self.num_radial = num_radial
+        refuse_nonpositive(avg_num_neighbors=avg_num_neighbors)
         self.avg_num_neighbors = avg_num_neighbors
         self.num_elements = num_elements
         self.update = update

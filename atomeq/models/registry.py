@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from atomeq.arguments import refuse_wrong_types
 from atomeq.models.base import AtomisticModel, ConfiguredModule, Propagator
 from atomeq.registry import Registry, RegistryError
 
@@ -18,6 +19,10 @@ MODELS = Registry("model", AtomisticModel, package="atomeq.models", group="atome
 PROPAGATORS = Registry(
     "propagator", Propagator, package="atomeq.models", group="atomeq.propagators"
 )
+
+
+# What constructors of networks raise, torch's included, when given what makes no sense.
+_REFUSALS = (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RuntimeError)
 
 
 def build(
@@ -40,7 +45,10 @@ def build(
             f"the {registry.kind} {node!r} is no node with class_path and init_args"
         )
     found = registry.find(node.get("class_path"))
-    arguments = dict(node.get("init_args") or {})
+    arguments = node.get("init_args") or {}
+    if not isinstance(arguments, dict) or not all(isinstance(key, str) for key in arguments):
+        raise RegistryError(f"{found.__name__}, init_args are no arguments by name")
+    arguments = dict(arguments)
     version = node.get("checkpoint_version", 1)
     if issubclass(found, ConfiguredModule) and version != found.checkpoint_version:
         arguments = _upgrade(found, version, arguments, {} if weights is None else weights, prefix)
@@ -48,8 +56,9 @@ def build(
         if isinstance(value, dict) and "class_path" in value:
             arguments[key] = build(value, MODELS, weights, f"{prefix}{key}.")
     try:
+        refuse_wrong_types(found.__init__, arguments)
         return found(**arguments)
-    except (TypeError, ValueError) as error:
+    except _REFUSALS as error:
         raise RegistryError(f"{found.__name__}, init_args: {error}") from error
 
 

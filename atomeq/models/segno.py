@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from atomeq.graph.atom_graph import AtomGraph
-from atomeq.models.base import AtomisticModel, Propagator
+from atomeq.models.base import AtomisticModel, Propagator, refuse_nonpositive
 from atomeq.nn.mlp import MLP
 from atomeq.nn.pair_mlp import PairMLP
 from atomeq.nn.radial import BesselBasis, PolynomialEnvelope
@@ -279,6 +279,7 @@ class SEGNO(AtomisticModel):
         self.feature_rate = feature_rate
         self.hidden_channels = hidden_channels
         self.num_radial = num_radial
+        refuse_nonpositive(avg_num_neighbors=avg_num_neighbors)
         self.avg_num_neighbors = avg_num_neighbors
         self.num_elements = num_elements
 

@@ -34,12 +34,13 @@ def constant_table(build: Callable[P, Tensor]) -> Callable[P, Tensor]:
     """Cache a function that builds a constant tensor from hashable arguments.
 
     A table first asked for inside ``torch.inference_mode()`` would be an inference tensor, which
-    no later training step could save for its backward pass: so tables are built outside that mode.
+    no later training step could save for its backward pass: so tables are built outside that mode,
+    and on the CPU, whatever the default device is.
     """
 
     @functools.cache
     def built(*args: P.args, **kwargs: P.kwargs) -> Tensor:
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
             return build(*args, **kwargs)
 
     @functools.wraps(build)

@@ -8,6 +8,7 @@ that scalar and is no potential.
 
 import dataclasses
 import hashlib
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from atomeq.arguments import refuse_wrong_types
 from atomeq.data.particles import ParticleView
 from atomeq.data.targets import ScalarTarget
 from atomeq.files import write_atomically
@@ -35,6 +37,12 @@ from atomeq.potential.predictor import Predictor
 from atomeq.potential.references import AtomicReferences
 from atomeq.potential.scalar import ScalarPredictor
 from atomeq.potential.terms import TERMS, EnergyTerm
+from atomeq.potential.untrusted import (
+    FitsWeights,
+    read_yaml,
+    refuse_meta_device,
+    refuse_unfit_weights,
+)
 from atomeq.registry import Registry, RegistryError
 
 CHECKPOINT_VERSION = 1
@@ -203,10 +211,13 @@ def load_predictor(
     model = build_model(
         document["model"], named_in=folder / CONFIG_FILE, weights=weights, prefix="model."
     )
-    if "target" in document:
-        potential: Predictor = _scalar(model, document, folder)
-    else:
-        potential = Potential(model, terms=_terms(document, folder))
+    terms = _terms(document, folder)
+    try:
+        scalar = "target" in document
+        potential = _scalar(model, document["target"]) if scalar else Potential(model, terms=terms)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{folder / CONFIG_FILE}: {error}") from error
+    potential.name = str(name_or_path)
     # Before the weights: copied into float32, those of a float64 potential would be rounded.
     potential = potential.to(getattr(torch, document["dtype"]))
     _load_weights(potential, weights, folder)
@@ -258,6 +269,7 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def _load_weights(module: nn.Module, weights: dict[str, Tensor], folder: Path) -> None:
+    refuse_unfit_weights(module, weights, folder / WEIGHTS_FILE)
     try:
         module.load_state_dict(weights, strict=True)
     except RuntimeError as error:
@@ -338,7 +350,8 @@ def _build(
     prefix: str = "",
 ) -> T:
     try:
-        return build(node, registry, weights, prefix)
+        with FitsWeights(weights) if weights else nullcontext():
+            return build(node, registry, weights, prefix)
     except RegistryError as error:
         raise CheckpointError(f"{where}: {error}") from error
 
@@ -359,10 +372,7 @@ def untrained_potential(
         CheckpointError: The file is not there, or names no model of this package.
     """
     path = Path(config)
-    try:
-        node = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is not readable YAML: {error}") from error
+    node = read_yaml(path)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = build_model(node, named_in=path)
@@ -400,22 +410,21 @@ def sha256(path: Path) -> str:
 
 
 def _terms(document: dict[str, Any], folder: Path) -> list[EnergyTerm]:
-    return [build_term(node, named_in=folder / CONFIG_FILE) for node in document.get("terms", [])]
+    nodes = document.get("terms", [])
+    if not isinstance(nodes, list):
+        raise CheckpointError(f"{folder / CONFIG_FILE}: terms are a list of nodes, not {nodes!r}")
+    return [build_term(node, named_in=folder / CONFIG_FILE) for node in nodes]
 
 
-def _scalar(model: AtomisticModel, document: dict[str, Any], folder: Path) -> ScalarPredictor:
-    try:
-        return ScalarPredictor(model, ScalarTarget(**document["target"]))
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{folder / CONFIG_FILE}, target: {error}") from error
+def _scalar(model: AtomisticModel, target: Any) -> ScalarPredictor:
+    refuse_wrong_types(ScalarTarget.__init__, target)
+    return ScalarPredictor(model, ScalarTarget(**target))
 
 
 def _read_document(folder: Path) -> dict[str, Any]:
-    try:
-        document = yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{folder / CONFIG_FILE} is not readable YAML: {error}") from error
-    missing = {"checkpoint_version", "model", "dtype", "sha256"} - set(document or {})
+    refuse_meta_device()
+    document = read_yaml(folder / CONFIG_FILE)
+    missing = {"checkpoint_version", "model", "dtype", "sha256"} - set(document)
     if missing:
         raise CheckpointError(f"{folder / CONFIG_FILE} lacks {', '.join(sorted(missing))}")
     if document["checkpoint_version"] != CHECKPOINT_VERSION:

@@ -60,6 +60,7 @@ class CompiledPotential(Potential):
             AtomicReferences(dict.fromkeys(metadata["elements"], 0.0)),
         )
         self.path = path
+        self.name = str(path)
         self.metadata = metadata
         self._library = library
         self._fields = graph_fields(model)

@@ -15,7 +15,7 @@ from atomeq.graph.atom_graph import AtomGraph
 from atomeq.models.base import AtomisticModel
 from atomeq.ops.segment import segment_sum
 from atomeq.potential.derivatives import energy_and_derivatives
-from atomeq.potential.predictor import Predictor
+from atomeq.potential.predictor import Predictor, full_precision
 from atomeq.potential.references import AtomicReferences
 from atomeq.potential.terms import EnergyTerm
 from atomeq.typing import PropertyKey
@@ -86,12 +86,15 @@ class Potential(Predictor):
         Raises:
             ValueError: An unknown property, or the stress of a structure without volume.
         """
-        try:
+        if self.training:  # in mixed precision perhaps
             return self._compute(graph, properties, create_graph)
-        except RuntimeError:  # autograd refuses weights that were made inside inference mode
-            if self.training or not self._leave_inference_mode():
-                raise
-            return self._compute(graph, properties, create_graph)
+        with full_precision(self.device):
+            try:
+                return self._compute(graph, properties, create_graph)
+            except RuntimeError:  # autograd refuses weights that were made inside inference mode
+                if not self._leave_inference_mode():
+                    raise
+                return self._compute(graph, properties, create_graph)
 
     def _compute(
         self, graph: AtomGraph, properties: Sequence[PropertyKey], create_graph: bool | None

@@ -5,6 +5,7 @@ A :class:`~atomeq.potential.potential.Potential` makes energies, forces and stre
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -13,7 +14,15 @@ from torch import Tensor, nn
 from atomeq.graph.atom_graph import AtomGraph
 from atomeq.models.base import AtomisticModel
 from atomeq.potential.references import AtomicReferences
+from atomeq.potential.untrusted import refuse_meta_device
 from atomeq.typing import PropertyKey
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[object]:
+    """Return a context in which autocast, where it is on, is off: results do not depend on it."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 class Predictor(nn.Module):
@@ -22,12 +31,16 @@ class Predictor(nn.Module):
     Args:
         model: The network.
         references: Shift per element and scale; none leaves the network's output as it is.
+
+    Attributes:
+        name: What messages call it: as it was given to what loaded it, or the class of its model.
     """
 
     def __init__(self, model: AtomisticModel, references: AtomicReferences | None = None) -> None:
         super().__init__()
         self.model = model
         self.references = references if references is not None else AtomicReferences()
+        self.name = type(model).__name__
         self._builder = model.graph_builder()
 
     def build_graph(self, structures: Any) -> AtomGraph:
@@ -43,6 +56,7 @@ class Predictor(nn.Module):
         Raises:
             StructureError: A structure is empty, has non-finite numbers or an unknown element.
         """
+        refuse_meta_device()
         graph = self._builder(structures)
         self.check_elements(graph)
         return graph.to(self.device)

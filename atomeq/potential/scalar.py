@@ -4,6 +4,7 @@ It is no potential: it has neither energy nor forces, and whatever wants those r
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 from torch import Tensor
 
@@ -11,7 +12,7 @@ from atomeq.data.targets import ScalarTarget
 from atomeq.graph.atom_graph import AtomGraph
 from atomeq.models.base import AtomisticModel
 from atomeq.ops.segment import segment_mean, segment_sum
-from atomeq.potential.predictor import Predictor
+from atomeq.potential.predictor import Predictor, full_precision
 from atomeq.potential.references import AtomicReferences
 from atomeq.typing import PropertyKey
 
@@ -65,7 +66,8 @@ class ScalarPredictor(Predictor):
                 f"this predicts {self.target.name} [{self.target.unit}] as 'scalar' and is no "
                 f"potential: it has no {other[0]}"
             )
-        outputs = self.model(graph)
+        with nullcontext() if self.training else full_precision(self.device):
+            outputs = self.model(graph)
         batch, n_graphs = graph.batch, graph.n_graphs
         if "scalar" in outputs:
             shift = self.references.shift[graph.atomic_numbers]
