@@ -251,6 +251,7 @@ class AtomeqCalculator(Calculator):
             StructureError: The structure is empty, holds NaN, infinity or an unknown element, is
                 periodic without a cell, or has overlapping atoms.
             PropertyNotImplementedError: The stress of a structure that is not fully periodic.
+            NotFiniteError: The potential gives NaN or infinity.
         """
         atoms = self.atoms if atoms is None else atoms
         if atoms is None:
@@ -326,7 +327,7 @@ class AtomeqCalculator(Calculator):
         found: list[dict[str, Any]] = []
         for batch in self._batches(structures, max_edges, stress="stress" in keys):
             others = [builder(batch) for builder in self._committee.builders[1:]]
-            results = self._committee.evaluate([batch, *others], keys)
+            results = self._committee.evaluate([batch, *others], keys, first=len(found))
             stops = np.cumsum(batch.natoms.cpu().numpy())
             for k, (start, stop) in enumerate(zip([0, *stops[:-1]], stops, strict=True)):
                 found.append(_in_ase_form(_of_structure(results, k, slice(start, stop))))

@@ -16,6 +16,7 @@ from atomeq.cli.structures import structure_output, with_results, write_summary
 from atomeq.cli.terminal import Meter, say, show_table
 from atomeq.cli.verbs import prepare, settings
 from atomeq.graph.convert import StructureError
+from atomeq.potential.committee import NotFiniteError
 from atomeq.units import GPA
 
 
@@ -63,7 +64,7 @@ def _frozen(atoms: Atoms, calculator: AtomeqCalculator) -> tuple[Atoms, dict[str
     """Return a structure with its results, and its row; without, where it has none."""
     try:
         frozen = with_results(atoms, calculator)
-    except StructureError:  # it was refused; the row says why
+    except (StructureError, NotFiniteError):  # it was refused; the row says why
         return atoms, {"formula": atoms.get_chemical_formula(), "n_atoms": len(atoms)}
     return frozen, _row(frozen)
 

@@ -19,6 +19,7 @@ from atomeq.graph.convert import MIN_DISTANCE, StructureError, Structures
 from atomeq.graph.moving import MovingNeighbors
 from atomeq.graph.neighbors import SKIN
 from atomeq.potential.checkpoint import load_potential
+from atomeq.potential.committee import NotFiniteError
 from atomeq.potential.potential import Potential
 from atomeq.typing import PropertyKey
 
@@ -63,6 +64,10 @@ class Evaluator:
 
     Attributes:
         n_edges: Edges of each structure in the last evaluation, (n_graphs,).
+
+    Raises:
+        NotFiniteError: When called, if the potential has never given a number for any structure: it
+            is to blame, not they.
     """
 
     def __init__(self, potential: Potential | str | Path, *, skin: float = SKIN) -> None:
@@ -70,6 +75,7 @@ class Evaluator:
         if loaded.training or any(p.requires_grad for p in loaded.parameters()):
             loaded = copy.deepcopy(loaded).requires_grad_(False).eval()
         self.potential = loaded
+        self._has_answered = False
         if loaded.device.type == "cpu":
             keep_freed_memory()
         builder = loaded.model.graph_builder()
@@ -114,8 +120,16 @@ class Evaluator:
         if connected is None:
             return _with_results(graph, {}, fine, failure, stress=stress)
         results = self.potential(connected, properties)
+        if not self._has_answered:
+            self._refuse_no_numbers(connected, results["energy"])
         self.n_edges = _spread(_count_edges(connected), fine, graph.n_graphs)
         return _with_results(graph, results, fine, failure, stress=stress)
+
+    def _refuse_no_numbers(self, graph: AtomGraph, energy: Tensor) -> None:
+        self._has_answered = bool(torch.isfinite(energy).any())
+        if not self._has_answered:
+            numbers = graph.atomic_numbers[graph.batch == 0]
+            raise NotFiniteError(self.potential.name, "energy", 0, numbers)
 
     def count_edges(self, graph: AtomGraph) -> int:
         """Return how many edges the structures have, without evaluating them.

@@ -10,14 +10,35 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from atomeq.graph.atom_graph import AtomGraph
 from atomeq.graph.builders import GraphBuilder
+from atomeq.graph.convert import structure_name
 from atomeq.potential.checkpoint import load_potential, not_a_potential, resolve_device
 from atomeq.potential.derivatives import force_constants
 from atomeq.potential.potential import Potential
 from atomeq.potential.scalar import ScalarPredictor
 from atomeq.typing import PropertyKey
+
+
+class NotFiniteError(ValueError):
+    """A potential gave NaN or infinity for a structure; the message names both.
+
+    Args:
+        potential: Its name, folder or model.
+        what: Which result.
+        index: Position of the structure in the list that was given.
+        numbers: Its atomic numbers.
+    """
+
+    def __init__(self, potential: str, what: str, index: int, numbers: Tensor) -> None:
+        title = structure_name(index, numbers.cpu().numpy())
+        super().__init__(
+            f"{title}: the potential {potential!r} gives NaN or infinite {what}; its weights are "
+            "broken, or it was never trained on anything like this structure"
+        )
+        self.index = index
 
 
 class Committee:
@@ -57,22 +78,37 @@ class Committee:
         return all(one.twice_differentiable for one in self.members)
 
     def evaluate(
-        self, graphs: Sequence[AtomGraph], properties: Sequence[PropertyKey]
+        self,
+        graphs: Sequence[AtomGraph],
+        properties: Sequence[PropertyKey],
+        *,
+        first: int = 0,
     ) -> dict[str, NDArray]:
         """Compute a batch with every member.
 
         Args:
             graphs: Of the same structures, one of each of :attr:`builders`.
             properties: As of :meth:`Potential.forward`.
+            first: Position of the first structure in the list that was given, for errors.
 
         Returns:
             Their means by name, in float64 where there are several members, and then ``<name>_std``
             as well, the standard deviations (of n - 1).
+
+        Raises:
+            NotFiniteError: A result of a member is NaN or infinite.
         """
         each = [
             {key: value.detach().cpu().numpy() for key, value in one(graphs[k], properties).items()}
             for one, k in zip(self.members, self._seen, strict=True)
         ]
+        for one, results in zip(self.members, each, strict=True):
+            for key, values in results.items():
+                if not np.isfinite(values).all():
+                    row = int(np.nonzero(~np.isfinite(values))[0][0])
+                    k = int(graphs[0].batch[row]) if key in ("energies", "forces") else row
+                    numbers = graphs[0].atomic_numbers[graphs[0].batch == k]
+                    raise NotFiniteError(one.name, key, first + k, numbers)
         if len(each) == 1:
             return dict(each[0])
         stacked = {key: np.stack([one[key] for one in each]).astype(np.float64) for key in each[0]}
@@ -90,6 +126,9 @@ class Committee:
             force_constants(one, graphs[k], max_edges=max_edges).cpu().numpy()
             for one, k in zip(self.members, self._seen, strict=True)
         ]
+        for one, matrix in zip(self.members, each, strict=True):
+            if not np.isfinite(matrix).all():
+                raise NotFiniteError(one.name, "hessian", 0, graphs[0].atomic_numbers)
         return np.asarray(np.mean(each, axis=0, dtype=np.float64))
 
 
