@@ -44,6 +44,7 @@ VERBS = {
     "screen": Verb(_SCREEN, "many structures to a ranked table; may be interrupted"),
     "check": Verb(_INSPECT, "hold a potential or any ASE calculator to the laws of physics"),
     "convert": Verb(_INSPECT, "turn a published checkpoint (.pt) into a potential"),
+    "potentials": Verb(_INSPECT, "list, show and install published potentials"),
     "export": Verb(_INSPECT, "compile a potential into one file, for this processor"),
     "doctor": Verb(_INSPECT, "versions, devices, data, potentials and backends on this machine"),
     "fit": Verb(_TRAINING, "train a potential from a configuration file"),

@@ -4,7 +4,7 @@ from jsonargparse import Namespace
 
 from atomeq.cli.terminal import say
 from atomeq.potential.checkpoint import load_potential
-from atomeq.potential.import_official import convert_checkpoint
+from atomeq.potential.convert import convert_checkpoint
 
 
 def convert(options: Namespace) -> int:
@@ -14,6 +14,7 @@ def convert(options: Namespace) -> int:
         options.out,
         use_ema=options.ema,
         grid_resolution=options.grid_resolution,
+        modal=options.modal,
     )
     potential = load_potential(folder)
     n_parameters = sum(parameter.numel() for parameter in potential.model.parameters())

@@ -34,6 +34,28 @@ class BesselBasis(nn.Module):
         return torch.sin(x * self.orders) / x
 
 
+class TrainedBesselBasis(nn.Module):
+    """Bessel functions whose wave numbers are trained: b_n(r) = 2/r_c · sin(k_n r)/r.
+
+    As in NequIP (arXiv:2101.03164); k_n starts at nπ/r_c.
+
+    Args:
+        num_radial: Number of functions.
+        cutoff: r_c, Å.
+    """
+
+    def __init__(self, num_radial: int, cutoff: float) -> None:
+        super().__init__()
+        self.cutoff = cutoff
+        orders = torch.arange(1, num_radial + 1)
+        self.wave_numbers = nn.Parameter(orders * (math.pi / cutoff))  # 1/Å
+
+    def forward(self, lengths: EdgeLengths) -> Tensor:
+        """Evaluate the basis at ``lengths`` (n_edges,), Å; returns (n_edges, num_radial)."""
+        r = lengths[:, None]
+        return torch.sin(r * self.wave_numbers) * (2.0 / self.cutoff) / r
+
+
 class GaussianBasis(nn.Module):
     """Gaussians on an even grid: exp(-½ ((r - μ_k)/(w Δ))²), μ_k from 0 to the cutoff.
 
@@ -136,3 +158,29 @@ class PolynomialEnvelope(nn.Module):
             - p * (p + 1) / 2 * x ** (p + 2)
         )
         return torch.where(x < 1.0, polynomial, torch.zeros_like(x))
+
+
+class XPLOREnvelope(nn.Module):
+    """X-PLOR's switch: 1 up to an onset, from there to 0 at the cutoff, once differentiable.
+
+    u(r) = (r_c² - r²)² (r_c² + 2r² - 3r_on²) / (r_c² - r_on²)³. u'' jumps at both ends, so forces
+    are continuous and Hessians are not.
+
+    Args:
+        cutoff: r_c, Å.
+        onset: r_on, Å.
+    """
+
+    def __init__(self, cutoff: float, *, onset: float) -> None:
+        super().__init__()
+        if not 0.0 <= onset < cutoff:
+            raise ValueError(f"onset {onset} Å must lie between 0 and the cutoff, {cutoff} Å")
+        self.cutoff = cutoff
+        self.onset = onset
+
+    def forward(self, lengths: EdgeLengths) -> Tensor:
+        """Evaluate u at ``lengths`` (n_edges,), Å; returns (n_edges,), zero beyond the cutoff."""
+        r2, end, start = lengths * lengths, self.cutoff**2, self.onset**2
+        switch = (end - r2) ** 2 * (end + 2.0 * r2 - 3.0 * start) / (end - start) ** 3
+        inside = torch.where(lengths < self.onset, torch.ones_like(switch), switch)
+        return torch.where(lengths < self.cutoff, inside, torch.zeros_like(switch))

@@ -1,9 +1,10 @@
-"""Where saved predictors lie: their files, the shipped ones, and a folder found by its name.
+"""Where saved predictors lie: their files, shipped and installed ones, a folder found by its name.
 
 Nothing here needs torch, so that a command line finds a wrong name before it waits for it.
 """
 
 import difflib
+import os
 from pathlib import Path
 
 CONFIG_FILE = "model.yaml"
@@ -15,13 +16,14 @@ class CheckpointError(ValueError):
 
 
 def find_potential(name_or_path: str | Path) -> Path:
-    """Return the folder of a potential given by path or by shipped name.
+    """Return the folder of a potential given by path or by the name of a known one.
 
     Raises:
-        CheckpointError: There is no such folder; the message lists the shipped names.
+        CheckpointError: There is no such folder; the message lists the known names.
     """
     path = Path(name_or_path)
-    candidates = [path, *(root / path for root in _shipped_roots() if len(path.parts) == 1)]
+    roots = (*_shipped_roots(), user_root()) if len(path.parts) == 1 else ()
+    candidates = [path, *(root / path for root in roots)]
     for candidate in candidates:
         if (candidate / CONFIG_FILE).is_file():
             return candidate
@@ -30,12 +32,13 @@ def find_potential(name_or_path: str | Path) -> Path:
             f"{path} is a compiled potential, a program that is run by loading it; if you trust "
             "where it comes from, load it with atomeq.load_compiled()"
         )
-    names = shipped_potentials()
+    names = [*shipped_potentials(), *installed_potentials()]
     close = difflib.get_close_matches(str(name_or_path), names, n=1)
     raise CheckpointError(
         f"no potential at {str(name_or_path)!r}: neither a folder with {CONFIG_FILE} nor the name "
-        f"of a shipped potential (shipped: {', '.join(names) or 'none'})"
+        f"of a known potential ({', '.join(names) or 'none'})"
         + (f"; did you mean {close[0]!r}?" if close else "")
+        + "; `atomeq potentials list` shows what can be installed"
     )
 
 
@@ -54,6 +57,19 @@ def shipped_potentials() -> list[str]:
     """Return the names of the potentials that come with the package."""
     found = {p.parent.name for root in _shipped_roots() for p in root.glob(f"*/{CONFIG_FILE}")}
     return sorted(found)
+
+
+def installed_potentials() -> list[str]:
+    """Return the names of the potentials that the user has installed."""
+    return sorted(path.parent.name for path in user_root().glob(f"*/{CONFIG_FILE}"))
+
+
+def user_root() -> Path:
+    """Return where installed potentials lie: ATOMEQ_POTENTIALS, or the user's data folder."""
+    if named := os.environ.get("ATOMEQ_POTENTIALS"):
+        return Path(named).expanduser()
+    data = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
+    return Path(data) / "atomeq" / "potentials"
 
 
 def _shipped_roots() -> tuple[Path, Path]:

@@ -34,13 +34,18 @@ CARD_FILE = "README.md"
 _ENERGY_HEADS = {"escn_energy_head", "equiformer_v2_energy_head", "equiformerV2_scalar_head"}
 _FORCE_HEADS = {"escn_force_head", "equiformer_v2_force_head", "equiformerV2_vector_head"}
 
-# Scalars of numpy stand among the metrics; these make one from bytes and do nothing else.
+# Scalars and arrays of numpy stand among the metrics and options; these make one from bytes and do
+# nothing else.
 _SCALAR = np.float64(0.0).__reduce__()[0]  # its home differs between numpy 1 and 2
+_ARRAY = np.zeros(1).__reduce__()[0]
 _HARMLESS = [
     np.dtype,
+    np.ndarray,
     *(type(np.dtype(name)) for name in ("float32", "float64", "int64")),
     (_SCALAR, "numpy.core.multiarray.scalar"),
     (_SCALAR, "numpy._core.multiarray.scalar"),
+    (_ARRAY, "numpy.core.multiarray._reconstruct"),
+    (_ARRAY, "numpy._core.multiarray._reconstruct"),
 ]
 
 
@@ -112,7 +117,7 @@ def read_official(checkpoint: str | Path, *, use_ema: bool = False) -> OfficialC
         OfficialError: The file cannot be read without running code, or lacks something.
     """
     path = Path(checkpoint)
-    document = _load(path)
+    document = load_document(path)
     config = document.get("config") or {}
     missing = [key for key in ("state_dict", "config") if not document.get(key)]
     if missing:
@@ -209,7 +214,12 @@ atoms.calc = AtomeqCalculator("{name}")
 """
 
 
-def _load(path: Path) -> dict[str, Any]:
+def load_document(path: Path) -> dict[str, Any]:
+    """Return what a checkpoint holds: tensors and plain values.
+
+    Raises:
+        OfficialError: It asks for anything else, or is no checkpoint.
+    """
     try:
         with torch.serialization.safe_globals(_HARMLESS):
             document = torch.load(path, map_location="cpu", weights_only=True)

@@ -1,4 +1,4 @@
-"""Command lines of ``atomeq check``, ``doctor``, ``convert`` and ``export``."""
+"""Command lines of ``atomeq check``, ``doctor``, ``convert``, ``potentials`` and ``export``."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,12 +43,24 @@ example:
   atomeq doctor
 """
 _CONVERT = """\
-Turn a published checkpoint of eSCN or EquiformerV2 (fairchem 1.x or older, .pt) into a potential
-folder OUT with weights, options and a model card. Nothing in the file is executed; what is not
-known in it is refused by its name.
+Turn a published checkpoint of eSCN or EquiformerV2 (fairchem 1.x or older, .pt) or of SevenNet
+(.pth) into a potential folder OUT with weights, options and a model card. Nothing in the file is
+executed; what is not known in it is refused by its name.
 
-example:
+examples:
+  atomeq convert checkpoint_sevennet_0.pth my-sevennet
   atomeq convert eq2_31M_ec4_allmd.pt potentials/eq2-31M --grid-resolution 32
+"""
+_POTENTIALS = """\
+Potentials by name: "list" those that are here and those that can be installed, "show" the model
+card of one, "install" a published one. Its wheel is downloaded from the package index by pip,
+checked by SHA-256 and read, never installed or executed; the potential goes to the user's data
+folder (ATOMEQ_POTENTIALS names another one), and every --potential knows it by its name.
+
+examples:
+  atomeq potentials list
+  atomeq potentials install sevennet-0
+  atomeq potentials install sevennet-mf-0 --modal PBE --from sevenn-0.13.0-py3-none-any.whl
 """
 _EXPORT = """\
 Compile a potential for the processor of this machine: OUT.pt2 computes energy, forces and stress of
@@ -75,6 +87,7 @@ def main(argv: Sequence[str]) -> int:
         "check": (_check_parser, "atomeq.cli.inspect:check"),
         "doctor": (_doctor_parser, "atomeq.cli.inspect:doctor"),
         "convert": (_convert_parser, "atomeq.cli.convert:convert"),
+        "potentials": (_potentials_parser, "atomeq.cli.potentials:potentials"),
         "export": (_export_parser, "atomeq.cli.export:export"),
     }[verb]
     return parser().serve(words, work)
@@ -128,7 +141,7 @@ def _doctor_parser() -> Parser:
 
 def _convert_parser() -> Parser:
     parser = Parser("atomeq convert", _CONVERT)
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="a .pt file")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="a .pt or .pth file")
     parser.add_argument("out", metavar="OUT", type=Path, help="folder of the new potential")
     parser.add_overwrite(refuse_old_potential)
     parser.add_argument(
@@ -140,7 +153,30 @@ def _convert_parser() -> Parser:
         default=None,
         help="finer grids on the sphere than the checkpoint's, 32 say: slower, more equivariant",
     )
+    parser.add_argument(
+        "--modal",
+        default=None,
+        help="modality of a SevenNet of several, PBE say: one level of theory",
+    )
     parser.door(checkpoint=existing_file)
+    return parser
+
+
+def _modal_option(parser: Parser) -> None:
+    parser.add_argument(
+        "--modal", type=str, default=None, help="level of theory, PBE say, of a SevenNet of several"
+    )
+
+
+def _potentials_parser() -> Parser:
+    parser = Parser("atomeq potentials", _POTENTIALS)
+    parser.add_argument("action", choices=("list", "show", "install"), help="what to do")
+    parser.add_argument("name", metavar="NAME", nargs="?", type=str, default=None)
+    parser.add_argument(
+        "--from", dest="wheel", type=Path, default=None, help="the wheel, where there is no index"
+    )
+    _modal_option(parser)
+    parser.add_argument("--overwrite", action="store_true", help="replace an installed one")
     return parser
 
 

@@ -1,0 +1,47 @@
+"""Published checkpoints become potential folders, whatever code wrote them."""
+
+from pathlib import Path
+
+from atomeq.potential.checkpoint import save_potential, sha256
+from atomeq.potential.import_official import CARD_FILE, OfficialError, load_document
+from atomeq.potential.import_official import convert_checkpoint as convert_official
+from atomeq.potential.import_sevennet import convert_sevennet, is_sevennet, sevennet_card
+
+
+def convert_checkpoint(
+    checkpoint: str | Path,
+    folder: str | Path,
+    *,
+    use_ema: bool = False,
+    grid_resolution: int | None = None,
+    modal: str | None = None,
+) -> Path:
+    """Write the potential folder of a published checkpoint, with a model card.
+
+    Args:
+        checkpoint: A .pt file of fairchem 1.x (eSCN, EquiformerV2) or a .pth file of SevenNet.
+        folder: Created if missing; its name is that of the potential.
+        use_ema: Take the running average of the weights, of fairchem's files.
+        grid_resolution: Replace that of fairchem's models.
+        modal: Modality of a SevenNet of several.
+
+    Returns:
+        The folder.
+
+    Raises:
+        OfficialError: The file cannot be read without running code, says something unknown, or an
+            option is given that its kind has not.
+    """
+    path, folder = Path(checkpoint), Path(folder)
+    document = load_document(path)
+    if not is_sevennet(document):
+        if modal is not None:
+            raise OfficialError(f"{path} has no modalities; leave out --modal {modal}")
+        return convert_official(path, folder, use_ema=use_ema, grid_resolution=grid_resolution)
+    if use_ema or grid_resolution is not None:
+        raise OfficialError(f"{path} is of SevenNet, which has neither EMA weights nor grids")
+    potential, origin = convert_sevennet(document, path, sha256(path), modal=modal)
+    save_potential(potential, folder, metadata={"origin": origin})
+    card = sevennet_card(folder.name, origin, potential)
+    (folder / CARD_FILE).write_text(card, encoding="utf-8")
+    return folder
