@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import golden_light
+import golden_sevennet
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -97,6 +98,8 @@ def layout_of(case: dict[str, Any]) -> Callable[[Path, dict[str, Any]], Report] 
     """Return what checks a case, by what its case.json says."""
     if case.get("model") in ("escn", "equiformer_v2") and "config" in case:
         return check_oc20
+    if case.get("model") == golden_sevennet.MODEL:
+        return check_sevennet
     return None
 
 
@@ -145,6 +148,23 @@ def check_oc20(folder: Path, case: dict[str, Any]) -> Report:
                 report.notes.append(f"{key} has no counterpart here and was not compared")
     if case["config"].get("use_pbc", True):
         report.notes.append(compare_edges(model, graph))
+    return report
+
+
+def check_sevennet(folder: Path, case: dict[str, Any]) -> Report:
+    """Check a case of golden/sevennet."""
+    graph = graph_of(load_file(folder / "inputs.safetensors"))
+    report = Report()
+    for dtype in TOLERANCES:
+        name = "f64" if dtype == torch.float64 else "f32"
+        ours = golden_sevennet.outputs(folder, case, graph, dtype)
+        for key, tensor in load_file(folder / f"outputs_{name}.safetensors").items():
+            if key in ours:
+                report.compare(key, ours[key].reshape(tensor.shape), tensor, dtype)
+            elif key.startswith("out.") and (key != "out.stress" or all(case["stress_valid"])):
+                report.compare(key, tensor.new_full((), torch.nan), tensor, dtype)
+            elif dtype == torch.float64 and key.startswith("mid."):
+                report.notes.append(f"{key} has no counterpart here and was not compared")
     return report
 
 

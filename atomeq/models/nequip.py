@@ -38,7 +38,7 @@ from atomeq.ops.tensor_product import cg_conv
 from atomeq.typing import EdgeIndex, PropertyKey
 
 _MIRROR = {
-    "energy_is_invariant_and_forces_turn_along": (
+    "reflection": (
         "features of degree l have no parity, so a mirror image may have another energy: measured "
         "for SevenNet's potentials, up to 5e-4 eV/atom and 3e-2 eV/Å in molecules, nothing in "
         "crystals with a centre of inversion"

@@ -1,0 +1,72 @@
+"""Checks cases of SevenNet's layout: ``golden.py`` calls this where a case says so."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from atomeq.graph.atom_graph import AtomGraph
+from atomeq.nn.irreps import Features
+from atomeq.potential.import_sevennet import sevennet_potential
+
+MODEL = "E3_equivariant_model (SevenNet/NequIP)"
+
+
+def outputs(folder: Path, case: dict[str, Any], graph: AtomGraph, dtype: torch.dtype) -> Any:
+    """Return our outputs and intermediates under the names of the case."""
+    state = load_file(folder / "weights.safetensors")
+    modalities = case["modalities"] or [None] * graph.n_graphs
+    found: dict[str, Tensor] = {}
+    for modal in dict.fromkeys(modalities):  # a potential knows one; the batch is put together
+        own = compute(case, state, graph, dtype, modal)
+        chosen = torch.tensor([m == modal for m in modalities])
+        for name, tensor in own.items():
+            rows = chosen if len(tensor) == graph.n_graphs else chosen[graph.batch]
+            if len(tensor) not in (graph.n_graphs, graph.n_atoms):
+                found[name] = tensor  # of edges, which know no modality
+                continue
+            found.setdefault(name, torch.full_like(tensor, torch.nan))[rows] = tensor[rows]
+    return found
+
+
+def compute(
+    case: dict[str, Any],
+    state: dict[str, Tensor],
+    graph: AtomGraph,
+    dtype: torch.dtype,
+    modal: str | None,
+) -> dict[str, Tensor]:
+    """Compute the whole batch with the potential of one modality."""
+    potential = sevennet_potential(case["config"], state, modal=modal).to(dtype)
+    model: Any = potential.model
+    found: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Any:
+        return lambda module, given, result: found.__setitem__(f"mid.{name}", flat(result))
+
+    hooks = [model.embedding.register_forward_hook(keep("node_embedding"))]
+    for t, layer in enumerate(model.layers):
+        hooks.append(layer.register_forward_hook(keep(f"block{t}.out")))
+        if t < 2:
+            hooks.append(layer.intro.register_forward_hook(keep(f"block{t}.self_interaction_1")))
+            hooks.append(layer.outro.register_forward_hook(keep(f"block{t}.self_interaction_2")))
+    properties = ["energy", "energies", "forces"]
+    if all(case["stress_valid"]):
+        properties.append("stress")
+    found |= {f"out.{name}": value for name, value in potential(graph, properties).items()}
+    for hook in hooks:
+        hook.remove()
+    found["mid.node_energy_raw"] = model(graph)["energies"]
+    if model.element_scale is None:
+        return found
+    scale = model.element_scale[model.index[graph.atomic_numbers]]
+    found["mid.node_energy_raw"] = found["mid.node_energy_raw"] / scale
+    return found
+
+
+def flat(features: Features) -> Tensor:
+    """Return features as the cases have them: entry after entry, m fastest."""
+    return torch.cat([x.transpose(1, 2).flatten(1) for x in features.values()], dim=1)
+
