@@ -59,14 +59,11 @@ def compute(
     for hook in hooks:
         hook.remove()
     found["mid.node_energy_raw"] = model(graph)["energies"]
-    if model.element_scale is None:
-        return found
-    scale = model.element_scale[model.index[graph.atomic_numbers]]
-    found["mid.node_energy_raw"] = found["mid.node_energy_raw"] / scale
-    return found
+    if model.element_scale is not None:
+        found["mid.node_energy_raw"] /= model.element_scale[model.index[graph.atomic_numbers]]
+    return {name: tensor.detach() for name, tensor in found.items()}
 
 
 def flat(features: Features) -> Tensor:
     """Return features as the cases have them: entry after entry, m fastest."""
     return torch.cat([x.transpose(1, 2).flatten(1) for x in features.values()], dim=1)
-

@@ -133,11 +133,10 @@ class NequIP(AtomisticModel):
         if avg_num_neighbors <= 0:
             raise ValueError(f"avg_num_neighbors is {avg_num_neighbors}; it must be positive")
         self.exempt_laws = {} if parity else _MIRROR
-        own = {"readout": (parse_irreps(irreps[-1])[SCALAR] // 2,)}
-        form = SevenNetForm(**(own if sevennet is None else sevennet))
-        self.form = form
         features = [parse_irreps(text) for text in irreps]
         _check(features)
+        own = {"readout": (features[-1][SCALAR] // 2,)}
+        self.form = form = SevenNetForm(**(own if sevennet is None else sevennet))
         highest = max(irrep.l for entry in features for irrep in entry)
         self.lmax_edge = highest if form.lmax_edge is None else form.lmax_edge
 
@@ -146,28 +145,29 @@ class NequIP(AtomisticModel):
         index[torch.tensor(numbers)] = torch.arange(len(numbers))
         self.register_buffer("index", index, persistent=False)
         self.n_species = len(numbers)
-        species = {SCALAR: self.n_species}
-        embed = {"bias": form.linear_bias, "folded": form.folded_in("embedding")}
-        self.embedding = IrrepsLinear(species, features[0], **embed)
+        species = {SCALAR: len(numbers)}
+        folded = form.folded_in("embedding")
+        self.embedding = IrrepsLinear(species, features[0], bias=form.linear_bias, folded=folded)
         self.basis = TrainedBesselBasis(num_radial, cutoff)
         self.envelope = (
             PolynomialEnvelope(cutoff, exponent=envelope_exponent)
             if form.envelope_onset is None
             else XPLOREnvelope(cutoff, onset=form.envelope_onset)
         )
-        kinds = [self_connection] * (len(features) - 1)
-        if not isinstance(self_connection, str):
-            kinds = list(self_connection)
+        one = isinstance(self_connection, str)
+        kinds = [self_connection] * (len(features) - 1) if one else self.self_connection
         widths = [num_radial, *radial_channels]
         self.layers = nn.ModuleList(
             NequIPLayer(self, features[t], features[t + 1], widths, kinds[t], len(numbers))
             for t in range(len(features) - 1)
         )
-        channels = features[-1][SCALAR]
-        self.readout = _readout(channels, form)
+        self.readout = _readout(features[-1][SCALAR], form)
         self.element_scale = nn.Parameter(torch.ones(len(numbers))) if form.element_scale else None
 
     index: Tensor
+    parity: bool
+    irreps: list[str]
+    avg_num_neighbors: float
 
     def forward(self, graph: AtomGraph) -> dict[PropertyKey, Tensor]:
         """Return per-atom ``energies`` (n_atoms,), in the model's own scale."""
@@ -176,7 +176,7 @@ class NequIP(AtomisticModel):
             energies = self.readout(x)[:, 0]
         else:
             features = {SCALAR: x[:, None, :]}
-            for linear in self.readout:
+            for linear in self.readout.children():
                 features = linear(features)
             energies = features[SCALAR][:, 0, 0]
         if self.element_scale is not None:
