@@ -64,7 +64,7 @@ def files(workdir: Path) -> Path:
         ("md cu.extxyz --potential small --out out.extxyz --index 7", "cannot read structures"),
         ("check absent", "no potential at 'absent'"),
         ("check absent.yaml", "absent.yaml is not readable YAML"),
-        ("check small/model.yaml", "names the model None"),
+        ("check small/model.yaml", "the model None"),
         ("check small --quick --full", "not allowed with argument"),
         ("check no_such_module:factory", "cannot import no_such_module:factory"),
         ("check math:pi", "not something to call"),
