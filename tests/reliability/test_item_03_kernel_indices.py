@@ -1,6 +1,7 @@
 """An edge that ends at no atom is refused before a kernel reads or writes there."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,6 @@ from torch import Tensor
 from atomeq.ops.dispatch import use_backend
 from atomeq.ops.paths import Path
 from atomeq.ops.registered import edge_rotation
-from atomeq.ops.registered.escn_conv import escn_conv as escn_conv_operation
 from atomeq.ops.segment import segment_softmax, segment_sum
 from atomeq.ops.so2 import escn_conv, rotate_from_edge, rotate_to_edge
 from atomeq.ops.tensor_product import cg_conv
@@ -67,9 +67,10 @@ def raw_torque(index: Tensor, wigner: Tensor) -> Tensor:
 
 
 def raw_layer(index: Tensor, wigner: Tensor) -> Tensor:
-    x, good = torch.randn(N_ATOMS, 9, CHANNELS), torch.zeros(4, dtype=torch.long)
-    given = (x, vectors(), wigner, None, None, None, None, *LAYER, good, index)
-    return escn_conv_operation(*given, [], LMAX, LMAX, False, "cpu")[0]
+    ends = torch.stack((torch.zeros_like(index), torch.zeros_like(index)))
+    frame = build_edge_frame(vectors(), ends, n_atoms=N_ATOMS, lmax=LMAX, mmax=LMAX)
+    with use_backend("cpu"):  # a frame that is made without its builder
+        return escn_conv(torch.randn(N_ATOMS, 9, CHANNELS), replace(frame, target=index), *LAYER)
 
 
 RAW: dict[str, Callable[..., Any]] = {
