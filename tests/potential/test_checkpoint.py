@@ -120,8 +120,8 @@ def test_truncated_weights_are_refused(potential, tmp_path, keep):
         load_potential(tmp_path)
 
 
-def test_missing_names_say_what_is_shipped(tmp_path):
-    with pytest.raises(CheckpointError, match="shipped"):
+def test_missing_names_say_what_is_known(tmp_path):
+    with pytest.raises(CheckpointError, match="cu-pbe"):
         load_potential("no-such-potential")
     with pytest.raises(CheckpointError, match="no potential at"):
         load_potential(tmp_path)
