@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import golden_light
+import golden_mace
 import golden_sevennet
 import torch
 from rich.console import Console
@@ -100,6 +101,8 @@ def layout_of(case: dict[str, Any]) -> Callable[[Path, dict[str, Any]], Report] 
         return check_oc20
     if case.get("model") == golden_sevennet.MODEL:
         return check_sevennet
+    if golden_mace.is_mace(case):
+        return check_mace
     return None
 
 
@@ -117,6 +120,18 @@ def show(console: Console, title: str, report: Report) -> None:
     console.print(table)
     for note in report.notes:
         console.print(f"  {note}")
+
+
+def check_mace(folder: Path, case: dict[str, Any]) -> Report:
+    """Check a case of golden/mace."""
+    graph = graph_of(load_file(folder / "inputs.safetensors"))
+    report = Report()
+    for dtype, name in ((torch.float64, "f64"), (torch.float32, "f32")):
+        theirs = load_file(folder / f"outputs_{name}.safetensors")
+        for key, tensor in golden_mace.compute(folder, case, graph, dtype).items():
+            if key in theirs:
+                report.compare(key, tensor, theirs[key], dtype)
+    return report
 
 
 # eSCN and EquiformerV2

@@ -15,6 +15,7 @@ def convert(options: Namespace) -> int:
         use_ema=options.ema,
         grid_resolution=options.grid_resolution,
         modal=options.modal,
+        head=options.head,
     )
     potential = load_potential(folder)
     n_parameters = sum(parameter.numel() for parameter in potential.model.parameters())

@@ -164,6 +164,7 @@ class NequIP(AtomisticModel):
         self.readout = _readout(features[-1][SCALAR], form)
         self.element_scale = nn.Parameter(torch.ones(len(numbers))) if form.element_scale else None
 
+    readouts = ("readout",)
     index: Tensor
     parity: bool
     irreps: list[str]

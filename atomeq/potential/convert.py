@@ -1,11 +1,14 @@
 """Published checkpoints become potential folders, whatever code wrote them."""
 
 from pathlib import Path
+from typing import Any
 
 from atomeq.potential.checkpoint import save_potential, sha256
+from atomeq.potential.import_mace import convert_mace, is_module_file, mace_card
 from atomeq.potential.import_official import CARD_FILE, OfficialError, load_document
 from atomeq.potential.import_official import convert_checkpoint as convert_official
 from atomeq.potential.import_sevennet import convert_sevennet, is_sevennet, sevennet_card
+from atomeq.potential.potential import Potential
 
 
 def convert_checkpoint(
@@ -15,6 +18,7 @@ def convert_checkpoint(
     use_ema: bool = False,
     grid_resolution: int | None = None,
     modal: str | None = None,
+    head: str | None = None,
 ) -> Path:
     """Write the potential folder of a published checkpoint, with a model card.
 
@@ -24,6 +28,7 @@ def convert_checkpoint(
         use_ema: Take the running average of the weights, of fairchem's files.
         grid_resolution: Replace that of fairchem's models.
         modal: Modality of a SevenNet of several.
+        head: Head of a MACE of several.
 
     Returns:
         The folder.
@@ -33,6 +38,13 @@ def convert_checkpoint(
             option is given that its kind has not.
     """
     path, folder = Path(checkpoint), Path(folder)
+    if is_module_file(path):
+        if use_ema or grid_resolution is not None or modal is not None:
+            raise OfficialError(f"{path} is of MACE, which has no EMA weights, grids or modalities")
+        potential, origin = convert_mace(path, sha256(path), head=head)
+        return _write(potential, folder, origin, mace_card(folder.name, origin, potential))
+    if head is not None:
+        raise OfficialError(f"{path} has no heads to choose; leave out --head {head}")
     document = load_document(path)
     if not is_sevennet(document):
         if modal is not None:
@@ -41,7 +53,10 @@ def convert_checkpoint(
     if use_ema or grid_resolution is not None:
         raise OfficialError(f"{path} is of SevenNet, which has neither EMA weights nor grids")
     potential, origin = convert_sevennet(document, path, sha256(path), modal=modal)
+    return _write(potential, folder, origin, sevennet_card(folder.name, origin, potential))
+
+
+def _write(potential: Potential, folder: Path, origin: dict[str, Any], card: str) -> Path:
     save_potential(potential, folder, metadata={"origin": origin})
-    card = sevennet_card(folder.name, origin, potential)
     (folder / CARD_FILE).write_text(card, encoding="utf-8")
     return folder

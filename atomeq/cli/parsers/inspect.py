@@ -43,12 +43,13 @@ example:
   atomeq doctor
 """
 _CONVERT = """\
-Turn a published checkpoint of eSCN or EquiformerV2 (fairchem 1.x or older, .pt) or of SevenNet
-(.pth) into a potential folder OUT with weights, options and a model card. Nothing in the file is
-executed; what is not known in it is refused by its name.
+Turn a published checkpoint of eSCN or EquiformerV2 (fairchem 1.x or older, .pt), of SevenNet (.pth)
+or of MACE (.model) into a potential folder OUT with weights, options and a model card. Nothing in
+the file is executed; what is not known in it is refused by its name.
 
 examples:
   atomeq convert checkpoint_sevennet_0.pth my-sevennet
+  atomeq convert mace-mh-1.model my-mace --head omat_pbe
   atomeq convert eq2_31M_ec4_allmd.pt potentials/eq2-31M --grid-resolution 32
 """
 _POTENTIALS = """\
@@ -141,7 +142,9 @@ def _doctor_parser() -> Parser:
 
 def _convert_parser() -> Parser:
     parser = Parser("atomeq convert", _CONVERT)
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="a .pt or .pth file")
+    parser.add_argument(
+        "checkpoint", metavar="CHECKPOINT", type=Path, help="a .pt, .pth or .model file"
+    )
     parser.add_argument("out", metavar="OUT", type=Path, help="folder of the new potential")
     parser.add_overwrite(refuse_old_potential)
     parser.add_argument(
@@ -157,6 +160,9 @@ def _convert_parser() -> Parser:
         "--modal",
         default=None,
         help="modality of a SevenNet of several, PBE say: one level of theory",
+    )
+    parser.add_argument(
+        "--head", type=str, default=None, help="head of a MACE of several: one level of theory"
     )
     parser.door(checkpoint=existing_file)
     return parser

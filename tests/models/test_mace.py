@@ -1,0 +1,62 @@
+"""MACE against its reference implementation, and what its arguments refuse."""
+
+import json
+from pathlib import Path
+
+import golden
+import pytest
+import torch
+from structures import RATTLED
+
+from atomeq.models.mace import MACE
+from atomeq.potential.potential import Potential
+
+CASES = sorted((Path(__file__).parents[1] / "golden" / "mace").glob("p*"))
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("folder", CASES, ids=lambda folder: folder.name)
+def test_published_forms_are_those_of_the_reference(folder):
+    """Energies, forces, virials and features: residual, agnostic, density, non-linear, heads."""
+    case = json.loads((folder / "case.json").read_text())
+    report = golden.layout_of(case)(folder, case)
+    assert {"out.energy", "out.forces", "out.virials"} <= set(report.deviations)
+    assert report.passed, report.deviations
+
+
+def test_forces_can_be_trained():
+    """The second derivative reaches every parameter of a network of two layers."""
+    torch.manual_seed(0)
+    model = MACE(4.0, irreps="4x0e+4x1o", lmax_edge=2, radial_channels=[8], readout_channels=4)
+    potential = Potential(model).double().train()
+    graph = potential.build_graph(RATTLED["molecule"]())
+    forces = potential(graph, ("forces",), create_graph=True)["forces"]
+    forces.square().sum().backward()
+    without = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert without == []
+
+
+def test_soft_transform_leaves_long_distances_and_shortens_none_below_its_inner_radius():
+    from atomeq.models.mace import _transformed
+
+    bond = torch.full((2,), 2.0, dtype=torch.float64)
+    r = torch.tensor([0.5, 9.0], dtype=torch.float64)
+    d = _transformed(r, bond, "soft")
+    assert d[0] == pytest.approx(1.5, abs=1e-3)  # the inner radius, 3/4 of the bond
+    assert d[1] == pytest.approx(9.0, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ({"irreps": "8x0e+4x1o"}, "one width"),
+        ({"irreps": "8x0e+8x1e"}, "one width"),
+        ({"irreps": "8x0e+8x2e"}, "one width"),
+        ({"irreps": "8x0e+8x1o+8x2e", "lmax_edge": 1}, "at least 2"),
+        ({"avg_num_neighbors": 0.0}, "must be positive"),
+        ({"published": {"interactions": ["attention"]}}, "attention"),
+    ],
+)
+def test_what_is_none_is_refused(arguments, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        MACE(**arguments)
