@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from atomeq.graph.atom_graph import AtomGraph
 from atomeq.graph.files import read_structures
 from atomeq.graph.neighbors import Edges, neighbor_list_with_lengths, spans_periodic_directions
+from atomeq.graph.occupation import partly_occupied_site
 
 MIN_DISTANCE = 0.1  # Å; no two nuclei come so near, so such atoms are an error in the input
 _LAST_ELEMENT = 118
@@ -189,7 +190,7 @@ def validate_structure(
     if isinstance(atoms, AtomGraph):
         arrays = _Arrays.of_graph(atoms)
     else:
-        arrays = _Arrays.of_atoms([_as_atoms(atoms, 0)])
+        arrays = _Arrays.of_atoms([_as_atoms(atoms, 0, name)])
     _validate(arrays, known_elements, name)
     if min_distance is not None:
         _check_overlap(arrays, min_distance, name)
@@ -209,7 +210,7 @@ def bare_graph(atoms: Atoms, *, name: str, known_elements: Collection[int]) -> A
     Raises:
         StructureError: As of :func:`validate_structure`, overlaps excepted.
     """
-    _validate(_Arrays.of_atoms([atoms]), known_elements, name)
+    _validate(_Arrays.of_atoms([_as_atoms(atoms, 0, name)]), known_elements, name)
     return _unlabelled(atoms, torch.float64)
 
 
@@ -377,8 +378,12 @@ def refuse_overlap(
     )
 
 
-def _as_atoms(item: object, index: int) -> Atoms:
+def _as_atoms(item: object, index: int, name: str | None = None) -> Atoms:
     if isinstance(item, Atoms):
+        if why := partly_occupied_site(item.info):
+            title = structure_name(index, item.numbers, name)
+            way_out = "and remove atoms.info['occupancy']"
+            raise StructureError(f"{title}: {why}, {way_out}", index=index)
         return item
     if isinstance(item, PymatgenSites):
         return _atoms_of_sites(item, index)

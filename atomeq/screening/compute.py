@@ -17,6 +17,7 @@ from atomeq.dynamics.evaluator import Evaluator, Failure
 from atomeq.dynamics.in_flight import Outcome
 from atomeq.dynamics.run import relax
 from atomeq.graph.convert import StructureError, validate_structure
+from atomeq.graph.occupation import partly_occupied_site
 from atomeq.potential.potential import Potential
 from atomeq.screening.filters import Filters, remarks
 from atomeq.screening.identity import printable
@@ -294,6 +295,8 @@ def refuse(atoms: Atoms, step: Validate, elements: Sequence[int]) -> tuple[str, 
 def _kind_of_refusal(atoms: Atoms, elements: Sequence[int]) -> str:
     if len(atoms) == 0:
         return "empty"
+    if partly_occupied_site(atoms.info):
+        return "partly_occupied"
     if not (np.isfinite(atoms.positions).all() and np.isfinite(atoms.cell.array).all()):
         return "not_finite"
     if not np.isin(atoms.numbers, list(elements)).all():

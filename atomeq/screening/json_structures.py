@@ -13,9 +13,10 @@ import numpy as np
 from ase import Atoms
 from ase.data import atomic_numbers
 
+from atomeq.graph.occupation import complaint
+
 _Item: TypeAlias = Atoms | ValueError
 
-_FULL = 1e-8  # how far a share of a site may be from 1, for the rounding of those who wrote it
 
 # Where structures stand in documents that hold more than them.
 _WRAPPERS = ("structure", "final_structure", "molecule")
@@ -118,19 +119,21 @@ def _one_element(species: list[dict[str, Any]]) -> int:
 
 def _occupant(site: str, elements: list[str], shares: list[float]) -> int:
     """Return the one element of a site, refusing a share that is not 1: less, more, NaN."""
-    if len(elements) != 1 or len(shares) != 1 or not abs(float(shares[0]) - 1) < _FULL:
-        told = ", ".join(f"{one} {share}" for one, share in itertools.zip_longest(elements, shares))
-        how = "partly" if all(0 <= float(share) <= 1 for share in shares) else "impossibly"
-        raise ValueError(f"{site} is {how} occupied ({told}); make it an ordered structure first")
+    if why := complaint(elements, shares, site):
+        raise ValueError(why)
     return _number(elements[0])
 
 
 def _of_optimade(attributes: dict[str, Any]) -> Atoms:
+    if attributes.get("assemblies"):
+        raise ValueError("sites exclude each other (assemblies); make it an ordered structure")
     species = {one["name"]: one for one in attributes["species"]}
     occupants = {}
     for name in dict.fromkeys(attributes["species_at_sites"]):
         elements = species[name]["chemical_symbols"]
         shares = species[name].get("concentration") or [1.0] * len(elements)
+        if any(species[name].get("nattached") or species[name].get("attached") or ()):
+            raise ValueError(f"a site of {name!r} has attached atoms without positions; add them")
         occupants[name] = _occupant(f"a site of {name!r}", elements, shares)
     numbers = [occupants[name] for name in attributes["species_at_sites"]]
     vectors = attributes.get("lattice_vectors")
@@ -139,7 +142,7 @@ def _of_optimade(attributes: dict[str, Any]) -> Atoms:
     return Atoms(
         numbers=numbers,
         positions=np.asarray(attributes["cartesian_site_positions"], float).reshape(-1, 3),
-        cell=np.nan_to_num(cell),  # null where a direction is not periodic
+        cell=np.where(np.isnan(cell), 0.0, cell),  # null where a direction is not periodic
         pbc=[bool(flag) for flag in periodic],
     )
 

@@ -24,6 +24,7 @@ from ase import Atoms
 from ase.io.trajectory import TrajectoryReader
 
 from atomeq.data.oc20 import open_frames
+from atomeq.graph.occupation import partly_occupied_site
 from atomeq.screening.json_structures import structures_of_document, structures_of_lines
 
 _LARGEST_JSON = 2 * 2**30  # bytes; a document is in memory at once, lines are not
@@ -64,8 +65,7 @@ def read_cif(path: Path) -> Iterator[Atoms | Unreadable]:
     """Read the blocks of a CIF; sites that several elements share, or that are vacant, are told."""
     with _open_text(path) as stream:
         text = stream.read()
-    for frame in _frames(io.StringIO(text), "cif"):
-        yield Unreadable(_partial(frame)) if _partial(frame) else frame
+    yield from _cif(text)
 
 
 def read_poscar(path: Path) -> Iterator[Atoms | Unreadable]:
@@ -243,18 +243,6 @@ def _attempt(stream: TextIO, file_format: str) -> Iterator[Atoms | Unreadable]:
         yield Unreadable.of(error)
 
 
-def _partial(atoms: Atoms | Unreadable) -> str:
-    """Return the complaint about a site that is not one whole atom."""
-    if isinstance(atoms, Unreadable):
-        return ""
-    occupancy = atoms.info.get("occupancy") or {}
-    for site in occupancy.values():
-        if len(site) > 1 or any(share != 1 for share in site.values()):
-            shares = ", ".join(f"{element} {share:g}" for element, share in site.items())
-            return f"a site is partly occupied ({shares}); make it an ordered structure first"
-    return ""
-
-
 def _count_extxyz(path: Path) -> int:
     count = 0
     with _open_text(path) as stream:
@@ -276,7 +264,7 @@ def _atoms_of_document(value: Any) -> Atoms | Unreadable:
         return Unreadable("the row holds no structure")
     try:
         if isinstance(value, str) and not value.lstrip().startswith("{"):
-            found = [Unreadable(_partial(a)) if _partial(a) else a for a in _cif(value)]
+            found = list(_cif(value))
         else:
             document = json.loads(value) if isinstance(value, str) else value
             items = structures_of_document(document)
@@ -289,7 +277,9 @@ def _atoms_of_document(value: Any) -> Atoms | Unreadable:
 
 
 def _cif(text: str) -> Iterator[Atoms | Unreadable]:
-    return _frames(io.StringIO(text), "cif")
+    for frame in _frames(io.StringIO(text), "cif"):
+        why = partly_occupied_site(frame.info) if isinstance(frame, Atoms) else ""
+        yield Unreadable(why) if why else frame
 
 
 def _atoms_of_row(numbers: Any, positions: Any, cell: Any, pbc: Any) -> Atoms | Unreadable:
