@@ -37,6 +37,7 @@ class ElementProperties(NamedTuple):
 
 
 @cache
+@torch.inference_mode(False)  # what is kept serves training too, whoever asked first
 def element_properties() -> ElementProperties:
     """Read the table once. The tensors are shared: copy them before writing."""
     path = Path(__file__).with_suffix(".csv")

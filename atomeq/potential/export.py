@@ -44,6 +44,7 @@ class ExportError(ValueError):
     """A potential cannot be compiled, or not on this machine."""
 
 
+@torch.inference_mode(False)  # a copy of what was made in that mode can be traced
 def export_potential(
     potential: Potential | str | Path,
     path: str | Path,

@@ -1,5 +1,6 @@
 """Inside ``torch.inference_mode()`` derivatives are what they are outside, and never zeros."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,9 @@ from atomeq.calculators.ase import AtomeqCalculator
 from atomeq.dynamics.run import relax
 from atomeq.graph.atom_graph import AtomGraph
 from atomeq.models.base import AtomisticModel
+from atomeq.models.faenet import FAENet
+from atomeq.nn.element_properties import element_properties
+from atomeq.potential import export
 from atomeq.potential.checkpoint import load_potential, save_potential, untrained_potential
 from atomeq.potential.derivatives import force_constants
 from atomeq.potential.potential import Potential
@@ -131,3 +135,28 @@ def test_zeros_come_from_the_graph_and_never_from_autograd(weighted: bool):
     alone = potential.build_graph(Atoms("Cu"))
     assert not potential(alone, ("forces",))["forces"].any()
     assert not force_constants(small_potential(), alone, max_edges=10).any()
+
+
+def test_a_potential_is_exported_from_inside_as_from_outside(tmp_path, monkeypatch):
+    """The trace is what matters here; compiling it takes a minute."""
+    programs = []
+    monkeypatch.setattr(export, "_compile", lambda program, path, _: programs.append(program))
+    monkeypatch.setattr(export, "_refuse_without_compiler", lambda: None)
+    monkeypatch.setattr(export, "write_atomically", lambda path: nullcontext(path))
+    export.export_potential(small_potential(), tmp_path / "a.pt2")
+    with torch.inference_mode():
+        export.export_potential(small_potential(), tmp_path / "b.pt2")
+        export.export_potential("cu-pbe", tmp_path / "c.pt2")
+    outside, inside, _ = programs
+    assert [str(node.target) for node in inside.graph.nodes] == [
+        str(node.target) for node in outside.graph.nodes
+    ]
+
+
+def test_what_is_kept_of_elements_is_not_of_inference_mode():
+    element_properties.cache_clear()
+    with torch.inference_mode():
+        element_properties()
+    buffers = dict(FAENet().named_buffers())
+    assert buffers
+    assert not [name for name, buffer in buffers.items() if buffer.is_inference()]
