@@ -24,8 +24,20 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML file that holds a mapping of plain values.
 
     Raises:
-        CheckpointError: It is not there, no YAML, no mapping, too large, nested too deeply, holds
-            itself, or grows beyond measure where aliases are written out.
+        CheckpointError: It holds no mapping, or :func:`read_plain` refuses it.
+    """
+    document = read_plain(path)
+    if not isinstance(document, dict):
+        raise CheckpointError(f"{path} holds a {type(document).__name__}, and no mapping of names")
+    return document
+
+
+def read_plain(path: Path) -> Any:
+    """Read a YAML file of plain values.
+
+    Raises:
+        CheckpointError: It is not there, no YAML, too large, nested too deeply, holds itself, or
+            grows beyond measure where aliases are written out.
     """
     try:
         if path.stat().st_size > _MAX_BYTES:
@@ -36,14 +48,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
         node = loader.get_single_node()
         if node is not None:
             _n_values(node, {})
-        document = None if node is None else loader.construct_document(node)
+        return None if node is None else loader.construct_document(node)
     except (OSError, yaml.YAMLError, ValueError) as error:  # ValueError: dates, digits, UTF-8
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{path} is not readable YAML: {error}") from error
-    if not isinstance(document, dict):
-        raise CheckpointError(f"{path} holds a {type(document).__name__}, and no mapping of names")
-    return document
 
 
 class _Loader(yaml.SafeLoader):

@@ -12,8 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-import yaml
-
+from atomeq.potential.untrusted import read_plain
 from atomeq.screening.expressions import Expression
 from atomeq.screening.references import energies_by_formula
 from atomeq.screening.rows import NUMBERS
@@ -208,10 +207,7 @@ def read_steps(path: str | Path) -> list[Any]:
     Raises:
         ValueError: It is not readable, or no list.
     """
-    try:
-        document = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not readable YAML: {error}") from error
+    document = read_plain(Path(path))
     steps = document.get("steps") if isinstance(document, dict) else document
     if not isinstance(steps, list):
         raise ValueError(f"{path} must hold a list of steps, such as: steps: [validate, relax]")
