@@ -27,23 +27,21 @@ class PublishedPotential:
     Attributes:
         member: Its place in the wheel.
         sha256: Of the checkpoint.
-        parameters: Number of weights.
         modalities: Of a potential of several, one of which has to be chosen.
         trained_on: Data, as its authors say.
         package: Name and version in the index.
         wheel_sha256: Of the wheel.
-        licence: Of the weights.
+        licence: Of the wheel, as stated in it.
         authors: To be cited.
     """
 
     member: str
     sha256: str
-    parameters: int
     trained_on: str
     modalities: tuple[str, ...] = ()
     package: str = "sevenn==0.13.0"
     wheel_sha256: str = "9378f7df2b75fe83274483a5f804790ae1023dd22ddeb6a48c1a03de97e22620"
-    licence: str = "MIT, Copyright (c) the SevenNet authors"
+    licence: str = "MIT, Copyright (c) 2024 Yutack Park"
     authors: str = (
         "Y. Park, J. Kim, S. Hwang and S. Han, Scalable parallel algorithm for graph neural "
         "network interatomic potentials in molecular dynamics simulations, J. Chem. Theory "
@@ -58,26 +56,22 @@ CATALOGUE: dict[str, PublishedPotential] = {
     "sevennet-0": PublishedPotential(
         f"{_FOLDER}/SevenNet_0__11Jul2024/checkpoint_sevennet_0.pth",
         "7052cb42b7b3be42b40b97fa0d21077a48c54b5548948fc4dcf346629f813c36",
-        842_440,
         _MPTRJ,
     ),
     "sevennet-l3i5": PublishedPotential(
         f"{_FOLDER}/SevenNet_l3i5/checkpoint_l3i5.pth",
         "a7ff190d41efe5b8317a03d20a468e4036a1a3e64e0b14fdbab64ac3f4bfc09d",
-        1_171_144,
         _MPTRJ,
     ),
     "sevennet-mf-0": PublishedPotential(
         f"{_FOLDER}/SevenNet_MF_0/checkpoint_sevennet_mf_0.pth",
         "81791329b37d445f46b531578c182c41792d98c7814222c9e5dde276402225fd",
-        843_000,
         f"{_MPTRJ}, and r2SCAN labels of the same project",
         modalities=("PBE", "R2SCAN"),
     ),
     "sevennet-0-22may2024": PublishedPotential(
         f"{_FOLDER}/SevenNet_0__22May2024/checkpoint_sevennet_0.pth",
         "5d389fafd512e6ae2830d74d0b66ffc49a55d3832653ff8e7bf7f1343013c1d1",
-        842_440,
         f"{_MPTRJ}; superseded by sevennet-0",
     ),
 }
