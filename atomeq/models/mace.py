@@ -20,10 +20,16 @@ from torch import Tensor, nn
 
 from atomeq.graph.atom_graph import AtomGraph
 from atomeq.models.base import AtomisticModel
+from atomeq.nn.convolution import (
+    IrrepPaths,
+    convolution_paths,
+    convolve,
+    coupled_irreps,
+    numbers_of_weights,
+)
 from atomeq.nn.irreps import (
     SCALAR,
     Features,
-    Irrep,
     Irreps,
     IrrepsGate,
     IrrepsLinear,
@@ -34,10 +40,8 @@ from atomeq.nn.irreps import (
 )
 from atomeq.nn.radial import BesselBasis, PolynomialEnvelope
 from atomeq.nn.symmetric_product import SymmetricProduct, natural
-from atomeq.ops.paths import Path
 from atomeq.ops.segment import segment_sum
 from atomeq.ops.spherical_harmonics import spherical_harmonics
-from atomeq.ops.tensor_product import cg_conv
 from atomeq.typing import EdgeIndex, PropertyKey
 
 _AGNESI = (1.0805, 0.9183, 4.5791)  # a, q and p of the transform
@@ -278,12 +282,12 @@ class Interaction(nn.Module):
     ) -> None:
         super().__init__()
         self.residual = residual
-        sent, self.paths, coupled = _convolution(model, inputs)
+        sent, self.paths = _convolution(model, inputs)
+        self.n_weights = numbers_of_weights(sent, self.paths)
         self.up = IrrepsLinear(inputs, sent)
-        n_weights = sum(len(some) * sent[entry] for entry, some in self.paths.items())
-        widths = [model.num_radial, *model.radial_channels, n_weights]
+        widths = [model.num_radial, *model.radial_channels, sum(self.n_weights)]
         self.radial = NormalisedMLP(widths, "silu")
-        self.mix = IrrepsLinear(coupled, model.target)
+        self.mix = IrrepsLinear(coupled_irreps(sent, self.paths), model.target)
         self.density = NormalisedMLP([model.num_radial, 1], "silu") if density else None
         kept, wanted = (inputs, outputs) if residual else (model.target, model.target)
         self.skip = SpeciesLinear(kept, wanted, model.n_species)
@@ -296,7 +300,7 @@ class Interaction(nn.Module):
         weights = self.radial(edges.radial)
         if edges.envelope is not None:
             weights = weights * edges.envelope
-        sums = self.mix(convolve(self.up(x), weights, edges, self.paths))
+        sums = self.mix(_convolve(self.up(x), weights, edges, self))
         if self.density is None:
             sums = {irrep: y / self.n_neighbors for irrep, y in sums.items()}
         else:
@@ -312,18 +316,18 @@ class NonlinearInteraction(nn.Module):
 
     def __init__(self, model: MACE, inputs: Irreps, outputs: Irreps) -> None:
         super().__init__()
-        sent, self.paths, coupled = _convolution(model, inputs)
+        sent, self.paths = _convolution(model, inputs)
+        self.n_weights = numbers_of_weights(sent, self.paths)
         self.gate = IrrepsGate(model.target, scalars=("silu", "tanh"), gates=("sigmoid", "tanh"))
         species = {SCALAR: model.n_species}
         self.source = IrrepsLinear(species, {SCALAR: model.channels})
         self.receiver = IrrepsLinear(species, {SCALAR: model.channels})
         self.up = IrrepsLinear(inputs, sent)
         self.keep = IrrepsLinear(sent, self.gate.inputs)
-        n_weights = sum(len(some) * sent[entry] for entry, some in self.paths.items())
         n_inputs = model.num_radial + 2 * model.channels
-        self.radial = _radial_mlp([n_inputs, *model.radial_channels, n_weights])
+        self.radial = _radial_mlp([n_inputs, *model.radial_channels, sum(self.n_weights)])
         self.density = _radial_mlp([n_inputs, 64, 1])
-        self.mix = IrrepsLinear(coupled, self.gate.inputs)
+        self.mix = IrrepsLinear(coupled_irreps(sent, self.paths), self.gate.inputs)
         self.out = IrrepsLinear(self.gate.outputs, model.target)
         self.skip = IrrepsLinear(inputs, {ir: n for ir, n in outputs.items() if ir in inputs})
         self.alpha = nn.Parameter(torch.tensor(20.0))
@@ -348,7 +352,7 @@ class NonlinearInteraction(nn.Module):
         if edges.envelope is not None:
             weights = weights * edges.envelope
         count = self.beta * _density(self.density(known), edges, len(species)) + self.alpha
-        mixed = self.mix(convolve(sent, weights, edges, self.paths))
+        mixed = self.mix(_convolve(sent, weights, edges, self))
         kept = self.keep(sent)
         sums = self.gate({irrep: y / count + kept[irrep] for irrep, y in mixed.items()})
         return self.out(sums), self.skip(x)
@@ -380,53 +384,20 @@ class Readout(nn.Module):
         return x[:, 0]
 
 
-def convolve(
-    x: Features, weights: Tensor, edges: Edges, paths: Mapping[Irrep, list[Path]]
+def _convolve(
+    x: Features, weights: Tensor, edges: Edges, layer: "Interaction | NonlinearInteraction"
 ) -> Features:
-    """Return sums of messages on the targets; one irrep of x at a time, so none is padded.
-
-    Channels of an irrep are those of its paths, one path after the other, and so are the columns of
-    the weights (n_edges, n_weights) by irrep of x.
-    """
-    parts: dict[Irrep, list[Tensor]] = {}
-    sizes = [len(some) * x[entry].shape[2] for entry, some in paths.items()]
-    for (entry, some), part in zip(paths.items(), weights.split(sizes, dim=1), strict=True):
-        own = part.unflatten(1, (len(some), -1))  # (n_edges, n_paths, C)
-        rows = nn.functional.pad(x[entry], (0, 0, entry.l**2, 0))  # degrees below are not read
-        sums = cg_conv(
-            rows, edges.harmonics, own, edges.edge_index, len(rows), some, output="paths"
-        )
-        rows_of = [2 * path.l3 + 1 for path in some]
-        for path, result in zip(some, sums.split(rows_of, dim=1), strict=True):
-            parts.setdefault(natural(path.l3), []).append(result)
-    return {irrep: torch.cat(some, dim=-1) for irrep, some in sorted(parts.items())}
+    parts = weights.split(layer.n_weights, dim=1)
+    return convolve(x, parts, edges.harmonics, edges.edge_index, layer.paths)
 
 
-def convolution_paths(inputs: Irreps, lmax_edge: int) -> dict[Irrep, list[Path]]:
-    """Return the paths of each irrep of x, in the order of weights."""
-    return {
-        entry: [
-            Path(entry.l, l2, l3)
-            for l2 in range(lmax_edge + 1)
-            for l3 in range(abs(entry.l - l2), min(entry.l + l2, lmax_edge) + 1)
-            if (entry.l + l2 + l3) % 2 == 0
-        ]
-        for entry in inputs
-    }
-
-
-def _convolution(model: MACE, inputs: Irreps) -> tuple[Irreps, dict[Irrep, list[Path]], Irreps]:
-    """Return what is sent, its paths, and the irreps of the sums."""
+def _convolution(model: MACE, inputs: Irreps) -> tuple[Irreps, IrrepPaths]:
+    """Return what is sent, and its paths."""
     sent = inputs
     if model.form.edge_irreps is not None:
         edge_irreps = parse_irreps(model.form.edge_irreps)
         sent = {irrep: n for irrep, n in edge_irreps.items() if irrep in inputs}
-    paths = convolution_paths(sent, model.lmax_edge)
-    coupled = dict.fromkeys(model.target, 0)
-    for entry, some in paths.items():
-        for path in some:
-            coupled[natural(path.l3)] += sent[entry]
-    return sent, paths, {irrep: n for irrep, n in coupled.items() if n}
+    return sent, convolution_paths(sent, model.target, model.lmax_edge, True)
 
 
 def _density(values: Tensor, edges: Edges, n_atoms: int) -> Tensor:

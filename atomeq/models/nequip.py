@@ -20,10 +20,15 @@ from torch import Tensor, nn
 
 from atomeq.graph.atom_graph import AtomGraph
 from atomeq.models.base import AtomisticModel
+from atomeq.nn.convolution import (
+    convolution_paths,
+    convolve,
+    coupled_irreps,
+    numbers_of_weights,
+)
 from atomeq.nn.irreps import (
     SCALAR,
     Features,
-    Irrep,
     Irreps,
     IrrepsGate,
     IrrepsLinear,
@@ -32,9 +37,7 @@ from atomeq.nn.irreps import (
     parse_irreps,
 )
 from atomeq.nn.radial import PolynomialEnvelope, TrainedBesselBasis, XPLOREnvelope
-from atomeq.ops.paths import Path
 from atomeq.ops.spherical_harmonics import spherical_harmonics
-from atomeq.ops.tensor_product import cg_conv
 from atomeq.typing import EdgeIndex, PropertyKey
 
 _MIRROR = {
@@ -219,24 +222,19 @@ class NequIPLayer(nn.Module):
     ) -> None:
         super().__init__()
         form = model.form
-        self.inputs = inputs
         self.gate = IrrepsGate(
             outputs, scalars=form.scalar_activations, gates=form.gate_activations
         )
         self.paths = convolution_paths(inputs, self.gate.inputs, model.lmax_edge, model.parity)
-        coupled: Irreps = {}
-        for entry, paths in self.paths.items():
-            for _, irrep in paths:
-                coupled[irrep] = coupled.get(irrep, 0) + inputs[entry]
+        coupled = coupled_irreps(inputs, self.paths)
         self.intro = IrrepsLinear(
             inputs, inputs, bias=form.linear_bias, folded=form.folded_in("intro")
         )
         self.outro = IrrepsLinear(
             coupled, self.gate.inputs, bias=form.linear_bias, folded=form.folded_in("outro")
         )
-        n_weights = {entry: len(paths) * inputs[entry] for entry, paths in self.paths.items()}
-        self.radial = NormalisedMLP([*widths, sum(n_weights.values())], form.radial_activation)
-        self.n_weights = list(n_weights.values())
+        self.n_weights = numbers_of_weights(inputs, self.paths)
+        self.radial = NormalisedMLP([*widths, sum(self.n_weights)], form.radial_activation)
         if self_connection not in ("linear", "species"):
             raise ValueError(
                 f"self_connection {self_connection!r} is unknown; choose linear or species"
@@ -271,52 +269,12 @@ class NequIPLayer(nn.Module):
             own = self.self_connection(x, species)
         else:
             own = self.self_connection(x)
-        coupled = self.convolve(self.intro(x), radial, harmonics, edge_index)
-        mixed = self.outro(coupled)
-        return self.gate({k: y + own[k] if k in own else y for k, y in mixed.items()})
-
-    def convolve(
-        self, x: Features, radial: Tensor, harmonics: Tensor, edge_index: EdgeIndex
-    ) -> Features:
-        """Return the sums of messages on the targets; one irrep of x at a time, so none is padded.
-
-        Channels of an irrep are those of its paths, one path after the other.
-        """
-        hidden = self.radial.hidden(radial)
-        last = self.radial.weights[-1]
+        hidden, last = self.radial.hidden(radial), self.radial.weights[-1]
         last = last / (math.sqrt(last.shape[0]) * self.denominator)
-        parts: dict[Irrep, list[Tensor]] = {}
-        for (entry, paths), weight in zip(
-            self.paths.items(), last.split(self.n_weights, dim=1), strict=True
-        ):
-            weights = (hidden @ weight).unflatten(1, (len(paths), -1))  # (n_edges, n_paths, C)
-            rows = nn.functional.pad(x[entry], (0, 0, entry.l**2, 0))  # degrees below are not read
-            n_atoms = rows.shape[0]
-            numbers = [path for path, _ in paths]
-            sums = cg_conv(rows, harmonics, weights, edge_index, n_atoms, numbers, output="paths")
-            sizes = [2 * path.l3 + 1 for path in numbers]
-            for (_, irrep), part in zip(paths, sums.split(sizes, dim=1), strict=True):
-                parts.setdefault(irrep, []).append(part)
-        return {irrep: torch.cat(some, dim=-1) for irrep, some in parts.items()}
-
-
-def convolution_paths(
-    inputs: Irreps, wanted: Mapping[Irrep, int], lmax_edge: int, parity: bool
-) -> dict[Irrep, list[tuple[Path, Irrep]]]:
-    """Return the paths of each irrep of x to the irreps that are wanted, in the order of weights.
-
-    Harmonics of degree l have parity (-1)^l, or 1 for all without parity.
-    """
-    found: dict[Irrep, list[tuple[Path, Irrep]]] = {}
-    for entry in inputs:
-        paths = [
-            (Path(entry.l, l2, l3), Irrep(l3, entry.p * ((-1) ** l2 if parity else 1)))
-            for l2 in range(lmax_edge + 1)
-            for l3 in range(abs(entry.l - l2), entry.l + l2 + 1)
-        ]
-        if kept := [(path, irrep) for path, irrep in paths if irrep in wanted]:
-            found[entry] = kept
-    return found
+        # One product for each irrep of x: parts of a common one would have to be copied.
+        weights = (hidden @ part for part in last.split(self.n_weights, dim=1))
+        mixed = self.outro(convolve(self.intro(x), weights, harmonics, edge_index, self.paths))
+        return self.gate({k: y + own[k] if k in own else y for k, y in mixed.items()})
 
 
 def _readout(channels: int, form: SevenNetForm) -> nn.Module:

@@ -84,6 +84,26 @@ def activation(name: str, x: Tensor) -> Tensor:
     return values * SECOND_MOMENTS[name]
 
 
+def linear_blocks(flat: Tensor, inputs: Irreps, outputs: Irreps) -> tuple[dict[Irrep, Tensor], int]:
+    """Cut e3nn's flat weights of a linear map into the blocks of :class:`IrrepsLinear`.
+
+    Args:
+        flat: Block after block, in the order of the inputs.
+        inputs: Irreps of x.
+        outputs: Irreps of y.
+
+    Returns:
+        irrep -> (channels of x, channels of y), and how many numbers were read.
+    """
+    blocks, start = {}, 0
+    for irrep, n_in in inputs.items():
+        if irrep in outputs:
+            size = n_in * outputs[irrep]
+            blocks[irrep] = flat[start : start + size].reshape(n_in, outputs[irrep])
+            start += size
+    return blocks, start
+
+
 class IrrepsLinear(nn.Module):
     """Mix the channels of each irrep: y = (x W + folded) / √fan, and a bias of the even scalars.
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from atomeq.models.mace import MACE, Interaction, MACELayer
-from atomeq.nn.irreps import SCALAR, Irreps
+from atomeq.nn.irreps import SCALAR, Irreps, linear_blocks
 from atomeq.nn.symmetric_product import SymmetricProduct
 from atomeq.ops.symmetric_contraction import published_columns, symmetric_basis, symmetrised
 from atomeq.potential.inert_modules import read_module
@@ -298,13 +298,10 @@ class _Weights:
         self, ours: str, theirs: str, inputs: Mapping[Any, int], outputs: Irreps
     ) -> Iterator[tuple[str, Tensor]]:
         """Cut a flat weight into blocks, in the order of the inputs."""
-        flat, start = self.take(f"{theirs}.weight"), 0
-        for irrep, n_in in inputs.items():
-            if irrep in outputs:
-                size = n_in * outputs[irrep]
-                block = flat[start : start + size].reshape(n_in, outputs[irrep])
-                yield f"{ours}.weights.{irrep}", block
-                start += size
+        flat = self.take(f"{theirs}.weight")
+        blocks, start = linear_blocks(flat, dict(inputs), outputs)
+        for irrep, block in blocks.items():
+            yield f"{ours}.weights.{irrep}", block
         _all_read(theirs, flat, start)
 
 
@@ -315,7 +312,7 @@ def _all_read(name: str, flat: Tensor, read: int) -> None:
 
 def _columns(paths: Mapping[Any, list[Any]], sent: Irreps) -> Tensor:
     """Return which of the file's columns, sorted by (l3, l1, l2), each of ours is."""
-    ours = [path for some in paths.values() for path in some]
+    ours = [path for some in paths.values() for path, _ in some]
     channels = next(iter(sent.values()))
     theirs = sorted(ours, key=lambda path: (path.l3, path.l1, path.l2))
     return torch.cat([torch.arange(channels) + theirs.index(path) * channels for path in ours])

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from atomeq.models.nequip import NequIP, convolution_paths
-from atomeq.nn.irreps import SCALAR, Irrep, Irreps, parse_irreps, sorted_irreps
+from atomeq.models.nequip import NequIP
+from atomeq.nn.convolution import convolution_paths
+from atomeq.nn.irreps import SCALAR, Irrep, Irreps, linear_blocks, parse_irreps, sorted_irreps
 from atomeq.ops.clebsch_gordan import clebsch_gordan
 from atomeq.potential.official_names import OfficialError
 from atomeq.potential.potential import Potential
@@ -226,13 +227,10 @@ class _Weights:
         self, ours: str, theirs: str, inputs: Irreps, outputs: Irreps, modal: str | None = None
     ) -> Iterator[tuple[str, Tensor]]:
         """Cut a flat weight into blocks, in the order of the inputs; modalities come last."""
-        flat, start = self.take(f"{theirs}.linear.weight"), 0
-        for irrep, n_in in inputs.items():
-            if irrep in outputs:
-                size = n_in * outputs[irrep]
-                block = flat[start : start + size].view(n_in, outputs[irrep])
-                yield f"{ours}.weights.{irrep}", block
-                start += size
+        flat = self.take(f"{theirs}.linear.weight")
+        blocks, start = linear_blocks(flat, inputs, outputs)
+        for irrep, block in blocks.items():
+            yield f"{ours}.weights.{irrep}", block
         if self.modality is not None and modal and self.config[_MODAL_MAPS[modal]]:
             rows = flat[start:].view(-1, outputs[SCALAR])
             yield f"{ours}.folded", rows[self.modality].clone()

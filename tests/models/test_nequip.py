@@ -4,7 +4,8 @@ import pytest
 import torch
 from ase.build import bulk
 
-from atomeq.models.nequip import NequIP, convolution_paths
+from atomeq.models.nequip import NequIP
+from atomeq.nn.convolution import convolution_paths
 from atomeq.nn.irreps import Irrep, parse_irreps
 from atomeq.nn.radial import XPLOREnvelope
 
