@@ -9,27 +9,27 @@ import torch
 from benchmark_rounds import Case, Implementation
 from torch import Tensor
 
-from atomeq.ops.backends.irreps import from_mul_ir, product_problem, to_mul_ir
-from atomeq.ops.clebsch_gordan import clebsch_gordan
+from atomeq.ops.coupling.clebsch_gordan import clebsch_gordan
+from atomeq.ops.coupling.irreps import from_mul_ir, product_problem, to_mul_ir
+from atomeq.ops.coupling.operations import cg_conv, tensor_product
 from atomeq.ops.dispatch import BACKENDS, load_backend, use_backend
-from atomeq.ops.gaunt import gaunt_product
-from atomeq.ops.orders import m_primary_order
-from atomeq.ops.paths import Mode, tensor_product_paths
-from atomeq.ops.paths import Path as CouplingPath
-from atomeq.ops.segment import segment_sum
-from atomeq.ops.so2 import (
+from atomeq.ops.edge.operations import (
     escn_conv,
     rotate_from_edge,
     rotate_to_edge,
     so2_linear,
     so2_linear_with_scalars,
 )
+from atomeq.ops.edge.wigner import build_edge_frame
+from atomeq.ops.harmonics.operations import spherical_harmonics
+from atomeq.ops.orders import m_primary_order
+from atomeq.ops.paths import Mode, tensor_product_paths
+from atomeq.ops.paths import Path as CouplingPath
+from atomeq.ops.segment.operations import segment_sum
 from atomeq.ops.specification import OpSpec
-from atomeq.ops.sphere import sphere_silu
-from atomeq.ops.sphere_grid import SphereGrid
-from atomeq.ops.spherical_harmonics import spherical_harmonics
-from atomeq.ops.tensor_product import cg_conv, tensor_product
-from atomeq.ops.wigner import build_edge_frame
+from atomeq.ops.sphere.gaunt import gaunt_product
+from atomeq.ops.sphere.grid import SphereGrid
+from atomeq.ops.sphere.operations import sphere_silu
 
 DEGREE = 20  # edges per atom
 

@@ -51,7 +51,7 @@ from atomeq.graph.atom_graph import AtomGraph
 from atomeq.models.base import AtomisticModel
 from atomeq.models.egnn import EGNN
 from atomeq.models.escn import ESCN
-from atomeq.ops.segment import segment_sum
+from atomeq.ops.segment.operations import segment_sum
 from atomeq.typing import PropertyKey
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -24,11 +24,14 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from atomeq.ops.backends.triton import coupling, gate, rotation, row_scale, segment, so2, sphere
+from atomeq.ops.coupling.triton import kernels as coupling
 from atomeq.ops.dispatch import use_backend
-from atomeq.ops.registered.registration import functions
-from atomeq.ops.so2 import escn_conv
-from atomeq.ops.wigner import build_edge_frame
+from atomeq.ops.edge.operations import escn_conv
+from atomeq.ops.edge.triton import gate, rotation, row_scale, so2
+from atomeq.ops.edge.wigner import build_edge_frame
+from atomeq.ops.registration import functions
+from atomeq.ops.segment.operations.triton import kernels as segment
+from atomeq.ops.sphere.operations.triton import kernels as sphere
 
 BANDWIDTH = 4.3e12  # bytes/s
 EDGES = 256

@@ -29,9 +29,9 @@ from torch import Tensor, nn
 from atomeq.graph.atom_graph import AtomGraph
 from atomeq.models.equiformer_v2 import EquiformerV2
 from atomeq.models.escn_published import ENERGY_SCALE, PublishedESCN
+from atomeq.ops.edge.wigner import build_edge_frame
 from atomeq.ops.orders import coefficient_index, m_primary_order
-from atomeq.ops.segment import segment_sum
-from atomeq.ops.wigner import build_edge_frame
+from atomeq.ops.segment.operations import segment_sum
 from atomeq.potential.official_names import build_official, official_weights
 
 TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-4}

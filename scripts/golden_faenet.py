@@ -7,7 +7,7 @@ from torch import Tensor
 from atomeq.graph.atom_graph import AtomGraph
 from atomeq.models.faenet import FAENet, published
 from atomeq.models.frame_averaged import FrameAveraged
-from atomeq.ops.segment import segment_sum
+from atomeq.ops.segment.operations import segment_sum
 
 PROPERTIES = "embed_block.phys_emb.properties"
 

@@ -14,16 +14,16 @@
 #  * correctness: the interpreter runs one program after the other, has no shared memory, no limit of
 #    registers, and cuts off where a GPU rounds to bfloat16. The tests marked gpu or triton hold the
 #    bars on the device; `scripts/triton_compile.py LMAX MMAX` shows spills and shared memory.
-#  * ops/backends/triton/so2.py: _MANY_EDGES, where cuBLAS takes over from the grouped kernel, and
+#  * ops/edge/triton/so2.py: _MANY_EDGES, where cuBLAS takes over from the grouped kernel, and
 #    _TILE; with matmul precision "medium" the grouped kernel serves any number of edges. With gates
 #    it has 254 of 255 registers in single precision ("highest"), none spilled; 172 in TF32.
 #  * `scripts/count_traffic.py` says what a layer should read and write: a kernel that takes much
 #    longer than its bytes at 4.3 TB/s is the one to look at.
-#  * ops/backends/triton/launch.py: _REGISTER_TILE (edges of one program); rotation.py and coupling.py:
+#  * ops/triton_launch.py: _REGISTER_TILE (edges of one program); rotation.py and coupling.py:
 #    BLOCK_E and num_warps of the sums over an atom's edges, which wait for memory if edges are few;
 #    that of couplings spills 64 bytes from lmax = 5 on (every path, 128 channels, float32), that of
 #    rotations 48 at lmax = mmax = 6.
-#  * ops/backends/triton/sphere.py: _POINTS, _BYTES; one set of coefficients per program may be too
+#  * ops/sphere/triton/kernels.py: _POINTS, _BYTES; one set of coefficients per program may be too
 #    little work at lmax <= 2.
 #  * segment sums sort their index at every call; edge layers and convolutions do so once.
 set -euo pipefail

@@ -17,8 +17,8 @@ from ase.build import bulk
 
 import atomeq
 from atomeq.calculators.ase import AtomeqCalculator
-from atomeq.ops.so2 import escn_conv
-from atomeq.ops.wigner import build_edge_frame
+from atomeq.ops.edge.operations import escn_conv
+from atomeq.ops.edge.wigner import build_edge_frame
 
 ROOT = Path(atomeq.__file__).parent
 LMAX, CHANNELS = 2, 16

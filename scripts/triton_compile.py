@@ -20,19 +20,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from atomeq.ops.backends.triton import (
-    coupling,
-    gate,
-    rotation,
-    row_scale,
-    segment,
-    so2,
-    sphere,
-)
-from atomeq.ops.clebsch_gordan import Form
+from atomeq.ops.coupling.clebsch_gordan import Form
+from atomeq.ops.coupling.triton import kernels as coupling
+from atomeq.ops.edge.so2_shape import SO2Shape
+from atomeq.ops.edge.triton import gate, rotation, row_scale, so2
 from atomeq.ops.paths import tensor_product_paths
-from atomeq.ops.registered.so2_shape import SO2Shape
-from atomeq.ops.sphere_grid import SphereGrid
+from atomeq.ops.segment.operations.triton import kernels as segment
+from atomeq.ops.sphere.grid import SphereGrid
+from atomeq.ops.sphere.operations.triton import kernels as sphere
 
 HOPPER = GPUTarget("cuda", 90, 32)
 TYPES = {

@@ -6,7 +6,7 @@ from ase.build import bulk
 from torch import nn
 
 from atomeq.models.base import AtomisticModel
-from atomeq.ops.segment import segment_sum
+from atomeq.ops.segment.operations import segment_sum
 from atomeq.potential.potential import Potential
 
 

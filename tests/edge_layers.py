@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from atomeq.ops.dispatch import use_backend
-from atomeq.ops.edge_frame import EdgeFrame
-from atomeq.ops.so2 import escn_conv
-from atomeq.ops.wigner import build_edge_frame
+from atomeq.ops.edge.frame import EdgeFrame
+from atomeq.ops.edge.operations import escn_conv
+from atomeq.ops.edge.wigner import build_edge_frame
 
 POLES = [[0.0, 1.3, 0.0], [0.0, -1.3, 0.0], [1e-8, 1.0, 0.0], [0.0, -1.0, 1e-8]]
 

@@ -7,17 +7,17 @@ import torch
 from edge_layers import POLES
 from torch import Tensor
 
+from atomeq.ops.coupling.operations import cg_conv, tensor_product
 from atomeq.ops.dispatch import use_backend
-from atomeq.ops.edge_frame import EdgeFrame
-from atomeq.ops.gaunt import gaunt_product
+from atomeq.ops.edge.frame import EdgeFrame
+from atomeq.ops.edge.operations import escn_conv, rotate_from_edge, rotate_to_edge, so2_linear
+from atomeq.ops.edge.wigner import build_edge_frame
+from atomeq.ops.harmonics.operations import spherical_harmonics
 from atomeq.ops.paths import Path
-from atomeq.ops.segment import segment_mean, segment_softmax, segment_sum
-from atomeq.ops.so2 import escn_conv, rotate_from_edge, rotate_to_edge, so2_linear
-from atomeq.ops.sphere import sphere_pointwise, sphere_silu
-from atomeq.ops.sphere_grid import SphereGrid
-from atomeq.ops.spherical_harmonics import spherical_harmonics
-from atomeq.ops.tensor_product import cg_conv, tensor_product
-from atomeq.ops.wigner import build_edge_frame
+from atomeq.ops.segment.operations import segment_mean, segment_softmax, segment_sum
+from atomeq.ops.sphere.gaunt import gaunt_product
+from atomeq.ops.sphere.grid import SphereGrid
+from atomeq.ops.sphere.operations import sphere_pointwise, sphere_silu
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -22,7 +22,7 @@ from atomeq.registry import RegistryError
 FOREIGN = """
 import torch
 from atomeq.models.egnn import EGNN
-from atomeq.ops.backends.reference import ReferenceBackend
+from atomeq.ops.reference_backend import ReferenceBackend
 from atomeq.potential.terms import EnergyTerm
 
 class Foreign(EGNN):
@@ -154,7 +154,7 @@ def test_a_saved_model_whose_distribution_is_gone_says_so(tmp_path):
 def test_a_backend_of_another_distribution_serves_when_it_is_named(foreign, monkeypatch):
     monkeypatch.setattr(dispatch, "_loaded", dict(dispatch._loaded))
     x, index = torch.ones(4, 2), torch.tensor([0, 1, 1, 0])
-    from atomeq.ops.segment import segment_sum
+    from atomeq.ops.segment.operations import segment_sum
 
     with use_backend("wrong"):
         assert segment_sum(x, index, 2).eq(42).all()

@@ -24,7 +24,7 @@ from atomeq.models.base import AtomisticModel, refuse_nonpositive
 from atomeq.nn.mlp import MLP
 from atomeq.nn.pair_mlp import PairMLP
 from atomeq.nn.radial import BesselBasis, PolynomialEnvelope
-from atomeq.ops.segment import segment_sum
+from atomeq.ops.segment.operations import segment_sum
 from atomeq.typing import EdgeIndex, EdgeVectors, PropertyKey
 
 

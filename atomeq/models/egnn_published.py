@@ -27,7 +27,7 @@ from atomeq.graph.atom_graph import AtomGraph
 from atomeq.models.base import AtomisticModel, Propagator
 from atomeq.nn.mlp import MLP
 from atomeq.nn.pair_mlp import PairMLP
-from atomeq.ops.segment import segment_mean, segment_sum
+from atomeq.ops.segment.operations import segment_mean, segment_sum
 from atomeq.typing import AtomicNumbers, BatchIndex, EdgeIndex, Positions, PropertyKey
 
 #: How a direction is divided: not at all, by |r| (detached) + 1e-8, or by |r| + 1.

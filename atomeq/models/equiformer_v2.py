@@ -40,8 +40,8 @@ from atomeq.nn.feed_forward import FeedForward, Nonlinearity
 from atomeq.nn.norms import NormName, equivariant_norm
 from atomeq.nn.radial import BesselBasis, GaussianBasis, PolynomialEnvelope
 from atomeq.nn.sphere import SphereBlock, with_scalars
-from atomeq.ops.edge_frame import EdgeFrame
-from atomeq.ops.wigner import build_edge_frame
+from atomeq.ops.edge.frame import EdgeFrame
+from atomeq.ops.edge.wigner import build_edge_frame
 from atomeq.typing import NodeFeatures, PropertyKey
 
 GAUSSIAN_WIDTH = 2.0  # of the grid spacing, as published

@@ -33,7 +33,7 @@ from atomeq.graph.hyperedges import HYPEREDGE_TYPES
 from atomeq.models.base import AtomisticModel
 from atomeq.nn.hypergraph import Aggregation, HypergraphMLP, MHNNConv, MHNNSConv
 from atomeq.nn.mlp import MLP
-from atomeq.ops.segment import segment_sum
+from atomeq.ops.segment.operations import segment_sum
 from atomeq.typing import PropertyKey
 
 Layer = Literal["mhnn", "mhnns", "mhnnm"]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from atomeq.nn.hypergraph import Aggregation, HypergraphMLP, MHNNConv, MHNNSConv, Normalization
-from atomeq.ops.segment import segment_sum
+from atomeq.ops.segment.operations import segment_sum
 from atomeq.typing import Positions
 
 #: Number of values of OGB's nine atom features.

@@ -11,7 +11,7 @@ This is our default form. It differs from the paper on purpose:
   exact and the random roll of the edge frame cannot be seen;
 * SO(2) maps have real weights, so mirror images have one energy (:class:`SO2Convolution`);
 * forces are the derivative of the energy; the derivative with respect to an edge's direction is a
-  torque and no Wigner matrix is differentiated (see :mod:`atomeq.ops.so2`);
+  torque and no Wigner matrix is differentiated (see :mod:`atomeq.ops.edge.operations`);
 * atoms are updated by residuals after a normalisation, as in EquiformerV2 (arXiv:2306.12059), and
   the energy is a plain sum over atoms;
 * atoms start from their neighbourhood (:class:`NeighborhoodEmbedding`), not from scalars alone.
@@ -32,9 +32,9 @@ from atomeq.nn.norms import EquivariantRMSNorm
 from atomeq.nn.pair_mlp import PairFeatures, RadialMLP
 from atomeq.nn.radial import BesselBasis, PolynomialEnvelope
 from atomeq.nn.so3 import Gate, SO2Convolution, SO3Linear
-from atomeq.ops.edge_frame import EdgeFrame
-from atomeq.ops.so2 import escn_conv, rotate_from_edge
-from atomeq.ops.wigner import build_edge_frame
+from atomeq.ops.edge.frame import EdgeFrame
+from atomeq.ops.edge.operations import escn_conv, rotate_from_edge
+from atomeq.ops.edge.wigner import build_edge_frame
 from atomeq.typing import NodeFeatures, PropertyKey
 
 
@@ -260,7 +260,7 @@ class GauntUpdate(nn.Module):
 
     Messages are sums over neighbours, so the products are of pairs of them: angles between three
     atoms enter at one atom, which a gated map of sums can not make by itself. Products are Gaunt's,
-    so what is antisymmetric in the two, a cross product, is absent (:mod:`atomeq.ops.gaunt`).
+    so what is antisymmetric in the two is absent, a cross product (:mod:`atomeq.ops.sphere.gaunt`).
     """
 
     def __init__(self, lmax: int, sphere_channels: int, hidden_channels: int) -> None:

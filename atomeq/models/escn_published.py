@@ -25,12 +25,12 @@ from atomeq.graph.builders import GraphBuilder, NearestNeighborGraph, RadiusGrap
 from atomeq.models.base import AtomisticModel
 from atomeq.nn.radial import GaussianBasis, LearnedBasis, SigmoidBasis
 from atomeq.nn.sphere import SphereActivation, SphereBlock, point_silu
-from atomeq.ops.edge_frame import EdgeFrame
-from atomeq.ops.so2 import rotate_from_edge, rotate_to_edge
-from atomeq.ops.sphere import sphere_pointwise
-from atomeq.ops.spherical_harmonics import spherical_harmonics
+from atomeq.ops.edge.frame import EdgeFrame
+from atomeq.ops.edge.operations import rotate_from_edge, rotate_to_edge
+from atomeq.ops.edge.wigner import build_edge_frame
+from atomeq.ops.harmonics.operations import spherical_harmonics
+from atomeq.ops.sphere.operations import sphere_pointwise
 from atomeq.ops.tables import constant_table, table_like
-from atomeq.ops.wigner import build_edge_frame
 from atomeq.typing import NodeFeatures, PropertyKey
 
 RadialBasis = Literal["gaussian", "sigmoid", "linearsigmoid", "silu"]

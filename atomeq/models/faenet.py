@@ -32,9 +32,9 @@ from atomeq.nn.element_properties import N_GROUPS, element_properties
 from atomeq.nn.force_decoder import DecoderNorm, ForceDecoder, ForceHead
 from atomeq.nn.message_norms import Normalisation, message_norm
 from atomeq.nn.radial import PolynomialEnvelope
+from atomeq.ops.coupling.operations import cg_conv
 from atomeq.ops.paths import Path
-from atomeq.ops.segment import segment_sum
-from atomeq.ops.tensor_product import cg_conv
+from atomeq.ops.segment.operations import segment_sum
 from atomeq.typing import EdgeLengths, PropertyKey
 
 MessageType = Literal["base", "simple", "updownscale", "updownscale_base", "updown_local_env"]

@@ -34,7 +34,7 @@ from atomeq.models.base import AtomisticModel
 from atomeq.nn.canonicalization import CanonicalVectors, canonical_frames
 from atomeq.nn.frame_averaging import FrameMethod, FrameSet, principal_frames
 from atomeq.nn.radial import PolynomialEnvelope
-from atomeq.ops.segment import segment_mean
+from atomeq.ops.segment.operations import segment_mean
 from atomeq.typing import PropertyKey
 
 #: Number of kinds of atoms that labels of edges tell apart.

@@ -40,8 +40,8 @@ from atomeq.nn.irreps import (
 )
 from atomeq.nn.radial import BesselBasis, PolynomialEnvelope
 from atomeq.nn.symmetric_product import SymmetricProduct, natural
-from atomeq.ops.segment import segment_sum
-from atomeq.ops.spherical_harmonics import spherical_harmonics
+from atomeq.ops.harmonics.operations import spherical_harmonics
+from atomeq.ops.segment.operations import segment_sum
 from atomeq.typing import EdgeIndex, PropertyKey
 
 _AGNESI = (1.0805, 0.9183, 4.5791)  # a, q and p of the transform

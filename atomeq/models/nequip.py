@@ -37,7 +37,7 @@ from atomeq.nn.irreps import (
     parse_irreps,
 )
 from atomeq.nn.radial import PolynomialEnvelope, TrainedBesselBasis, XPLOREnvelope
-from atomeq.ops.spherical_harmonics import spherical_harmonics
+from atomeq.ops.harmonics.operations import spherical_harmonics
 from atomeq.typing import EdgeIndex, PropertyKey
 
 _MIRROR = {

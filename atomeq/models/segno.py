@@ -32,7 +32,7 @@ from atomeq.models.base import AtomisticModel, Propagator, refuse_nonpositive
 from atomeq.nn.mlp import MLP
 from atomeq.nn.pair_mlp import PairMLP
 from atomeq.nn.radial import BesselBasis, PolynomialEnvelope
-from atomeq.ops.segment import segment_sum
+from atomeq.ops.segment.operations import segment_sum
 from atomeq.typing import EdgeIndex, EdgeVectors, Positions, PropertyKey
 
 LARGEST_PULL = 100.0  # of one neighbour on one coordinate, as published

@@ -20,7 +20,7 @@ from torch.nn.functional import normalize
 
 from atomeq.nn.mlp import MLP
 from atomeq.nn.pair_mlp import PairMLP
-from atomeq.ops.segment import segment_mean, segment_sum
+from atomeq.ops.segment.operations import segment_mean, segment_sum
 from atomeq.typing import EdgeIndex, Positions
 
 Sticks = Int[Tensor, "n_sticks 2"]  # the two particles at the ends

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from atomeq.nn.mlp import MLP
 from atomeq.nn.so3 import Gate, SO2Convolution, SO3Linear
 from atomeq.nn.sphere import SphereActivation, with_scalars
-from atomeq.ops.edge_frame import EdgeFrame
+from atomeq.ops.edge.frame import EdgeFrame
+from atomeq.ops.edge.operations import rotate_from_edge, rotate_to_edge
 from atomeq.ops.orders import m_primary_order
-from atomeq.ops.segment import segment_softmax, segment_sum
-from atomeq.ops.so2 import rotate_from_edge, rotate_to_edge
+from atomeq.ops.segment.operations import segment_softmax, segment_sum
 from atomeq.ops.tables import constant_table, table_like
 from atomeq.typing import NodeFeatures
 

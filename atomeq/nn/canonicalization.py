@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from atomeq.nn.mlp import MLP
 from atomeq.nn.radial import BesselBasis, PolynomialEnvelope
-from atomeq.ops.segment import segment_sum
+from atomeq.ops.segment.operations import segment_sum
 from atomeq.typing import AtomicNumbers, BatchIndex, EdgeIndex, EdgeVectors
 
 # A vector shorter than this, relative to what it was summed or projected from, has no direction.

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from atomeq.nn.irreps import Features, Irrep, Irreps
+from atomeq.ops.coupling.operations import cg_conv
 from atomeq.ops.paths import Path
-from atomeq.ops.tensor_product import cg_conv
 from atomeq.typing import EdgeIndex
 
 # Of each irrep of x: its paths in the order of the weights, and the irrep that each gives.

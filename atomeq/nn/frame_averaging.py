@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from atomeq.ops.segment import segment_sum
+from atomeq.ops.segment.operations import segment_sum
 
 FrameMethod = Literal["all", "stochastic", "det"]
 Vectors = Float[Tensor, "n_vectors 3"]

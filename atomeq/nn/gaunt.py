@@ -5,9 +5,9 @@ import math
 import torch
 from torch import Tensor, nn
 
-from atomeq.ops.clebsch_gordan import clebsch_gordan
-from atomeq.ops.gaunt import gaunt_product
+from atomeq.ops.coupling.clebsch_gordan import clebsch_gordan
 from atomeq.ops.paths import tensor_product_paths
+from atomeq.ops.sphere.gaunt import gaunt_product
 
 
 class GauntProduct(nn.Module):
@@ -16,7 +16,7 @@ class GauntProduct(nn.Module):
     A choice where many-body products of high degree are the bottleneck: symmetric powers of one
     atom's features, say. It is no replacement of a Clebsch-Gordan layer with weights per path: the
     weight of path (l1, l2, l3) is v_l1 v'_l2 v''_l3 times the Gaunt coefficient, and paths of odd
-    l1 + l2 + l3, the cross product first of all, do not exist (:mod:`atomeq.ops.gaunt`).
+    l1 + l2 + l3, the cross product first of all, do not exist (:mod:`atomeq.ops.sphere.gaunt`).
 
     At the start, independent inputs of unit variance give outputs of unit variance.
 

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from atomeq.ops.segment import segment_mean, segment_sum
+from atomeq.ops.segment.operations import segment_mean, segment_sum
 
 Aggregation = Literal["mean", "sum"]
 Normalization = Literal["ln", "bn", "none", "None"]  # the last one is the reference's word

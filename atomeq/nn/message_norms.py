@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from atomeq.ops.segment import segment_mean
+from atomeq.ops.segment.operations import segment_mean
 
 #: Over which values; "graph" and "batch" are one module, told apart by the segments it is fed.
 Normalisation = Literal["none", "atom", "graph", "batch"]

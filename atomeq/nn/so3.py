@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from atomeq.ops.so2 import so2_linear_with_scalars
+from atomeq.ops.edge.operations import so2_linear_with_scalars
 
 
 class SO3Linear(nn.Module):

@@ -7,9 +7,9 @@ The resolution of the grid is no part of the weights: a finer one may be set at 
 import torch
 from torch import Tensor, nn
 
-from atomeq.ops.sphere import sphere_pointwise, sphere_silu
-from atomeq.ops.sphere_grid import GridNormalization, SphereGrid
-from atomeq.ops.sphere_grid import Order as RowOrder
+from atomeq.ops.sphere.grid import GridNormalization, SphereGrid
+from atomeq.ops.sphere.grid import Order as RowOrder
+from atomeq.ops.sphere.operations import sphere_pointwise, sphere_silu
 
 
 class SphereBlock(nn.Module):
@@ -20,7 +20,7 @@ class SphereBlock(nn.Module):
         mmax: Highest order of the features.
         order: ``l`` for rows sorted by degree, ``m`` for those of an edge frame.
         normalization: ``component`` as in EquiformerV2, which also amplifies degrees above mmax
-            (:class:`~atomeq.ops.sphere_grid.SphereGrid`), or ``integral`` as in eSCN.
+            (:class:`~atomeq.ops.sphere.grid.SphereGrid`), or ``integral`` as in eSCN.
         grid_resolution: Polar angles and azimuths; None is the least that resolves the features.
     """
 

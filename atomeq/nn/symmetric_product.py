@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from atomeq.nn.irreps import SCALAR, Features, Irrep, Irreps, IrrepsLinear
-from atomeq.ops.symmetric_contraction import (
+from atomeq.ops.coupling.symmetric_contraction import (
     published_columns,
     reduce_weights,
     symmetric_basis,

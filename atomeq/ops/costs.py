@@ -9,11 +9,11 @@ from typing import NamedTuple
 
 import torch
 
-from atomeq.ops.clebsch_gordan import clebsch_gordan
+from atomeq.ops.coupling.clebsch_gordan import clebsch_gordan
 from atomeq.ops.orders import m_primary_order
 from atomeq.ops.paths import tensor_product_paths
 from atomeq.ops.specification import OpSpec
-from atomeq.ops.sphere_grid import SphereGrid
+from atomeq.ops.sphere.grid import SphereGrid
 
 _NOTHING = 1e-12  # below this a 3j symbol is rounding
 

@@ -22,11 +22,11 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from atomeq.ops.edge_frame import EdgeFrame
-from atomeq.ops.harmonic_polynomials import Normalization
+from atomeq.ops.edge.frame import EdgeFrame
+from atomeq.ops.harmonics.polynomials import Normalization
 from atomeq.ops.paths import Mode, Path, RadialMap
 from atomeq.ops.specification import OpSpec
-from atomeq.ops.sphere_grid import SphereGrid
+from atomeq.ops.sphere.grid import SphereGrid
 from atomeq.ops.tables import constant_in_traces
 
 logger = logging.getLogger(__name__)
@@ -34,12 +34,12 @@ logger = logging.getLogger(__name__)
 # Where each backend lives, "module:class"; it is imported when first asked for. Those of other
 # distributions, named by entry points of the group atomeq.backends, come after them.
 BACKENDS: dict[str, str] = {
-    "cpu": "atomeq.ops.backends.kernel_backend:CPUBackend",
-    "reference": "atomeq.ops.backends.reference:ReferenceBackend",
-    "e3nn": "atomeq.ops.backends.e3nn:E3nnBackend",
-    "cuequivariance": "atomeq.ops.backends.cuequivariance:CuEquivarianceBackend",
-    "openequivariance": "atomeq.ops.backends.openequivariance:OpenEquivarianceBackend",
-    "triton": "atomeq.ops.backends.triton_backend:TritonBackend",
+    "cpu": "atomeq.ops.kernel_backend:CPUBackend",
+    "reference": "atomeq.ops.reference_backend:ReferenceBackend",
+    "e3nn": "atomeq.ops.coupling.e3nn:E3nnBackend",
+    "cuequivariance": "atomeq.ops.coupling.cuequivariance:CuEquivarianceBackend",
+    "openequivariance": "atomeq.ops.coupling.openequivariance:OpenEquivarianceBackend",
+    "triton": "atomeq.ops.triton_backend:TritonBackend",
 }
 AUTO_ORDER: tuple[str, ...] = ("cpu", "reference")  # the fastest first; others serve when named
 ENVIRONMENT_VARIABLE = "ATOMEQ_BACKEND"

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from atomeq.ops.backends.native.builder import unavailable
+from atomeq.ops.c_compiler import unavailable
 from atomeq.ops.costs import MACHINES, Floor, cost
 from atomeq.ops.dispatch import AUTO_ORDER, backends, chosen_backend, load_backend
 from atomeq.ops.paths import Mode

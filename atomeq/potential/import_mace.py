@@ -16,7 +16,11 @@ from torch import Tensor
 from atomeq.models.mace import MACE, Interaction, MACELayer
 from atomeq.nn.irreps import SCALAR, Irreps, linear_blocks
 from atomeq.nn.symmetric_product import SymmetricProduct
-from atomeq.ops.symmetric_contraction import published_columns, symmetric_basis, symmetrised
+from atomeq.ops.coupling.symmetric_contraction import (
+    published_columns,
+    symmetric_basis,
+    symmetrised,
+)
 from atomeq.potential.inert_modules import read_module
 from atomeq.potential.official_names import OfficialError
 from atomeq.potential.potential import Potential

@@ -14,7 +14,7 @@ from torch import Tensor
 from atomeq.models.nequip import NequIP
 from atomeq.nn.convolution import convolution_paths
 from atomeq.nn.irreps import SCALAR, Irrep, Irreps, linear_blocks, parse_irreps, sorted_irreps
-from atomeq.ops.clebsch_gordan import clebsch_gordan
+from atomeq.ops.coupling.clebsch_gordan import clebsch_gordan
 from atomeq.potential.official_names import OfficialError
 from atomeq.potential.potential import Potential
 from atomeq.potential.references import AtomicReferences

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from atomeq.graph.atom_graph import AtomGraph
 from atomeq.nn.radial import PolynomialEnvelope
-from atomeq.ops.segment import segment_sum
+from atomeq.ops.segment.operations import segment_sum
 from atomeq.potential.terms import EnergyTerm
 
 _COULOMB = 14.399645478425668  # eV·Å, e²/(4πε₀)

@@ -11,7 +11,7 @@ from torch import Tensor
 from atomeq.data.targets import ScalarTarget
 from atomeq.graph.atom_graph import AtomGraph
 from atomeq.models.base import AtomisticModel
-from atomeq.ops.segment import segment_mean, segment_sum
+from atomeq.ops.segment.operations import segment_mean, segment_sum
 from atomeq.potential.predictor import Predictor, full_precision
 from atomeq.potential.references import AtomicReferences
 from atomeq.typing import PropertyKey

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from atomeq.graph.atom_graph import AtomGraph
-from atomeq.ops.segment import segment_sum
+from atomeq.ops.segment.operations import segment_sum
 from atomeq.training.metrics import ErrorMetric
 from atomeq.typing import PropertyKey
 

@@ -8,7 +8,7 @@ from structures import RATTLED
 
 from atomeq.check.model import MODEL_LAWS, ModelSubject, validate_model
 from atomeq.models.egnn import EGNN
-from atomeq.ops.segment import segment_sum
+from atomeq.ops.segment.operations import segment_sum
 
 
 class Faulty(EGNN):

@@ -5,7 +5,7 @@ import torch
 from structures import rattled_molecule
 
 from atomeq.models.escn import ESCN, GauntUpdate
-from atomeq.ops.wigner import block_diagonal, rotation_matrix, wigner_from_matrix
+from atomeq.ops.edge.wigner import block_diagonal, rotation_matrix, wigner_from_matrix
 from atomeq.potential.checkpoint import build_model
 from atomeq.potential.potential import Potential
 

@@ -11,7 +11,7 @@ from atomeq.models.base import Propagator
 from atomeq.models.egnn_published import QM9EGNN, VelocityEGNN
 from atomeq.models.segno import Motion, SEGNOPropagator, md22_form, nbody_form
 from atomeq.models.segno_motion import SEGNOMotion
-from atomeq.ops.wigner import rotation_matrix
+from atomeq.ops.edge.wigner import rotation_matrix
 
 EXACT = 1e-11  # float64 through some layers
 NEARLY_ASYMPTOTIC = 0.2  # of a ratio of errors at finite steps

@@ -5,8 +5,8 @@ import torch
 
 from atomeq.nn.norms import EquivariantRMSNorm
 from atomeq.nn.so3 import Gate, SO2Convolution, SO3Linear
+from atomeq.ops.edge.wigner import block_diagonal, wigner_matrices
 from atomeq.ops.orders import m_primary_order
-from atomeq.ops.wigner import block_diagonal, wigner_matrices
 
 LMAX, CHANNELS = 3, 8
 EXACT = 1e-12

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from atomeq.ops import dispatch
-from atomeq.ops.backends import cuequivariance, openequivariance
-from atomeq.ops.backends.irreps import from_mul_ir, to_mul_ir
+from atomeq.ops.coupling import cuequivariance, openequivariance
+from atomeq.ops.coupling.irreps import from_mul_ir, to_mul_ir
+from atomeq.ops.coupling.operations import cg_conv, tensor_product
 from atomeq.ops.dispatch import Backend, load_backend, use_backend
+from atomeq.ops.harmonics.operations import spherical_harmonics
 from atomeq.ops.paths import Mode, tensor_product_paths
 from atomeq.ops.specification import OpSpec
-from atomeq.ops.spherical_harmonics import spherical_harmonics
-from atomeq.ops.tensor_product import cg_conv, tensor_product
 
 EXACT = 1e-11  # float64 rounding, through two derivatives of sums over some hundred terms
 GPU_SINGLE = 5e-6  # float32, relative to the largest number
@@ -179,7 +179,7 @@ def pretend_installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_library_that_is_absent_is_named_with_its_extra(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = sys.modules[f"atomeq.ops.backends.{name}"]
+    module = sys.modules[f"atomeq.ops.coupling.{name}"]
     monkeypatch.setattr(module, "find_spec", lambda name: None)
     dispatch._remembered.cache_clear()  # it would know the machine as it was
     x, y, weights = operands("uvu", weights="per edge")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from atomeq.models.escn import ESCN
 from atomeq.ops.dispatch import use_backend
-from atomeq.ops.segment import segment_sum
+from atomeq.ops.segment.operations import segment_sum
 
 EXACT = 1e-12  # float64 rounding
 

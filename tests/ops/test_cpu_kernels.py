@@ -6,17 +6,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from atomeq.ops.backends.native.builder import unavailable
-from atomeq.ops.backends.native.harmonics import slope_matrices
+from atomeq.ops.c_compiler import unavailable
+from atomeq.ops.coupling.operations import cg_conv, tensor_product
 from atomeq.ops.dispatch import use_backend
-from atomeq.ops.harmonic_polynomials import harmonic_polynomials
+from atomeq.ops.edge.registered_wigner import edge_wigner
+from atomeq.ops.edge.wigner import block_diagonal, rotation_matrix, wigner_from_matrix
+from atomeq.ops.edge.wigner import edge_wigner as reference_wigner
+from atomeq.ops.harmonics.cpu.kernels import slope_matrices
+from atomeq.ops.harmonics.operations import spherical_harmonics
+from atomeq.ops.harmonics.polynomials import harmonic_polynomials
 from atomeq.ops.paths import Mode, Output, Path, tensor_product_paths
-from atomeq.ops.registered.wigner import edge_wigner
-from atomeq.ops.segment import segment_softmax, segment_sum
-from atomeq.ops.spherical_harmonics import spherical_harmonics
-from atomeq.ops.tensor_product import cg_conv, tensor_product
-from atomeq.ops.wigner import block_diagonal, rotation_matrix, wigner_from_matrix
-from atomeq.ops.wigner import edge_wigner as reference_wigner
+from atomeq.ops.segment.operations import segment_softmax, segment_sum
 
 pytestmark = pytest.mark.skipif(unavailable() is not None, reason=f"no C kernels: {unavailable()}")
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from atomeq.ops.backends.cpu import so2
-from atomeq.ops.backends.native.builder import unavailable
-from atomeq.ops.registered.so2_shape import SO2Shape
+from atomeq.ops.c_compiler import unavailable
+from atomeq.ops.edge.cpu import so2
+from atomeq.ops.edge.so2_shape import SO2Shape
 
 pytestmark = pytest.mark.skipif(unavailable() is not None, reason=f"no C kernels: {unavailable()}")
 

@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from atomeq.ops import dispatch
-from atomeq.ops.backends.reference import ReferenceBackend
 from atomeq.ops.dispatch import Backend, chosen_backend, use_backend
 from atomeq.ops.explain import explain
-from atomeq.ops.segment import segment_sum
+from atomeq.ops.reference_backend import ReferenceBackend
+from atomeq.ops.segment.operations import segment_sum
 from atomeq.ops.specification import OpSpec
 
 X, INDEX = torch.ones(4, 2), torch.tensor([0, 1, 1, 0])

@@ -2,9 +2,9 @@ import pytest
 import torch
 from edge_layers import EdgeLayer, kept_bytes_of_an_edge, relative
 
-from atomeq.ops.backends.cpu import native_edge, whole_layer
-from atomeq.ops.backends.native.builder import BuildError
-from atomeq.ops.wigner import edge_quaternion, rotation_matrix
+from atomeq.ops.c_compiler import BuildError
+from atomeq.ops.edge.cpu import native_edge, whole_layer
+from atomeq.ops.edge.wigner import edge_quaternion, rotation_matrix
 
 EXACT = 1e-12  # float64 rounding through second derivatives
 

@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from atomeq.nn.gaunt import GauntProduct
-from atomeq.ops.clebsch_gordan import clebsch_gordan
-from atomeq.ops.gaunt import gaunt_product
+from atomeq.ops.coupling.clebsch_gordan import clebsch_gordan
+from atomeq.ops.coupling.operations import tensor_product
+from atomeq.ops.edge.wigner import block_diagonal, rotation_matrix, wigner_from_matrix
+from atomeq.ops.harmonics.operations import spherical_harmonics
 from atomeq.ops.paths import Path, tensor_product_paths
-from atomeq.ops.spherical_harmonics import spherical_harmonics
-from atomeq.ops.tensor_product import tensor_product
-from atomeq.ops.wigner import block_diagonal, rotation_matrix, wigner_from_matrix
+from atomeq.ops.sphere.gaunt import gaunt_product
 
 EXACT = 1e-12  # float64 rounding
 DEGREES = [(0, 0, 0), (1, 1, 2), (2, 3, 5), (4, 4, 4), (6, 6, 6)]

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from atomeq.ops.backends.native import builder
-from atomeq.ops.backends.native.builder import BuildError, load, source_of, unavailable
+from atomeq.ops import c_compiler as builder
+from atomeq.ops.c_compiler import BuildError, load, source_of, unavailable
 
 SOURCE = "int number(void) { return %d; }"
 pytestmark = pytest.mark.skipif(unavailable() is not None, reason=f"no C kernels: {unavailable()}")
@@ -64,10 +64,7 @@ def test_a_damaged_library_is_built_again(folder: Path, monkeypatch: pytest.Monk
 
 
 def test_two_processes_may_build_at_once(folder: Path) -> None:
-    program = (
-        "from atomeq.ops.backends.native.builder import load\n"
-        f"print(load({SOURCE % 10!r}).number())"
-    )
+    program = f"from atomeq.ops.c_compiler import load\nprint(load({SOURCE % 10!r}).number())"
     jobs = [
         subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
         for _ in range(2)

@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from atomeq.ops.edge.wigner import block_diagonal, build_edge_frame, jd_matrix, wigner_from_matrix
+from atomeq.ops.harmonics.operations import spherical_harmonics
 from atomeq.ops.orders import coefficient_index, m_primary_order
-from atomeq.ops.sphere_grid import SphereGrid
-from atomeq.ops.spherical_harmonics import spherical_harmonics
-from atomeq.ops.wigner import block_diagonal, build_edge_frame, jd_matrix, wigner_from_matrix
+from atomeq.ops.sphere.grid import SphereGrid
 
 pytestmark = pytest.mark.golden
 FILE = Path(__file__).parents[1] / "golden" / "oc20_models" / "ops_f64.safetensors"

@@ -12,19 +12,19 @@ from torch import Tensor
 
 from atomeq.models.escn import ESCN
 from atomeq.ops.dispatch import use_backend
-from atomeq.ops.orders import m_primary_order
-from atomeq.ops.registered.edge_rotation import gather_rotate, rotate_scatter, torque
-from atomeq.ops.registered.escn_conv import (
+from atomeq.ops.edge.escn_conv import (
     INPUTS,
     escn_conv,
     escn_conv_gradient,
     escn_conv_second_gradient,
     layer_arguments,
 )
-from atomeq.ops.registered.row_scale import row_products, scaled_rows
-from atomeq.ops.registered.so2_map import so2_forward, so2_transposed, so2_weight_gradient
-from atomeq.ops.registered.so2_shape import SO2Shape
-from atomeq.ops.wigner import block_diagonal, build_edge_frame, wigner_matrices
+from atomeq.ops.edge.rotation import gather_rotate, rotate_scatter, torque
+from atomeq.ops.edge.row_scale import row_products, scaled_rows
+from atomeq.ops.edge.so2_map import so2_forward, so2_transposed, so2_weight_gradient
+from atomeq.ops.edge.so2_shape import SO2Shape
+from atomeq.ops.edge.wigner import block_diagonal, build_edge_frame, wigner_matrices
+from atomeq.ops.orders import m_primary_order
 from atomeq.potential.potential import Potential
 
 EXACT = 1e-12  # float64 rounding through second derivatives

@@ -13,8 +13,8 @@ from torch.profiler import profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from atomeq.ops.dispatch import select, use_backend
-from atomeq.ops.registered.harmonics import harmonics as any_harmonics
-from atomeq.ops.registered.wigner import edge_wigner
+from atomeq.ops.edge.registered_wigner import edge_wigner
+from atomeq.ops.harmonics.registered import harmonics as any_harmonics
 from atomeq.ops.tables import constant_in_traces
 
 harmonics = partial(any_harmonics, normalization="component", normalize=True, kernels="cpu")

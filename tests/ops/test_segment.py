@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from atomeq.ops.segment import segment_mean, segment_softmax, segment_sum
+from atomeq.ops.segment.operations import segment_mean, segment_softmax, segment_sum
 
 INDEX = torch.tensor([2, 0, 2, 2, 4, 0])  # unsorted; 1, 3 and 5 are empty
 N = 6

@@ -5,9 +5,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from atomeq.ops.orders import m_primary_order
-from atomeq.ops.so2 import rotate_from_edge, rotate_to_edge, so2_linear, so2_linear_with_scalars
-from atomeq.ops.wigner import (
+from atomeq.ops.edge.operations import (
+    rotate_from_edge,
+    rotate_to_edge,
+    so2_linear,
+    so2_linear_with_scalars,
+)
+from atomeq.ops.edge.wigner import (
     block_diagonal,
     build_edge_frame,
     edge_quaternion,
@@ -15,6 +19,7 @@ from atomeq.ops.wigner import (
     wigner_from_matrix,
     wigner_matrices,
 )
+from atomeq.ops.orders import m_primary_order
 
 EXACT = 1e-12  # float64 rounding through second derivatives; 1e-14 measured
 SINGLE = 2e-6  # float32

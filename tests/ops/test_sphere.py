@@ -4,10 +4,10 @@ import pytest
 import torch
 from e3nn import o3
 
+from atomeq.ops.edge.wigner import block_diagonal, wigner_matrices
 from atomeq.ops.orders import coefficient_index, m_primary_order
-from atomeq.ops.sphere import sphere_pointwise
-from atomeq.ops.sphere_grid import SphereGrid
-from atomeq.ops.wigner import block_diagonal, wigner_matrices
+from atomeq.ops.sphere.grid import SphereGrid
+from atomeq.ops.sphere.operations import sphere_pointwise
 
 EXACT = 1e-12  # float64 rounding
 DOUBLE = torch.zeros((), dtype=torch.float64)

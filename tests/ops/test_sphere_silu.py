@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.nn.functional import silu
 
-from atomeq.ops.backends.blocks import blocks
-from atomeq.ops.sphere import sphere_pointwise, sphere_silu
-from atomeq.ops.sphere_grid import SphereGrid
+from atomeq.ops.blocks import blocks
+from atomeq.ops.sphere.grid import SphereGrid
+from atomeq.ops.sphere.operations import sphere_pointwise, sphere_silu
 
 GRID = SphereGrid(2, 1, n_beta=8, n_alpha=8, normalization="component", rescale=True, order="m")
 
@@ -23,7 +23,7 @@ def test_same_as_pointwise(x):
 def test_blocks_do_not_change_the_numbers(x, monkeypatch):
     together = sphere_silu(x, GRID)
     (gradient,) = torch.autograd.grad(together.square().sum(), x)
-    monkeypatch.setattr("atomeq.ops.backends.blocks._CPU_BLOCK", 400)  # two features at a time
+    monkeypatch.setattr("atomeq.ops.blocks._CPU_BLOCK", 400)  # two features at a time
     assert len(list(blocks(5, 64 * 3, x.device))) == 3
     apart = sphere_silu(x, GRID)
     torch.testing.assert_close(apart, together)

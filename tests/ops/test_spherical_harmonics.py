@@ -2,7 +2,7 @@ import pytest
 import torch
 from e3nn import o3
 
-from atomeq.ops.spherical_harmonics import spherical_harmonics
+from atomeq.ops.harmonics.operations import spherical_harmonics
 
 # Two roundings of the direction, amplified by the degree; through l = 6 this is 2.2e-15 measured.
 RELATIVE = 1e-14

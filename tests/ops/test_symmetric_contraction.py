@@ -8,13 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from atomeq.ops.spherical_harmonics import spherical_harmonics
-from atomeq.ops.symmetric_contraction import (
+from atomeq.ops.coupling.symmetric_contraction import (
     published_columns,
     reduce_weights,
     symmetric_basis,
     symmetric_contraction,
 )
+from atomeq.ops.harmonics.operations import spherical_harmonics
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "mace"
 ROUNDING = 1e-12  # float64, sums of some thousand terms

@@ -7,10 +7,10 @@ import torch
 from e3nn import o3
 from torch import Tensor
 
-from atomeq.ops.clebsch_gordan import clebsch_gordan
+from atomeq.ops.coupling.clebsch_gordan import clebsch_gordan
+from atomeq.ops.coupling.operations import cg_conv, tensor_product
+from atomeq.ops.edge.wigner import block_diagonal, rotation_matrix, wigner_from_matrix
 from atomeq.ops.paths import Path, tensor_product_paths
-from atomeq.ops.tensor_product import cg_conv, tensor_product
-from atomeq.ops.wigner import block_diagonal, rotation_matrix, wigner_from_matrix
 
 EXACT = 1e-12  # float64 rounding
 CHANNELS = 3

@@ -11,10 +11,10 @@ import pytest
 import torch
 from edge_layers import EdgeLayer, relative
 
+from atomeq.ops.coupling.operations import cg_conv, tensor_product
 from atomeq.ops.dispatch import use_backend
+from atomeq.ops.edge.so2_shape import SO2Shape
 from atomeq.ops.paths import Path, tensor_product_paths
-from atomeq.ops.registered.so2_shape import SO2Shape
-from atomeq.ops.tensor_product import cg_conv, tensor_product
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install atomeq[cuda]")
 
@@ -87,9 +87,9 @@ def test_recomputing_changes_no_bit() -> None:
 
 @pytest.mark.parametrize("lmax", [4, 6])
 def test_rotations_of_high_degree_agree_with_the_reference(lmax: int) -> None:
-    from atomeq.ops.backends.cpu.edge import CPUEdgeKernels
-    from atomeq.ops.backends.triton.edge import TritonEdgeKernels
-    from atomeq.ops.wigner import edge_wigner
+    from atomeq.ops.edge.cpu.kernels import CPUEdgeKernels
+    from atomeq.ops.edge.triton.kernels import TritonEdgeKernels
+    from atomeq.ops.edge.wigner import edge_wigner
 
     mmax, n_edges, channels = 2, 8, 16
     wigner = edge_wigner(torch.randn(n_edges, 3, dtype=torch.float64), lmax, mmax)
@@ -130,7 +130,7 @@ def sorted_edges(index: torch.Tensor, n_atoms: int) -> tuple[torch.Tensor, torch
 def test_so2_products_agree_with_one_dense_matrix(
     dtype: torch.dtype, bar: float, many: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from atomeq.ops.backends.triton import so2
+    from atomeq.ops.edge.triton import so2
 
     monkeypatch.setattr(so2, "_MANY_EDGES", 0 if many else 100)
     shape = SO2Shape(2, 2, 32, 16, 16)
@@ -166,8 +166,8 @@ def test_so2_products_agree_with_one_dense_matrix(
 def test_gates_opened_while_writing_are_those_opened_afterwards(
     lmax: int, mmax: int, c_out: int, precision: str, keep: bool
 ) -> None:
-    from atomeq.ops.backends.triton import so2
-    from atomeq.ops.backends.triton.gate import TritonGate
+    from atomeq.ops.edge.triton import so2
+    from atomeq.ops.edge.triton.gate import TritonGate
 
     shape = SO2Shape(lmax, mmax, 16, c_out, lmax * c_out)
     weights = [
@@ -194,8 +194,8 @@ def test_gates_opened_while_writing_are_those_opened_afterwards(
 
 
 def test_radial_factors_meet_the_rows_of_both_signs() -> None:
-    from atomeq.ops.backends.cpu.edge import CPUEdgeKernels
-    from atomeq.ops.backends.triton.edge import TritonEdgeKernels
+    from atomeq.ops.edge.cpu.kernels import CPUEdgeKernels
+    from atomeq.ops.edge.triton.kernels import TritonEdgeKernels
 
     for lmax, mmax in ((0, 0), (3, 2), (6, 6)):
         shape = SO2Shape(lmax, mmax, 16, 16, 0)
@@ -214,8 +214,8 @@ def test_radial_factors_meet_the_rows_of_both_signs() -> None:
 def test_radial_factors_and_their_derivatives_are_those_of_plain_torch(
     dtype: torch.dtype, moved_scale: bool
 ) -> None:
-    from atomeq.ops.backends.triton.row_scale import TritonRadialScale
-    from atomeq.ops.registered.radial_scale import RadialScale
+    from atomeq.ops.edge.radial_scale import RadialScale
+    from atomeq.ops.edge.triton.row_scale import TritonRadialScale
 
     shape = SO2Shape(3, 2, 16, 16, 0)
     rows, moved, grad, moved_grad = torch.randn(4, 9, shape.n_rows * 16, dtype=dtype)
@@ -251,7 +251,7 @@ def halved() -> Iterator[None]:
 def test_medium_precision_rounds_the_operands_of_so2_products_and_nothing_else(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from atomeq.ops.backends.triton import so2
+    from atomeq.ops.edge.triton import so2
 
     monkeypatch.setattr(so2, "_MANY_EDGES", 0)  # asked for, it holds at any number of edges
     shape = SO2Shape(1, 1, 16, 16, 0)
@@ -342,7 +342,7 @@ def test_no_edge_gives_zeros() -> None:
 
 
 def test_segment_kernels_agree_with_the_reference() -> None:
-    from atomeq.ops.backends.triton.segment import segment_softmax, segment_sum
+    from atomeq.ops.segment.triton.kernels import segment_softmax, segment_sum
 
     index = torch.tensor([3, 0, 0, 3, 1] + [0] * 20, device=DEVICE)  # more than one block of 0
     x = 3 * torch.randn(25, 3, 2, dtype=torch.float64, device=DEVICE)
@@ -395,7 +395,7 @@ def run_without_interpreter(code: str, **environment: str) -> subprocess.Complet
 def test_machine_without_cuda_is_told_so() -> None:
     code = """
 import torch
-from atomeq.ops.tensor_product import tensor_product
+from atomeq.ops.coupling.operations import tensor_product
 tensor_product(torch.ones(3, 1, 16), torch.ones(3, 1), None, [(0, 0, 0)])
 """
     result = run_without_interpreter(code, ATOMEQ_BACKEND="triton")
@@ -408,7 +408,7 @@ def test_triton_is_not_imported_before_its_backend_is_used() -> None:
     code = """
 import sys
 from collections.abc import Iterator
-import atomeq, atomeq.ops.so2, atomeq.ops.dispatch, atomeq.ops.backends.triton_backend
+import atomeq, atomeq.ops.edge.operations, atomeq.ops.dispatch, atomeq.ops.triton_backend
 print("triton" in sys.modules)
 """
     assert run_without_interpreter(code).stdout.strip() == "False"

@@ -6,14 +6,14 @@ import torch
 from edge_layers import relative
 from operations import OPERATIONS, PATHS, Operation, derivatives
 
+from atomeq.ops.coupling.operations import cg_conv, tensor_product
 from atomeq.ops.dispatch import use_backend
 from atomeq.ops.explain import explain
-from atomeq.ops.gaunt import gaunt_product
 from atomeq.ops.paths import Mode
-from atomeq.ops.registered.sphere import sphere_form
-from atomeq.ops.sphere import sphere_silu
-from atomeq.ops.sphere_grid import SphereGrid
-from atomeq.ops.tensor_product import cg_conv, tensor_product
+from atomeq.ops.sphere.gaunt import gaunt_product
+from atomeq.ops.sphere.grid import SphereGrid
+from atomeq.ops.sphere.operations import sphere_silu
+from atomeq.ops.sphere.registered import sphere_form
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install atomeq[cuda]")
 

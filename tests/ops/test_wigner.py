@@ -4,10 +4,8 @@ import pytest
 import torch
 from e3nn import o3
 
-from atomeq.ops.edge_frame import EdgeFrame
-from atomeq.ops.orders import coefficient_index, m_primary_order
-from atomeq.ops.spherical_harmonics import spherical_harmonics
-from atomeq.ops.wigner import (
+from atomeq.ops.edge.frame import EdgeFrame
+from atomeq.ops.edge.wigner import (
     block_diagonal,
     build_edge_frame,
     edge_quaternion,
@@ -19,6 +17,8 @@ from atomeq.ops.wigner import (
     wigner_from_matrix,
     wigner_matrices,
 )
+from atomeq.ops.harmonics.operations import spherical_harmonics
+from atomeq.ops.orders import coefficient_index, m_primary_order
 
 EXACT = 1e-12  # float64 rounding at l <= 6 with room to spare; 2e-14 measured
 AXES = [[0.0, 1.0, 0.0], [0.0, -1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, -1.0]]

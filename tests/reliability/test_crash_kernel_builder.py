@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from atomeq.ops.backends.native import builder
-from atomeq.ops.backends.native.builder import unavailable
+from atomeq.ops import c_compiler as builder
+from atomeq.ops.c_compiler import unavailable
 
 
 @pytest.fixture(autouse=True)

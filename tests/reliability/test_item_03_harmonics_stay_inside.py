@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from atomeq.ops.backends.native.builder import unavailable
-from atomeq.ops.backends.native.harmonics import CPUHarmonicsKernels
+from atomeq.ops.c_compiler import unavailable
+from atomeq.ops.harmonics.cpu.kernels import CPUHarmonicsKernels
 
 _GUARD = -12345.0
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from atomeq.ops.coupling.operations import cg_conv
 from atomeq.ops.dispatch import use_backend
+from atomeq.ops.edge import rotation as edge_rotation
+from atomeq.ops.edge.operations import escn_conv, rotate_from_edge, rotate_to_edge
+from atomeq.ops.edge.wigner import build_edge_frame
 from atomeq.ops.paths import Path
-from atomeq.ops.registered import edge_rotation
-from atomeq.ops.segment import segment_softmax, segment_sum
-from atomeq.ops.so2 import escn_conv, rotate_from_edge, rotate_to_edge
-from atomeq.ops.tensor_product import cg_conv
-from atomeq.ops.wigner import build_edge_frame
+from atomeq.ops.segment.operations import segment_softmax, segment_sum
 
 N_ATOMS, LMAX, CHANNELS = 5, 2, 3
 OUTSIDE = (-1, N_ATOMS, 10**7, -(2**62), 2**62)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from atomeq.graph.atom_graph import AtomGraph
 from atomeq.models.base import AtomisticModel
 from atomeq.nn.radial import BesselBasis, PolynomialEnvelope
-from atomeq.ops.segment import segment_sum
+from atomeq.ops.segment.operations import segment_sum
 from atomeq.typing import PropertyKey
 
 _MAX_Z = 118

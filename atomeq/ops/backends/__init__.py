@@ -1,1 +1,0 @@
-"""Implementations of the operations of atomeq.ops; reference.py is the truth."""

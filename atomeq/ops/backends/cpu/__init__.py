@@ -1,1 +1,0 @@
-"""The kernels of the ``cpu`` set: cache-sized blocks, few copies."""

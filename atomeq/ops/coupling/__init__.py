@@ -1,0 +1,1 @@
+"""Clebsch-Gordan products and convolutions, and symmetric contractions."""

@@ -1,0 +1,126 @@
+"""The Clebsch-Gordan form of the ``cpu`` set: C kernels for uvu, products of matrices for the rest.
+
+In uuu and uvw both factors have channels, so a path is no small matrix per edge; there the
+arithmetic is that of large products, which torch does well.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from atomeq.ops.c_compiler import unavailable
+from atomeq.ops.coupling.clebsch_gordan import Form, path_table
+from atomeq.ops.coupling.cpu import native
+from atomeq.ops.specification import OpSpec
+from atomeq.ops.tables import table_like
+
+# What each argument is indexed by: edge e, rows i, j and k of a path, channels u, v and w.
+_SUBSCRIPTS = {
+    "uvu": {"x": "eiu", "y": "ej", "weights": "eu", "z": "eku"},
+    "uuu": {"x": "eiu", "y": "eju", "weights": "eu", "z": "eku"},
+    "uvw": {"x": "eiu", "y": "ejv", "weights": "euvw", "z": "ekw"},
+}
+
+
+class CPUCouplingKernels:
+    """See :class:`~atomeq.ops.kernel_sets.CouplingKernels`."""
+
+    wants_segments = False
+
+    def refusal(self, spec: OpSpec) -> str | None:
+        """Refuse other devices and dtypes, and machines without a C compiler."""
+        if spec.device.type != "cpu":
+            return "its kernels run on a CPU"
+        if spec.dtype not in native.REALS:
+            return f"its kernels know float32 and float64, not {spec.dtype}"
+        return unavailable()
+
+    def partials(
+        self,
+        x: Tensor,
+        y: Tensor,
+        weights: Tensor | None,
+        z: Tensor | None,
+        ends: Sequence[Tensor],
+        segments: Sequence[Tensor],
+        n_targets: int,
+        wanted: tuple[str, ...],
+        form: Form,
+    ) -> list[Tensor]:
+        """Return dF/ds for each argument s that is wanted."""
+        if form.mode == "uvu":
+            return native.partials(x, y, weights, z, ends, n_targets, wanted, form)
+        return partials_by_paths(x, y, weights, z, ends, n_targets, wanted, form)
+
+
+def partials_by_paths(
+    x: Tensor,
+    y: Tensor,
+    weights: Tensor | None,
+    z: Tensor | None,
+    ends: Sequence[Tensor],
+    n_targets: int,
+    wanted: tuple[str, ...],
+    form: Form,
+) -> list[Tensor]:
+    """Return the same path by path in plain torch, in every mode."""
+    per_edge = weights is None or weights.ndim == (5 if form.mode == "uvw" else 3)
+    channels = weights.shape[-1] if weights is not None and form.mode == "uvw" else x.shape[-1]
+    given: dict[str, Tensor | None] = {"x": x, "y": y, "weights": weights, "z": z}
+    if ends:
+        given["x"] = x.index_select(0, ends[0])
+        given["z"] = None if z is None else z.index_select(0, ends[1])
+    results = {
+        name: x.new_zeros((len(y), form.n_rows, channels) if part is None else part.shape)
+        for name, part in given.items()
+        if name in wanted
+    }
+    subscripts = _SUBSCRIPTS[form.mode]
+    if not per_edge:
+        subscripts = subscripts | {"weights": subscripts["weights"][1:]}
+    n_terms = form.n_terms(x.shape[-1], y.shape[-1])
+    for number, row in enumerate(form.rows()):
+        table = table_like(path_table, form, number, n_terms, like=x)
+        parts = {
+            name: None if part is None else _part(part, name, form, number, row)
+            for name, part in given.items()
+        }
+        for name, total in results.items():
+            place = _part(total, name, form, number, row)
+            place += _contracted(parts, table, name, subscripts)
+    if ends and "x" in wanted:
+        results["x"] = torch.zeros_like(x).index_add_(0, ends[0], results["x"])
+    if ends and "z" in wanted:
+        total = x.new_zeros(n_targets, form.n_rows, channels)
+        results["z"] = total.index_add_(0, ends[1], results["z"])
+    return [results[name] for name in wanted]
+
+
+def _part(values: Tensor, name: str, form: Form, number: int, row: int) -> Tensor:
+    """Return a view of what one path reads or writes."""
+    l1, l2, l3 = form.paths[number]
+    if name == "weights":
+        return values.select(-4 if form.mode == "uvw" else -2, number)
+    if name == "y" and form.mode == "uvu":
+        return values[:, l2 * l2 : (l2 + 1) ** 2]
+    first, l = {"x": (l1 * l1, l1), "y": (l2 * l2, l2), "z": (row, l3)}[name]
+    return values[:, first : first + 2 * l + 1]
+
+
+def _contracted(
+    parts: dict[str, Tensor | None], table: Tensor, wanted: str, subscripts: dict[str, str]
+) -> Tensor:
+    """Contract the other three arguments with the symbols, from left to right."""
+    # First those that leave the least: x and y meet the symbols, z meets the weights.
+    first = ("x", "y") if wanted in ("weights", "z") else ("z", "weights")
+    others = [name for name in subscripts if name not in first and name != wanted]
+    named = {
+        **{name: (subscripts[name], part) for name, part in parts.items()},
+        "3j": ("ijk", table),
+    }
+    operands = [named[name] for name in (*first, "3j", *others)]
+    operands = [(letters, part) for letters, part in operands if part is not None]
+    equation = ",".join(letters for letters, _ in operands)
+    result: Tensor = torch.einsum(f"{equation}->{subscripts[wanted]}", *(t for _, t in operands))
+    return result

@@ -1,0 +1,202 @@
+"""The Clebsch-Gordan tensor product and its convolution: gather, couple, sum.
+
+Degrees l1 of x and l2 of y couple to degree l3 by Wigner's 3j symbols, one path (l1, l2, l3) at a
+time. The result has e3nn's ``component`` normalisation with ``element`` path weights: if the
+inputs and weights have unit variance, so does every component of the output.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import get_args
+
+from jaxtyping import Float
+from torch import Tensor
+
+from atomeq.ops.dispatch import select
+from atomeq.ops.edge.frame import checked_edges
+from atomeq.ops.paths import Mode, Output, Path, RadialMap
+from atomeq.typing import EdgeIndex, NodeFeatures
+
+Features = Float[Tensor, "*batch n_sph channels"]
+
+
+def tensor_product(
+    x: Features,
+    y: Float[Tensor, "..."],
+    weights: Float[Tensor, "..."] | None,
+    paths: Sequence[Path],
+    *,
+    mode: Mode = "uvu",
+    output: Output = "sum",
+) -> Float[Tensor, "*batch n_out c_out"]:
+    """Couple two features.
+
+    ======  ===============  ===========================  ===========================
+    mode    y                weights                      output channel
+    ======  ===============  ===========================  ===========================
+    uvu     (*, n2)          ([*,] n_paths, U)            w_u (x_u . y)
+    uuu     (*, n2, U)       ([*,] n_paths, U)            w_u (x_u . y_u)
+    uvw     (*, n2, V)       ([*,] n_paths, U, V, W)      sum_uv w_uvw (x_u . y_v)
+    ======  ===============  ===========================  ===========================
+
+    Args:
+        x: First features, (*, n1, U).
+        y: Second features, see above; spherical harmonics of an edge mostly.
+        weights: See above; None for weights of 1, except in uvw.
+        paths: Which degrees couple, in the order of the weights.
+        mode: How channels couple.
+        output: ``sum`` adds the paths of equal l3, ``paths`` stacks all paths in their order.
+
+    Returns:
+        (*, (l3 max + 1)^2, channels) for ``sum``, (*, sum of 2 l3 + 1, channels) for ``paths``.
+
+    Raises:
+        ValueError: If a path breaks the triangle rule or the shapes do not fit together.
+    """
+    paths = _checked(tuple(x.shape[:-2]), x, y, weights, paths, mode, output)
+    backend = select(
+        "tensor_product",
+        lmax=max(max(path) for path in paths),
+        mmax=0,
+        channels=x.shape[-1],
+        n_edges=math.prod(x.shape[:-2]),
+        like=x,
+        mode=mode,
+        weighted=weights is not None,
+    )
+    return backend.tensor_product(x, y, weights, paths, mode, output == "paths")
+
+
+def cg_conv(
+    x: NodeFeatures,
+    y: Float[Tensor, "n_edges ..."],
+    weights: Float[Tensor, "..."] | None,
+    edge_index: EdgeIndex,
+    n_atoms: int,
+    paths: Sequence[Path],
+    *,
+    mode: Mode = "uvu",
+    output: Output = "sum",
+    radial_map: RadialMap | None = None,
+) -> Float[Tensor, "n_targets n_out c_out"]:
+    """Convolve: gather x on the sources, couple it with y by the edge's weights, sum on targets.
+
+    Args:
+        x: Features of the atoms, (n_atoms, n1, U).
+        y: Features of the edges, (n_edges, n2) or (n_edges, n2, channels).
+        weights: As in :func:`tensor_product`, per edge or shared; with ``radial_map`` the values
+            that give them, (n_edges, n_radial).
+        edge_index: Row 0 is the source, row 1 the target, (2, n_edges); any order.
+        n_atoms: Number of atoms.
+        paths: Which degrees couple.
+        mode: How channels couple.
+        output: ``sum`` or ``paths``.
+        radial_map: Weight (n_paths, U, n_radial), or (n_paths, U, V, W, n_radial) in uvw, and bias
+            (n_paths, ...) of a last linear layer that gives the weights. Where kernels serve, these
+            are then made for some edges at a time and never kept.
+
+    Returns:
+        As :func:`tensor_product`, (n_atoms, rows, channels). Atoms without edges get zeros.
+
+    Raises:
+        ValueError: If a path breaks the triangle rule or the shapes do not fit together.
+
+    Example:
+        An EGNN-like coordinate update sums w_ij (r_j - r_i) by the path 0 x 1 -> 1:
+
+        >>> import torch
+        >>> ones, y = torch.ones(2, 1, 1), torch.tensor([[1.0, 0.0, 0.0, 2.0]])
+        >>> edge, weight = torch.tensor([[1], [0]]), torch.full((1, 1, 1), 0.5)
+        >>> cg_conv(ones, y, weight, edge, 2, [Path(0, 1, 1)], output="paths").squeeze(-1)
+        tensor([[0., 0., 1.],
+                [0., 0., 0.]])
+    """
+    if edge_index.shape != (2, y.shape[0]):
+        raise ValueError(f"edge_index is {tuple(edge_index.shape)} but y has {y.shape[0]} edges")
+    edge_index = checked_edges(edge_index, x.shape[0], n_atoms)
+    given = weights
+    if radial_map is not None:  # an expanded view has the shape that the weights would have
+        given = _check_radial(y.shape[0], weights, radial_map)
+    paths = _checked((y.shape[0],), x, y, given, paths, mode, output)
+    backend = select(
+        "cg_conv",
+        lmax=max(max(path) for path in paths),
+        mmax=0,
+        channels=x.shape[-1],
+        n_edges=edge_index.shape[1],
+        like=x,
+        mode=mode,
+        weighted=weights is not None,
+    )
+    stacked = output == "paths"
+    return backend.cg_conv(x, y, weights, edge_index, n_atoms, paths, mode, stacked, radial_map)
+
+
+def _check_radial(n_edges: int, radial: Tensor | None, radial_map: RadialMap) -> Tensor:
+    """Refuse a radial layer that does not fit; return a tensor of the shape of its weights."""
+    weight, bias = radial_map
+    if radial is None or radial.shape != (n_edges, weight.shape[-1]):
+        shape = None if radial is None else tuple(radial.shape)
+        raise ValueError(
+            f"weights are {shape}; radial_map reads ({n_edges}, {weight.shape[-1]}) and makes them"
+        )
+    if bias is not None and bias.shape != weight.shape[:-1]:
+        raise ValueError(f"the bias is {tuple(bias.shape)}, the weight {tuple(weight.shape)}")
+    return weight[..., 0].expand(n_edges, *weight.shape[:-1])
+
+
+def _checked(
+    batch: tuple[int, ...],
+    x: Tensor,
+    y: Tensor,
+    weights: Tensor | None,
+    paths: Sequence[Path],
+    mode: Mode,
+    output: Output,
+) -> tuple[Path, ...]:
+    """Refuse what does not fit, and return the paths as a tuple of paths."""
+    if mode not in get_args(Mode) or output not in get_args(Output):
+        allowed = f"{', '.join(get_args(Mode))} and {', '.join(get_args(Output))}"
+        raise ValueError(f"mode {mode!r} with output {output!r} is unknown; choose from {allowed}")
+    paths = tuple(Path(*path) for path in paths)
+    if not paths:
+        raise ValueError("paths is empty; tensor_product_paths() lists those of given degrees")
+    for l1, l2, l3 in paths:
+        if min(l1, l2, l3) < 0 or not abs(l1 - l2) <= l3 <= l1 + l2:
+            raise ValueError(f"path {(l1, l2, l3)} breaks |l1 - l2| <= l3 <= l1 + l2")
+    n1 = (max(path.l1 for path in paths) + 1) ** 2
+    n2 = (max(path.l2 for path in paths) + 1) ** 2
+    rows2 = -1 if mode == "uvu" else -2
+    if x.shape[-2] < n1 or y.shape[rows2] < n2 or tuple(y.shape[:rows2]) != batch:
+        raise ValueError(
+            f"x is {tuple(x.shape)} and y {tuple(y.shape)}; mode {mode} with these paths needs at "
+            f"least (*, {n1}, channels) and (*, {n2}{'' if mode == 'uvu' else ', channels'})"
+        )
+    _check_weights(batch, x.shape[-1], y.shape[-1], weights, len(paths), mode)
+    return paths
+
+
+def _check_weights(
+    batch: tuple[int, ...],
+    channels1: int,
+    channels2: int,
+    weights: Tensor | None,
+    n_paths: int,
+    mode: Mode,
+) -> None:
+    if mode == "uuu" and channels1 != channels2:
+        raise ValueError(f"mode uuu needs equal channels; x has {channels1} and y {channels2}")
+    if weights is None:
+        if mode == "uvw":
+            raise ValueError("mode uvw needs weights")
+        return
+    shape = tuple(weights.shape)
+    expected = (n_paths, channels1)
+    if mode == "uvw":
+        expected, shape = (*expected, channels2), shape[:-1]
+    if shape not in (expected, (*batch, *expected)):
+        more = ", W" if mode == "uvw" else ""
+        raise ValueError(
+            f"weights are {tuple(weights.shape)}; mode {mode} with {n_paths} paths needs "
+            f"([*,] {', '.join(map(str, expected))}{more})"
+        )

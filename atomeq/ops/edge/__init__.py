@@ -1,0 +1,1 @@
+"""Rotations into the frames of edges, SO(2) maps there, and whole eSCN layers."""

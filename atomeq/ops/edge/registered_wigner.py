@@ -1,0 +1,20 @@
+"""The Wigner rows of edges as a registered operation, which is never differentiated."""
+
+from types import SimpleNamespace
+
+from torch import Tensor
+
+from atomeq.ops.kernel_sets import wigner_kernels
+from atomeq.ops.orders import m_primary_order
+from atomeq.ops.registration import registered
+
+
+def _fake_rows(call: SimpleNamespace) -> Tensor:
+    n_rows = len(m_primary_order(call.lmax, call.mmax))
+    return call.vectors.new_empty(call.vectors.shape[0], n_rows, (call.lmax + 1) ** 2)
+
+
+@registered(outputs=_fake_rows)
+def edge_wigner(vectors: Tensor, lmax: int, mmax: int, kernels: str) -> Tensor:
+    """Return the rows that take edges to +y, (n_edges, n_rows, n_sph)."""
+    return wigner_kernels(kernels).edge_wigner(vectors, lmax, mmax)

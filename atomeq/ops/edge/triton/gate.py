@@ -1,0 +1,154 @@
+"""The gate between the two maps of an edge layer: SiLU on l = 0, sigmoid gates on l > 0.
+
+Value, gradient and second derivative each read every number once and write every result once.
+"""
+
+# Only Triton's compiler goes through tl.static_range; to a type checker it raises.
+# pyright: reportGeneralTypeIssues=false
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from atomeq.ops.edge.triton.rotation import _row
+from atomeq.ops.orders import m_primary_order
+from atomeq.ops.triton_launch import (
+    accumulator,
+    ceil_div,
+    channel_tile,
+    contiguous,
+    launch,
+)
+
+
+class TritonGate:
+    """See :class:`~atomeq.ops.kernel_sets.GateKernel`."""
+
+    def __init__(self, y: Tensor, lmax: int, mmax: int, channels: int) -> None:
+        self.y = contiguous(y)
+        self.lmax, self.mmax = lmax, mmax
+        self.channels = channels
+        self.width = len(m_primary_order(lmax, mmax)) * channels
+
+    def value(self) -> Tensor:
+        """Return SiLU of l = 0, and gated rows."""
+        value = self.y.new_empty(len(self.y), self.width)
+        self._launch(_gate, value)
+        return value
+
+    def gradient(self, grad: Tensor) -> Tensor:
+        """Return J^T grad."""
+        result = torch.empty_like(self.y)
+        self._launch(_gate_gradient, contiguous(grad), result)
+        return result
+
+    def second(self, moved: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+        """Return J moved and the gradient of <moved, J^T grad>."""
+        grad = contiguous(grad)
+        value, curved = torch.empty_like(grad), torch.empty_like(self.y)
+        self._launch(_gate_second, contiguous(moved), grad, value, curved)
+        return value, curved
+
+    def _launch(self, kernel: object, *tensors: Tensor) -> None:
+        block_c = channel_tile(self.channels)
+        block_e = max(1, 1024 // block_c)
+        n_edges = len(self.y)
+        launch(
+            kernel,
+            (ceil_div(n_edges, block_e), ceil_div(self.channels, block_c)),
+            self.y,
+            *tensors,
+            like=self.y,
+            n_edges=n_edges,
+            CHANNELS=self.channels,
+            LMAX=self.lmax,
+            MMAX=self.mmax,
+            N_ROWS=self.width // self.channels,
+            SUM=accumulator(self.y.dtype),
+            BLOCK_E=block_e,
+            BLOCK_C=block_c,
+        )
+
+
+@triton.jit
+def _places(n_edges, WIDTH: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_E: tl.constexpr,
+            BLOCK_C: tl.constexpr):  # fmt: skip
+    """Return the offsets of a tile in rows of some width, and which of them there are."""
+    edge = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
+    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = (edge < n_edges)[:, None] & (channel < CHANNELS)[None, :]
+    return (edge.to(tl.int64) * WIDTH)[:, None] + channel[None, :], inside
+
+
+@triton.jit
+def _gate(y, value, n_edges, CHANNELS: tl.constexpr, LMAX: tl.constexpr, MMAX: tl.constexpr,
+          N_ROWS: tl.constexpr, SUM: tl.constexpr, BLOCK_E: tl.constexpr,
+          BLOCK_C: tl.constexpr):  # fmt: skip
+    ROWS: tl.constexpr = N_ROWS * CHANNELS
+    given, inside = _places(n_edges, LMAX * CHANNELS + ROWS, CHANNELS, BLOCK_E, BLOCK_C)
+    made, inside = _places(n_edges, ROWS, CHANNELS, BLOCK_E, BLOCK_C)
+    for l in tl.static_range(LMAX + 1):
+        # The gate of l = 0 is the row l = 0 itself, which lies behind those of l > 0.
+        place = (LMAX if l == 0 else l - 1) * CHANNELS
+        gate = tl.sigmoid(tl.load(y + given + place, mask=inside, other=0.0).to(SUM))
+        for slot in tl.static_range(2 * l + 2):
+            if slot != 1 and slot // 2 <= MMAX:
+                row = _row(l, slot // 2, slot % 2, LMAX) * CHANNELS
+                number = tl.load(y + given + LMAX * CHANNELS + row, mask=inside, other=0.0)
+                tl.store(value + made + row, number.to(SUM) * gate, mask=inside)
+
+
+@triton.jit
+def _gate_gradient(y, grad, result, n_edges, CHANNELS: tl.constexpr, LMAX: tl.constexpr,
+                   MMAX: tl.constexpr, N_ROWS: tl.constexpr, SUM: tl.constexpr,
+                   BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
+    ROWS: tl.constexpr = N_ROWS * CHANNELS
+    given, inside = _places(n_edges, LMAX * CHANNELS + ROWS, CHANNELS, BLOCK_E, BLOCK_C)
+    made, inside = _places(n_edges, ROWS, CHANNELS, BLOCK_E, BLOCK_C)
+    for l in tl.static_range(LMAX + 1):
+        place = (LMAX if l == 0 else l - 1) * CHANNELS
+        gate = tl.sigmoid(tl.load(y + given + place, mask=inside, other=0.0).to(SUM))
+        slope = gate * (1.0 - gate)
+        through = tl.zeros((BLOCK_E, BLOCK_C), dtype=SUM)
+        for slot in tl.static_range(2 * l + 2):
+            if slot != 1 and slot // 2 <= MMAX:
+                row = _row(l, slot // 2, slot % 2, LMAX) * CHANNELS
+                number = tl.load(y + given + LMAX * CHANNELS + row, mask=inside, other=0.0).to(SUM)
+                pull = tl.load(grad + made + row, mask=inside, other=0.0).to(SUM)
+                through += pull * number * slope
+                if l == 0:
+                    through += pull * gate
+                else:
+                    tl.store(result + given + LMAX * CHANNELS + row, pull * gate, mask=inside)
+        tl.store(result + given + place, through, mask=inside)
+
+
+@triton.jit
+def _gate_second(y, moved, grad, value, curved, n_edges, CHANNELS: tl.constexpr,
+                 LMAX: tl.constexpr, MMAX: tl.constexpr, N_ROWS: tl.constexpr, SUM: tl.constexpr,
+                 BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
+    ROWS: tl.constexpr = N_ROWS * CHANNELS
+    given, inside = _places(n_edges, LMAX * CHANNELS + ROWS, CHANNELS, BLOCK_E, BLOCK_C)
+    made, inside = _places(n_edges, ROWS, CHANNELS, BLOCK_E, BLOCK_C)
+    for l in tl.static_range(LMAX + 1):
+        place = (LMAX if l == 0 else l - 1) * CHANNELS
+        gate = tl.sigmoid(tl.load(y + given + place, mask=inside, other=0.0).to(SUM))
+        turn = tl.load(moved + given + place, mask=inside, other=0.0).to(SUM)
+        slope = gate * (1.0 - gate)
+        bend = slope * (1.0 - 2.0 * gate)
+        through = tl.zeros((BLOCK_E, BLOCK_C), dtype=SUM)
+        for slot in tl.static_range(2 * l + 2):
+            if slot != 1 and slot // 2 <= MMAX:
+                row = _row(l, slot // 2, slot % 2, LMAX) * CHANNELS
+                at = given + LMAX * CHANNELS + row
+                number = tl.load(y + at, mask=inside, other=0.0).to(SUM)
+                step = tl.load(moved + at, mask=inside, other=0.0).to(SUM)
+                pull = tl.load(grad + made + row, mask=inside, other=0.0).to(SUM)
+                tl.store(value + made + row, step * gate + number * slope * turn, mask=inside)
+                through += pull * (step * slope + number * bend * turn)
+                if l == 0:
+                    through += pull * slope * turn
+                else:
+                    tl.store(curved + at, pull * slope * turn, mask=inside)
+        tl.store(curved + given + place, through, mask=inside)

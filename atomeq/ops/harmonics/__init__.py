@@ -1,0 +1,1 @@
+"""Real spherical harmonics: the angular basis of every model."""

@@ -1,0 +1,112 @@
+"""Spherical harmonics Y(v) as registered operations, with J = dY/dv and the derivative of J.
+
+The gradient of Y is J^T g, that of J^T g with cotangent h are J h and d<h, J^T g>/dv: three
+operations. Third derivatives and those above come from plain torch; nothing needs them in a hurry.
+"""
+
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+
+from atomeq.ops.harmonics.polynomials import Normalization, directions, harmonic_polynomials
+from atomeq.ops.kernel_sets import harmonics_kernels
+from atomeq.ops.registration import registered
+
+Gradients = dict[str, Tensor | list[Tensor] | None]
+
+
+def _fake_harmonics(call: SimpleNamespace) -> Tensor:
+    return call.vectors.new_empty(call.vectors.shape[0], (call.lmax + 1) ** 2)
+
+
+def _harmonics_gradient(saved: SimpleNamespace, wanted: set[str], grad: Tensor) -> Gradients:
+    return {
+        "vectors": harmonics_slope(
+            saved.vectors, grad, saved.lmax, saved.normalization, saved.normalize, saved.kernels
+        )
+    }
+
+
+@registered(outputs=_fake_harmonics, gradient=_harmonics_gradient)
+def harmonics(
+    vectors: Tensor, lmax: int, normalization: str, normalize: bool, kernels: str
+) -> Tensor:
+    """Return Y of the vectors (n, 3), or of their directions, (n, n_sph)."""
+    return harmonics_kernels(kernels).harmonics(vectors, lmax, _norm(normalization), normalize)
+
+
+def _fake_slope(call: SimpleNamespace) -> Tensor:
+    return torch.empty_like(call.vectors)
+
+
+def _slope_gradient(saved: SimpleNamespace, wanted: set[str], grad: Tensor) -> Gradients:
+    to_g, to_vectors = harmonics_second(
+        *(saved.vectors, saved.g, grad, saved.lmax, saved.normalization),
+        *(saved.normalize, saved.kernels),
+    )
+    return {"g": to_g, "vectors": to_vectors}
+
+
+@registered(outputs=_fake_slope, gradient=_slope_gradient)
+def harmonics_slope(
+    vectors: Tensor, g: Tensor, lmax: int, normalization: str, normalize: bool, kernels: str
+) -> Tensor:
+    """Return J^T g, (n, 3)."""
+    return harmonics_kernels(kernels).slope(vectors, g, lmax, _norm(normalization), normalize)
+
+
+def _fake_second(call: SimpleNamespace) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(call.g), torch.empty_like(call.vectors)
+
+
+def _second_gradient(
+    saved: SimpleNamespace, wanted: set[str], grad_g: Tensor | None, grad_vectors: Tensor | None
+) -> Gradients:
+    higher = torch.is_grad_enabled()
+    norm = _norm(saved.normalization)
+    with torch.enable_grad():
+        # Views, because one of them may have been made from another, on a way that is not ours.
+        v, g, h = (
+            tensor.view_as(tensor) if tensor.requires_grad else tensor.detach().requires_grad_()
+            for tensor in (saved.vectors, saved.g, saved.h)
+        )
+        points = directions(v)[0] if saved.normalize else v
+        values = harmonic_polynomials(points, saved.lmax, norm)
+        (slope,) = torch.autograd.grad(values, v, g, create_graph=True)
+        # Of the lowest degree nothing may be left that depends on the vectors.
+        seconds = torch.autograd.grad(slope, (g, v), h, create_graph=True, allow_unused=True)
+        given = [
+            (second, grad)
+            for second, grad in zip(seconds, (grad_g, grad_vectors), strict=True)
+            if grad is not None and second is not None and second.requires_grad
+        ]
+        if not given:
+            return {}
+        found = torch.autograd.grad(
+            [second for second, _ in given],
+            (v, g, h),
+            [grad for _, grad in given],
+            create_graph=higher,
+            allow_unused=True,
+        )
+    return dict(zip(("vectors", "g", "h"), found, strict=True))
+
+
+@registered(outputs=_fake_second, gradient=_second_gradient)
+def harmonics_second(
+    vectors: Tensor,
+    g: Tensor,
+    h: Tensor,
+    lmax: int,
+    normalization: str,
+    normalize: bool,
+    kernels: str,
+) -> tuple[Tensor, Tensor]:
+    """Return the derivatives of <h, J^T g> by g, (n, n_sph), and by the vectors, (n, 3)."""
+    norm = _norm(normalization)
+    return harmonics_kernels(kernels).second(vectors, g, h, lmax, norm, normalize)
+
+
+def _norm(name: str) -> Normalization:
+    return "norm" if name == "norm" else "integral" if name == "integral" else "component"

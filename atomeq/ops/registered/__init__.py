@@ -1,1 +1,0 @@
-"""Operations registered with torch: opaque to torch.compile, closed under differentiation."""

@@ -1,0 +1,123 @@
+"""Sums and softmax over segments: one program owns a segment, so nothing is added out of order."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from atomeq.ops.edge.frame import segments_of
+from atomeq.ops.specification import OpSpec
+from atomeq.ops.triton_launch import (
+    accumulator,
+    ceil_div,
+    contiguous,
+    launch,
+    power_of_2,
+    refusal,
+)
+
+_MEMBERS = 16  # of a segment at a time
+_FEATURES = 64
+
+
+class TritonSegmentKernels:
+    """See :class:`~atomeq.ops.kernel_sets.SegmentKernels`."""
+
+    def refusal(self, spec: OpSpec) -> str | None:
+        """Return None if these kernels serve the call, else the reason why not."""
+        return refusal(spec, any_channels=True)
+
+    def total(self, x: Tensor, index: Tensor, n_segments: int) -> Tensor:
+        """Return the sums."""
+        return segment_sum(x, index, n_segments)
+
+    def softmax(self, logits: Tensor, index: Tensor, n_segments: int) -> Tensor:
+        """Return the weights."""
+        return segment_softmax(logits, index, n_segments)
+
+
+def segment_sum(x: Tensor, index: Tensor, n_segments: int) -> Tensor:
+    """Sum the members of each segment in their order, (n_members, ...) -> (n_segments, ...)."""
+    flat = contiguous(x.flatten(1) if x.ndim > 1 else x[:, None])
+    result = flat.new_empty(n_segments, flat.shape[1])
+    _launch(_segment_sum, flat, index, n_segments, result)
+    return result.view(n_segments, *x.shape[1:])
+
+
+def segment_softmax(logits: Tensor, index: Tensor, n_segments: int) -> Tensor:
+    """Normalise the members of each segment, (n_members, ...)."""
+    flat = contiguous(logits.flatten(1) if logits.ndim > 1 else logits[:, None])
+    result = torch.empty_like(flat)
+    _launch(_segment_softmax, flat, index, n_segments, result)
+    return result.view(logits.shape)
+
+
+def _launch(kernel: object, x: Tensor, index: Tensor, n_segments: int, result: Tensor) -> None:
+    pointer, order = segments_of(index, n_segments)
+    features = x.shape[1]
+    block = min(_FEATURES, power_of_2(max(1, features)))
+    launch(
+        kernel,
+        (n_segments, ceil_div(features, block)),
+        x,
+        pointer,
+        order,
+        result,
+        like=x,
+        FEATURES=features,
+        SUM=accumulator(x.dtype),
+        MEMBERS=_MEMBERS,
+        BLOCK=block,
+    )
+
+
+@triton.jit
+def _members(begin, last, order, FEATURES: tl.constexpr, MEMBERS: tl.constexpr,
+             BLOCK: tl.constexpr):  # fmt: skip
+    """Return the offsets of some members of a segment, and which of them there are."""
+    place = begin + tl.arange(0, MEMBERS)
+    there = place < last
+    member = tl.load(order + place, mask=there, other=0).to(tl.int64)
+    feature = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = there[:, None] & (feature < FEATURES)[None, :]
+    return (member * FEATURES)[:, None] + feature[None, :], inside
+
+
+@triton.jit
+def _segment_sum(x, pointer, order, result, FEATURES: tl.constexpr, SUM: tl.constexpr,
+                 MEMBERS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    segment = tl.program_id(0).to(tl.int64)
+    begin, last = tl.load(pointer + segment), tl.load(pointer + segment + 1)
+    total = tl.zeros((MEMBERS, BLOCK), dtype=SUM)
+    while begin < last:
+        at, inside = _members(begin, last, order, FEATURES, MEMBERS, BLOCK)
+        total += tl.load(x + at, mask=inside, other=0.0).to(SUM)
+        begin += MEMBERS
+    feature = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    out = result + segment * FEATURES + feature
+    tl.store(out, tl.sum(total, axis=0), mask=feature < FEATURES)
+
+
+@triton.jit
+def _segment_softmax(x, pointer, order, result, FEATURES: tl.constexpr, SUM: tl.constexpr,
+                     MEMBERS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    segment = tl.program_id(0).to(tl.int64)
+    first, last = tl.load(pointer + segment), tl.load(pointer + segment + 1)
+    # One pass finds the peak and the sum: where the peak rises, the sum so far shrinks.
+    peak = tl.full((BLOCK,), float("-inf"), dtype=SUM)
+    total = tl.zeros((BLOCK,), dtype=SUM)
+    begin = first
+    while begin < last:
+        at, inside = _members(begin, last, order, FEATURES, MEMBERS, BLOCK)
+        value = tl.load(x + at, mask=inside, other=float("-inf")).to(SUM)
+        higher = tl.maximum(peak, tl.max(value, axis=0))
+        shift = tl.where(higher > float("-inf"), higher, 0.0)
+        total = total * tl.exp(peak - shift) + tl.sum(tl.exp(value - shift[None, :]), axis=0)
+        peak = higher
+        begin += MEMBERS
+    begin = first
+    while begin < last:
+        at, inside = _members(begin, last, order, FEATURES, MEMBERS, BLOCK)
+        value = tl.load(x + at, mask=inside, other=0.0).to(SUM)
+        tl.store(result + at, tl.exp(value - peak[None, :]) / total[None, :], mask=inside)
+        begin += MEMBERS

@@ -1,0 +1,1 @@
+"""Functions on the sphere: grids, pointwise functions, Gaunt products."""
