@@ -12,7 +12,7 @@ from torch import Tensor
 from atomeq.ops.coupling.clebsch_gordan import clebsch_gordan
 from atomeq.ops.coupling.irreps import from_mul_ir, product_problem, to_mul_ir
 from atomeq.ops.coupling.operations import cg_conv, tensor_product
-from atomeq.ops.dispatch import BACKENDS, load_backend, use_backend
+from atomeq.ops.dispatch import BACKENDS, refusal, use_backend
 from atomeq.ops.edge.operations import (
     escn_conv,
     rotate_from_edge,
@@ -23,10 +23,10 @@ from atomeq.ops.edge.operations import (
 from atomeq.ops.edge.wigner import build_edge_frame
 from atomeq.ops.harmonics.operations import spherical_harmonics
 from atomeq.ops.orders import m_primary_order
-from atomeq.ops.paths import Mode, tensor_product_paths
 from atomeq.ops.paths import Path as CouplingPath
+from atomeq.ops.paths import tensor_product_paths
 from atomeq.ops.segment.operations import segment_sum
-from atomeq.ops.specification import OpSpec
+from atomeq.ops.specification import Mode, OpSpec
 from atomeq.ops.sphere.gaunt import gaunt_product
 from atomeq.ops.sphere.grid import SphereGrid
 from atomeq.ops.sphere.operations import sphere_silu
@@ -72,7 +72,7 @@ def adapters(
     spec = OpSpec(op, lmax, lmax, channels, n_edges, inputs[0].dtype, inputs[0].device)
     taken = ("reference", "e3nn", "cpu", "triton")  # they have rows of their own
     names = [name for name in BACKENDS if name not in taken]
-    return [ours(name, compute, name) for name in names if load_backend(name).refusal(spec) is None]
+    return [ours(name, compute, name) for name in names if refusal(name, spec) is None]
 
 
 def harmonics_case(lmax: int, n_edges: int, dtype: torch.dtype, device: str) -> Case:

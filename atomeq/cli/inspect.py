@@ -27,7 +27,7 @@ from atomeq.cli.structures import versions
 from atomeq.cli.terminal import Meter, say
 from atomeq.files import refuse_unwritable, write_atomically
 from atomeq.graph.files import read_structures
-from atomeq.ops.dispatch import AUTO_ORDER, Backend, backends, chosen_backend, load_backend
+from atomeq.ops.dispatch import AUTO_ORDER, backends, chosen_backend, refusal
 from atomeq.ops.explain import kernels_here
 from atomeq.ops.specification import OpSpec
 from atomeq.potential.checkpoint import load_potential, untrained_potential
@@ -51,7 +51,7 @@ _OPTIONAL = {
 #: One operation of each kind: what serves it serves its relatives.
 _OPERATIONS = (
     "spherical_harmonics",
-    "so2_linear",
+    "so2_linear_with_scalars",
     "tensor_product",
     "cg_conv",
     "sphere_pointwise",
@@ -203,20 +203,18 @@ def _potentials() -> Iterator[str]:
 def _backends() -> Iterator[str]:
     names = [*AUTO_ORDER, *(name for name in backends() if name not in AUTO_ORDER)]
     for name in names:
-        try:
-            backend = load_backend(name)
-        except ImportError as error:
-            yield f"  {name:<22} absent: {error}"
-            continue
         for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
-            yield f"  {name:<22} {device}: {_served(backend, torch.device(device))}"
+            try:
+                yield f"  {name:<22} {device}: {_served(name, torch.device(device))}"
+            except ImportError as error:
+                yield f"  {name:<22} absent: {error}"
 
 
-def _served(backend: Backend, device: torch.device) -> str:
+def _served(name: str, device: torch.device) -> str:
     """Say which operations a backend serves, or why none."""
     specs = [OpSpec(op, 2, 2, 64, 1000, torch.float32, device) for op in _OPERATIONS]
-    refusals = {spec.op: backend.refusal(spec) for spec in specs}
-    served = [op for op, refusal in refusals.items() if refusal is None]
+    refusals = {spec.op: refusal(name, spec) for spec in specs}
+    served = [op for op, reason in refusals.items() if reason is None]
     if len(served) == len(refusals):
         return "serves everything"
     return f"serves {', '.join(served)}" if served else f"{refusals['cg_conv']}"

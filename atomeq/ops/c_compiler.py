@@ -21,6 +21,9 @@ from pathlib import Path
 
 import torch
 
+from atomeq.ops.specification import OpSpec
+
+REALS = {torch.float32: "float", torch.float64: "double"}  # what C calls the dtypes it knows
 # No -ffast-math: NaN must come out where NaN goes in, and sums keep the order that is written.
 _PLAIN = ("-std=gnu11", "-shared", "-fPIC", "-O3", "-fno-math-errno", "-fno-trapping-math")
 _NATIVE = (*_PLAIN, "-march=native")
@@ -33,6 +36,15 @@ _loaded: dict[str, ctypes.CDLL] = {}
 
 class BuildError(RuntimeError):
     """No library came of a C source; the message says why and what to do."""
+
+
+def refusal(spec: OpSpec) -> str | None:
+    """Refuse other devices and dtypes, and machines without a C compiler."""
+    if spec.device.type != "cpu":
+        return "its kernels run on a CPU"
+    if spec.dtype not in REALS:
+        return f"its kernels know float32 and float64, not {spec.dtype}"
+    return unavailable()
 
 
 def unavailable() -> str | None:

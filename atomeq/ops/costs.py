@@ -92,13 +92,13 @@ def cost(spec: OpSpec) -> Cost:
         "edge_wigner": _frame,
         "rotate_to_edge": _rotation,
         "rotate_from_edge": _rotation,
-        "so2_linear": _so2,
+        "so2_linear_with_scalars": _so2,
         "escn_conv": _layer,
         "tensor_product": _coupling,
         "cg_conv": _coupling,
         "sphere_pointwise": _sphere,
         "sphere_silu": _sphere,
-        "sphere_product": _sphere,
+        "gaunt_product": _sphere,
         "segment_sum": _segment,
         "segment_softmax": _segment,
     }
@@ -180,7 +180,7 @@ def _coupling(spec: OpSpec) -> _Work:
 def _sphere(spec: OpSpec) -> _Work:
     n_rows = len(m_primary_order(spec.lmax, spec.mmax))
     n_points = SphereGrid(spec.lmax, spec.mmax).n_points
-    n_features = 3 if spec.op == "sphere_product" else 2
+    n_features = 3 if spec.op == "gaunt_product" else 2
     flops = 2 * n_features * n_rows * n_points * spec.channels
     return _Work(0, flops, n_features * n_rows * spec.channels)
 

@@ -1,8 +1,15 @@
-"""Which backend serves an operation and how to choose one; explain.py says why and at what cost.
+"""An operation: one signature, a verifier, its truth in plain torch, and who else serves it.
 
 The choice is made call by call: ``with use_backend(name)``, else the environment variable
 ATOMEQ_BACKEND, else ``auto``, the first backend of :data:`AUTO_ORDER` that serves the operation. A
 backend asked for by name serves or the call raises, saying why; only ``auto`` may pass on.
+
+A backend is a module, or any object, with ``refusal(spec)``, which returns why it does not serve a
+call or None, and with a function for each operation it serves, of the operation's name and
+signature; these may trust the verifier. It is differentiable any number of times in whatever is a
+floating-point argument, and ``by_torch(spec)``, if it has one, says of which calls it leaves to the
+reference. Our own kernels are raw functions instead, tensors in and tensors out, which the
+operation calls by what it has registered with torch: see :func:`operation`.
 
 ``torch.compile`` traces the choice too, inside a compiled function or around it: a graph belongs to
 the choice it was traced under, and another one makes another graph. Only the environment is read
@@ -13,37 +20,90 @@ import difflib
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache, lru_cache
+from functools import cache, lru_cache, wraps
+from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any, Protocol, runtime_checkable
+from importlib.util import find_spec
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
-from torch import Tensor
 
-from atomeq.ops.edge.frame import EdgeFrame
-from atomeq.ops.harmonics.polynomials import Normalization
-from atomeq.ops.paths import Mode, Path, RadialMap
-from atomeq.ops.specification import OpSpec
-from atomeq.ops.sphere.grid import SphereGrid
+from atomeq.ops.specification import OpSpec, Size
 from atomeq.ops.tables import constant_in_traces
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 logger = logging.getLogger(__name__)
 
-# Where each backend lives, "module:class"; it is imported when first asked for. Those of other
-# distributions, named by entry points of the group atomeq.backends, come after them.
+# Where each backend lives; it is imported when first asked for. Kernels lie in the folder of their
+# family. Those of other distributions, named by entry points of the group atomeq.backends, come
+# after them.
 BACKENDS: dict[str, str] = {
-    "cpu": "atomeq.ops.kernel_backend:CPUBackend",
-    "reference": "atomeq.ops.reference_backend:ReferenceBackend",
-    "e3nn": "atomeq.ops.coupling.e3nn:E3nnBackend",
-    "cuequivariance": "atomeq.ops.coupling.cuequivariance:CuEquivarianceBackend",
-    "openequivariance": "atomeq.ops.coupling.openequivariance:OpenEquivarianceBackend",
-    "triton": "atomeq.ops.triton_backend:TritonBackend",
+    "cpu": "atomeq.ops.{family}.cpu.kernels",
+    "reference": "",  # the operation itself
+    "e3nn": "atomeq.ops.coupling.e3nn",
+    "cuequivariance": "atomeq.ops.coupling.cuequivariance",
+    "openequivariance": "atomeq.ops.coupling.openequivariance",
+    "triton": "atomeq.ops.{family}.triton.kernels",
 }
+KERNELS = frozenset(name for name, path in BACKENDS.items() if "{family}" in path)  # our own
 AUTO_ORDER: tuple[str, ...] = ("cpu", "reference")  # the fastest first; others serve when named
 ENVIRONMENT_VARIABLE = "ATOMEQ_BACKEND"
 _GROUP = "atomeq.backends"
+
+
+class Operation(NamedTuple):
+    """What is known of an operation.
+
+    Attributes:
+        name: Of the public function.
+        family: Folder of ops that it lives in.
+        reference: The function as it is written: the truth, in plain torch.
+        by_kernels: The same in terms of what is registered with torch, with the name of the
+            kernels as one argument more, ``kernels``; None if no kernels of ours have it.
+    """
+
+    name: str
+    family: str
+    reference: Callable[..., Any]
+    by_kernels: Callable[..., Any] | None
+
+
+OPERATIONS: dict[str, Operation] = {}
+
+
+def operation(
+    verify: Callable[P, Size], *, by_kernels: Callable[..., Any] | None = None
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Let backends serve a function that is written in plain torch.
+
+    Args:
+        verify: Refuses arguments that do not fit together; returns what the choice depends on.
+        by_kernels: See :class:`Operation`.
+
+    Returns:
+        A decorator. The function verifies its arguments and hands them to whoever serves the call.
+    """
+
+    def decorate(reference: Callable[P, R]) -> Callable[P, R]:
+        name, family = reference.__name__, reference.__module__.split(".")[-2]
+        OPERATIONS[name] = Operation(name, family, reference, by_kernels)
+
+        @wraps(reference)
+        def served(*args: P.args, **kwargs: P.kwargs) -> R:
+            server = serving(name, verify(*args, **kwargs))
+            if server == "reference":
+                return reference(*args, **kwargs)
+            if by_kernels is not None and server in KERNELS:
+                return by_kernels(*args, **kwargs, kernels=server)
+            return getattr(_loaded[server, family], name)(*args, **kwargs)
+
+        return served
+
+    return decorate
 
 
 class _Choice(threading.local):
@@ -54,134 +114,7 @@ class _Choice(threading.local):
 
 
 _choice = _Choice()
-_loaded: dict[str, "Backend"] = {}
-
-
-@runtime_checkable
-class Backend(Protocol):
-    """One implementation of the operations; it holds no weights.
-
-    The functions of ``atomeq.ops`` check the arguments first, so a backend may trust them. Every
-    method is differentiable any number of times in its floating-point arguments, except
-    ``edge_wigner``. A backend that refuses an operation in any form may lack its method.
-
-    Attributes:
-        name: As in :data:`BACKENDS`.
-    """
-
-    name: str
-
-    def refusal(self, spec: OpSpec) -> str | None:
-        """Return None if this backend serves the call, else the reason why not.
-
-        The answer may depend on the call, on what the machine has and on whether torch is asked for
-        repeatable sums, nothing else: it is remembered. Of ``n_edges`` only 0 may be told apart.
-        """
-        ...
-
-    def by_torch(self, spec: OpSpec) -> bool:
-        """Whether a call that it serves runs in plain torch, by no kernel made for it."""
-        ...
-
-    def spherical_harmonics(
-        self, vectors: Tensor, lmax: int, normalization: Normalization, normalize: bool
-    ) -> Tensor:
-        """Evaluate the harmonics of vectors or of their directions, (*, 3) -> (*, n_sph)."""
-        ...
-
-    def edge_wigner(self, vectors: Tensor, lmax: int, mmax: int) -> Tensor:
-        """Return the Wigner rows that take edges to +y, (n_edges, n_rows, n_sph)."""
-        ...
-
-    def rotate_to_edge(self, x: Tensor, frame: EdgeFrame, indices: tuple[Tensor, ...]) -> Tensor:
-        """Gather by each index, join the channels, rotate into the edge frames."""
-        ...
-
-    def rotate_from_edge(
-        self, y: Tensor, frame: EdgeFrame, envelope: Tensor | None, total: bool
-    ) -> Tensor:
-        """Rotate back to the lab frame and, if total, sum on the targets."""
-        ...
-
-    def so2_linear(
-        self,
-        x: Tensor,
-        weights: Sequence[Tensor],
-        c_out: int,
-        bias: Tensor | None,
-        scale: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        """Mix degrees and channels within each order; return rows and extra scalars."""
-        ...
-
-    def escn_conv(
-        self,
-        x: Tensor,
-        frame: EdgeFrame,
-        first: list[Tensor],
-        second: list[Tensor],
-        radial: Tensor | None,
-        radial_weight: Tensor | None,
-        radial_bias: Tensor | None,
-        envelope: Tensor | None,
-        recompute: bool,
-    ) -> Tensor:
-        """Return a whole edge layer: both atoms, map, gate, map, sum on the targets."""
-        ...
-
-    def tensor_product(
-        self,
-        x: Tensor,
-        y: Tensor,
-        weights: Tensor | None,
-        paths: tuple[Path, ...],
-        mode: Mode,
-        stacked: bool,
-    ) -> Tensor:
-        """Couple two features by Clebsch-Gordan paths."""
-        ...
-
-    def cg_conv(
-        self,
-        x: Tensor,
-        y: Tensor,
-        weights: Tensor | None,
-        edge_index: Tensor,
-        n_atoms: int,
-        paths: tuple[Path, ...],
-        mode: Mode,
-        stacked: bool,
-        radial_map: RadialMap | None,
-    ) -> Tensor:
-        """Gather x on the sources, couple it with y, sum on the targets.
-
-        With ``radial_map`` the weights of an edge are still to be made, from what ``weights`` has.
-        """
-        ...
-
-    def sphere_pointwise(
-        self, x: Tensor, fn: Callable[[Tensor], Tensor], grid: SphereGrid
-    ) -> Tensor:
-        """Apply a function to the values on the points of a grid."""
-        ...
-
-    def sphere_silu(self, x: Tensor, grid: SphereGrid) -> Tensor:
-        """Apply SiLU to the values on the points of a grid, (n, n_rows, channels)."""
-        ...
-
-    def sphere_product(
-        self, x: Tensor, y: Tensor, left: Tensor, right: Tensor, out: Tensor
-    ) -> Tensor:
-        """Return out^T ((left x) * (right y)), tables of size (n_points, rows of each)."""
-        ...
-
-    def segment_sum(self, x: Tensor, index: Tensor, n_segments: int) -> Tensor:
-        """Sum the members of each segment."""
-        ...
-
-    def segment_softmax(self, logits: Tensor, index: Tensor, n_segments: int) -> Tensor:
-        """Normalise the members of each segment."""
-        ...
+_loaded: dict[tuple[str, str], Any] = {}
 
 
 @contextmanager
@@ -224,51 +157,39 @@ def chosen_backend() -> str:
     return name
 
 
-def select(
-    op: str,
-    *,
-    lmax: int,
-    mmax: int,
-    channels: int,
-    n_edges: int,
-    like: Tensor,
-    mode: Mode = "uvu",
-    weighted: bool = True,
-) -> Backend:
-    """Return the backend that serves a call.
-
-    Args:
-        op: Name of the operation.
-        lmax: Highest degree.
-        mmax: Highest order.
-        channels: Number of channels.
-        n_edges: Number of rows the operation works on, edges mostly.
-        like: A tensor with the dtype and device of the call.
-        mode: How channels couple, in Clebsch-Gordan products.
-        weighted: Whether the paths of such a product have weights.
+def serving(op: str, size: Size) -> str:
+    """Return the backend that serves a call, ``reference`` if that one leaves it to plain torch.
 
     Raises:
         NotImplementedError: If the backend asked for by name does not serve this call.
         ValueError: If the environment asks for a backend that does not exist.
     """
-    # Of the edges only none is told apart from some; in a trace sizes may be symbols.
-    if torch.compiler.is_compiling():
-        channels, find = len(range(channels)), _serving
-    else:
-        find = _remembered
+    find = _serving if torch.compiler.is_compiling() else _remembered
     return find(
-        *(chosen_backend(), AUTO_ORDER, torch.are_deterministic_algorithms_enabled()),
-        *(op, lmax, mmax, channels, 1 if n_edges > 0 else 0, like.dtype, like.device),
-        *(mode, weighted),
+        *(chosen_backend(), AUTO_ORDER, torch.are_deterministic_algorithms_enabled(), op),
+        *size,
     )
 
 
-def load_backend(name: str) -> Backend:
-    """Return a backend by its name, importing it when first asked for."""
-    if name not in _loaded:
-        entry = EntryPoint(name, backends()[name], _GROUP)
-        _loaded[name] = entry.load()()
-    return _loaded[name]
+def load_backend(name: str, family: str) -> Any:
+    """Return a backend by its name, importing it when first asked for.
+
+    Args:
+        name: Of the backend, not ``reference``.
+        family: Whose kernels are wanted; other backends have one module for all.
+
+    Returns:
+        The backend, or None if it has no kernels of this family.
+    """
+    if (name, family) not in _loaded:
+        path = backends()[name].format(family=family)
+        if ":" in path:
+            found = EntryPoint(name, path, _GROUP).load()
+            found = found() if isinstance(found, type) else found
+        else:
+            found = import_module(path) if find_spec(path.rpartition(".")[0]) else None
+        _loaded[name, family] = found
+    return _loaded[name, family]
 
 
 def backends() -> dict[str, str]:
@@ -276,16 +197,49 @@ def backends() -> dict[str, str]:
     return {entry.name: entry.value for entry in entry_points(group=_GROUP)} | BACKENDS
 
 
-def _serving(asked_for: str, order: tuple[str, ...], repeatable: bool, *call: Any) -> Backend:
-    """Return the backend that serves a call; ``repeatable`` is what torch is asked for."""
+def refusal(name: str, spec: OpSpec) -> str | None:
+    """Return why a backend does not serve a call, or None if it does.
+
+    The answer may depend on the call, on what the machine has and on whether torch is asked for
+    repeatable sums, nothing else: it is remembered. Of ``n_edges`` only 0 may be told apart.
+    """
+    if name == "reference":
+        return None
+    if name == "triton" and (missing := _triton_is_missing()):  # before its modules are imported
+        return missing
+    op = OPERATIONS[spec.op]
+    backend = load_backend(name, op.family)
+    if backend is None:
+        return f"the {name} backend has no kernels for it"
+    reason = backend.refusal(spec)
+    if reason is not None or _by_torch(backend, spec) or hasattr(backend, op.name):
+        return reason
+    return (
+        None if op.by_kernels and name in KERNELS else f"the {name} backend has no such operation"
+    )
+
+
+def by_torch(name: str, spec: OpSpec) -> bool:
+    """Whether a backend leaves a call that it serves to plain torch, for want of a kernel."""
+    if name == "reference":
+        return True
+    return _by_torch(load_backend(name, OPERATIONS[spec.op].family), spec)
+
+
+def _by_torch(backend: Any, spec: OpSpec) -> bool:
+    return hasattr(backend, "by_torch") and backend.by_torch(spec)
+
+
+def _serving(asked_for: str, order: tuple[str, ...], repeatable: bool, op: str, *size: Any) -> str:
+    """Return who serves a call; ``repeatable`` is what torch is asked for."""
     reasons = []  # the reference refuses nothing, so auto finds somebody
     for name in order if asked_for == "auto" else (asked_for,):
-        reason = _refusal(name, *call)
+        reason = _refusal(name, op, *size)
         if reason is None:
-            return _loaded[name]
+            return "reference" if _left(name, op, *size) else name
         reasons.append(reason)
     raise NotImplementedError(
-        f"backend {asked_for!r} was asked for but does not serve {call[0]}: {'; '.join(reasons)}; "
+        f"backend {asked_for!r} was asked for but does not serve {op}: {'; '.join(reasons)}; "
         f"choose another one or 'auto'"
     )
 
@@ -295,13 +249,30 @@ _remembered = lru_cache(maxsize=1024)(_serving)
 
 
 @constant_in_traces
-def _refusal(name: str, *call: Any) -> str | None:
+def _refusal(name: str, op: str, *size: Any) -> str | None:
     """Return why a backend does not serve a call, or None; afterwards it is loaded."""
-    spec = OpSpec(*call)
-    reason = load_backend(name).refusal(spec)
+    reason = refusal(name, OpSpec(op, *size))
     if reason is None:
-        _announce(spec.op, name)
+        _announce(op, name)
     return reason
+
+
+@constant_in_traces
+def _left(name: str, op: str, *size: Any) -> bool:
+    """Whether a backend leaves a call that it does not refuse to plain torch."""
+    return by_torch(name, OpSpec(op, *size))
+
+
+def _triton_is_missing() -> str | None:
+    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+        return (
+            "Triton's kernels need CUDA, which this machine has not "
+            "(torch.cuda.is_available() is False); TRITON_INTERPRET=1 in the environment runs "
+            "them on a CPU, for tests"
+        )
+    if find_spec("triton") is None:
+        return "Triton is not installed: pip install atomeq[cuda]"
+    return None
 
 
 @cache
@@ -310,7 +281,7 @@ def _announce(op: str, name: str) -> None:
 
 
 def _check_name(name: str, source: str) -> None:
-    if name == "auto" or name in BACKENDS or name in _loaded:  # each call of an operation asks
+    if name == "auto" or name in BACKENDS:  # each call of an operation asks
         return
     known = ("auto", *backends())
     if name not in known:

@@ -6,15 +6,13 @@ import torch
 
 from atomeq.ops.c_compiler import unavailable
 from atomeq.ops.costs import MACHINES, Floor, cost
-from atomeq.ops.dispatch import AUTO_ORDER, backends, chosen_backend, load_backend
-from atomeq.ops.paths import Mode
-from atomeq.ops.specification import OpSpec
+from atomeq.ops.dispatch import AUTO_ORDER, backends, by_torch, chosen_backend, refusal
+from atomeq.ops.specification import Mode, OpSpec
 
-# Functions of atomeq.ops that are served by a method of another name.
-_METHODS = {
+# Functions of atomeq.ops that call an operation of another name.
+_CALLS = {
     "build_edge_frame": "edge_wigner",
-    "so2_linear_with_scalars": "so2_linear",
-    "gaunt_product": "sphere_product",
+    "so2_linear": "so2_linear_with_scalars",
     "segment_mean": "segment_sum",
 }
 
@@ -91,8 +89,7 @@ def explain(
     """Report which backend would serve a call here, why the others would not, and the least cost.
 
     Args:
-        op: Name of a function of :mod:`atomeq.ops`, or of a method of
-            :class:`~atomeq.ops.dispatch.Backend`.
+        op: Name of a function of :mod:`atomeq.ops`.
         lmax: Highest degree.
         mmax: Highest order.
         channels: Number of channels.
@@ -111,12 +108,12 @@ def explain(
         >>> report.backend
         'cpu'
     """
-    method = _METHODS.get(op, op)
+    name = _CALLS.get(op, op)
     where = torch.device(device)
-    spec = OpSpec(method, lmax, mmax, channels, n_edges, dtype, where, mode, weighted)
+    spec = OpSpec(name, lmax, mmax, channels, n_edges, dtype, where, mode, weighted)
     work = cost(spec)
     asked_for = chosen_backend()
-    reasons = {name: load_backend(name).refusal(spec) for name in backends()}
+    reasons = {name: refusal(name, spec) for name in backends()}
     auto = next((name for name in AUTO_ORDER if reasons[name] is None), None)
     named = asked_for if asked_for != "auto" and reasons[asked_for] is None else None
     backend = auto if asked_for == "auto" else named
@@ -127,7 +124,7 @@ def explain(
         asked_for=asked_for,
         auto=auto,
         backend=backend,
-        by_torch=backend is not None and load_backend(backend).by_torch(spec),
+        by_torch=backend is not None and by_torch(backend, spec),
         refusals={
             name: reason or _passed_over(name, asked_for, auto)
             for name, reason in reasons.items()

@@ -5,7 +5,6 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-Mode = Literal["uvu", "uvw", "uuu"]
 Output = Literal["sum", "paths"]
 # Weight and bias of a last linear layer, with the axes of the weights that it makes for an edge.
 RadialMap = tuple[Tensor, Tensor | None]

@@ -6,8 +6,9 @@ its turn: force training needs the gradient of a gradient, in eager mode as in a
 
 import inspect
 from collections.abc import Callable, Mapping
-from functools import partial
-from types import SimpleNamespace
+from functools import cache, partial
+from importlib import import_module
+from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +21,20 @@ NAMESPACE = "atomeq"
 Gradient = Callable[..., Mapping[str, Tensor | list[Tensor] | list[Tensor | None] | None]]
 functions: dict[str, Callable[..., Any]] = {}  # what the operations are made of, by their names
 Outputs = Callable[[SimpleNamespace], Tensor | tuple[Tensor, ...] | list[Tensor]]
+
+
+@cache
+def kernels_of(family: str, name: str) -> ModuleType:
+    """Return raw kernels: functions with the signatures of a family's registered operations.
+
+    They take tensors, give tensors and know nothing of autograd. A string names them, since that is
+    what an operation of a traced graph can carry.
+
+    Args:
+        family: Folder of ops.
+        name: ``cpu`` or ``triton``, whose kernels need not have every operation of the family.
+    """
+    return import_module(f"atomeq.ops.{family}.{name}.kernels")
 
 
 def registered(

@@ -1,26 +1,39 @@
-"""What a backend or a kernel set must know of a call to say whether it serves it."""
+"""What a backend must know of a call to say whether it serves it."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
+from torch import Tensor
 
-from atomeq.ops.paths import Mode
+Mode = Literal["uvu", "uvw", "uuu"]
 
 
-class OpSpec(NamedTuple):
-    """One call: the operation, its sizes, its dtype and device.
+class Size(NamedTuple):
+    """The sizes of a call, its dtype and device.
 
     Attributes:
-        op: Name of the operation.
         lmax: Highest degree.
         mmax: Highest order.
         channels: Number of channels.
-        n_edges: Number of rows the operation works on, edges mostly.
+        n_edges: Number of rows the operation works on, edges mostly; only 0 is told apart.
         dtype: Dtype of the features.
         device: Device of the features.
         mode: How channels couple, in Clebsch-Gordan products.
         weighted: Whether the paths of a Clebsch-Gordan product have weights.
     """
+
+    lmax: int
+    mmax: int
+    channels: int
+    n_edges: int
+    dtype: torch.dtype
+    device: torch.device
+    mode: Mode = "uvu"
+    weighted: bool = True
+
+
+class OpSpec(NamedTuple):
+    """One call: the name of the operation, and its :class:`Size`."""
 
     op: str
     lmax: int
@@ -31,3 +44,24 @@ class OpSpec(NamedTuple):
     device: torch.device
     mode: Mode = "uvu"
     weighted: bool = True
+
+
+def size_of(
+    like: Tensor,
+    n_edges: int,
+    *,
+    lmax: int = 0,
+    mmax: int = 0,
+    channels: int = 1,
+    mode: Mode = "uvu",
+    weighted: bool = True,
+) -> Size:
+    """Return the size of a call on tensors like one of them.
+
+    Of ``n_edges`` is kept whether there are any; in a trace sizes may be symbols, of which the
+    channels become a number.
+    """
+    if torch.compiler.is_compiling():
+        channels = len(range(channels))
+    some = 1 if n_edges > 0 else 0
+    return Size(lmax, mmax, channels, some, like.dtype, like.device, mode, weighted)

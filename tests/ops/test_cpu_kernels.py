@@ -15,8 +15,9 @@ from atomeq.ops.edge.wigner import edge_wigner as reference_wigner
 from atomeq.ops.harmonics.cpu.kernels import slope_matrices
 from atomeq.ops.harmonics.operations import spherical_harmonics
 from atomeq.ops.harmonics.polynomials import harmonic_polynomials
-from atomeq.ops.paths import Mode, Output, Path, tensor_product_paths
+from atomeq.ops.paths import Output, Path, tensor_product_paths
 from atomeq.ops.segment.operations import segment_softmax, segment_sum
+from atomeq.ops.specification import Mode
 
 pytestmark = pytest.mark.skipif(unavailable() is not None, reason=f"no C kernels: {unavailable()}")
 

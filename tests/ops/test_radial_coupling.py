@@ -10,7 +10,8 @@ from atomeq.ops.coupling import radial as radial_coupling
 from atomeq.ops.coupling.operations import cg_conv
 from atomeq.ops.coupling.radial import cg_radial_partials
 from atomeq.ops.dispatch import use_backend
-from atomeq.ops.paths import Mode, Path
+from atomeq.ops.paths import Path
+from atomeq.ops.specification import Mode
 
 EXACT = 1e-12  # float64 rounding
 EDGES = torch.tensor([[0, 1, 2, 1, 0], [2, 0, 0, 2, 2]])

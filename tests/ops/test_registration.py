@@ -12,9 +12,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.profiler import profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from atomeq.ops.dispatch import select, use_backend
+from atomeq.ops.dispatch import serving, use_backend
 from atomeq.ops.edge.registered_wigner import edge_wigner
 from atomeq.ops.harmonics.registered import harmonics as any_harmonics
+from atomeq.ops.specification import size_of
 from atomeq.ops.tables import constant_in_traces
 
 harmonics = partial(any_harmonics, normalization="component", normalize=True, kernels="cpu")
@@ -106,8 +107,7 @@ def test_the_mark_of_a_constant_is_the_one_torch_sets(monkeypatch: pytest.Monkey
 
 
 def chosen(op: str, like: Tensor, n_edges: int = 3) -> str:
-    size = {"lmax": 2, "mmax": 2, "channels": 4}
-    return select(op, n_edges=n_edges, like=like, **size).name
+    return serving(op, size_of(like, n_edges, lmax=2, mmax=2, channels=4))
 
 
 @pytest.mark.parametrize("ask", [lambda: chosen("segment_sum", torch.ones(3))])

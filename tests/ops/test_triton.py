@@ -408,7 +408,7 @@ def test_triton_is_not_imported_before_its_backend_is_used() -> None:
     code = """
 import sys
 from collections.abc import Iterator
-import atomeq, atomeq.ops.edge.operations, atomeq.ops.dispatch, atomeq.ops.triton_backend
+import atomeq, atomeq.ops.edge.operations, atomeq.ops.dispatch, atomeq.ops.explain
 print("triton" in sys.modules)
 """
     assert run_without_interpreter(code).stdout.strip() == "False"

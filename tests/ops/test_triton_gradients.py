@@ -9,7 +9,7 @@ from operations import OPERATIONS, PATHS, Operation, derivatives
 from atomeq.ops.coupling.operations import cg_conv, tensor_product
 from atomeq.ops.dispatch import use_backend
 from atomeq.ops.explain import explain
-from atomeq.ops.paths import Mode
+from atomeq.ops.specification import Mode
 from atomeq.ops.sphere.gaunt import gaunt_product
 from atomeq.ops.sphere.grid import SphereGrid
 from atomeq.ops.sphere.operations import sphere_silu

@@ -1,12 +1,15 @@
 """Wigner's 3j symbols of real harmonics and the normalised tables of a Clebsch-Gordan product."""
 
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from functools import cache
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from atomeq.ops.paths import Mode, Path
+from atomeq.ops.paths import Output, Path
+from atomeq.ops.specification import Mode
 from atomeq.ops.tables import constant_table
 
 
@@ -48,6 +51,32 @@ class Form(NamedTuple):
         l3 = self.paths[number].l3
         sharing = 1 if self.stacked else sum(path.l3 == l3 for path in self.paths)
         return math.sqrt((2 * l3 + 1) / (sharing * n_terms))
+
+
+def form_of(paths: Sequence[Path], mode: Mode, output: Output) -> Form:
+    """Return what is coupled.
+
+    Raises:
+        ValueError: If mode or output is unknown, or the paths are none or break the triangle rule.
+    """
+    if mode not in get_args(Mode) or output not in get_args(Output):
+        allowed = f"{', '.join(get_args(Mode))} and {', '.join(get_args(Output))}"
+        raise ValueError(f"mode {mode!r} with output {output!r} is unknown; choose from {allowed}")
+    build = _form if torch.compiler.is_compiling() else _remembered_form
+    return build(tuple(tuple(path) for path in paths), mode, output)
+
+
+def _form(triples: tuple[tuple[int, ...], ...], mode: Mode, output: Output) -> Form:
+    paths = tuple(Path(*triple) for triple in triples)
+    if not paths:
+        raise ValueError("paths is empty; tensor_product_paths() lists those of given degrees")
+    for l1, l2, l3 in paths:
+        if min(l1, l2, l3) < 0 or not abs(l1 - l2) <= l3 <= l1 + l2:
+            raise ValueError(f"path {(l1, l2, l3)} breaks |l1 - l2| <= l3 <= l1 + l2")
+    return Form(paths, mode, output == "paths")
+
+
+_remembered_form = cache(_form)
 
 
 class Coupling(NamedTuple):

@@ -6,7 +6,7 @@ neither its irreps nor its normalisation enter. Where the tensors are on a CPU i
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from atomeq.ops.coupling.clebsch_gordan import clebsch_gordan
+from atomeq.ops.coupling.clebsch_gordan import Form, clebsch_gordan, form_of
 from atomeq.ops.coupling.irreps import highest_degree, output_channels, output_degrees
 from atomeq.ops.harmonics.polynomials import Normalization, directions
-from atomeq.ops.paths import Mode, Path, RadialMap, made_weights
-from atomeq.ops.specification import OpSpec
+from atomeq.ops.paths import Output, Path, RadialMap, made_weights
+from atomeq.ops.specification import Mode, OpSpec
 from atomeq.ops.tables import constant_table, table_like
 
 Polynomial = Any  # cuequivariance.SegmentedPolynomial
@@ -36,79 +36,79 @@ SUBSCRIPTS: dict[Mode, str] = {
 }
 
 
-class CuEquivarianceBackend:
-    """cuEquivariance; see :class:`~atomeq.ops.dispatch.Backend` for what each method does."""
+def refusal(spec: OpSpec) -> str | None:
+    """Return None for float32 and float64 harmonics and products that its kernels serve."""
+    if find_spec("cuequivariance_torch") is None:
+        return "cuequivariance-torch is not installed: pip install atomeq[cuequivariance]"
+    if spec.op not in SERVED:
+        return "cuEquivariance has no such operation"
+    if spec.dtype not in DTYPES:
+        return f"this adapter serves float32 and float64, the call is {spec.dtype}"
+    if spec.op == "spherical_harmonics" and spec.lmax > HIGHEST_HARMONIC:
+        return f"building its polynomials takes minutes from degree {HIGHEST_HARMONIC + 1} on"
+    if spec.n_edges == 0:
+        return "there is nothing to launch a kernel for"
+    if spec.device.type == "cpu":
+        return None
+    return _cuda_refusal(spec)
 
-    name = "cuequivariance"
 
-    def refusal(self, spec: OpSpec) -> str | None:
-        """Return None for float32 and float64 harmonics and products that its kernels serve."""
-        if find_spec("cuequivariance_torch") is None:
-            return "cuequivariance-torch is not installed: pip install atomeq[cuequivariance]"
-        if spec.op not in SERVED:
-            return "cuEquivariance has no such operation"
-        if spec.dtype not in DTYPES:
-            return f"this adapter serves float32 and float64, the call is {spec.dtype}"
-        if spec.op == "spherical_harmonics" and spec.lmax > HIGHEST_HARMONIC:
-            return f"building its polynomials takes minutes from degree {HIGHEST_HARMONIC + 1} on"
-        if spec.n_edges == 0:
-            return "there is nothing to launch a kernel for"
-        if spec.device.type == "cpu":
-            return None
-        return _cuda_refusal(spec)
+def spherical_harmonics(
+    vectors: Tensor,
+    lmax: int,
+    *,
+    normalize: bool = True,
+    normalization: Normalization = "component",
+) -> Tensor:
+    """Evaluate the harmonics, one homogeneous polynomial for all degrees."""
+    polynomial = _harmonics(lmax, vectors.device)
+    points = directions(vectors)[0] if normalize else vectors
+    (flat,) = polynomial([points.reshape(-1, 3)])
+    scale = table_like(_scales, lmax, normalization, like=vectors)
+    return (flat * scale).reshape(*vectors.shape[:-1], flat.shape[1])
 
-    def by_torch(self, spec: OpSpec) -> bool:
-        """No: its own kernels serve, or on a CPU its own einsums."""
-        return False
 
-    def spherical_harmonics(
-        self, vectors: Tensor, lmax: int, normalization: Normalization, normalize: bool
-    ) -> Tensor:
-        """Evaluate the harmonics, one homogeneous polynomial for all degrees."""
-        polynomial = _harmonics(lmax, vectors.device)
-        points = directions(vectors)[0] if normalize else vectors
-        (flat,) = polynomial([points.reshape(-1, 3)])
-        scale = table_like(_scales, lmax, normalization, like=vectors)
-        return (flat * scale).reshape(*vectors.shape[:-1], flat.shape[1])
+def tensor_product(
+    x: Tensor,
+    y: Tensor,
+    weights: Tensor | None,
+    paths: Sequence[Path],
+    *,
+    mode: Mode = "uvu",
+    output: Output = "sum",
+) -> Tensor:
+    """Couple two features item by item."""
+    form = form_of(paths, mode, output)
+    batch = x.shape[:-2]
+    polynomial = _coupling(x, y, weights, form)
+    inputs = [x.reshape(-1, x.shape[-2:].numel()), _flat(y, len(batch))]
+    (flat,) = polynomial([_weights(x, weights, form), *inputs])
+    return flat.unflatten(-1, (-1, output_channels(x, weights, mode))).unflatten(0, batch)
 
-    def tensor_product(
-        self,
-        x: Tensor,
-        y: Tensor,
-        weights: Tensor | None,
-        paths: tuple[Path, ...],
-        mode: Mode,
-        stacked: bool,
-    ) -> Tensor:
-        """Couple two features item by item."""
-        batch = x.shape[:-2]
-        polynomial = _coupling(x, y, weights, paths, mode, stacked)
-        inputs = [x.reshape(-1, x.shape[-2:].numel()), _flat(y, len(batch))]
-        (flat,) = polynomial([_weights(x, weights, paths, mode), *inputs])
-        return flat.unflatten(-1, (-1, output_channels(x, weights, mode))).unflatten(0, batch)
 
-    def cg_conv(
-        self,
-        x: Tensor,
-        y: Tensor,
-        weights: Tensor | None,
-        edge_index: Tensor,
-        n_atoms: int,
-        paths: tuple[Path, ...],
-        mode: Mode,
-        stacked: bool,
-        radial_map: RadialMap | None,
-    ) -> Tensor:
-        """Gather, couple and sum in one kernel."""
-        weights = made_weights(weights, radial_map)
-        polynomial = _coupling(x, y, weights, paths, mode, stacked)
-        (flat,) = polynomial(
-            [_weights(x, weights, paths, mode), x.flatten(1), _flat(y, 1)],
-            input_indices={1: edge_index[0]},
-            output_indices={0: edge_index[1]},
-            output_shapes={0: x.new_empty(n_atoms, 1)},  # it reads the length and nothing else
-        )
-        return flat.unflatten(-1, (-1, output_channels(x, weights, mode)))
+def cg_conv(
+    x: Tensor,
+    y: Tensor,
+    weights: Tensor | None,
+    edge_index: Tensor,
+    n_atoms: int,
+    paths: Sequence[Path],
+    *,
+    mode: Mode = "uvu",
+    output: Output = "sum",
+    radial_map: RadialMap | None = None,
+) -> Tensor:
+    """Gather, couple and sum in one kernel."""
+    form = form_of(paths, mode, output)
+    weights = made_weights(weights, radial_map)
+    polynomial = _coupling(x, y, weights, form)
+    (flat,) = polynomial(
+        [_weights(x, weights, form), x.flatten(1), _flat(y, 1)],
+        input_indices={1: edge_index[0]},
+        output_indices={0: edge_index[1]},
+        output_shapes={0: x.new_empty(n_atoms, 1)},  # it reads the length and nothing else
+    )
+    return flat.unflatten(-1, (-1, output_channels(x, weights, mode)))
 
 
 def _cuda_refusal(spec: OpSpec) -> str | None:
@@ -134,39 +134,28 @@ def _flat(y: Tensor, batch_axes: int) -> Tensor:
     return y.flatten(batch_axes).reshape(-1, y.shape[batch_axes:].numel())
 
 
-def _weights(x: Tensor, weights: Tensor | None, paths: tuple[Path, ...], mode: Mode) -> Tensor:
+def _weights(x: Tensor, weights: Tensor | None, form: Form) -> Tensor:
     """Return weights (n_items, n_paths * channels...), or one row where all items share them."""
     if weights is None:
-        return x.new_ones(1, len(paths) * x.shape[-1])
-    return weights.reshape(-1, weights.shape[-4 if mode == "uvw" else -2 :].numel())
+        return x.new_ones(1, len(form.paths) * x.shape[-1])
+    return weights.reshape(-1, weights.shape[-4 if form.mode == "uvw" else -2 :].numel())
 
 
-def _coupling(
-    x: Tensor,
-    y: Tensor,
-    weights: Tensor | None,
-    paths: tuple[Path, ...],
-    mode: Mode,
-    stacked: bool,
-) -> Module:
+def _coupling(x: Tensor, y: Tensor, weights: Tensor | None, form: Form) -> Module:
+    mode = form.mode
     degrees = (highest_degree(x.shape[-2]), highest_degree(y.shape[-1 if mode == "uvu" else -2]))
     channels2 = 1 if mode == "uvu" else y.shape[-1]
     channels = (x.shape[-1], channels2, output_channels(x, weights, mode))
-    return _module(paths, degrees, channels, mode, stacked, x.device)
+    return _module(form, degrees, channels, x.device)
 
 
 @lru_cache(maxsize=64)
 def _module(
-    paths: tuple[Path, ...],
-    degrees: tuple[int, int],
-    channels: tuple[int, int, int],
-    mode: Mode,
-    stacked: bool,
-    device: torch.device,
+    form: Form, degrees: tuple[int, int], channels: tuple[int, int, int], device: torch.device
 ) -> Module:
     import cuequivariance_torch
 
-    polynomial = product_polynomial(paths, degrees, channels, mode, stacked=stacked)
+    polynomial = product_polynomial(form.paths, degrees, channels, form.mode, stacked=form.stacked)
     return cuequivariance_torch.SegmentedPolynomial(polynomial, method=_method(device)).to(device)
 
 

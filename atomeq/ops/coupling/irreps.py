@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from atomeq.ops.paths import Mode, Path
+from atomeq.ops.paths import Path
+from atomeq.ops.specification import Mode
 
 Instruction = tuple[int, int, int, str, bool]
 

@@ -4,7 +4,7 @@ It takes our layout as it is (ir_mul) and its weights in our order; kernels for 
 derivatives come with it. It has no CPU path, so whatever is not on a GPU is refused.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from atomeq.ops.coupling.clebsch_gordan import form_of
 from atomeq.ops.coupling.irreps import highest_degree, product_problem
-from atomeq.ops.paths import Mode, Path, RadialMap, made_weights
-from atomeq.ops.specification import OpSpec
+from atomeq.ops.paths import Output, Path, RadialMap, made_weights
+from atomeq.ops.specification import Mode, OpSpec
 
 OPENEQUIVARIANCE = "openequivariance"  # by a string: type checkers take the name for this file
 DTYPES: dict[torch.dtype, type[np.floating]] = {
@@ -24,54 +25,47 @@ DTYPES: dict[torch.dtype, type[np.floating]] = {
 }
 
 
-class OpenEquivarianceBackend:
-    """OpenEquivariance; see :class:`~atomeq.ops.dispatch.Backend` for what each method does."""
+def refusal(spec: OpSpec) -> str | None:
+    """Return None for weighted uvu convolutions in float32 and float64 on CUDA."""
+    if find_spec("openequivariance") is None:
+        return "openequivariance is not installed: pip install atomeq[openequivariance]"
+    if spec.op != "cg_conv":
+        return "OpenEquivariance has no such operation, or not in this layout"
+    if spec.device.type != "cuda":
+        return f"it runs on cuda, the call is on {spec.device}"
+    if spec.dtype not in DTYPES:
+        return f"its kernels are float32 and float64, the call is {spec.dtype}"
+    if spec.mode != "uvu":
+        return f"its kernels for this layout have mode uvu, the call has {spec.mode}"
+    if not spec.weighted:
+        return "its paths must have weights"
+    return _condition_refusal(spec)
 
-    name = "openequivariance"
 
-    def refusal(self, spec: OpSpec) -> str | None:
-        """Return None for weighted uvu convolutions in float32 and float64 on CUDA."""
-        if find_spec("openequivariance") is None:
-            return "openequivariance is not installed: pip install atomeq[openequivariance]"
-        if spec.op != "cg_conv":
-            return "OpenEquivariance has no such operation, or not in this layout"
-        if spec.device.type != "cuda":
-            return f"it runs on cuda, the call is on {spec.device}"
-        if spec.dtype not in DTYPES:
-            return f"its kernels are float32 and float64, the call is {spec.dtype}"
-        if spec.mode != "uvu":
-            return f"its kernels for this layout have mode uvu, the call has {spec.mode}"
-        if not spec.weighted:
-            return "its paths must have weights"
-        return _condition_refusal(spec)
-
-    def by_torch(self, spec: OpSpec) -> bool:
-        """No: its own kernels serve."""
-        return False
-
-    def cg_conv(
-        self,
-        x: Tensor,
-        y: Tensor,
-        weights: Tensor | None,
-        edge_index: Tensor,
-        n_atoms: int,
-        paths: tuple[Path, ...],
-        mode: Mode,
-        stacked: bool,
-        radial_map: RadialMap | None,
-    ) -> Tensor:
-        """Gather, couple and sum in one kernel, with atomic additions."""
-        weights = made_weights(weights, radial_map)
-        assert weights is not None, "refused before"
-        sources, flat_y, flat_weights, n_padded = convolution_arguments(x, y, weights, n_atoms)
-        degrees = (highest_degree(x.shape[1]), highest_degree(y.shape[1]))
-        with torch.cuda.device_of(x):  # its workspace is made on the current device
-            convolution = _convolution(paths, degrees, x.shape[2], stacked, x.dtype, x.device)
-        # rows are where the sum goes, columns where it comes from
-        out = convolution(sources, flat_y, flat_weights, edge_index[1], edge_index[0])
-        assert out.shape[0] == n_padded
-        return out[:n_atoms].unflatten(1, (-1, x.shape[2]))
+def cg_conv(
+    x: Tensor,
+    y: Tensor,
+    weights: Tensor | None,
+    edge_index: Tensor,
+    n_atoms: int,
+    paths: Sequence[Path],
+    *,
+    mode: Mode = "uvu",
+    output: Output = "sum",
+    radial_map: RadialMap | None = None,
+) -> Tensor:
+    """Gather, couple and sum in one kernel, with atomic additions."""
+    form = form_of(paths, mode, output)
+    weights = made_weights(weights, radial_map)
+    assert weights is not None, "refused before"
+    sources, flat_y, flat_weights, n_padded = convolution_arguments(x, y, weights, n_atoms)
+    degrees = (highest_degree(x.shape[1]), highest_degree(y.shape[1]))
+    with torch.cuda.device_of(x):  # its workspace is made on the current device
+        convolution = _convolution(form.paths, degrees, x.shape[2], form.stacked, x.dtype, x.device)
+    # rows are where the sum goes, columns where it comes from
+    out = convolution(sources, flat_y, flat_weights, edge_index[1], edge_index[0])
+    assert out.shape[0] == n_padded
+    return out[:n_atoms].unflatten(1, (-1, x.shape[2]))
 
 
 def convolution_arguments(

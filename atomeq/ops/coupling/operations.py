@@ -7,19 +7,60 @@ inputs and weights have unit variance, so does every component of the output.
 
 import math
 from collections.abc import Sequence
-from typing import get_args
 
 from jaxtyping import Float
 from torch import Tensor
 
-from atomeq.ops.dispatch import select
+from atomeq.ops.coupling import registered
+from atomeq.ops.coupling.clebsch_gordan import Form, form_of
+from atomeq.ops.coupling.radial import couple_radially
+from atomeq.ops.coupling.reference import coupled
+from atomeq.ops.dispatch import operation
 from atomeq.ops.edge.frame import checked_edges
-from atomeq.ops.paths import Mode, Output, Path, RadialMap
+from atomeq.ops.paths import Output, Path, RadialMap, made_weights
+from atomeq.ops.segment.operations import segment_sum
+from atomeq.ops.specification import Mode, Size, size_of
 from atomeq.typing import EdgeIndex, NodeFeatures
 
 Features = Float[Tensor, "*batch n_sph channels"]
 
 
+def _verified_product(
+    x: Features,
+    y: Float[Tensor, "..."],
+    weights: Float[Tensor, "..."] | None,
+    paths: Sequence[Path],
+    *,
+    mode: Mode = "uvu",
+    output: Output = "sum",
+) -> Size:
+    batch = tuple(x.shape[:-2])
+    return _verified(batch, x, y, weights, form_of(paths, mode, output))
+
+
+def _product_by_kernels(
+    x: Tensor,
+    y: Tensor,
+    weights: Tensor | None,
+    paths: Sequence[Path],
+    *,
+    mode: Mode = "uvu",
+    output: Output = "sum",
+    kernels: str,
+) -> Tensor:
+    batch = x.shape[:-2]
+    n_edges = batch.numel()
+    # By itself a batch has axes of any number; the form has edges.
+    flat_x = x.reshape(n_edges, *x.shape[-2:])
+    flat_y = y.reshape(n_edges, *y.shape[len(batch) :])
+    if weights is not None and weights.ndim > (4 if mode == "uvw" else 2):
+        weights = weights.reshape(n_edges, *weights.shape[len(batch) :])
+    form = form_of(paths, mode, output)
+    product = registered.couple(flat_x, flat_y, weights, None, n_edges, form, kernels)
+    return product.reshape(*batch, *product.shape[1:])
+
+
+@operation(_verified_product, by_kernels=_product_by_kernels)
 def tensor_product(
     x: Features,
     y: Float[Tensor, "..."],
@@ -53,20 +94,52 @@ def tensor_product(
     Raises:
         ValueError: If a path breaks the triangle rule or the shapes do not fit together.
     """
-    paths = _checked(tuple(x.shape[:-2]), x, y, weights, paths, mode, output)
-    backend = select(
-        "tensor_product",
-        lmax=max(max(path) for path in paths),
-        mmax=0,
-        channels=x.shape[-1],
-        n_edges=math.prod(x.shape[:-2]),
-        like=x,
-        mode=mode,
-        weighted=weights is not None,
-    )
-    return backend.tensor_product(x, y, weights, paths, mode, output == "paths")
+    return coupled(x, y, weights, form_of(paths, mode, output))
 
 
+def _verified_conv(
+    x: NodeFeatures,
+    y: Float[Tensor, "n_edges ..."],
+    weights: Float[Tensor, "..."] | None,
+    edge_index: EdgeIndex,
+    n_atoms: int,
+    paths: Sequence[Path],
+    *,
+    mode: Mode = "uvu",
+    output: Output = "sum",
+    radial_map: RadialMap | None = None,
+) -> Size:
+    if edge_index.shape != (2, y.shape[0]):
+        raise ValueError(f"edge_index is {tuple(edge_index.shape)} but y has {y.shape[0]} edges")
+    checked_edges(edge_index, x.shape[0], n_atoms)
+    given = weights
+    if radial_map is not None:  # an expanded view has the shape that the weights would have
+        given = _check_radial(y.shape[0], weights, radial_map)
+    return _verified((y.shape[0],), x, y, given, form_of(paths, mode, output))
+
+
+def _conv_by_kernels(
+    x: Tensor,
+    y: Tensor,
+    weights: Tensor | None,
+    edge_index: Tensor,
+    n_atoms: int,
+    paths: Sequence[Path],
+    *,
+    mode: Mode = "uvu",
+    output: Output = "sum",
+    radial_map: RadialMap | None = None,
+    kernels: str,
+) -> Tensor:
+    source, target = edge_index.long().unbind()
+    form = form_of(paths, mode, output)
+    if radial_map is not None and weights is not None:
+        ends = (source, target)
+        return couple_radially(x, y, weights, radial_map, ends, n_atoms, form, kernels)
+    return registered.couple(x, y, weights, (source, target), n_atoms, form, kernels)
+
+
+@operation(_verified_conv, by_kernels=_conv_by_kernels)
 def cg_conv(
     x: NodeFeatures,
     y: Float[Tensor, "n_edges ..."],
@@ -111,25 +184,10 @@ def cg_conv(
         tensor([[0., 0., 1.],
                 [0., 0., 0.]])
     """
-    if edge_index.shape != (2, y.shape[0]):
-        raise ValueError(f"edge_index is {tuple(edge_index.shape)} but y has {y.shape[0]} edges")
-    edge_index = checked_edges(edge_index, x.shape[0], n_atoms)
-    given = weights
-    if radial_map is not None:  # an expanded view has the shape that the weights would have
-        given = _check_radial(y.shape[0], weights, radial_map)
-    paths = _checked((y.shape[0],), x, y, given, paths, mode, output)
-    backend = select(
-        "cg_conv",
-        lmax=max(max(path) for path in paths),
-        mmax=0,
-        channels=x.shape[-1],
-        n_edges=edge_index.shape[1],
-        like=x,
-        mode=mode,
-        weighted=weights is not None,
-    )
-    stacked = output == "paths"
-    return backend.cg_conv(x, y, weights, edge_index, n_atoms, paths, mode, stacked, radial_map)
+    source, target = edge_index.long().unbind()
+    weights = made_weights(weights, radial_map)
+    messages = coupled(x.index_select(0, source), y, weights, form_of(paths, mode, output))
+    return segment_sum(messages, target, n_atoms)
 
 
 def _check_radial(n_edges: int, radial: Tensor | None, radial_map: RadialMap) -> Tensor:
@@ -145,25 +203,11 @@ def _check_radial(n_edges: int, radial: Tensor | None, radial_map: RadialMap) ->
     return weight[..., 0].expand(n_edges, *weight.shape[:-1])
 
 
-def _checked(
-    batch: tuple[int, ...],
-    x: Tensor,
-    y: Tensor,
-    weights: Tensor | None,
-    paths: Sequence[Path],
-    mode: Mode,
-    output: Output,
-) -> tuple[Path, ...]:
-    """Refuse what does not fit, and return the paths as a tuple of paths."""
-    if mode not in get_args(Mode) or output not in get_args(Output):
-        allowed = f"{', '.join(get_args(Mode))} and {', '.join(get_args(Output))}"
-        raise ValueError(f"mode {mode!r} with output {output!r} is unknown; choose from {allowed}")
-    paths = tuple(Path(*path) for path in paths)
-    if not paths:
-        raise ValueError("paths is empty; tensor_product_paths() lists those of given degrees")
-    for l1, l2, l3 in paths:
-        if min(l1, l2, l3) < 0 or not abs(l1 - l2) <= l3 <= l1 + l2:
-            raise ValueError(f"path {(l1, l2, l3)} breaks |l1 - l2| <= l3 <= l1 + l2")
+def _verified(
+    batch: tuple[int, ...], x: Tensor, y: Tensor, weights: Tensor | None, form: Form
+) -> Size:
+    """Refuse what does not fit."""
+    paths, mode = form.paths, form.mode
     n1 = (max(path.l1 for path in paths) + 1) ** 2
     n2 = (max(path.l2 for path in paths) + 1) ** 2
     rows2 = -1 if mode == "uvu" else -2
@@ -173,7 +217,9 @@ def _checked(
             f"least (*, {n1}, channels) and (*, {n2}{'' if mode == 'uvu' else ', channels'})"
         )
     _check_weights(batch, x.shape[-1], y.shape[-1], weights, len(paths), mode)
-    return paths
+    highest, n_edges = max(max(path) for path in paths), math.prod(batch)
+    weighted = weights is not None
+    return size_of(x, n_edges, lmax=highest, channels=x.shape[-1], mode=mode, weighted=weighted)
 
 
 def _check_weights(

@@ -16,10 +16,14 @@ import torch
 from torch import Tensor
 
 from atomeq.ops.coupling.clebsch_gordan import Form
-from atomeq.ops.coupling.registered import form_of, gradient_of_partials, segments_for
+from atomeq.ops.coupling.registered import (
+    form_from,
+    gradient_of_partials,
+    segments_for,
+    wants_segments,
+)
 from atomeq.ops.edge.frame import segments_of
-from atomeq.ops.kernel_sets import coupling_kernels, wants_segments
-from atomeq.ops.registration import registered
+from atomeq.ops.registration import kernels_of, registered
 
 _ARGUMENTS = ("x", "y", "radial", "weight", "bias", "z")
 _OF_WEIGHTS = ("radial", "weight", "bias")
@@ -64,7 +68,7 @@ def _fake_partials(call: SimpleNamespace) -> list[Tensor]:
     channels = call.x.shape[-1]
     if call.mode == "uvw":
         channels = call.weight.shape[-2] if call.weight is not None else shapes["bias"][-1]
-    n_rows = form_of(call.paths, call.mode, call.stacked).n_rows
+    n_rows = form_from(call.paths, call.mode, call.stacked).n_rows
     shapes["z"] = torch.Size((call.n_targets, n_rows, channels))
     return [call.x.new_empty(shapes[argument]) for argument in call.arguments.split()]
 
@@ -136,15 +140,15 @@ class _Call(SimpleNamespace):
         return flat.unflatten(1, self.weight.shape[:-1])
 
     def _inner(self, part: slice, wanted: tuple[str, ...]) -> list[Tensor]:
-        form = form_of(self.paths, self.mode, self.stacked)
+        form = form_from(self.paths, self.mode, self.stacked)
         ends = [end[part] for end in self.ends]
-        return coupling_kernels(self.kernels).partials(
+        return kernels_of("coupling", self.kernels).partials(
             *(self.x, self.y[part], self._weights(part), self.z, ends),
             *(self._segments(part, ends), self.n_targets, wanted, form),
         )
 
     def _segments(self, part: slice, ends: list[Tensor]) -> list[Tensor]:
-        if part == slice(0, len(self.y)) or not wants_segments("coupling", self.kernels):
+        if part == slice(0, len(self.y)) or not wants_segments(self.kernels):
             return self.segments
         sides = [segments_of(ends[1], self.n_targets), segments_of(ends[0], len(self.x))]
         return [member for side in sides for member in side]
@@ -174,5 +178,5 @@ class _Call(SimpleNamespace):
         channels = self.x.shape[-1]
         if self.mode == "uvw":
             channels = self.weight.shape[-2] if self.weight is not None else self.bias.shape[-1]
-        rows = form_of(self.paths, self.mode, self.stacked).n_rows
+        rows = form_from(self.paths, self.mode, self.stacked).n_rows
         return self.x.new_zeros(self.n_targets, rows, channels)

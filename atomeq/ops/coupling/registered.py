@@ -15,9 +15,10 @@ from torch import Tensor
 
 from atomeq.ops.coupling.clebsch_gordan import Form
 from atomeq.ops.edge.frame import segments_of
-from atomeq.ops.kernel_sets import coupling_kernels, wants_segments
-from atomeq.ops.paths import Mode, Path
-from atomeq.ops.registration import registered
+from atomeq.ops.paths import Path
+from atomeq.ops.registration import kernels_of, registered
+from atomeq.ops.specification import Mode
+from atomeq.ops.tables import constant_in_traces
 
 ARGUMENTS = ("x", "y", "weights", "z")
 _FIXED = ("ends", "segments", "n_targets", "paths", "mode", "stacked", "kernels")
@@ -55,9 +56,15 @@ def couple(
     return product
 
 
+@constant_in_traces
+def wants_segments(kernels: str) -> bool:
+    """Return whether these kernels want sorted edges; a constant of a traced graph."""
+    return kernels_of("coupling", kernels).WANTS_SEGMENTS
+
+
 def segments_for(x: Tensor, ends: list[Tensor], n_targets: int, kernels: str) -> list[Tensor]:
     """Sort the edges once for the product and all its derivatives, if the kernels want that."""
-    if not ends or not wants_segments("coupling", kernels):
+    if not ends or not wants_segments(kernels):
         return []
     found = [*segments_of(ends[1], n_targets)]
     if x.requires_grad:  # only the derivative by x sums on the sources
@@ -68,7 +75,7 @@ def segments_for(x: Tensor, ends: list[Tensor], n_targets: int, kernels: str) ->
 def _fake_partials(call: SimpleNamespace) -> list[Tensor]:
     x, weights = call.x, call.weights
     channels = weights.shape[-1] if weights is not None and call.mode == "uvw" else x.shape[-1]
-    n_rows = form_of(call.paths, call.mode, call.stacked).n_rows
+    n_rows = form_from(call.paths, call.mode, call.stacked).n_rows
     shapes = {"x": x.shape, "y": call.y.shape, "z": (call.n_targets, n_rows, channels)}
     if weights is not None:
         shapes["weights"] = weights.shape
@@ -133,16 +140,16 @@ def cg_partials(
     """Return the partial derivatives of F by the named arguments, in the shapes of these.
 
     ``z`` may be missing where only its own derivative is asked for; ``ends`` is empty or has the
-    sources and the targets; for ``segments`` see :class:`CouplingKernels`.
+    sources and the targets; for ``segments`` see :func:`segments_for`.
     """
-    form = form_of(paths, mode, stacked)
+    form = form_from(paths, mode, stacked)
     wanted = tuple(arguments.split())
-    return coupling_kernels(kernels).partials(
+    return kernels_of("coupling", kernels).partials(
         x, y, weights, z, ends, segments, n_targets, wanted, form
     )
 
 
-def form_of(paths: Sequence[int], mode: str, stacked: bool) -> Form:
+def form_from(paths: Sequence[int], mode: str, stacked: bool) -> Form:
     """Return the form from what an operation of a traced graph can carry."""
     numbers = iter(paths)
     triples = zip(numbers, numbers, numbers, strict=True)

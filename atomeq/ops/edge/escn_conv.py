@@ -23,9 +23,9 @@ from torch import Tensor
 
 from atomeq.ops.edge import layer as escn_layer
 from atomeq.ops.edge import layer_second as escn_second
+from atomeq.ops.edge.kernel_sets import edge_kernels
 from atomeq.ops.edge.rotation import turn_gradient
 from atomeq.ops.edge.so2_shape import SO2Shape
-from atomeq.ops.kernel_sets import edge_kernels
 from atomeq.ops.registration import registered
 
 INPUTS = ("x", "vectors", "radial", "radial_weight", "radial_bias", "envelope")

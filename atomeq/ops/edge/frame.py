@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -9,6 +10,8 @@ from torch import Tensor
 
 from atomeq.ops.orders import check_orders, m_primary_order
 from atomeq.typing import EdgeIndex, EdgeLengths, EdgeVectors
+
+Side = Literal["source", "target", "both"]
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,11 @@ class EdgeFrame:
     n_atoms: int
     lmax: int
     mmax: int
+
+    def ends(self, side: Side) -> tuple[Tensor, ...]:
+        """Return the atoms of a side: the neighbours, the centres, or both in this order."""
+        ends = {"source": (self.source,), "target": (self.target,)}
+        return ends[side] if side != "both" else (self.source, self.target)
 
     def truncated(self, mmax: int) -> "EdgeFrame":
         """Return the same frame with the orders up to ``mmax`` alone, the first of its rows."""

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from atomeq.ops.edge.kernel_sets import EdgeKernels
 from atomeq.ops.edge.so2_shape import SO2Shape
-from atomeq.ops.kernel_sets import EdgeKernels
 
 
 class GatherGradientBySteps:
-    """For :class:`~atomeq.ops.kernel_sets.EdgeKernels` without a kernel of their own."""
+    """For :class:`~atomeq.ops.edge.kernel_sets.EdgeKernels` without a kernel of their own."""
 
     def gather_gradient(
         self: EdgeKernels,

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from atomeq.ops.edge.frame import segments_of
+from atomeq.ops.edge.kernel_sets import EdgeKernels, GateKernel
 from atomeq.ops.edge.so2_shape import SO2Shape
-from atomeq.ops.kernel_sets import EdgeKernels, GateKernel
 
 Named = dict[str, Tensor]
 RADIAL = {"radial", "radial_weight", "radial_bias"}

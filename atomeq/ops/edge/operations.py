@@ -8,19 +8,30 @@ order m: O(lmax^3) work instead of the O(lmax^6) of the full tensor product (Pas
 """
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from atomeq.ops.dispatch import Backend, select
-from atomeq.ops.edge.frame import EdgeFrame
+from atomeq.ops.dispatch import operation
+from atomeq.ops.edge import by_kernels, reference
+from atomeq.ops.edge.frame import EdgeFrame, Side
+from atomeq.ops.edge.so2_shape import so2_shape
+from atomeq.ops.specification import Size, size_of
 from atomeq.typing import NodeFeatures
 
-Side = Literal["source", "target", "both"]
 RowFeatures = Float[Tensor, "n_edges n_rows channels"]  # m-primary rows
 
 
+def _verified_in(x: NodeFeatures, frame: EdgeFrame, *, side: Side = "source") -> Size:
+    _check_features(x, frame, (frame.n_atoms, (frame.lmax + 1) ** 2), "atoms")
+    if side not in get_args(Side):
+        raise ValueError(f"side {side!r} is unknown; choose source, target or both")
+    return _size(x, frame)
+
+
+@operation(_verified_in, by_kernels=by_kernels.rotate_to_edge)
 def rotate_to_edge(
     x: NodeFeatures, frame: EdgeFrame, *, side: Side = "source"
 ) -> Float[Tensor, "n_edges n_rows c_out"]:
@@ -43,17 +54,25 @@ def rotate_to_edge(
             unknown.
         TypeError: If the dtypes differ.
     """
-    _check_features(x, frame, (frame.n_atoms, (frame.lmax + 1) ** 2), "atoms")
-    sides = {
-        "source": (frame.source,),
-        "target": (frame.target,),
-        "both": (frame.source, frame.target),
-    }
-    if side not in sides:
-        raise ValueError(f"side {side!r} is unknown; choose source, target or both")
-    return _backend("rotate_to_edge", x, frame).rotate_to_edge(x, frame, sides[side])
+    return reference.rotate_to_edge(x, frame, frame.ends(side))
 
 
+def _verified_out(
+    y: RowFeatures,
+    frame: EdgeFrame,
+    *,
+    envelope: Float[Tensor, " n_edges"] | None = None,
+    reduce: Literal["sum", "none"] = "sum",
+) -> Size:
+    _check_features(y, frame, frame.wigner.shape[:2], "edges")
+    if envelope is not None and envelope.shape != (frame.n_edges,):
+        raise ValueError(f"envelope is {tuple(envelope.shape)}; expected ({frame.n_edges},)")
+    if reduce not in ("sum", "none"):
+        raise ValueError(f"reduce {reduce!r} is unknown; choose sum or none")
+    return _size(y, frame)
+
+
+@operation(_verified_out, by_kernels=by_kernels.rotate_from_edge)
 def rotate_from_edge(
     y: RowFeatures,
     frame: EdgeFrame,
@@ -77,13 +96,7 @@ def rotate_from_edge(
         ValueError: If the shapes do not belong to the frame or reduce is unknown.
         TypeError: If the dtypes differ.
     """
-    _check_features(y, frame, frame.wigner.shape[:2], "edges")
-    if envelope is not None and envelope.shape != (frame.n_edges,):
-        raise ValueError(f"envelope is {tuple(envelope.shape)}; expected ({frame.n_edges},)")
-    if reduce not in ("sum", "none"):
-        raise ValueError(f"reduce {reduce!r} is unknown; choose sum or none")
-    backend = _backend("rotate_from_edge", y, frame)
-    return backend.rotate_from_edge(y, frame, envelope, reduce == "sum")
+    return reference.rotate_from_edge(y, frame, envelope, total=reduce == "sum")
 
 
 def so2_linear(
@@ -131,6 +144,25 @@ def so2_linear(
     return y
 
 
+def _verified_map(
+    x: RowFeatures,
+    weights: Sequence[Tensor],
+    *,
+    lmax: int,
+    mmax: int,
+    bias: Float[Tensor, " features"] | None = None,
+    scale: Float[Tensor, "n_edges scales"] | None = None,
+    n_scalars: int | None = None,
+) -> Size:
+    shape = so2_shape(x, weights, lmax, mmax, n_scalars)
+    if scale is not None and scale.shape != (x.shape[0], shape.n_scales):
+        raise ValueError(
+            f"scale is {tuple(scale.shape)}; expected ({x.shape[0]}, {shape.n_scales})"
+        )
+    return size_of(x, x.shape[0], lmax=lmax, mmax=mmax, channels=x.shape[2])
+
+
+@operation(_verified_map, by_kernels=by_kernels.so2_linear_with_scalars)
 def so2_linear_with_scalars(
     x: RowFeatures,
     weights: Sequence[Tensor],
@@ -158,16 +190,39 @@ def so2_linear_with_scalars(
     Raises:
         ValueError: If the shapes do not fit together.
     """
-    c_out = _output_channels(x, weights, lmax, mmax, n_scalars)
-    n_scales = sum(lmax - m + 1 for m in range(mmax + 1)) * x.shape[2]
-    if scale is not None and scale.shape != (x.shape[0], n_scales):
-        raise ValueError(f"scale is {tuple(scale.shape)}; expected ({x.shape[0]}, {n_scales})")
-    backend = select(
-        "so2_linear", lmax=lmax, mmax=mmax, channels=x.shape[2], n_edges=x.shape[0], like=x
-    )
-    return backend.so2_linear(x, weights, c_out, bias, scale)
+    shape = so2_shape(x, weights, lmax, mmax, n_scalars)
+    return reference.so2_map(x, weights, shape, bias, scale)
 
 
+def _verified_layer(
+    x: NodeFeatures,
+    frame: EdgeFrame,
+    first: Sequence[Tensor],
+    second: Sequence[Tensor],
+    *,
+    radial: Float[Tensor, "n_edges n_radial"] | None = None,
+    radial_map: tuple[Tensor, Tensor | None] | None = None,
+    envelope: Float[Tensor, " n_edges"] | None = None,
+    recompute: bool = False,
+) -> Size:
+    _check_features(x, frame, (frame.n_atoms, (frame.lmax + 1) ** 2), "atoms")
+    _check_layer(x, frame, first, second)
+    n_scales = first[0].shape[1] + sum(weight.shape[-1] for weight in first[1:])
+    weight = None if radial_map is None else radial_map[0]
+    width = n_scales if weight is None else weight.shape[-1]
+    if radial is not None and radial.shape != (frame.n_edges, width):
+        raise ValueError(f"radial is {tuple(radial.shape)}; expected ({frame.n_edges}, {width})")
+    if weight is not None and (radial is None or weight.shape[0] != n_scales):
+        raise ValueError(
+            f"the weight of radial_map is {tuple(weight.shape)}; expected ({n_scales}, n_radial), "
+            f"and radial of that width"
+        )
+    if envelope is not None and envelope.shape != (frame.n_edges,):
+        raise ValueError(f"envelope is {tuple(envelope.shape)}; expected ({frame.n_edges},)")
+    return _size(x, frame)
+
+
+@operation(_verified_layer, by_kernels=by_kernels.escn_conv)
 def escn_conv(
     x: NodeFeatures,
     frame: EdgeFrame,
@@ -206,23 +261,17 @@ def escn_conv(
         ValueError: If the shapes do not fit together.
         TypeError: If the dtypes differ.
     """
-    _check_features(x, frame, (frame.n_atoms, (frame.lmax + 1) ** 2), "atoms")
-    _check_layer(x, frame, first, second)
-    n_scales = first[0].shape[1] + sum(weight.shape[-1] for weight in first[1:])
-    weight, bias = radial_map if radial_map is not None else (None, None)
-    width = n_scales if weight is None else weight.shape[-1]
-    if radial is not None and radial.shape != (frame.n_edges, width):
-        raise ValueError(f"radial is {tuple(radial.shape)}; expected ({frame.n_edges}, {width})")
-    if weight is not None and (radial is None or weight.shape[0] != n_scales):
-        raise ValueError(
-            f"the weight of radial_map is {tuple(weight.shape)}; expected ({n_scales}, n_radial), "
-            f"and radial of that width"
-        )
-    if envelope is not None and envelope.shape != (frame.n_edges,):
-        raise ValueError(f"envelope is {tuple(envelope.shape)}; expected ({frame.n_edges},)")
-    return _backend("escn_conv", x, frame).escn_conv(
-        x, frame, list(first), list(second), radial, weight, bias, envelope, recompute
+    if radial is not None and radial_map is not None:
+        radial = torch.nn.functional.linear(radial, *radial_map)
+    lmax, mmax = frame.lmax, frame.mmax
+    hidden = second[0].shape[-1] // (lmax + 1)
+    rows = rotate_to_edge(x, frame, side="both")
+    rows, gates = so2_linear_with_scalars(
+        rows, first, lmax=lmax, mmax=mmax, scale=radial, n_scalars=lmax * hidden
     )
+    rows = reference.gated(rows, gates, lmax, mmax)
+    rows = so2_linear(rows, second, lmax=lmax, mmax=mmax)
+    return rotate_from_edge(rows, frame, envelope=envelope)
 
 
 def _check_layer(
@@ -232,8 +281,8 @@ def _check_layer(
     lmax, mmax = frame.lmax, frame.mmax
     hidden = second[0].shape[-1] // (lmax + 1)
     rows = x.new_empty(0, frame.wigner.shape[1], 1)
-    _output_channels(rows.expand(-1, -1, 2 * x.shape[2]), first, lmax, mmax, lmax * hidden)
-    _output_channels(rows.expand(-1, -1, hidden), second, lmax, mmax, 0)
+    so2_shape(rows.expand(-1, -1, 2 * x.shape[2]), first, lmax, mmax, lmax * hidden)
+    so2_shape(rows.expand(-1, -1, hidden), second, lmax, mmax, 0)
     if first[0].shape[0] != (2 * lmax + 1) * hidden:
         raise ValueError(
             f"weights[0] of the first map is {tuple(first[0].shape)}; with {hidden} hidden "
@@ -241,36 +290,8 @@ def _check_layer(
         )
 
 
-def _backend(op: str, x: Tensor, frame: EdgeFrame) -> Backend:
-    return select(
-        op, lmax=frame.lmax, mmax=frame.mmax, channels=x.shape[2], n_edges=frame.n_edges, like=x
-    )
-
-
-def _output_channels(
-    x: Tensor, weights: Sequence[Tensor], lmax: int, mmax: int, n_scalars: int | None
-) -> int:
-    """Return c_out after checking every weight's shape against the input."""
-    n_rows = sum((lmax - m + 1) * (1 if m == 0 else 2) for m in range(mmax + 1))
-    if not 0 <= mmax <= lmax or x.ndim != 3 or x.shape[1] != n_rows:
-        raise ValueError(f"x is {tuple(x.shape)}; lmax={lmax}, mmax={mmax} need {n_rows} rows")
-    if len(weights) != mmax + 1:
-        raise ValueError(f"{len(weights)} weights given; mmax={mmax} needs one per order m")
-    c_in = x.shape[2]
-    if mmax > 0 and weights[1].ndim >= 2:
-        c_out = weights[1].shape[-2] // lmax
-    else:
-        c_out = (weights[0].shape[0] - (n_scalars or 0)) // (lmax + 1)
-    if n_scalars is None:
-        n_scalars = max(weights[0].shape[0] - (lmax + 1) * c_out, 0)
-    shapes = [tuple(weight.shape) for weight in weights]
-    expected = [(n_scalars + (lmax + 1) * c_out, (lmax + 1) * c_in)] + [
-        (2, (lmax - m + 1) * c_out, (lmax - m + 1) * c_in) for m in range(1, mmax + 1)
-    ]
-    real = [expected[0]] + [shape[1:] for shape in expected[1:]]
-    if any(shape not in fitting for shape, *fitting in zip(shapes, expected, real, strict=True)):
-        raise ValueError(f"weights are {shapes}; expected {expected} ({n_scalars} scalars)")
-    return c_out
+def _size(x: Tensor, frame: EdgeFrame) -> Size:
+    return size_of(x, frame.n_edges, lmax=frame.lmax, mmax=frame.mmax, channels=x.shape[2])
 
 
 def _check_features(x: Tensor, frame: EdgeFrame, shape: Sequence[int], where: str) -> None:

@@ -4,9 +4,8 @@ from types import SimpleNamespace
 
 from torch import Tensor
 
-from atomeq.ops.kernel_sets import wigner_kernels
 from atomeq.ops.orders import m_primary_order
-from atomeq.ops.registration import registered
+from atomeq.ops.registration import kernels_of, registered
 
 
 def _fake_rows(call: SimpleNamespace) -> Tensor:
@@ -17,4 +16,4 @@ def _fake_rows(call: SimpleNamespace) -> Tensor:
 @registered(outputs=_fake_rows)
 def edge_wigner(vectors: Tensor, lmax: int, mmax: int, kernels: str) -> Tensor:
     """Return the rows that take edges to +y, (n_edges, n_rows, n_sph)."""
-    return wigner_kernels(kernels).edge_wigner(vectors, lmax, mmax)
+    return kernels_of("edge", kernels).edge_wigner(vectors, lmax, mmax)

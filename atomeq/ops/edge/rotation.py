@@ -24,8 +24,8 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
+from atomeq.ops.edge.kernel_sets import edge_kernels
 from atomeq.ops.edge.wigner import flat_generators
-from atomeq.ops.kernel_sets import edge_kernels
 from atomeq.ops.registration import registered
 from atomeq.ops.tables import table_like
 

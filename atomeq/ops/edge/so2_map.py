@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 from torch import Tensor
 
+from atomeq.ops.edge.kernel_sets import edge_kernels
 from atomeq.ops.edge.so2_shape import SO2Shape, shape_of
-from atomeq.ops.kernel_sets import edge_kernels
 from atomeq.ops.registration import registered
 
 

@@ -1,5 +1,6 @@
 """The sizes of an SO(2) map and where its parts lie in a row of numbers, one row per edge."""
 
+from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -49,6 +50,36 @@ class SO2Shape(NamedTuple):
     def blocks(self) -> list[Block]:
         """One for each order."""
         return _blocks(self)
+
+
+def so2_shape(
+    x: Tensor, weights: Sequence[Tensor], lmax: int, mmax: int, n_scalars: int | None
+) -> SO2Shape:
+    """Return the sizes of a map after checking every weight's shape against its input.
+
+    Raises:
+        ValueError: If the shapes do not fit together.
+    """
+    n_rows = sum((lmax - m + 1) * (1 if m == 0 else 2) for m in range(mmax + 1))
+    if not 0 <= mmax <= lmax or x.ndim != 3 or x.shape[1] != n_rows:
+        raise ValueError(f"x is {tuple(x.shape)}; lmax={lmax}, mmax={mmax} need {n_rows} rows")
+    if len(weights) != mmax + 1:
+        raise ValueError(f"{len(weights)} weights given; mmax={mmax} needs one per order m")
+    c_in = x.shape[2]
+    if mmax > 0 and weights[1].ndim >= 2:
+        c_out = weights[1].shape[-2] // lmax
+    else:
+        c_out = (weights[0].shape[0] - (n_scalars or 0)) // (lmax + 1)
+    if n_scalars is None:
+        n_scalars = max(weights[0].shape[0] - (lmax + 1) * c_out, 0)
+    shapes = [tuple(weight.shape) for weight in weights]
+    expected = [(n_scalars + (lmax + 1) * c_out, (lmax + 1) * c_in)] + [
+        (2, (lmax - m + 1) * c_out, (lmax - m + 1) * c_in) for m in range(1, mmax + 1)
+    ]
+    real = [expected[0]] + [shape[1:] for shape in expected[1:]]
+    if any(shape not in fitting for shape, *fitting in zip(shapes, expected, real, strict=True)):
+        raise ValueError(f"weights are {shapes}; expected {expected} ({n_scalars} scalars)")
+    return SO2Shape(lmax, mmax, c_in, c_out, n_scalars)
 
 
 def shape_of(sizes: list[int]) -> SO2Shape:

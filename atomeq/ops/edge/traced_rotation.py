@@ -36,7 +36,7 @@ def rotate_from_edge(
 
 
 class ReferenceRotations:
-    """The rotations of :class:`~atomeq.ops.kernel_sets.EdgeKernels`, in plain torch."""
+    """The rotations of :class:`~atomeq.ops.edge.kernel_sets.EdgeKernels`, in plain torch."""
 
     wants_segments = False
 

@@ -12,10 +12,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from atomeq.ops.dispatch import select
+from atomeq.ops.dispatch import operation
+from atomeq.ops.edge import registered_wigner
 from atomeq.ops.edge.frame import EdgeFrame, checked_edges
 from atomeq.ops.harmonics.polynomials import harmonic_polynomials
 from atomeq.ops.orders import check_orders, m_primary_order, m_primary_rows
+from atomeq.ops.specification import Size, size_of
 from atomeq.ops.tables import constant_table, table_like
 from atomeq.typing import EdgeIndex, EdgeVectors
 
@@ -58,15 +60,7 @@ def build_edge_frame(
         raise ValueError(f"rotation is {tuple(rotation.shape)}; expected ({n_edges}, 3, 3)")
     with torch.no_grad():
         if rotation is None:
-            backend = select(
-                "edge_wigner",
-                lmax=lmax,
-                mmax=mmax,
-                channels=1,
-                n_edges=n_edges,
-                like=edge_vectors,
-            )
-            wigner = backend.edge_wigner(edge_vectors.detach(), lmax, mmax)
+            wigner = edge_wigner(edge_vectors.detach(), lmax, mmax)
         else:
             full = block_diagonal(wigner_from_matrix(rotation.to(edge_vectors), lmax))
             wigner = full.index_select(1, table_like(m_primary_rows, lmax, mmax, like=full))
@@ -248,6 +242,11 @@ def _y_rotation(angle: Tensor, l: int) -> Tensor:
     return torch.diag_embed(phases.cos()) + torch.diag_embed(-phases.sin()).flip(-1)
 
 
+def _verified(vectors: EdgeVectors, lmax: int, mmax: int) -> Size:
+    return size_of(vectors, vectors.shape[0], lmax=lmax, mmax=mmax)
+
+
+@operation(_verified, by_kernels=registered_wigner.edge_wigner)
 def edge_wigner(
     vectors: EdgeVectors, lmax: int, mmax: int
 ) -> Float[Tensor, "n_edges n_rows n_sph"]:

@@ -10,12 +10,32 @@ from typing import get_args
 from jaxtyping import Float
 from torch import Tensor
 
-from atomeq.ops.dispatch import select
-from atomeq.ops.harmonics.polynomials import Normalization
+from atomeq.ops.dispatch import operation
+from atomeq.ops.harmonics import registered
+from atomeq.ops.harmonics.polynomials import Normalization, directions, harmonic_polynomials
+from atomeq.ops.specification import Size, size_of
 
 _NORMALIZATIONS = get_args(Normalization)
 
 
+def _verified(
+    vectors: Float[Tensor, "*batch 3"],
+    lmax: int,
+    *,
+    normalize: bool = True,
+    normalization: Normalization = "component",
+) -> Size:
+    if lmax < 0:
+        raise ValueError(f"lmax is {lmax}; it must be 0 or more")
+    if vectors.shape[-1:] != (3,):
+        raise ValueError(f"vectors have shape {tuple(vectors.shape)}; the last axis must be 3 long")
+    if normalization not in _NORMALIZATIONS:
+        allowed = ", ".join(_NORMALIZATIONS)
+        raise ValueError(f"normalization {normalization!r} is unknown; choose one of {allowed}")
+    return size_of(vectors, vectors.numel() // 3, lmax=lmax, mmax=lmax)
+
+
+@operation(_verified, by_kernels=registered.spherical_harmonics)
 def spherical_harmonics(
     vectors: Float[Tensor, "*batch 3"],
     lmax: int,
@@ -40,19 +60,5 @@ def spherical_harmonics(
     Raises:
         ValueError: If lmax is negative, the last axis is not 3 or the normalization is unknown.
     """
-    if lmax < 0:
-        raise ValueError(f"lmax is {lmax}; it must be 0 or more")
-    if vectors.shape[-1:] != (3,):
-        raise ValueError(f"vectors have shape {tuple(vectors.shape)}; the last axis must be 3 long")
-    if normalization not in _NORMALIZATIONS:
-        allowed = ", ".join(_NORMALIZATIONS)
-        raise ValueError(f"normalization {normalization!r} is unknown; choose one of {allowed}")
-    backend = select(
-        "spherical_harmonics",
-        lmax=lmax,
-        mmax=lmax,
-        channels=1,
-        n_edges=vectors.numel() // 3,
-        like=vectors,
-    )
-    return backend.spherical_harmonics(vectors, lmax, normalization, normalize)
+    points = directions(vectors)[0] if normalize else vectors
+    return harmonic_polynomials(points, lmax, normalization)

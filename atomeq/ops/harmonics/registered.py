@@ -10,10 +10,24 @@ import torch
 from torch import Tensor
 
 from atomeq.ops.harmonics.polynomials import Normalization, directions, harmonic_polynomials
-from atomeq.ops.kernel_sets import harmonics_kernels
-from atomeq.ops.registration import registered
+from atomeq.ops.registration import kernels_of, registered
 
 Gradients = dict[str, Tensor | list[Tensor] | None]
+
+
+def spherical_harmonics(
+    vectors: Tensor,
+    lmax: int,
+    *,
+    normalize: bool = True,
+    normalization: Normalization = "component",
+    kernels: str,
+) -> Tensor:
+    """Evaluate the harmonics of vectors, (*, 3), or of their directions by some kernels."""
+    if vectors.ndim == 2:  # the usual call; a view costs as much as the harmonics of a molecule
+        return harmonics(vectors, lmax, normalization, normalize, kernels)
+    values = harmonics(vectors.reshape(-1, 3), lmax, normalization, normalize, kernels)
+    return values.view(*vectors.shape[:-1], values.shape[1])
 
 
 def _fake_harmonics(call: SimpleNamespace) -> Tensor:
@@ -33,7 +47,7 @@ def harmonics(
     vectors: Tensor, lmax: int, normalization: str, normalize: bool, kernels: str
 ) -> Tensor:
     """Return Y of the vectors (n, 3), or of their directions, (n, n_sph)."""
-    return harmonics_kernels(kernels).harmonics(vectors, lmax, _norm(normalization), normalize)
+    return kernels_of("harmonics", kernels).harmonics(vectors, lmax, normalization, normalize)
 
 
 def _fake_slope(call: SimpleNamespace) -> Tensor:
@@ -53,7 +67,8 @@ def harmonics_slope(
     vectors: Tensor, g: Tensor, lmax: int, normalization: str, normalize: bool, kernels: str
 ) -> Tensor:
     """Return J^T g, (n, 3)."""
-    return harmonics_kernels(kernels).slope(vectors, g, lmax, _norm(normalization), normalize)
+    by = kernels_of("harmonics", kernels)
+    return by.harmonics_slope(vectors, g, lmax, normalization, normalize)
 
 
 def _fake_second(call: SimpleNamespace) -> tuple[Tensor, Tensor]:
@@ -104,8 +119,8 @@ def harmonics_second(
     kernels: str,
 ) -> tuple[Tensor, Tensor]:
     """Return the derivatives of <h, J^T g> by g, (n, n_sph), and by the vectors, (n, 3)."""
-    norm = _norm(normalization)
-    return harmonics_kernels(kernels).second(vectors, g, h, lmax, norm, normalize)
+    by = kernels_of("harmonics", kernels)
+    return by.harmonics_second(vectors, g, h, lmax, normalization, normalize)
 
 
 def _norm(name: str) -> Normalization:

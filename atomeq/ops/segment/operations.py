@@ -6,15 +6,25 @@ CPU, repeatable to the bit.
 
 import math
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from atomeq.ops.dispatch import Backend, select
+from atomeq.ops.dispatch import operation
+from atomeq.ops.segment import registered
+from atomeq.ops.specification import Size, size_of
 
 Members = Float[Tensor, "n_members *features"]
 SegmentIndex = Int[Tensor, " n_members"]
 
 
+def _verified(x: Members, index: SegmentIndex, n_segments: int) -> Size:
+    if index.shape != x.shape[:1]:
+        raise ValueError(f"index is {tuple(index.shape)} for {x.shape[0]} members")
+    return size_of(x, x.shape[0], channels=math.prod(x.shape[1:]))
+
+
+@operation(_verified, by_kernels=registered.segment_sum)
 def segment_sum(
     x: Members, index: SegmentIndex, n_segments: int
 ) -> Float[Tensor, "n_segments *features"]:
@@ -31,7 +41,7 @@ def segment_sum(
     Raises:
         ValueError: If index and x disagree about the number of members.
     """
-    return _backend("segment_sum", x, index).segment_sum(x, index, n_segments)
+    return x.new_zeros(n_segments, *x.shape[1:]).index_add(0, index, x)
 
 
 def segment_mean(
@@ -54,13 +64,14 @@ def segment_mean(
     return segment_sum(x, index, n_segments) / counts.view(-1, *(1 for _ in x.shape[1:]))
 
 
+@operation(_verified, by_kernels=registered.segment_softmax)
 def segment_softmax(
-    logits: Members, index: SegmentIndex, n_segments: int
+    x: Members, index: SegmentIndex, n_segments: int
 ) -> Float[Tensor, "n_members *features"]:
     """Normalise the members of each segment to positive weights that sum to 1.
 
     Args:
-        logits: Values, (n_members, ...); each trailing feature is normalised by itself.
+        x: Logits, (n_members, ...); each trailing feature is normalised by itself.
         index: Segment of each member, (n_members,).
         n_segments: Number of segments.
 
@@ -68,14 +79,12 @@ def segment_softmax(
         Weights, (n_members, ...).
 
     Raises:
-        ValueError: If index and logits disagree about the number of members.
+        ValueError: If index and x disagree about the number of members.
     """
-    backend = _backend("segment_softmax", logits, index)
-    return backend.segment_softmax(logits, index, n_segments)
-
-
-def _backend(op: str, x: Tensor, index: Tensor) -> Backend:
-    if index.shape != x.shape[:1]:
-        raise ValueError(f"index is {tuple(index.shape)} for {x.shape[0]} members")
-    channels = math.prod(x.shape[1:])
-    return select(op, lmax=0, mmax=0, channels=channels, n_edges=x.shape[0], like=x)
+    # The shift cancels in the ratio, so it needs no gradient; it keeps exp from overflowing.
+    rows = index.view(-1, *(1 for _ in x.shape[1:])).expand_as(x)
+    lowest = x.new_full((n_segments, *x.shape[1:]), -torch.inf)
+    peaks = lowest.scatter_reduce(0, rows, x.detach(), reduce="amax")
+    weights = (x - peaks.index_select(0, index)).exp()
+    totals = segment_sum(weights, index, n_segments)
+    return weights / totals.index_select(0, index)

@@ -17,11 +17,39 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from atomeq.ops.dispatch import select
+from atomeq.ops.dispatch import operation
 from atomeq.ops.harmonics.polynomials import harmonic_polynomials
+from atomeq.ops.specification import Size, size_of
+from atomeq.ops.sphere.pointwise import pointwise_product
+from atomeq.ops.sphere.registered import sphere_form
 from atomeq.ops.tables import constant_table, table_like
 
 
+def _verified(
+    x: Float[Tensor, "*batch n1 channels"], y: Float[Tensor, "*batch n2 channels"], lmax: int
+) -> Size:
+    lmax1, lmax2 = _degree(x), _degree(y)
+    if x.shape[:-2] != y.shape[:-2] or x.shape[-1] != y.shape[-1]:
+        raise ValueError(
+            f"x is {tuple(x.shape)} and y {tuple(y.shape)}; all axes but the rows must be equal"
+        )
+    if not 0 <= lmax <= lmax1 + lmax2:
+        raise ValueError(
+            f"lmax is {lmax}; the product of degrees {lmax1} and {lmax2} has 0 to {lmax1 + lmax2}"
+        )
+    highest = max(lmax1, lmax2, lmax)
+    n, channels = math.prod(x.shape[:-2]), x.shape[-1]
+    return size_of(x, n, lmax=highest, mmax=highest, channels=channels)
+
+
+def _by_kernels(x: Tensor, y: Tensor, lmax: int, *, kernels: str) -> Tensor:
+    left, right, out = _tables(x, y, lmax)
+    flat = [factor.reshape(-1, *factor.shape[-2:]) for factor in (x, y)]
+    product = sphere_form(flat, [left, right], out.mT, -1, kernels)
+    return product.reshape(*x.shape[:-2], *product.shape[1:])
+
+
+@operation(_verified, by_kernels=_by_kernels)
 def gaunt_product(
     x: Float[Tensor, "*batch n1 channels"],
     y: Float[Tensor, "*batch n2 channels"],
@@ -45,26 +73,14 @@ def gaunt_product(
         ValueError: If the rows are no whole degrees, the other axes differ, or lmax is out of
             range.
     """
+    return pointwise_product(x, y, *_tables(x, y, lmax))
+
+
+def _tables(x: Tensor, y: Tensor, lmax: int) -> list[Tensor]:
+    """Return the values of harmonics on the grid for x, y and the product."""
     lmax1, lmax2 = _degree(x), _degree(y)
-    if x.shape[:-2] != y.shape[:-2] or x.shape[-1] != y.shape[-1]:
-        raise ValueError(
-            f"x is {tuple(x.shape)} and y {tuple(y.shape)}; all axes but the rows must be equal"
-        )
-    if not 0 <= lmax <= lmax1 + lmax2:
-        raise ValueError(
-            f"lmax is {lmax}; the product of degrees {lmax1} and {lmax2} has 0 to {lmax1 + lmax2}"
-        )
     exact = lmax1 + lmax2 + lmax
-    tables = [table_like(_grid_values, l, exact, like=x) for l in (lmax1, lmax2, lmax)]
-    backend = select(
-        "sphere_product",
-        lmax=max(lmax1, lmax2, lmax),
-        mmax=max(lmax1, lmax2, lmax),
-        channels=x.shape[-1],
-        n_edges=math.prod(x.shape[:-2]),
-        like=x,
-    )
-    return backend.sphere_product(x, y, *tables)
+    return [table_like(_grid_values, l, exact, like=x) for l in (lmax1, lmax2, lmax)]
 
 
 @constant_table

@@ -7,14 +7,29 @@ bandwidth, and what lies above is aliased.
 import math
 from collections.abc import Callable
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from atomeq.ops.dispatch import Backend, select
+from atomeq.ops.blocks import blocks
+from atomeq.ops.dispatch import operation
 from atomeq.ops.orders import coefficient_index
+from atomeq.ops.specification import Size, size_of
+from atomeq.ops.sphere import registered
 from atomeq.ops.sphere.grid import SphereGrid
+from atomeq.ops.sphere.silu import silu_on_grid
 
 
+def _verified(x: Tensor, grid: SphereGrid) -> Size:
+    n_rows = len(coefficient_index(grid.lmax, grid.mmax))
+    if x.shape[-2] != n_rows:
+        raise ValueError(
+            f"x is {tuple(x.shape)}; a grid of lmax={grid.lmax}, mmax={grid.mmax} has {n_rows} rows"
+        )
+    return size_of(x, math.prod(x.shape[:-2]), lmax=grid.lmax, mmax=grid.mmax, channels=x.shape[-1])
+
+
+@operation(lambda x, fn, grid: _verified(x, grid))
 def sphere_pointwise(
     x: Float[Tensor, "*batch n_rows channels"],
     fn: Callable[[Float[Tensor, "*batch n_points channels"]], Tensor],
@@ -34,10 +49,19 @@ def sphere_pointwise(
     Raises:
         ValueError: If x has not the grid's number of rows.
     """
-    _check_rows(x, grid)
-    return _backend("sphere_pointwise", x, grid).sphere_pointwise(x, fn, grid)
+    to_grid, from_grid = grid.to_matrix(like=x), grid.from_matrix(like=x)
+    flat = x.reshape(-1, *x.shape[-2:])
+    results = []
+    for block in blocks(flat.shape[0], grid.n_points * x.shape[-1], x.device):
+        results.append(from_grid @ fn(to_grid @ flat[block]))
+        if results[0].requires_grad:  # all at once: every block would keep a graph of its own
+            return from_grid @ fn(to_grid @ x)
+    if not results:
+        return from_grid @ fn(to_grid @ x)
+    return torch.cat(results).reshape(*x.shape[:-2], -1, x.shape[-1])
 
 
+@operation(_verified, by_kernels=registered.sphere_silu)
 def sphere_silu(
     x: Float[Tensor, "n n_rows channels"], grid: SphereGrid
 ) -> Float[Tensor, "n n_rows channels"]:
@@ -56,24 +80,4 @@ def sphere_silu(
     Raises:
         ValueError: If x has not the grid's number of rows.
     """
-    _check_rows(x, grid)
-    return _backend("sphere_silu", x, grid).sphere_silu(x, grid)
-
-
-def _backend(op: str, x: Tensor, grid: SphereGrid) -> Backend:
-    return select(
-        op,
-        lmax=grid.lmax,
-        mmax=grid.mmax,
-        channels=x.shape[-1],
-        n_edges=math.prod(x.shape[:-2]),
-        like=x,
-    )
-
-
-def _check_rows(x: Tensor, grid: SphereGrid) -> None:
-    n_rows = len(coefficient_index(grid.lmax, grid.mmax))
-    if x.shape[-2] != n_rows:
-        raise ValueError(
-            f"x is {tuple(x.shape)}; a grid of lmax={grid.lmax}, mmax={grid.mmax} has {n_rows} rows"
-        )
+    return silu_on_grid(x, grid)

@@ -17,8 +17,8 @@ from types import SimpleNamespace
 
 from torch import Tensor
 
-from atomeq.ops.kernel_sets import sphere_kernels
-from atomeq.ops.registration import registered
+from atomeq.ops.registration import kernels_of, registered
+from atomeq.ops.sphere.grid import SphereGrid
 
 
 def _fake_form(call: SimpleNamespace) -> Tensor:
@@ -56,4 +56,9 @@ def sphere_form(
 
     ``matrices`` are (n_points, rows of each) and ``back`` is (rows, n_points).
     """
-    return sphere_kernels(kernels).form(factors, matrices, back, order)
+    return kernels_of("sphere", kernels).sphere_form(factors, matrices, back, order)
+
+
+def sphere_silu(x: Tensor, grid: SphereGrid, *, kernels: str) -> Tensor:
+    """Apply SiLU to the values on the points of a grid by some kernels."""
+    return sphere_form([x], [grid.to_matrix(like=x)], grid.from_matrix(like=x), 0, kernels)

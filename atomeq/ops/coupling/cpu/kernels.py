@@ -9,11 +9,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from atomeq.ops.c_compiler import unavailable
+from atomeq.ops.c_compiler import refusal
 from atomeq.ops.coupling.clebsch_gordan import Form, path_table
 from atomeq.ops.coupling.cpu import native
-from atomeq.ops.specification import OpSpec
 from atomeq.ops.tables import table_like
+
+__all__ = ["WANTS_SEGMENTS", "partials", "partials_by_paths", "refusal"]
 
 # What each argument is indexed by: edge e, rows i, j and k of a path, channels u, v and w.
 _SUBSCRIPTS = {
@@ -23,35 +24,24 @@ _SUBSCRIPTS = {
 }
 
 
-class CPUCouplingKernels:
-    """See :class:`~atomeq.ops.kernel_sets.CouplingKernels`."""
+WANTS_SEGMENTS = False
 
-    wants_segments = False
 
-    def refusal(self, spec: OpSpec) -> str | None:
-        """Refuse other devices and dtypes, and machines without a C compiler."""
-        if spec.device.type != "cpu":
-            return "its kernels run on a CPU"
-        if spec.dtype not in native.REALS:
-            return f"its kernels know float32 and float64, not {spec.dtype}"
-        return unavailable()
-
-    def partials(
-        self,
-        x: Tensor,
-        y: Tensor,
-        weights: Tensor | None,
-        z: Tensor | None,
-        ends: Sequence[Tensor],
-        segments: Sequence[Tensor],
-        n_targets: int,
-        wanted: tuple[str, ...],
-        form: Form,
-    ) -> list[Tensor]:
-        """Return dF/ds for each argument s that is wanted."""
-        if form.mode == "uvu":
-            return native.partials(x, y, weights, z, ends, n_targets, wanted, form)
-        return partials_by_paths(x, y, weights, z, ends, n_targets, wanted, form)
+def partials(
+    x: Tensor,
+    y: Tensor,
+    weights: Tensor | None,
+    z: Tensor | None,
+    ends: Sequence[Tensor],
+    segments: Sequence[Tensor],
+    n_targets: int,
+    wanted: tuple[str, ...],
+    form: Form,
+) -> list[Tensor]:
+    """Return dF/ds for each argument s that is wanted, see :func:`~.registered.cg_partials`."""
+    if form.mode == "uvu":
+        return native.partials(x, y, weights, z, ends, n_targets, wanted, form)
+    return partials_by_paths(x, y, weights, z, ends, n_targets, wanted, form)
 
 
 def partials_by_paths(

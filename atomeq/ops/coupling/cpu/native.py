@@ -56,7 +56,7 @@ def partials(
     wanted: tuple[str, ...],
     form: Form,
 ) -> list[Tensor]:
-    """Return dF/ds for each wanted s; see kernel_sets.CouplingKernels.
+    """Return dF/ds for each wanted s; see :func:`~atomeq.ops.coupling.registered.cg_partials`.
 
     Raises:
         IndexError: If an end is no atom.

@@ -32,36 +32,36 @@ from atomeq.ops.triton_launch import (
     edge_tile,
     launch,
     power_of_2,
-    refusal,
 )
+from atomeq.ops.triton_launch import refusal as launch_refusal
+
+WANTS_SEGMENTS = True
 
 
-class TritonCouplingKernels:
-    """See :class:`~atomeq.ops.kernel_sets.CouplingKernels`."""
+def refusal(spec: OpSpec) -> str | None:
+    """Return None if these kernels serve the call, else the reason why not."""
+    return None if by_torch(spec) else launch_refusal(spec)
 
-    wants_segments = True
 
-    def refusal(self, spec: OpSpec) -> str | None:
-        """Return None if these kernels serve the call, else the reason why not."""
-        if spec.mode != "uvu":
-            return f"its kernels couple in mode uvu, not {spec.mode}"
-        return refusal(spec)
+def by_torch(spec: OpSpec) -> bool:
+    """Whether channels couple in another way than uvu, which is all that these kernels know."""
+    return spec.mode != "uvu"
 
-    def partials(
-        self,
-        x: Tensor,
-        y: Tensor,
-        weights: Tensor | None,
-        z: Tensor | None,
-        ends: Sequence[Tensor],
-        segments: Sequence[Tensor],
-        n_targets: int,
-        wanted: tuple[str, ...],
-        form: Form,
-    ) -> list[Tensor]:
-        """Return dF/ds for each argument s that is wanted."""
-        call = _Call(x, y, weights, z, ends, segments, n_targets, form)
-        return [call.partial(argument) for argument in wanted]
+
+def partials(
+    x: Tensor,
+    y: Tensor,
+    weights: Tensor | None,
+    z: Tensor | None,
+    ends: Sequence[Tensor],
+    segments: Sequence[Tensor],
+    n_targets: int,
+    wanted: tuple[str, ...],
+    form: Form,
+) -> list[Tensor]:
+    """Return dF/ds for each argument s that is wanted."""
+    call = _Call(x, y, weights, z, ends, segments, n_targets, form)
+    return [call.partial(argument) for argument in wanted]
 
 
 class _Pass(NamedTuple):

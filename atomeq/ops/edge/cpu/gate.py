@@ -9,7 +9,7 @@ from atomeq.ops.tables import table_like
 
 
 class CPUGate:
-    """See :class:`~atomeq.ops.kernel_sets.GateKernel`."""
+    """See :class:`~atomeq.ops.edge.kernel_sets.GateKernel`."""
 
     def __init__(self, y: Tensor, lmax: int, mmax: int, channels: int) -> None:
         self.y = y

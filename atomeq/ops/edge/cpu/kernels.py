@@ -17,6 +17,7 @@ from atomeq.ops.edge.cpu.gate import CPUGate
 from atomeq.ops.edge.cpu.radial_scale import CPURadialScale
 from atomeq.ops.edge.cpu.so2 import CPUSO2Map, add_weight_gradients
 from atomeq.ops.edge.cpu.whole_layer import WholeLayer
+from atomeq.ops.edge.cpu.wigner import edge_wigner
 from atomeq.ops.edge.gather_gradient import GatherGradientBySteps
 from atomeq.ops.edge.layer import EdgeLayer
 from atomeq.ops.edge.radial_scale import RadialScale
@@ -26,25 +27,28 @@ from atomeq.ops.orders import radial_rows
 from atomeq.ops.specification import OpSpec
 from atomeq.ops.tables import table_like
 
+__all__ = ["CPUEdgeKernels", "edge_wigner", "refusal"]
+
 logger = logging.getLogger(__name__)
 
 _LAYER_BLOCK = 2**18  # numbers of the widest rows of an edge layer
 _LEAST_EDGES, _MOST_EDGES = 400, 1024  # matrix products want some rows
 
 
+def refusal(spec: OpSpec) -> str | None:
+    """Refuse other devices and half precision."""
+    if spec.device.type != "cpu":
+        return "its kernels run on a CPU"
+    if spec.dtype not in (torch.float32, torch.float64):
+        return f"its kernels take float32 and float64, not {spec.dtype}"
+    _say_what_serves()
+    return None
+
+
 class CPUEdgeKernels(GatherGradientBySteps):
-    """See :class:`~atomeq.ops.kernel_sets.EdgeKernels`."""
+    """See :class:`~atomeq.ops.edge.kernel_sets.EdgeKernels`."""
 
     wants_segments = False  # atoms are added to one after the other, in the order of the edges
-
-    def refusal(self, spec: OpSpec) -> str | None:
-        """Refuse other devices and half precision."""
-        if spec.device.type != "cpu":
-            return "its kernels run on a CPU"
-        if spec.dtype not in (torch.float32, torch.float64):
-            return f"its kernels take float32 and float64, not {spec.dtype}"
-        _say_what_serves()
-        return None
 
     def gather_rotate(
         self,

@@ -16,7 +16,7 @@ from atomeq.ops.edge.so2_shape import SO2Shape
 
 
 class CPUSO2Map:
-    """See :class:`~atomeq.ops.kernel_sets.SO2Map`."""
+    """See :class:`~atomeq.ops.edge.kernel_sets.SO2Map`."""
 
     def __init__(self, weights: list[Tensor], shape: SO2Shape) -> None:
         self.shape = shape

@@ -23,7 +23,7 @@ _RESULTS = {"x": "to_x", "vectors": "to_turn", "envelope": "to_envelope", "radia
 
 
 class WholeLayer:
-    """See :class:`~atomeq.ops.kernel_sets.LayerKernel`."""
+    """See :class:`~atomeq.ops.edge.kernel_sets.LayerKernel`."""
 
     def __init__(self, layer: EdgeLayer) -> None:
         self.layer = layer

@@ -6,38 +6,25 @@ import functools
 import torch
 from torch import Tensor
 
-from atomeq.ops.c_compiler import load, source_of, unavailable
+from atomeq.ops.c_compiler import REALS, load, source_of
 from atomeq.ops.edge.wigner import tilt_tables
-from atomeq.ops.harmonics.cpu.kernels import REALS
 from atomeq.ops.orders import row_degrees
-from atomeq.ops.specification import OpSpec
 from atomeq.ops.tables import constant_table, table_like
 
 
-class CPUWignerKernels:
-    """See :class:`~atomeq.ops.kernel_sets.WignerKernels`."""
-
-    def refusal(self, spec: OpSpec) -> str | None:
-        """Refuse other devices and dtypes, and machines without a C compiler."""
-        if spec.device.type != "cpu":
-            return "its kernels run on a CPU"
-        if spec.dtype not in REALS:
-            return f"its kernels know float32 and float64, not {spec.dtype}"
-        return unavailable()
-
-    def edge_wigner(self, vectors: Tensor, lmax: int, mmax: int) -> Tensor:
-        """Return the rows that take edges to +y."""
-        degrees = table_like(row_degrees, lmax, mmax, like=vectors)
-        tables = table_like(_dense_rows, lmax, mmax, like=vectors)
-        vectors = vectors.contiguous()
-        wigner = vectors.new_empty(len(vectors), len(degrees), (lmax + 1) ** 2)
-        _library(vectors.dtype, lmax).edge_wigner(
-            *map(ctypes.c_void_p, (vectors.data_ptr(), degrees.data_ptr(), tables.data_ptr())),
-            ctypes.c_int64(len(degrees)),
-            ctypes.c_void_p(wigner.data_ptr()),
-            ctypes.c_int64(len(vectors)),
-        )
-        return wigner
+def edge_wigner(vectors: Tensor, lmax: int, mmax: int) -> Tensor:
+    """Return the rows that take edges to +y."""
+    degrees = table_like(row_degrees, lmax, mmax, like=vectors)
+    tables = table_like(_dense_rows, lmax, mmax, like=vectors)
+    vectors = vectors.contiguous()
+    wigner = vectors.new_empty(len(vectors), len(degrees), (lmax + 1) ** 2)
+    _library(vectors.dtype, lmax).edge_wigner(
+        *map(ctypes.c_void_p, (vectors.data_ptr(), degrees.data_ptr(), tables.data_ptr())),
+        ctypes.c_int64(len(degrees)),
+        ctypes.c_void_p(wigner.data_ptr()),
+        ctypes.c_int64(len(vectors)),
+    )
+    return wigner
 
 
 @functools.cache

@@ -23,7 +23,7 @@ from atomeq.ops.triton_launch import (
 
 
 class TritonGate:
-    """See :class:`~atomeq.ops.kernel_sets.GateKernel`."""
+    """See :class:`~atomeq.ops.edge.kernel_sets.GateKernel`."""
 
     def __init__(self, y: Tensor, lmax: int, mmax: int, channels: int) -> None:
         self.y = contiguous(y)

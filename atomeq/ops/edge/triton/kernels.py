@@ -11,19 +11,25 @@ from atomeq.ops.edge.so2_shape import SO2Shape
 from atomeq.ops.edge.triton import rotation, row_scale, so2
 from atomeq.ops.edge.triton.gate import TritonGate
 from atomeq.ops.specification import OpSpec
-from atomeq.ops.triton_launch import refusal
+from atomeq.ops.triton_launch import refusal as launch_refusal
 
 _BYTES_AT_ONCE = 2**31  # of the widest tensor of a layer while it works on some of the edges
 
 
+def refusal(spec: OpSpec) -> str | None:
+    """Return None if these kernels serve the call, else the reason why not."""
+    return None if by_torch(spec) else launch_refusal(spec)
+
+
+def by_torch(spec: OpSpec) -> bool:
+    """Whether it is made once for all layers, a few hundredths of the time of one."""
+    return spec.op == "edge_wigner"
+
+
 class TritonEdgeKernels(GatherGradientBySteps):
-    """See :class:`~atomeq.ops.kernel_sets.EdgeKernels`."""
+    """See :class:`~atomeq.ops.edge.kernel_sets.EdgeKernels`."""
 
     wants_segments = True
-
-    def refusal(self, spec: OpSpec) -> str | None:
-        """Return None if these kernels serve the call, else the reason why not."""
-        return refusal(spec)
 
     def gather_rotate(
         self,

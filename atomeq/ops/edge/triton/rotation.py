@@ -44,7 +44,7 @@ def gather_rotate(
     scale: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Return scale * W G x; see :class:`~atomeq.ops.kernel_sets.EdgeKernels`.
+    """Return scale * W G x; see :class:`~atomeq.ops.edge.kernel_sets.EdgeKernels`.
 
     Args:
         x: Features of atoms, (n_atoms, n_sph, channels), or of edges if there are no indices.
@@ -106,7 +106,7 @@ def rotate_scatter(
     factor: Tensor | None = None,
     total: Tensor | None = None,
 ) -> Tensor:
-    """Return G^T W^T (factor * rows); see :class:`~atomeq.ops.kernel_sets.EdgeKernels`.
+    """Return G^T W^T (factor * rows); see :class:`~atomeq.ops.edge.kernel_sets.EdgeKernels`.
 
     One program owns one degree of one atom and adds its edges in their order: no atomics, and the
     same bits every time.

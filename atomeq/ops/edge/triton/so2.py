@@ -70,7 +70,7 @@ class _Group(NamedTuple):
 
 
 class TritonSO2Map:
-    """See :class:`~atomeq.ops.kernel_sets.SO2Map`."""
+    """See :class:`~atomeq.ops.edge.kernel_sets.SO2Map`."""
 
     def __init__(self, weights: list[Tensor], shape: SO2Shape) -> None:
         self.weights = weights

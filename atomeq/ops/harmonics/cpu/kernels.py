@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from atomeq.ops.c_compiler import load, n_threads, source_of, unavailable
+from atomeq.ops.c_compiler import REALS, load, n_threads, refusal, source_of
 from atomeq.ops.harmonics.polynomials import (
     Normalization,
     degree_scale,
@@ -15,73 +15,56 @@ from atomeq.ops.harmonics.polynomials import (
     legendre_start,
     legendre_step,
 )
-from atomeq.ops.specification import OpSpec
 from atomeq.ops.tables import constant_table, table_like
 
-REALS = {torch.float32: "float", torch.float64: "double"}
+__all__ = ["harmonics", "harmonics_second", "harmonics_slope", "refusal"]
+
 _VECTORS_PER_THREAD = 2000  # fewer do not pay for a thread
 _COMPLEX_STEP = 1e-100  # its square vanishes beside 1
 _ZERO = 1e-9  # of a coefficient of A_i, which is of the order of 1 or nothing
 
 
-class CPUHarmonicsKernels:
-    """See :class:`~atomeq.ops.kernel_sets.HarmonicsKernels`."""
+def harmonics(vectors: Tensor, lmax: int, normalization: Normalization, normalize: bool) -> Tensor:
+    """Return Y of vectors (n, 3), or of their directions, (n, n_sph)."""
+    vectors = vectors.contiguous()
+    n = vectors.shape[0]
+    values = vectors.new_empty(n, (lmax + 1) ** 2)
+    kernel, table = _forward(vectors.dtype, lmax, normalization)
+    kernel(vectors.data_ptr(), values.data_ptr(), n, table, normalize, _threads(n))
+    return values
 
-    def refusal(self, spec: OpSpec) -> str | None:
-        """Refuse other devices and dtypes, and machines without a C compiler."""
-        if spec.device.type != "cpu":
-            return "its kernels run on a CPU"
-        if spec.dtype not in REALS:
-            return f"its kernels know float32 and float64, not {spec.dtype}"
-        return unavailable()
 
-    def harmonics(
-        self, vectors: Tensor, lmax: int, normalization: Normalization, normalize: bool
-    ) -> Tensor:
-        """Return Y."""
-        vectors = vectors.contiguous()
-        n = vectors.shape[0]
-        values = vectors.new_empty(n, (lmax + 1) ** 2)
-        kernel, table = _forward(vectors.dtype, lmax, normalization)
-        kernel(vectors.data_ptr(), values.data_ptr(), n, table, normalize, _threads(n))
-        return values
+def harmonics_slope(
+    vectors: Tensor, g: Tensor, lmax: int, normalization: Normalization, normalize: bool
+) -> Tensor:
+    """Return J^T g, (n, 3), for g (n, n_sph)."""
+    vectors, g = vectors.contiguous(), g.contiguous()
+    result = torch.empty_like(vectors)
+    _library(vectors.dtype, lmax).harmonics_slope(
+        *(tensor.data_ptr() for tensor in (vectors, g, result)),
+        *_constants(len(vectors), lmax, normalization, vectors),
+        *(normalize, _threads(len(vectors))),
+    )
+    return result
 
-    def slope(
-        self,
-        vectors: Tensor,
-        g: Tensor,
-        lmax: int,
-        normalization: Normalization,
-        normalize: bool,
-    ) -> Tensor:
-        """Return J^T g."""
-        vectors, g = vectors.contiguous(), g.contiguous()
-        result = torch.empty_like(vectors)
-        _library(vectors.dtype, lmax).harmonics_slope(
-            *(tensor.data_ptr() for tensor in (vectors, g, result)),
-            *_constants(len(vectors), lmax, normalization, vectors),
-            *(normalize, _threads(len(vectors))),
-        )
-        return result
 
-    def second(
-        self,
-        vectors: Tensor,
-        g: Tensor,
-        h: Tensor,
-        lmax: int,
-        normalization: Normalization,
-        normalize: bool,
-    ) -> tuple[Tensor, Tensor]:
-        """Return the derivatives of <h, J^T g>."""
-        vectors, g, h = vectors.contiguous(), g.contiguous(), h.contiguous()
-        results = torch.empty_like(g), torch.empty_like(vectors)
-        _library(vectors.dtype, lmax).harmonics_second(
-            *(tensor.data_ptr() for tensor in (vectors, g, h, *results)),
-            *_constants(len(vectors), lmax, normalization, vectors),
-            *(normalize, _threads(len(vectors))),
-        )
-        return results
+def harmonics_second(
+    vectors: Tensor,
+    g: Tensor,
+    h: Tensor,
+    lmax: int,
+    normalization: Normalization,
+    normalize: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return the derivatives of <h, J^T g>: by g, (n, n_sph), and by the vectors, (n, 3)."""
+    vectors, g, h = vectors.contiguous(), g.contiguous(), h.contiguous()
+    results = torch.empty_like(g), torch.empty_like(vectors)
+    _library(vectors.dtype, lmax).harmonics_second(
+        *(tensor.data_ptr() for tensor in (vectors, g, h, *results)),
+        *_constants(len(vectors), lmax, normalization, vectors),
+        *(normalize, _threads(len(vectors))),
+    )
+    return results
 
 
 @functools.cache

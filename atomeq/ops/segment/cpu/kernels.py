@@ -7,44 +7,34 @@ import math
 import torch
 from torch import Tensor
 
-from atomeq.ops.c_compiler import load, n_threads, source_of, unavailable
-from atomeq.ops.harmonics.cpu.kernels import REALS
-from atomeq.ops.specification import OpSpec
+from atomeq.ops.c_compiler import REALS, load, n_threads, refusal, source_of
+
+__all__ = ["refusal", "segment_softmax", "segment_sum"]
 
 _NUMBERS_PER_THREAD = 2**16  # fewer do not pay for a thread
 
 
-class CPUSegmentKernels:
-    """See :class:`~atomeq.ops.kernel_sets.SegmentKernels`."""
+def segment_sum(x: Tensor, index: Tensor, n_segments: int) -> Tensor:
+    """Return the sums of the members of each segment, (n_segments, ...)."""
+    library, x, index, size = _arguments(x, index, n_segments)
+    totals = x.new_empty(n_segments, *x.shape[1:])
+    library.segment_total(
+        *(x.data_ptr(), index.data_ptr(), len(x), size, n_segments),
+        *(totals.data_ptr(), _parts(x)),
+    )
+    return totals
 
-    def refusal(self, spec: OpSpec) -> str | None:
-        """Refuse other devices and dtypes, and machines without a C compiler."""
-        if spec.device.type != "cpu":
-            return "its kernels run on a CPU"
-        if spec.dtype not in REALS:
-            return f"its kernels know float32 and float64, not {spec.dtype}"
-        return unavailable()
 
-    def total(self, x: Tensor, index: Tensor, n_segments: int) -> Tensor:
-        """Return the sums."""
-        library, x, index, size = _arguments(x, index, n_segments)
-        totals = x.new_empty(n_segments, *x.shape[1:])
-        library.segment_total(
-            *(x.data_ptr(), index.data_ptr(), len(x), size, n_segments),
-            *(totals.data_ptr(), _parts(x)),
-        )
-        return totals
-
-    def softmax(self, logits: Tensor, index: Tensor, n_segments: int) -> Tensor:
-        """Return the weights."""
-        library, logits, index, size = _arguments(logits, index, n_segments)
-        weights = torch.empty_like(logits)
-        scratch = logits.new_empty(2, n_segments, size)
-        library.segment_softmax(
-            *(logits.data_ptr(), index.data_ptr(), len(logits), size, n_segments),
-            *(weights.data_ptr(), scratch[0].data_ptr(), scratch[1].data_ptr(), _parts(logits)),
-        )
-        return weights
+def segment_softmax(x: Tensor, index: Tensor, n_segments: int) -> Tensor:
+    """Return positive weights that sum to 1 in each segment, (n_members, ...)."""
+    library, x, index, size = _arguments(x, index, n_segments)
+    weights = torch.empty_like(x)
+    scratch = x.new_empty(2, n_segments, size)
+    library.segment_softmax(
+        *(x.data_ptr(), index.data_ptr(), len(x), size, n_segments),
+        *(weights.data_ptr(), scratch[0].data_ptr(), scratch[1].data_ptr(), _parts(x)),
+    )
+    return weights
 
 
 def _arguments(

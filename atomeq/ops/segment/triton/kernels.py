@@ -13,27 +13,16 @@ from atomeq.ops.triton_launch import (
     contiguous,
     launch,
     power_of_2,
-    refusal,
 )
+from atomeq.ops.triton_launch import refusal as launch_refusal
 
 _MEMBERS = 16  # of a segment at a time
 _FEATURES = 64
 
 
-class TritonSegmentKernels:
-    """See :class:`~atomeq.ops.kernel_sets.SegmentKernels`."""
-
-    def refusal(self, spec: OpSpec) -> str | None:
-        """Return None if these kernels serve the call, else the reason why not."""
-        return refusal(spec, any_channels=True)
-
-    def total(self, x: Tensor, index: Tensor, n_segments: int) -> Tensor:
-        """Return the sums."""
-        return segment_sum(x, index, n_segments)
-
-    def softmax(self, logits: Tensor, index: Tensor, n_segments: int) -> Tensor:
-        """Return the weights."""
-        return segment_softmax(logits, index, n_segments)
+def refusal(spec: OpSpec) -> str | None:
+    """Return None if these kernels serve the call, else the reason why not."""
+    return launch_refusal(spec, any_channels=True)
 
 
 def segment_sum(x: Tensor, index: Tensor, n_segments: int) -> Tensor:
@@ -44,12 +33,12 @@ def segment_sum(x: Tensor, index: Tensor, n_segments: int) -> Tensor:
     return result.view(n_segments, *x.shape[1:])
 
 
-def segment_softmax(logits: Tensor, index: Tensor, n_segments: int) -> Tensor:
+def segment_softmax(x: Tensor, index: Tensor, n_segments: int) -> Tensor:
     """Normalise the members of each segment, (n_members, ...)."""
-    flat = contiguous(logits.flatten(1) if logits.ndim > 1 else logits[:, None])
+    flat = contiguous(x.flatten(1) if x.ndim > 1 else x[:, None])
     result = torch.empty_like(flat)
     _launch(_segment_softmax, flat, index, n_segments, result)
-    return result.view(logits.shape)
+    return result.view(x.shape)
 
 
 def _launch(kernel: object, x: Tensor, index: Tensor, n_segments: int, result: Tensor) -> None:

@@ -21,8 +21,8 @@ from atomeq.ops.triton_launch import (
     launch,
     power_of_2,
     product_precision,
-    refusal,
 )
+from atomeq.ops.triton_launch import refusal as launch_refusal
 
 _POINTS = 32  # of the grid at a time
 _CHANNELS = 64
@@ -31,57 +31,60 @@ _SMALLEST = 16  # side of a product on tensor cores
 _FACTORS = 4  # SiLU and its first three derivatives, all that training with forces takes
 
 
-class TritonSphereKernels:
-    """See :class:`~atomeq.ops.kernel_sets.SphereKernels`."""
+def refusal(spec: OpSpec) -> str | None:
+    """Return None if these kernels serve the call, else the reason why not."""
+    return None if by_torch(spec) else launch_refusal(spec)
 
-    def refusal(self, spec: OpSpec) -> str | None:
-        """Return None if these kernels serve the call, else the reason why not."""
-        return refusal(spec)
 
-    def form(
-        self, factors: Sequence[Tensor], matrices: Sequence[Tensor], back: Tensor, order: int
-    ) -> Tensor:
-        """Return back [f^(order)(A_0 t_0) * prod (A_i t_i)].
+def by_torch(spec: OpSpec) -> bool:
+    """Whether a function of the user's is called between two products of matrices."""
+    return spec.op == "sphere_pointwise"
 
-        Raises:
-            NotImplementedError: If the derivative is higher than the third.
-        """
-        if len(factors) > _FACTORS:
-            raise NotImplementedError(
-                f"the triton kernels have {_FACTORS - 1} derivatives of SiLU on the sphere and "
-                f"one more is wanted; use_backend('reference') has them all"
-            )
-        first, channels = factors[0], factors[0].shape[2]
-        result = first.new_empty(len(first), back.shape[0], channels)
-        absent = [None] * (_FACTORS - len(factors))
-        rows = [factor.shape[1] for factor in factors] + [1] * len(absent)
-        block_c = _channels_at_once(channels, max(*rows, back.shape[0]), first.dtype)
-        launch(
-            _sphere_form,
-            (len(first), ceil_div(channels, block_c)),
-            *map(contiguous, factors),
-            *absent,
-            *map(contiguous, matrices),
-            *absent,
-            contiguous(back),
-            result,
-            like=first,
-            CHANNELS=channels,
-            N_POINTS=back.shape[1],
-            ROWS=tuple(rows),
-            PADDED=tuple(_padded(number) for number in rows),
-            OUT_ROWS=back.shape[0],
-            OUT_PADDED=_padded(back.shape[0]),
-            FACTORS=len(factors),
-            ORDER=order,
-            PRECISION=product_precision(first.dtype),
-            UPCAST=INTERPRETING and first.dtype == torch.bfloat16,
-            SUM=accumulator(first.dtype),
-            POINTS=_POINTS,
-            BLOCK_C=block_c,
-            num_warps=4,
+
+def sphere_form(
+    factors: Sequence[Tensor], matrices: Sequence[Tensor], back: Tensor, order: int
+) -> Tensor:
+    """Return back [f^(order)(A_0 t_0) * prod (A_i t_i)].
+
+    Raises:
+        NotImplementedError: If the derivative is higher than the third.
+    """
+    if len(factors) > _FACTORS:
+        raise NotImplementedError(
+            f"the triton kernels have {_FACTORS - 1} derivatives of SiLU on the sphere and "
+            f"one more is wanted; use_backend('reference') has them all"
         )
-        return result
+    first, channels = factors[0], factors[0].shape[2]
+    result = first.new_empty(len(first), back.shape[0], channels)
+    absent = [None] * (_FACTORS - len(factors))
+    rows = [factor.shape[1] for factor in factors] + [1] * len(absent)
+    block_c = _channels_at_once(channels, max(*rows, back.shape[0]), first.dtype)
+    launch(
+        _sphere_form,
+        (len(first), ceil_div(channels, block_c)),
+        *map(contiguous, factors),
+        *absent,
+        *map(contiguous, matrices),
+        *absent,
+        contiguous(back),
+        result,
+        like=first,
+        CHANNELS=channels,
+        N_POINTS=back.shape[1],
+        ROWS=tuple(rows),
+        PADDED=tuple(_padded(number) for number in rows),
+        OUT_ROWS=back.shape[0],
+        OUT_PADDED=_padded(back.shape[0]),
+        FACTORS=len(factors),
+        ORDER=order,
+        PRECISION=product_precision(first.dtype),
+        UPCAST=INTERPRETING and first.dtype == torch.bfloat16,
+        SUM=accumulator(first.dtype),
+        POINTS=_POINTS,
+        BLOCK_C=block_c,
+        num_warps=4,
+    )
+    return result
 
 
 def _padded(rows: int) -> int:

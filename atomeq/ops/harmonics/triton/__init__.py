@@ -1,0 +1,1 @@
+"""What the harmonics of a GPU are made by."""
