@@ -131,18 +131,17 @@ def compile_all(lmax: int, mmax: int, channels: int, dtype: torch.dtype) -> None
     gated.second(y, rows.flatten(1))
     form = Form(tensor_product_paths(lmax, lmax, lmax), "uvu", stacked=False)
     per_edge = zeros(n_edges, len(form.paths), channels)
-    coupling.TritonCouplingKernels().partials(
-        x, zeros(n_edges, n_sph), per_edge, x, [index, index],
-        [index, index, index, index], n_atoms,
-        ("x", "y", "weights", "z"), form,
-    )  # fmt: skip
+    coupling.cg_partials(
+        *(x, zeros(n_edges, n_sph), per_edge, x, [index] * 6, n_atoms),
+        *("x y weights z", form.code),
+    )
     segment.segment_sum(rows, index, n_atoms)
     segment.segment_softmax(zeros(n_edges, 8), index, n_atoms)
     grid = SphereGrid(lmax, mmax, order="m")
     to_grid, from_grid = grid.to_matrix(like=rows), grid.from_matrix(like=rows)
     for order in range(3):
         given = [rows] * (order + 1), [to_grid] * (order + 1)
-        sphere.TritonSphereKernels().form(*given, from_grid, order)
+        sphere.sphere_form(*given, from_grid, order)
     if dtype == torch.float32:
         torch.set_float32_matmul_precision("medium")
         so2_map.forward(rows.flatten(1), y)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from atomeq.ops.coupling import radial as radial_coupling
+from atomeq.ops.coupling.clebsch_gordan import form_of
 from atomeq.ops.coupling.operations import cg_conv
 from atomeq.ops.coupling.radial import cg_radial_partials
 from atomeq.ops.dispatch import use_backend
@@ -77,9 +78,8 @@ def test_derivatives_are_right_to_the_second_order() -> None:
 
 def test_operation_keeps_the_rules_of_torch() -> None:
     x, y, radial, weight, bias = operands("uvu")
-    numbers = [l for path in PATHS for l in path]
-    ends = [EDGES[0].contiguous(), EDGES[1].contiguous()]
-    last = (ends, [], 4)
+    edges = [EDGES[0].contiguous(), EDGES[1].contiguous()]
+    code = form_of(PATHS, "uvu", "sum").code
     for given in ((radial, weight, bias), (radial, weight, None), (None, None, bias)):
         names = ["x", "y"] + [
             name
@@ -87,7 +87,8 @@ def test_operation_keeps_the_rules_of_torch() -> None:
             if t is not None
         ]
         z = random(4, 4, 2)
-        arguments = (x, y, *given, z, *last, " ".join(names), numbers, "uvu", False, "cpu")
+        layer = [part for part in given[1:] if part is not None]
+        arguments = (x, y, given[0], layer, z, edges, 4, " ".join(names), code, "cpu")
         torch.library.opcheck(cg_radial_partials, arguments)
 
 

@@ -25,6 +25,12 @@ class Form(NamedTuple):
     stacked: bool  # the rows of the paths one after the other, else those of equal l3 summed
 
     @property
+    def code(self) -> str:
+        """The form as a string, which is what an operation of a traced graph can carry."""
+        paths = " ".join("-".join(map(str, path)) for path in self.paths)
+        return f"{self.mode} {'paths' if self.stacked else 'sum'} {paths}"
+
+    @property
     def n_rows(self) -> int:
         """Rows of the result."""
         if self.stacked:
@@ -77,6 +83,13 @@ def _form(triples: tuple[tuple[int, ...], ...], mode: Mode, output: Output) -> F
 
 
 _remembered_form = cache(_form)
+
+
+@cache
+def form_from(code: str) -> Form:
+    """Return the form that a :attr:`Form.code` is of."""
+    mode, output, *paths = code.split()
+    return form_of([Path(*map(int, path.split("-"))) for path in paths], mode, output)  # type: ignore[arg-type]
 
 
 class Coupling(NamedTuple):

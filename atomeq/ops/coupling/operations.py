@@ -56,7 +56,7 @@ def _product_by_kernels(
     if weights is not None and weights.ndim > (4 if mode == "uvw" else 2):
         weights = weights.reshape(n_edges, *weights.shape[len(batch) :])
     form = form_of(paths, mode, output)
-    product = registered.couple(flat_x, flat_y, weights, None, n_edges, form, kernels)
+    product = registered.couple(flat_x, flat_y, weights, (), n_edges, form, kernels)
     return product.reshape(*batch, *product.shape[1:])
 
 

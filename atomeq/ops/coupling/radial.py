@@ -9,17 +9,17 @@ its derivatives are values of F with a cotangent in the place of an argument, wi
 is h or A, and without h and A where it is b.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 
-from atomeq.ops.coupling.clebsch_gordan import Form
+from atomeq.ops.coupling.clebsch_gordan import Form, form_from
 from atomeq.ops.coupling.registered import (
-    form_from,
+    FIXED,
     gradient_of_partials,
-    segments_for,
+    sorted_edges,
     wants_segments,
 )
 from atomeq.ops.edge.frame import segments_of
@@ -51,32 +51,51 @@ def couple_radially(
         ends: Source and target of each edge.
         n_targets: Number of targets.
         form: What is coupled.
-        kernels: Name of the kernel set.
+        kernels: Name of the kernels.
     """
-    indices = [end.contiguous() for end in ends]
-    numbers = [l for path in form.paths for l in path]
+    edges = sorted_edges(x, ends, n_targets, kernels)
+    layer = [part for part in radial_map if part is not None]
     (product,) = cg_radial_partials(
-        *(x, y, radial, *radial_map, None, indices, segments_for(x, indices, n_targets, kernels)),
-        *(n_targets, "z", numbers, form.mode, form.stacked, kernels),
+        *(x, y, radial, layer, None, edges, n_targets, "z", form.code, kernels)
     )
     return product
 
 
+def _named(radial: Tensor | None, layer: list[Tensor]) -> tuple[Tensor | None, Tensor | None]:
+    """Return A and b: beside h there are A and maybe b, without it b alone."""
+    if radial is None:
+        return None, layer[0]
+    return layer[0], layer[1] if len(layer) > 1 else None
+
+
 def _fake_partials(call: SimpleNamespace) -> list[Tensor]:
-    given = {name: getattr(call, name) for name in _ARGUMENTS if name != "z"}
-    shapes = {name: value.shape for name, value in given.items() if value is not None}
-    channels = call.x.shape[-1]
-    if call.mode == "uvw":
-        channels = call.weight.shape[-2] if call.weight is not None else shapes["bias"][-1]
-    n_rows = form_from(call.paths, call.mode, call.stacked).n_rows
-    shapes["z"] = torch.Size((call.n_targets, n_rows, channels))
-    return [call.x.new_empty(shapes[argument]) for argument in call.arguments.split()]
+    return [_Call(call).zeros(argument) for argument in call.arguments.split()]
+
+
+def _partials(
+    x: Tensor,
+    y: Tensor,
+    radial: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    z: Tensor | None,
+    **rest: object,
+) -> list[Tensor]:
+    layer = [part for part in (weight, bias) if part is not None]
+    return cg_radial_partials(x=x, y=y, radial=radial, layer=layer, z=z, **rest)
 
 
 def _partials_gradient(
     saved: SimpleNamespace, wanted: set[str], grads: list[Tensor | None]
-) -> dict[str, Tensor]:
-    return gradient_of_partials(cg_radial_partials, _ARGUMENTS, _ABSENT, saved, wanted, grads)
+) -> dict[str, Tensor | list[Tensor | None] | None]:
+    saved.weight, saved.bias = _named(saved.radial, saved.layer)
+    names = [name for name in ("weight", "bias") if getattr(saved, name) is not None]
+    for number, name in enumerate(names):
+        if f"layer.{number}" in wanted:
+            wanted = wanted | {name}
+    found = gradient_of_partials(_partials, _ARGUMENTS, _ABSENT, saved, wanted, grads)
+    layer = [found.pop(name, None) for name in names]
+    return {**found, "layer": layer}
 
 
 @registered(outputs=_fake_partials, gradient=_partials_gradient)
@@ -84,29 +103,34 @@ def cg_radial_partials(
     x: Tensor,
     y: Tensor,
     radial: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
+    layer: list[Tensor],
     z: Tensor | None,
-    ends: list[Tensor],
-    segments: list[Tensor],
+    edges: list[Tensor],
     n_targets: int,
     arguments: str,
-    paths: Sequence[int],
-    mode: str,
-    stacked: bool,
+    form: str,
     kernels: str,
 ) -> list[Tensor]:
     """Return the partial derivatives of F by the named arguments, in the shapes of these.
 
-    ``z`` may be missing where only its own derivative is asked for; radial and weight, or the bias,
-    may be missing, and then so are their terms of w.
+    The names are x, y, radial, weight, bias and z. ``layer`` is A and b, or A alone; where
+    ``radial`` is missing it is b alone, and so are the terms of w. ``z`` may be missing where only
+    its own derivative is asked for.
     """
-    call = _Call(**{name: value for name, value in locals().items() if name != "arguments"})
-    return call.partials(arguments.split())
+    call = SimpleNamespace(x=x, y=y, radial=radial, layer=layer, z=z, edges=edges)
+    call.n_targets, call.form, call.kernels = n_targets, form, kernels
+    return _Call(call).partials(arguments.split())
 
 
-class _Call(SimpleNamespace):
+class _Call:
     """One evaluation of derivatives of F, some edges at a time."""
+
+    def __init__(self, call: SimpleNamespace) -> None:
+        self.x, self.y, self.radial, self.z = call.x, call.y, call.radial, call.z
+        self.edges, self.n_targets, self.form, self.kernels = (
+            getattr(call, name) for name in FIXED
+        )
+        self.weight, self.bias = _named(call.radial, call.layer)
 
     def partials(self, wanted: list[str]) -> list[Tensor]:
         """Return dF/ds for each argument s that is wanted."""
@@ -115,13 +139,22 @@ class _Call(SimpleNamespace):
             inner.append("weights")
         whole: dict[str, Tensor] = {}
         for part in self._parts():
-            for name, partial in zip(inner, self._inner(part, tuple(inner)), strict=True):
+            for name, partial in zip(inner, self._inner(part, " ".join(inner)), strict=True):
                 if name == "weights":
                     for own in set(wanted) & set(_OF_WEIGHTS):
                         self._add(whole, own, part, self._through(own, part, partial))
                 else:
                     self._add(whole, name, part, partial)
-        return [whole[name] if name in whole else self._zeros(name) for name in wanted]
+        return [whole[name] if name in whole else self.zeros(name) for name in wanted]
+
+    def zeros(self, name: str) -> Tensor:
+        """Return zeros like the derivative by an argument."""
+        if name != "z":
+            return torch.zeros_like(getattr(self, name))
+        form, channels = form_from(self.form), self.x.shape[-1]
+        if form.mode == "uvw":
+            channels = self.weight.shape[-2] if self.weight is not None else self.bias.shape[-1]
+        return self.x.new_zeros(self.n_targets, form.n_rows, channels)
 
     def _parts(self) -> Iterator[slice]:
         """Cut the edges where the weights of all would be too many to be there at once."""
@@ -139,19 +172,20 @@ class _Call(SimpleNamespace):
         flat = torch.nn.functional.linear(self.radial[part], self.weight.flatten(0, -2), bias)
         return flat.unflatten(1, self.weight.shape[:-1])
 
-    def _inner(self, part: slice, wanted: tuple[str, ...]) -> list[Tensor]:
-        form = form_from(self.paths, self.mode, self.stacked)
-        ends = [end[part] for end in self.ends]
-        return kernels_of("coupling", self.kernels).partials(
-            *(self.x, self.y[part], self._weights(part), self.z, ends),
-            *(self._segments(part, ends), self.n_targets, wanted, form),
+    def _inner(self, part: slice, arguments: str) -> list[Tensor]:
+        by = kernels_of("coupling", self.kernels)
+        weights, edges = self._weights(part), self._edges(part)
+        return by.cg_partials(
+            *(self.x, self.y[part], weights, self.z, edges, self.n_targets, arguments, self.form)
         )
 
-    def _segments(self, part: slice, ends: list[Tensor]) -> list[Tensor]:
-        if part == slice(0, len(self.y)) or not wants_segments(self.kernels):
-            return self.segments
-        sides = [segments_of(ends[1], self.n_targets), segments_of(ends[0], len(self.x))]
-        return [member for side in sides for member in side]
+    def _edges(self, part: slice) -> list[Tensor]:
+        if part == slice(0, len(self.y)):
+            return self.edges
+        ends = [end[part] for end in self.edges[:2]]
+        if not wants_segments(self.kernels):
+            return ends
+        return [*ends, *segments_of(ends[1], self.n_targets), *segments_of(ends[0], len(self.x))]
 
     def _through(self, name: str, part: slice, partial: Tensor) -> Tensor:
         """Return the derivative by what the weights are made of, from that by the weights."""
@@ -168,15 +202,6 @@ class _Call(SimpleNamespace):
         if part == slice(0, len(self.y)):
             whole[name] = partial
         elif name in ("y", "radial"):
-            whole.setdefault(name, self._zeros(name))[part] = partial
+            whole.setdefault(name, self.zeros(name))[part] = partial
         else:
             whole[name] = whole[name].add_(partial) if name in whole else partial
-
-    def _zeros(self, name: str) -> Tensor:
-        if name != "z":
-            return torch.zeros_like(getattr(self, name))
-        channels = self.x.shape[-1]
-        if self.mode == "uvw":
-            channels = self.weight.shape[-2] if self.weight is not None else self.bias.shape[-1]
-        rows = form_from(self.paths, self.mode, self.stacked).n_rows
-        return self.x.new_zeros(self.n_targets, rows, channels)

@@ -13,22 +13,20 @@ from types import SimpleNamespace
 
 from torch import Tensor
 
-from atomeq.ops.coupling.clebsch_gordan import Form
+from atomeq.ops.coupling.clebsch_gordan import Form, form_from
 from atomeq.ops.edge.frame import segments_of
-from atomeq.ops.paths import Path
 from atomeq.ops.registration import kernels_of, registered
-from atomeq.ops.specification import Mode
 from atomeq.ops.tables import constant_in_traces
 
 ARGUMENTS = ("x", "y", "weights", "z")
-_FIXED = ("ends", "segments", "n_targets", "paths", "mode", "stacked", "kernels")
+FIXED = ("edges", "n_targets", "form", "kernels")
 
 
 def couple(
     x: Tensor,
     y: Tensor,
     weights: Tensor | None,
-    ends: tuple[Tensor, Tensor] | None,
+    ends: Sequence[Tensor],
     n_targets: int,
     form: Form,
     kernels: str,
@@ -39,47 +37,39 @@ def couple(
         x: (n_sources, n1, U).
         y: (n_edges, n2), or (n_edges, n2, channels).
         weights: ([n_edges,] n_paths, ...); None for weights of 1.
-        ends: Source and target of each edge; None if x and the result belong to the edges.
+        ends: Source and target of each edge; empty if x and the result belong to the edges.
         n_targets: Number of targets.
         form: What is coupled.
-        kernels: Name of the kernel set.
+        kernels: Name of the kernels.
 
     Returns:
         (n_targets, rows, channels).
     """
-    indices = [] if ends is None else [end.contiguous() for end in ends]
-    numbers = [l for path in form.paths for l in path]
-    (product,) = cg_partials(
-        *(x, y, weights, None, indices, segments_for(x, indices, n_targets, kernels)),
-        *(n_targets, "z", numbers, form.mode, form.stacked, kernels),
-    )
+    edges = sorted_edges(x, ends, n_targets, kernels)
+    (product,) = cg_partials(x, y, weights, None, edges, n_targets, "z", form.code, kernels)
     return product
+
+
+def sorted_edges(x: Tensor, ends: Sequence[Tensor], n_targets: int, kernels: str) -> list[Tensor]:
+    """Return the ends of edges and, if the kernels want that, what sorts them.
+
+    That is where each target's edges start in a sorted list (n_targets + 1,) and that list
+    (n_edges,), then the same of the sources if x requires a gradient: made once for the product and
+    all its derivatives.
+    """
+    edges = [end.contiguous() for end in ends]
+    if not edges or not wants_segments(kernels):
+        return edges
+    edges += segments_of(edges[1], n_targets)
+    if x.requires_grad:  # only the derivative by x sums on the sources
+        edges += segments_of(edges[0], x.shape[0])
+    return edges
 
 
 @constant_in_traces
 def wants_segments(kernels: str) -> bool:
     """Return whether these kernels want sorted edges; a constant of a traced graph."""
     return kernels_of("coupling", kernels).WANTS_SEGMENTS
-
-
-def segments_for(x: Tensor, ends: list[Tensor], n_targets: int, kernels: str) -> list[Tensor]:
-    """Sort the edges once for the product and all its derivatives, if the kernels want that."""
-    if not ends or not wants_segments(kernels):
-        return []
-    found = [*segments_of(ends[1], n_targets)]
-    if x.requires_grad:  # only the derivative by x sums on the sources
-        found += segments_of(ends[0], x.shape[0])
-    return found
-
-
-def _fake_partials(call: SimpleNamespace) -> list[Tensor]:
-    x, weights = call.x, call.weights
-    channels = weights.shape[-1] if weights is not None and call.mode == "uvw" else x.shape[-1]
-    n_rows = form_from(call.paths, call.mode, call.stacked).n_rows
-    shapes = {"x": x.shape, "y": call.y.shape, "z": (call.n_targets, n_rows, channels)}
-    if weights is not None:
-        shapes["weights"] = weights.shape
-    return [x.new_empty(shapes[argument]) for argument in call.arguments.split()]
 
 
 def gradient_of_partials(
@@ -100,7 +90,7 @@ def gradient_of_partials(
         wanted: The inputs whose gradient is wanted.
         grads: Gradients of its outputs, None for one that nothing depends on.
     """
-    fixed = {name: getattr(saved, name) for name in _FIXED}
+    fixed = {name: getattr(saved, name) for name in FIXED}
     found: dict[str, Tensor] = {}
     for place, grad in zip(saved.arguments.split(), grads, strict=True):
         given = {name: getattr(saved, name) for name in names} | {place: grad}
@@ -116,6 +106,15 @@ def gradient_of_partials(
     return found
 
 
+def _fake_partials(call: SimpleNamespace) -> list[Tensor]:
+    x, weights, form = call.x, call.weights, form_from(call.form)
+    channels = weights.shape[-1] if weights is not None and form.mode == "uvw" else x.shape[-1]
+    shapes = {"x": x.shape, "y": call.y.shape, "z": (call.n_targets, form.n_rows, channels)}
+    if weights is not None:
+        shapes["weights"] = weights.shape
+    return [x.new_empty(shapes[argument]) for argument in call.arguments.split()]
+
+
 def _partials_gradient(
     saved: SimpleNamespace, wanted: set[str], grads: list[Tensor | None]
 ) -> dict[str, Tensor]:
@@ -128,33 +127,18 @@ def cg_partials(
     y: Tensor,
     weights: Tensor | None,
     z: Tensor | None,
-    ends: list[Tensor],
-    segments: list[Tensor],
+    edges: list[Tensor],
     n_targets: int,
     arguments: str,
-    paths: Sequence[int],
-    mode: str,
-    stacked: bool,
+    form: str,
     kernels: str,
 ) -> list[Tensor]:
     """Return the partial derivatives of F by the named arguments, in the shapes of these.
 
-    ``z`` may be missing where only its own derivative is asked for; ``ends`` is empty or has the
-    sources and the targets; for ``segments`` see :func:`segments_for`.
+    ``x`` is (n_sources, n1, U), ``y`` (n_edges, n2) or (n_edges, n2, channels), ``weights``
+    ([n_edges,] n_paths, ...) or None for weights of 1, ``z`` (n_targets, rows, channels) or None if
+    the only argument is z. For ``edges`` see :func:`sorted_edges`; empty, x and z belong to the
+    edges. Rows of x or y that no path reads get zeros.
     """
-    form = form_from(paths, mode, stacked)
-    wanted = tuple(arguments.split())
-    return kernels_of("coupling", kernels).partials(
-        x, y, weights, z, ends, segments, n_targets, wanted, form
-    )
-
-
-def form_from(paths: Sequence[int], mode: str, stacked: bool) -> Form:
-    """Return the form from what an operation of a traced graph can carry."""
-    numbers = iter(paths)
-    triples = zip(numbers, numbers, numbers, strict=True)
-    return Form(tuple(Path(*triple) for triple in triples), _mode(mode), stacked)
-
-
-def _mode(name: str) -> Mode:
-    return "uvu" if name == "uvu" else "uuu" if name == "uuu" else "uvw"
+    by = kernels_of("coupling", kernels)
+    return by.cg_partials(x, y, weights, z, edges, n_targets, arguments, form)

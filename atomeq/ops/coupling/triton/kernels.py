@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from atomeq.ops.coupling.clebsch_gordan import Form, path_table
+from atomeq.ops.coupling.clebsch_gordan import Form, form_from, path_table
 from atomeq.ops.specification import OpSpec
 from atomeq.ops.tables import constant_table, table_like
 from atomeq.ops.triton_launch import (
@@ -48,20 +48,19 @@ def by_torch(spec: OpSpec) -> bool:
     return spec.mode != "uvu"
 
 
-def partials(
+def cg_partials(
     x: Tensor,
     y: Tensor,
     weights: Tensor | None,
     z: Tensor | None,
-    ends: Sequence[Tensor],
-    segments: Sequence[Tensor],
+    edges: Sequence[Tensor],
     n_targets: int,
-    wanted: tuple[str, ...],
-    form: Form,
+    arguments: str,
+    form: str,
 ) -> list[Tensor]:
-    """Return dF/ds for each argument s that is wanted."""
-    call = _Call(x, y, weights, z, ends, segments, n_targets, form)
-    return [call.partial(argument) for argument in wanted]
+    """Return dF/ds for each argument; see :func:`~atomeq.ops.coupling.registered.cg_partials`."""
+    call = _Call(x, y, weights, z, edges, n_targets, form_from(form))
+    return [call.partial(argument) for argument in arguments.split()]
 
 
 class _Pass(NamedTuple):
@@ -93,16 +92,15 @@ class _Call:
         y: Tensor,
         weights: Tensor | None,
         z: Tensor | None,
-        ends: Sequence[Tensor],
-        segments: Sequence[Tensor],
+        edges: Sequence[Tensor],
         n_targets: int,
         form: Form,
     ) -> None:
         self.x, self.y = contiguous(x), contiguous(y)
         self.weights = None if weights is None else contiguous(weights)
         self.z = None if z is None else contiguous(z)
-        self.ends = [contiguous(end) for end in ends]
-        self.segments = segments
+        self.ends = [contiguous(end) for end in edges[:2]]
+        self.segments = edges[2:]
         self.n_targets = n_targets
         self.form = form
         self.n_edges, self.channels = y.shape[0], x.shape[2]
