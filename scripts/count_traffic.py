@@ -30,8 +30,8 @@ from atomeq.ops.edge.operations import escn_conv
 from atomeq.ops.edge.triton import gate, rotation, row_scale, so2
 from atomeq.ops.edge.wigner import build_edge_frame
 from atomeq.ops.registration import functions
-from atomeq.ops.segment.operations.triton import kernels as segment
-from atomeq.ops.sphere.operations.triton import kernels as sphere
+from atomeq.ops.segment.triton import kernels as segment
+from atomeq.ops.sphere.triton import kernels as sphere
 
 BANDWIDTH = 4.3e12  # bytes/s
 EDGES = 256

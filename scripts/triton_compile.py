@@ -25,9 +25,9 @@ from atomeq.ops.coupling.triton import kernels as coupling
 from atomeq.ops.edge.so2_shape import SO2Shape
 from atomeq.ops.edge.triton import gate, rotation, row_scale, so2
 from atomeq.ops.paths import tensor_product_paths
-from atomeq.ops.segment.operations.triton import kernels as segment
+from atomeq.ops.segment.triton import kernels as segment
 from atomeq.ops.sphere.grid import SphereGrid
-from atomeq.ops.sphere.operations.triton import kernels as sphere
+from atomeq.ops.sphere.triton import kernels as sphere
 
 HOPPER = GPUTarget("cuda", 90, 32)
 TYPES = {

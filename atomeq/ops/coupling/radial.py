@@ -11,6 +11,7 @@ is h or A, and without h and A where it is b.
 
 from collections.abc import Iterator
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,7 +80,7 @@ def _partials(
     weight: Tensor | None,
     bias: Tensor | None,
     z: Tensor | None,
-    **rest: object,
+    **rest: Any,
 ) -> list[Tensor]:
     layer = [part for part in (weight, bias) if part is not None]
     return cg_radial_partials(x=x, y=y, radial=radial, layer=layer, z=z, **rest)
@@ -124,6 +125,9 @@ def cg_radial_partials(
 
 class _Call:
     """One evaluation of derivatives of F, some edges at a time."""
+
+    weight: Any  # one of the two may be missing, see _named
+    bias: Any
 
     def __init__(self, call: SimpleNamespace) -> None:
         self.x, self.y, self.radial, self.z = call.x, call.y, call.radial, call.z
