@@ -8,24 +8,24 @@ difference of forces and energy is printed for each grid.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from golden import graph_of
 from rich.console import Console
 from rich.table import Table
-from safetensors.torch import load_file
 from scipy.spatial.transform import Rotation
 from torch import Tensor
 
 from atomeq.graph.atom_graph import AtomGraph
-from atomeq.potential.official_names import build_official, official_weights
 
-ROOT = Path(__file__).resolve().parent.parent
-CASE = ROOT / "tests" / "golden" / "oc20_models" / "eqv2_p2_slab_L4M2_oc20style"
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "golden"))
+from checkers.cases import Case
+from checkers.oc20 import case_model
+
+GOLDEN = Path(__file__).resolve().parents[1] / "tests" / "golden"
+CASE = GOLDEN / "oc20_models" / "eqv2_p2_slab_L4M2_oc20style"
 GRIDS = (10, 14, 18, 24, 32, 40)
 N_ROTATIONS = 4
 
@@ -38,12 +38,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("case", nargs="?", type=Path, default=CASE, metavar="CASE")
     parser.add_argument("--grids", type=int, nargs="+", default=GRIDS)
     arguments = parser.parse_args(argv)
-    case = json.loads((arguments.case / "case.json").read_text(encoding="utf-8"))
-    model: Any = build_official(case["model"], case["config"])
-    stored = load_file(arguments.case / "weights.safetensors")
-    model.load_state_dict(official_weights(model, stored))
-    model.eval().requires_grad_(False)
-    graph = graph_of(load_file(arguments.case / "inputs.safetensors"))
+    case: Any = Case.read(arguments.case / "case.json")
+    model: Any = case_model(case)
+    graph = case.graph()
     table = Table("grid_resolution", "forces, ΔF/F", "energy, ΔE/E", box=None)
     for grid in arguments.grids:
         model.set_grid_resolution(grid)

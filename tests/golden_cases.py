@@ -1,47 +1,41 @@
-"""Cases of tests/golden: the published model with its weights, and the reference's own graph."""
+"""Cases of tests/golden that several tests use: the published model, and the reference's graph."""
 
-import json
-import runpy
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from checkers import oc20
+from checkers.cases import Case, FolderCase
 
 from atomeq.graph.atom_graph import AtomGraph
 from atomeq.models.base import AtomisticModel
-from atomeq.potential.official_names import build_official, official_weights
 
-ROOT = Path(__file__).resolve().parents[1]
-GOLDEN = ROOT / "tests" / "golden"
+GOLDEN = Path(__file__).parent / "golden"
 SLAB = GOLDEN / "oc20_models" / "eqv2_p2_slab_L4M2_oc20style"
 
 
-def script() -> dict[str, Any]:
-    """Return the functions of scripts/golden.py."""
-    return runpy.run_path(str(ROOT / "scripts" / "golden.py"), run_name="golden")
+def folder_case(folder: Path) -> FolderCase:
+    case = Case.read(folder / "case.json")
+    assert isinstance(case, FolderCase)
+    return case
 
 
 def case_model(folder: Path, **changes: Any) -> AtomisticModel:
-    case = json.loads((folder / "case.json").read_text())
-    model = build_official(case["model"], {**case["config"], **changes})
-    model.load_state_dict(official_weights(model, load_file(folder / "weights.safetensors")))
-    return model.eval().requires_grad_(False)
+    return oc20.case_model(folder_case(folder), **changes)
+
+
+def case_graph(folder: Path) -> AtomGraph:
+    return folder_case(folder).graph()
 
 
 def published_checkpoint(folder: Path) -> dict[str, Any]:
     """A case's model as the Open Catalyst Project's files hold theirs, for torch.save."""
-    case = json.loads((folder / "case.json").read_text())
-    weights = load_file(folder / "weights.safetensors")
+    case = folder_case(folder)
     return {
-        "state_dict": {f"module.module.{name}": tensor for name, tensor in weights.items()},
+        "state_dict": {f"module.module.{name}": value for name, value in case.weights().items()},
         "normalizers": {
             "target": {"mean": torch.tensor(-0.75), "std": torch.tensor(2.9)},
             "grad_target": {"mean": torch.tensor(0.0), "std": torch.tensor(2.9)},
         },
-        "config": {"model": case["model"], "model_attributes": case["config"]},
+        "config": {"model": case.model, "model_attributes": case.config},
     }
-
-
-def case_graph(folder: Path) -> AtomGraph:
-    return script()["graph_of"](load_file(folder / "inputs.safetensors"))

@@ -9,11 +9,11 @@ from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
-import golden
 import pytest
 import torch
-from golden_faenet import in_their_order
-from golden_light import Case
+from checkers.cases import Case
+from checkers.faenet import in_their_order
+from checkers.registry import main
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import layer_norm, silu
@@ -241,7 +241,7 @@ OPTIONS = {
 @pytest.mark.parametrize("model", OUTPUTS)
 def test_published_segno_takes_its_options(model: str, options: str, tmp_path: Path) -> None:
     case_of(tmp_path, model, 7, **OPTIONS[options])
-    assert golden.main([str(tmp_path)]) == 0
+    assert main([str(tmp_path)]) == 0
 
 
 @pytest.mark.parametrize("model", OUTPUTS)
@@ -252,7 +252,7 @@ def test_options_matter_so_that_one_that_is_ignored_is_found(model: str, tmp_pat
     for name, value in (("tanh", False), ("recurrent", True)):
         changed = document | {"config": document["config"] | {name: value}}
         path.write_text(json.dumps(changed))
-        assert golden.main([str(tmp_path)]) == 1
+        assert main([str(tmp_path)]) == 1
 
 
 @pytest.mark.parametrize("name", sorted(p.parent.name for p in RECORDED.rglob("segno_*/*.json")))

@@ -1,11 +1,9 @@
-"""Compares MACE with its reference implementation, for golden.py: cases of golden/mace."""
+"""Golden checks of MACE: outputs, virials and features of the reference implementation."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from atomeq.graph.atom_graph import AtomGraph
@@ -13,18 +11,28 @@ from atomeq.models.mace import MACE
 from atomeq.potential.derivatives import energy_and_gradients
 from atomeq.potential.import_mace import mace_potential
 from atomeq.potential.potential import Potential
+from checkers.cases import Case, FolderCase, Tensors, compare_all
+from checkers.report import Report
 
-Tensors = dict[str, Tensor]
+# The stress is the virials by a volume, which the reference makes up for molecules; the energy of
+# interaction is what the atoms' energies leave of the energy.
+CONTAINED = ("out.stress", "out.interaction_energy")
 
 
-def is_mace(case: dict[str, Any]) -> bool:
+def handles(case: Case) -> bool:
     """Say whether a case is of MACE."""
-    return case.get("model") in ("MACE", "ScaleShiftMACE")
+    return case.model in ("MACE", "ScaleShiftMACE")
 
 
-def case_potential(folder: Path, case: dict[str, Any], head: int, dtype: torch.dtype) -> Potential:
+def check(case: FolderCase, report: Report) -> None:
+    """Check a case in float64 and float32, for its stress the virials and for two energies one."""
+    for dtype in case.tolerances:
+        compare_all(case, report, compute(case, dtype), dtype, without=CONTAINED)
+
+
+def case_potential(case: FolderCase, head: int, dtype: torch.dtype) -> Potential:
     """Return the potential of a case, for one of its heads."""
-    config = case["config"]
+    config = case.config
     first, other = config["interaction_cls_first"], config["interaction_cls"]
     options = {
         "interactions": [first] + [other] * (config["num_interactions"] - 1),
@@ -33,7 +41,7 @@ def case_potential(folder: Path, case: dict[str, Any], head: int, dtype: torch.d
         "apply_cutoff": config["apply_cutoff"],
         "distance_transform": config["distance_transform"],
     }
-    state = load_file(folder / "weights.safetensors")  # float32, these are float64 there
+    state = case.weights()  # float32, these are float64 there
     for name in ("scale", "shift"):
         if config[name] is not None:
             state[f"scale_shift.{name}"] = torch.tensor(config[name], dtype=torch.float64)
@@ -46,15 +54,15 @@ def case_potential(folder: Path, case: dict[str, Any], head: int, dtype: torch.d
     return potential
 
 
-def compute(folder: Path, case: dict[str, Any], graph: AtomGraph, dtype: torch.dtype) -> Tensors:
+def compute(case: FolderCase, dtype: torch.dtype) -> Tensors:
     """Return outputs and intermediates under the names of the case; heads structure by structure.
 
     Intermediates are those of the first head, which the features do not depend on.
     """
-    heads = case["structure_heads"]
+    graph, heads = case.graph(), case.document["structure_heads"]
     found: Tensors = {}
     for head in sorted(set(heads)):
-        potential = case_potential(folder, case, head, dtype)
+        potential = case_potential(case, head, dtype)
         result = _of_head(potential, graph)
         of_graph = torch.tensor([h == head for h in heads])
         of_atom = of_graph[graph.batch]

@@ -1,20 +1,26 @@
-"""Golden checks of FAENet as published, frame averages included; see golden_light.py."""
+"""Golden checks of FAENet as published, frame averages included."""
 
 import torch
-from golden_light import RELATIVE, Case, Report, Tensors, compare_all, gradients, probe_loss
 from torch import Tensor
 
 from atomeq.graph.atom_graph import AtomGraph
 from atomeq.models.faenet import FAENet, published
 from atomeq.models.frame_averaged import FrameAveraged
 from atomeq.ops.segment.operations import segment_sum
+from checkers.cases import Case, FileCase, Tensors, compare_all, gradients, probe_loss
+from checkers.report import Report
 
 PROPERTIES = "embed_block.phys_emb.properties"
 
 
-def check(case: Case, report: Report) -> None:
+def handles(case: Case) -> bool:
+    """Say whether a case belongs here."""
+    return case.family == "faenet"
+
+
+def check(case: FileCase, report: Report) -> None:
     """Check a case in float64 and float32."""
-    for dtype in RELATIVE:
+    for dtype in case.tolerances:
         model = published(case.config)
         load(model, case, report)
         model = model.to(dtype).eval()
@@ -36,7 +42,7 @@ def check(case: Case, report: Report) -> None:
         compare_all(case, report, found, dtype)
 
 
-def load(model: FAENet, case: Case, report: Report) -> None:
+def load(model: FAENet, case: FileCase, report: Report) -> None:
     """Load the reference's weights; only tables that are no weights may stay behind."""
     weights = case.weights(torch.float32)
     tables = {name: weights.pop(name) for name in list(weights) if ".phys_emb." in name}

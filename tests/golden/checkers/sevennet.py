@@ -1,24 +1,38 @@
-"""Checks cases of SevenNet's layout: ``golden.py`` calls this where a case says so."""
+"""Golden checks of SevenNet: outputs and features of each layer, modality by modality."""
 
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from atomeq.graph.atom_graph import AtomGraph
 from atomeq.nn.irreps import Features
 from atomeq.potential.import_sevennet import sevennet_potential
+from checkers.cases import Case, FolderCase, Tensors, compare_all
+from checkers.report import Report
 
 MODEL = "E3_equivariant_model (SevenNet/NequIP)"
 
 
-def outputs(folder: Path, case: dict[str, Any], graph: AtomGraph, dtype: torch.dtype) -> Any:
+def handles(case: Case) -> bool:
+    """Say whether a case is of SevenNet."""
+    return case.model == MODEL
+
+
+def check(case: FolderCase, report: Report) -> None:
+    """Check a case in float64 and float32; the stress only where every structure has one."""
+    without = [] if all(case.document["stress_valid"]) else ["out.stress"]
+    for dtype in case.tolerances:
+        theirs, ours = case.expected(dtype), outputs(case, dtype)
+        ours |= {key: ours[key].reshape(theirs[key].shape) for key in ours.keys() & theirs.keys()}
+        compare_all(case, report, ours, dtype, without=without)
+
+
+def outputs(case: FolderCase, dtype: torch.dtype) -> Tensors:
     """Return our outputs and intermediates under the names of the case."""
-    state = load_file(folder / "weights.safetensors")
-    modalities = case["modalities"] or [None] * graph.n_graphs
-    found: dict[str, Tensor] = {}
+    state, graph = case.weights(), case.graph()
+    modalities = case.document["modalities"] or [None] * graph.n_graphs
+    found: Tensors = {}
     for modal in dict.fromkeys(modalities):  # a potential knows one; the batch is put together
         own = compute(case, state, graph, dtype, modal)
         chosen = torch.tensor([m == modal for m in modalities])
@@ -32,16 +46,12 @@ def outputs(folder: Path, case: dict[str, Any], graph: AtomGraph, dtype: torch.d
 
 
 def compute(
-    case: dict[str, Any],
-    state: dict[str, Tensor],
-    graph: AtomGraph,
-    dtype: torch.dtype,
-    modal: str | None,
-) -> dict[str, Tensor]:
+    case: FolderCase, state: Tensors, graph: AtomGraph, dtype: torch.dtype, modal: str | None
+) -> Tensors:
     """Compute the whole batch with the potential of one modality."""
-    potential = sevennet_potential(case["config"], state, modal=modal).to(dtype)
+    potential = sevennet_potential(case.config, state, modal=modal).to(dtype)
     model: Any = potential.model
-    found: dict[str, Tensor] = {}
+    found: Tensors = {}
 
     def keep(name: str) -> Any:
         return lambda module, given, result: found.__setitem__(f"mid.{name}", flat(result))
@@ -53,7 +63,7 @@ def compute(
             hooks.append(layer.intro.register_forward_hook(keep(f"block{t}.self_interaction_1")))
             hooks.append(layer.outro.register_forward_hook(keep(f"block{t}.self_interaction_2")))
     properties = ["energy", "energies", "forces"]
-    if all(case["stress_valid"]):
+    if all(case.document["stress_valid"]):
         properties.append("stress")
     found |= {f"out.{name}": value for name, value in potential(graph, properties).items()}
     for hook in hooks:

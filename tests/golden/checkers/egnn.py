@@ -1,15 +1,16 @@
-"""Golden checks of EGNN and SEGNO in their published forms; see golden_light.py."""
+"""Golden checks of EGNN and SEGNO in their published forms."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from golden_light import RELATIVE, Case, Report, Tensors, compare_all, gradients, probe_loss
 from torch import Tensor, nn
 
 from atomeq.models import egnn_published, segno, segno_motion
 from atomeq.models.segno import Motion
+from checkers.cases import Case, FileCase, Tensors, compare_all, gradients, probe_loss
+from checkers.report import Report
 
 
 @dataclass(frozen=True)
@@ -27,13 +28,18 @@ class Variant:
     run: Callable[[Any, Tensors], Tensors]
 
 
-def check(case: Case, report: Report) -> None:
+def handles(case: Case) -> bool:
+    """Say whether a case belongs here."""
+    return case.family in ("egnn", "segno")
+
+
+def check(case: FileCase, report: Report) -> None:
     """Check a case in float64 and float32."""
     if case.model not in VARIANTS:
         report.fail(f"no variant {case.model!r}; there are {', '.join(VARIANTS)}")
         return
     variant = VARIANTS[case.model]
-    for dtype in RELATIVE:
+    for dtype in case.tolerances:
         model = variant.build(case.config).to(dtype).eval()
         model.load_state_dict(variant.rename(case.weights(dtype), model))
         inputs, wanted = case.inputs(dtype), case.expected(dtype)
@@ -56,7 +62,9 @@ def check(case: Case, report: Report) -> None:
         compare_all(case, report, found, dtype)
 
 
-def official_parameters(case: Case, variant: Variant, model: nn.Module) -> list[tuple[str, Tensor]]:
+def official_parameters(
+    case: FileCase, variant: Variant, model: nn.Module
+) -> list[tuple[str, Tensor]]:
     """Return our parameters under the reference's names, found by renaming one name at a time."""
     ours = dict(model.named_parameters())
     pairs = []

@@ -1,22 +1,28 @@
-"""Golden checks of MHNN, EquiHGNN and the hypergraphs they run on; see golden_light.py."""
+"""Golden checks of MHNN, EquiHGNN and the hypergraphs they run on."""
 
 from typing import Any
 
 import torch
-from golden_light import RELATIVE, Case, Report, Tensors, compare_all, gradients, probe_loss
 from torch import nn
 
 from atomeq.graph.hyperedges import published_hypergraph, ring_features
 from atomeq.graph.perception import import_chem
 from atomeq.models.equihgnn_published import Molecules, PublishedEquiHGNN
+from checkers.cases import Case, FileCase, Tensors, compare_all, gradients, probe_loss
+from checkers.report import Report
 
 
-def check(case: Case, report: Report) -> None:
+def handles(case: Case) -> bool:
+    """Say whether a case belongs here."""
+    return case.family == "equihgnn"
+
+
+def check(case: FileCase, report: Report) -> None:
     """Check a case: the construction of hypergraphs, or a network in float64 and float32."""
     if case.model == "equihgnn_hypergraph":
         check_hypergraphs(case, report)
         return
-    for dtype in RELATIVE:
+    for dtype in case.tolerances:
         model = build(case.model, case.config).to(dtype).eval()
         model.load_state_dict(case.weights(dtype))
         inputs, wanted = case.inputs(dtype), case.expected(dtype)
@@ -87,7 +93,7 @@ def run(model: PublishedEquiHGNN, inputs: Tensors) -> Tensors:
     return found
 
 
-def check_hypergraphs(case: Case, report: Report) -> None:
+def check_hypergraphs(case: FileCase, report: Report) -> None:
     """Build every molecule's hypergraph and compare all its arrays, implicit and explicit H."""
     chem = import_chem()
     for wanted in case.document["molecules"]:
