@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The CUDA tests and the CUDA benchmark on a machine with one NVIDIA GPU, in under nine minutes.
-#   bash scripts/gpu_check.sh          results go to $OUT if that is set, else to scripts/results/
+#   bash scripts/gpu_check.sh          results go to $OUT if that is set, else to scripts/benchmarks/results/
 # It needs torch with CUDA and triton in the system's Python ($PYTHON, python3.12, python3), made for
 # torch 2.11 with triton 3.6 and for torch 2.13. What else the operations import is taken from there,
 # or installed beside it into .venv-gpu: from ./gpu_wheels where there is that folder, else from
@@ -13,11 +13,11 @@
 # Where a new GPU, driver or Triton must be looked at, since the CPU tests can not show it:
 #  * correctness: the interpreter runs one program after the other, has no shared memory, no limit of
 #    registers, and cuts off where a GPU rounds to bfloat16. The tests marked gpu or triton hold the
-#    bars on the device; `scripts/triton_compile.py LMAX MMAX` shows spills and shared memory.
+#    bars on the device; `scripts/benchmark.py triton-compile LMAX MMAX` shows spills and shared memory.
 #  * ops/edge/triton/so2.py: _MANY_EDGES, where cuBLAS takes over from the grouped kernel, and
 #    _TILE; with matmul precision "medium" the grouped kernel serves any number of edges. With gates
 #    it has 254 of 255 registers in single precision ("highest"), none spilled; 172 in TF32.
-#  * `scripts/count_traffic.py` says what a layer should read and write: a kernel that takes much
+#  * `scripts/benchmark.py count-traffic` says what a layer should read and write: a kernel that takes much
 #    longer than its bytes at 4.3 TB/s is the one to look at.
 #  * ops/triton_launch.py: _REGISTER_TILE (edges of one program); rotation.py and coupling.py:
 #    BLOCK_E and num_warps of the sums over an atom's edges, which wait for memory if edges are few;
@@ -29,7 +29,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-out=${OUT:-scripts/results}
+out=${OUT:-scripts/benchmarks/results}
 mkdir -p "$out"
 export OMP_NUM_THREADS=4
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
@@ -83,7 +83,7 @@ step() {
 step tests 200 "$python" -m pytest tests/ops/test_triton.py tests/ops/test_triton_gradients.py \
   tests/ops/test_adapters.py -m "(gpu or triton) and not slow" -q -p no:cacheprovider \
   --junitxml "$out/gpu_tests.xml"
-step benchmark 230 "$python" scripts/benchmark_tensor_product.py --device cuda --quick \
+step benchmark 230 "$python" scripts/benchmark.py tensor-product --device cuda --quick \
   --out "$out/tensor_product_cuda.json"
 
 if [ ${#failed[@]} -gt 0 ]; then

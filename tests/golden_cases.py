@@ -4,11 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from checkers import oc20
-from checkers.cases import Case, FolderCase
 
 from atomeq.graph.atom_graph import AtomGraph
 from atomeq.models.base import AtomisticModel
+from checkers import oc20
+from checkers.cases import Case, FolderCase
 
 GOLDEN = Path(__file__).parent / "golden"
 SLAB = GOLDEN / "oc20_models" / "eqv2_p2_slab_L4M2_oc20style"

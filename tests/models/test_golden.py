@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from golden_cases import GOLDEN
+
 from checkers.cases import Case, FileCase
 from checkers.registry import check, families, family_of, find_cases, main
 from checkers.report import Report
-from golden_cases import GOLDEN
 
 pytestmark = pytest.mark.golden
 CASES = [Case.read(path) for path in find_cases(GOLDEN)]

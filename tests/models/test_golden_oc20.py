@@ -5,11 +5,12 @@ import shutil
 
 import pytest
 import torch
+from golden_cases import GOLDEN, SLAB, case_graph, case_model
+
+from benchmarks.grid_resolution import main as grid_table
+from benchmarks.grid_resolution import rotation_errors
 from checkers.oc20 import compare_edges
 from checkers.registry import main
-from golden_cases import GOLDEN, SLAB, case_graph, case_model
-from grid_resolution import main as grid_table
-from grid_resolution import rotation_errors
 
 pytestmark = pytest.mark.golden
 

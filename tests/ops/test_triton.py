@@ -418,7 +418,7 @@ print("triton" in sys.modules)
 @pytest.mark.parametrize("degrees", [("2", "2"), ("4", "2")])
 def test_every_kernel_compiles_for_an_h200_without_spilling(degrees: tuple[str, str]) -> None:
     code = "import runpy, sys; sys.argv[1:] = {!r}; runpy.run_path({!r}, run_name='__main__')"
-    script = pathlib.Path(__file__).parents[2] / "scripts" / "triton_compile.py"
+    script = pathlib.Path(__file__).parents[2] / "scripts" / "benchmarks" / "triton_compile.py"
     result = run_without_interpreter(code.format(list(degrees), str(script)))
     assert result.returncode == 0, result.stderr
     kernels = [json.loads(line) for line in result.stdout.splitlines()]

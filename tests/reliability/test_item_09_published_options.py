@@ -11,15 +11,15 @@ from typing import Any
 
 import pytest
 import torch
-from checkers.cases import Case
-from checkers.faenet import in_their_order
-from checkers.registry import main
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import layer_norm, silu
 
 from atomeq.models.equihgnn_published import PublishedEquiHGNN
 from atomeq.nn.hypergraph import HypergraphMLP
+from checkers.cases import Case
+from checkers.faenet import in_their_order
+from checkers.registry import main
 
 RECORDED = Path(__file__).parents[1] / "golden" / "light_models"
 EXACT = 1e-9  # float64, the order of sums

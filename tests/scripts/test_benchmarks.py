@@ -3,14 +3,9 @@
 import json
 from pathlib import Path
 
-import measure_rollout
+import benchmark
 import pytest
 import torch
-from benchmark_bars import bars, verdict
-from benchmark_loader import main as benchmark_loader
-from benchmark_models import main as benchmark_models
-from benchmark_models import slab
-from benchmark_stages import stage_shares
 from golden_cases import SLAB, case_graph, case_model
 from oc20_example import main as oc20_example
 
@@ -18,6 +13,11 @@ from atomeq.cli import main as command
 from atomeq.data.oc20 import open_frames
 from atomeq.potential.potential import Potential
 from atomeq.potential.references import AtomicReferences
+from benchmarks import bars, record, rollout
+from benchmarks.judged import Judged, summary
+from benchmarks.models import slab
+from benchmarks.operation_bars import bars as operation_bars
+from benchmarks.stages import stage_shares
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
@@ -45,7 +45,7 @@ def test_stages_add_up_and_leave_the_model_alone():
 def test_models_are_timed_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     out = tmp_path / "models.json"
     n_threads = torch.get_num_threads()
-    assert benchmark_models(["--models", "egnn,segno", "--quick", "--out", str(out)]) == 0
+    assert benchmark.main(["models", "--models", "egnn,segno", "--quick", "--out", str(out)]) == 0
     torch.set_num_threads(n_threads)
     document = json.loads(out.read_text())
     assert set(document) == {"egnn", "segno"}
@@ -53,13 +53,13 @@ def test_models_are_timed_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert document["segno"]["machine"]["torch"] == torch.__version__
     assert f"{document['egnn']['parameters']:,}" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="no model 'egn'"):
-        benchmark_models(["--models", "egn", "--out", str(out)])
+        benchmark.main(["models", "--models", "egn", "--out", str(out)])
 
 
 def test_the_loader_is_timed_over_the_run(tmp_path: Path):
     out = tmp_path / "loader.json"
     n_threads = torch.get_num_threads()
-    benchmark_loader(["--frames=3", "--structures=20", "--batch=2", "--out", str(out)])
+    benchmark.main(["loader", "--frames=3", "--structures=20", "--batch=2", "--out", str(out)])
     torch.set_num_threads(n_threads)
     document = json.loads(out.read_text())
     assert sum(row["structures"] for row in document["tenths"]) == 20
@@ -86,19 +86,18 @@ def test_example_data_train_an_experiment(
 
 def test_rollouts_are_measured_against_the_simulator(monkeypatch: pytest.MonkeyPatch):
     """From the true start the simulator errs by nothing, small steps of its forces by little."""
-    true = measure_rollout.simulated(5)
-    monkeypatch.setattr(measure_rollout, "NUDGE", 0.0)
-    exact = measure_rollout.errors(measure_rollout.nudged(true), true)
+    true = rollout.simulated(5)
+    monkeypatch.setattr(rollout, "NUDGE", 0.0)
+    exact = rollout.errors(rollout.nudged(true), true)
     assert all(row == {"mean": 0.0, "median": 0.0, "lost": 0} for row in exact.values())
     fine, coarse = (
-        measure_rollout.errors(measure_rollout.leapfrog(n)(true), true)["1"]["median"]
-        for n in (200, 4)
+        rollout.errors(rollout.leapfrog(n)(true), true)["1"]["median"] for n in (200, 4)
     )
     assert fine < 1e-4
     assert fine < 1e-2 * coarse
-    straight = measure_rollout.straight(true)
+    straight = rollout.straight(true)
     straight[2, 4:] = torch.nan
-    lost = measure_rollout.errors(straight, true)
+    lost = rollout.errors(straight, true)
     assert [row["lost"] for row in lost.values()] == [0, 0, 1, 1]
 
 
@@ -108,10 +107,10 @@ def test_rollouts_of_trained_propagators(tmp_path: Path):
     words = ["--epochs", "5", "--systems", "4", "--runs", str(tmp_path), "--"]
     words += [f"--data.recipe.num_{part}=8" for part in ("train", "val", "test")]
     out = tmp_path / "rollout.json"
-    assert measure_rollout.main(["--out", str(out), *words]) == 0
+    assert benchmark.main(["rollout", "--out", str(out), *words]) == 0
     document = json.loads(out.read_text())
-    assert set(document["training"]) == set(measure_rollout.TRAINED)
-    assert set(document["errors"]) == {*measure_rollout.TRAINED, *measure_rollout.UNTRAINED}
+    assert set(document["training"]) == set(rollout.TRAINED)
+    assert set(document["errors"]) == {*rollout.TRAINED, *rollout.UNTRAINED}
 
 
 def test_bars_are_judged_by_the_rows_and_said_in_the_last_line():
@@ -120,8 +119,86 @@ def test_bars_are_judged_by_the_rows_and_said_in_the_last_line():
         {**shared, "lmax": lmax, "implementation": "e3nn", "ratio": {"forward": ratio}}
         for lmax, ratio in ((3, 28.0), (4, 19.0))
     ]
-    judged, line = verdict("cpu", rows)
-    assert len(judged) == len(bars("cpu"))
-    assert [entry["met"] for entry in judged if entry["figure"] is not None] == [True, False]
-    assert line.startswith("bars: 1 met, 1 missed (edge_wigner L=4 C=1 forward >= 20x e3nn: 19)")
-    assert f"{len(judged) - 2} not measured" in line
+    lines = [bar.judged(rows) for bar in operation_bars("cpu")]
+    assert [line.met for line in lines if line.measured != "-"] == [True, False]
+    text = summary(lines)
+    assert text.startswith("bars: 1 met, 1 missed (edge_wigner L=4 C=1 forward >= 20x e3nn: 19)")
+    assert f"{len(lines) - 2} not measured" in text
+
+
+def test_bars_are_measured_once_for_a_state_of_the_code(tmp_path, monkeypatch, capsys):
+    calls = []
+
+    def row(quick: bool) -> list[Judged]:
+        calls.append(quick)
+        return [Judged.at_least("speed", 3.0, 2.0, "x"), Judged.at_most("error", 2.0, 1.0)]
+
+    monkeypatch.setattr(bars, "ROWS", {"a row": row, "another": row})
+    monkeypatch.setattr(bars, "code_digest", lambda: "this code")
+    words = ["bars", "--quick", "--only", "a row", "--out", str(tmp_path / "bars.json")]
+    n_threads = torch.get_num_threads()
+    assert benchmark.main(words) == benchmark.main(words) == 1  # one is missed
+    assert calls == [True]
+    assert "bars: 1 met, 1 missed (error <= 1: 2)" in capsys.readouterr().out
+    benchmark.main([*words, "--again"])
+    benchmark.main([word for word in words if word != "--quick"])  # more carefully
+    assert calls == [True, True, False]
+    monkeypatch.setattr(bars, "code_digest", lambda: "other code")
+    benchmark.main(words)
+    torch.set_num_threads(n_threads)
+    assert calls == [True, True, False, True]
+
+
+def test_an_interrupted_fit_goes_on_and_a_finished_one_is_left(tmp_path, monkeypatch):
+    """A second call is refused neither before nor after the first checkpoint."""
+    words, run = ["-c", "experiment.yaml"], tmp_path / "run"
+    asked: list[tuple[str, ...]] = []
+
+    def atomeq(*given: str) -> None:
+        asked.append(given)
+        if len(asked) < 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(record, "atomeq", atomeq)
+    for n_calls in (1, 2):
+        with pytest.raises(KeyboardInterrupt):
+            record.fit(run, words)
+        if n_calls == 1:
+            (run / "checkpoints").mkdir()
+            (run / "checkpoints" / "last.ckpt").touch()
+    record.fit(run, words)
+    record.fit(run, words)
+    folder = f"--trainer.default_root_dir={run}"
+    on = ("fit", *words, folder, "--ckpt_path=last")
+    assert asked == [("fit", *words, folder, "--overwrite"), on, on]
+    assert len(json.loads((run / "cpu_seconds.json").read_text())) == 3
+
+
+def test_the_door_lists_every_benchmark_and_each_can_be_imported(capsys):
+    assert benchmark.main([]) == 0
+    listed = {line.split()[0] for line in capsys.readouterr().out.splitlines()[2:]}
+    issued = "tensor-product models dynamics training screening loader export startup bars"
+    assert set(issued.split()) <= listed
+    for name in listed - {"triton-compile", "count-traffic"}:  # those want Triton their own way
+        with pytest.raises(SystemExit, match="0"):
+            benchmark.main([name, "--help"])
+    assert benchmark.main(["screning"]) == 2
+    assert "did you mean screening?" in capsys.readouterr().err
+
+
+def test_a_step_of_training_is_timed(tmp_path):
+    out = tmp_path / "training.json"
+    assert benchmark.main(["training", "--models", "egnn", "--quick", "--out", str(out)]) == 0
+    row = json.loads(out.read_text())["egnn"]
+    assert row["step"] == pytest.approx(
+        row["forward"] + row["backward"] + row["optimizer"], rel=0.5
+    )
+    assert row["step"] > row["energy_and_forces"] > 0
+
+
+def test_traffic_of_a_layer_is_counted():
+    """In a process of its own: the kernels are replaced."""
+    lines = record.in_own_process("count-traffic", "1", "--channels", "16").splitlines()
+    kilobytes = [float(line.partition(" kB")[0].split()[-1]) for line in lines]
+    assert len(kilobytes) == 3  # forward, forces, a step of training on them
+    assert all(amount > 0.1 for amount in kilobytes)

@@ -1,7 +1,7 @@
 """Measure what batched dynamics costs: throughput against ASE, overhead of a step, memory, scaling.
 
-``.venv/bin/python scripts/benchmark_dynamics.py --quick`` (about five minutes) prints one table and
-writes scripts/results/dynamics_cpu.json; without ``--quick`` 256 molecules relax to 0.1 eV/Å, which
+``benchmark.py dynamics --quick`` (about five minutes) prints one table and writes
+results/dynamics_cpu.json; without ``--quick`` 256 molecules relax to 0.1 eV/Å, which
 takes about a quarter of an hour. Times are CPU seconds of one thread, taken in turns where two
 things are compared. Relaxations are also timed by the clock with as many threads as there are
 cores for the batch; a molecule alone is too small for threads. That means something on an idle
@@ -23,13 +23,10 @@ import itertools
 import json
 import logging
 import os
-import platform
 import resource
-import subprocess
 import sys
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -39,7 +36,6 @@ from ase.build import bulk
 from ase.data import covalent_radii
 from ase.optimize import FIRE as ASE_FIRE
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from atomeq import AtomeqCalculator, Potential, load_potential, relax
@@ -53,10 +49,11 @@ from atomeq.models.egnn import EGNN
 from atomeq.models.escn import ESCN
 from atomeq.ops.segment.operations import segment_sum
 from atomeq.typing import PropertyKey
+from benchmarks.judged import Judged, table_of
+from benchmarks.record import RESULTS, cpu_seconds_so_far, in_own_process, machine, write
 
-ROOT = Path(__file__).resolve().parent.parent
-_log = logging.getLogger("benchmark_dynamics")
-RESULTS = ROOT / "scripts" / "results" / "dynamics_cpu.json"
+_log = logging.getLogger("benchmarks.dynamics")
+FILE = RESULTS / "dynamics_cpu.json"
 FMAX, QUICK_FMAX = 0.1, 2.0  # eV/Å
 MAX_STEPS = 1000
 NETWORKS: dict[str, Callable[[], AtomisticModel]] = {
@@ -232,18 +229,15 @@ def memory(n_turns: int = 3) -> dict[str, object]:
         kept, given_back = [], []
         for _ in range(n_turns):
             for found, more in ((kept, {}), (given_back, default)):
-                command = [sys.executable, __file__, "--stepping", name]
-                done = subprocess.run(
-                    command, env=os.environ | more, stdout=subprocess.PIPE, check=True, text=True
-                )
-                found.append(json.loads(done.stdout))
+                printed = in_own_process("dynamics", "--stepping", name, **more)
+                found.append(json.loads(printed))
         ratios = [b["ms"] / a["ms"] for a, b in zip(kept, given_back, strict=True)]
         rows[name] = {"kept": kept, "given_back": given_back, "ratios": ratios}
         _log.info("%s: %s", name, rows[name])
     return rows
 
 
-def overhead(n_steps: int) -> dict[str, float]:
+def overhead(n_steps: int) -> dict[str, Any]:
     """Measure what a step of 500 Cu atoms spends outside of the potential."""
     potential = load_potential("cu-pbe")
     spent = 0.0
@@ -293,20 +287,19 @@ def scaling(sizes: tuple[tuple[int, int, int], ...], n_steps: int) -> dict[str, 
     return {"rows": rows, "exponent": float(np.polyfit(x, y, 1)[0])}
 
 
-def scaling_in_subprocess(*, quick: bool) -> dict[str, object]:
+def scaling_in_subprocess(*, quick: bool) -> dict[str, Any]:
     """Run :func:`scaling` in a fresh process, whose peak of memory is its own."""
-    command = [sys.executable, __file__, "--scaling", *(["--quick"] if quick else [])]
-    done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
-    return json.loads(done.stdout)
+    words = ["--quick"] if quick else []
+    return json.loads(in_own_process("dynamics", "--scaling", *words))
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer steps")
     parser.add_argument("--memory", action="store_true", help="only what keeping memory is worth")
     parser.add_argument("--scaling", action="store_true", help="scaling alone, as JSON")
     parser.add_argument("--stepping", choices=NETWORKS, help="steps of a batch alone, as JSON")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     logging.basicConfig()
     _log.setLevel(logging.INFO)
     torch.set_num_threads(1)
@@ -314,59 +307,48 @@ def main() -> None:
         # The small ones first: the peak of a process never falls.
         sizes = ((5, 5, 5), (9, 9, 9), (13, 13, 15))
         sys.stdout.write(json.dumps(scaling(sizes, 2 if options.quick else 4)))
-        return
+        return 0
     if options.stepping:
         sys.stdout.write(json.dumps(stepping(options.stepping)))
-        return
+        return 0
     if options.memory:
         Console().print(memory())
-        return
-    started = time.process_time()
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout.strip()
-    about = {"quick": options.quick, "torch": torch.__version__, "machine": platform.machine()}
-    results: dict[str, object] = about | {"commit": commit}
-    results["relaxation"] = relaxations(quick=options.quick)
-    results["overhead"] = overhead(10 if options.quick else 30)
-    results["scaling"] = scaling_in_subprocess(quick=options.quick)
-    children = resource.getrusage(resource.RUSAGE_CHILDREN)
-    results["cpu_s"] = time.process_time() - started + children.ru_utime + children.ru_stime
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(results, indent=2) + "\n")
-    show(results)
+        return 0
+    started = cpu_seconds_so_far()
+    results: dict[str, Any] = {"quick": options.quick, "machine": machine()}
+    results |= {name: measure(options.quick) for name, measure in MEASUREMENTS.items()}
+    results["cpu_s"] = cpu_seconds_so_far() - started
+    write(FILE, results)
+    Console().print(table_of("dynamics, one CPU thread where not said", bars(results)))
+    return 0
 
 
-def show(results: dict) -> None:
-    table = Table("what", "measured", "to reach", title="dynamics, one CPU thread where not said")
-    for name, row in results["relaxation"].items():
-        n = row["molecules"]
-        table.add_row(f"{name}: {n} batched / ASE FIRE", f"{row['speedup']:.2f} x", ">= 4 x")
-        ratio = row["ratio_of_the_potential_alone"]
-        table.add_row(f"{name}: of the potential alone", f"{ratio:.2f} x", "")
+MEASUREMENTS: dict[str, Callable[[bool], dict[str, Any]]] = {
+    "relaxation": lambda quick: relaxations(quick=quick),
+    "overhead": lambda quick: overhead(10 if quick else 30),
+    "scaling": lambda quick: scaling_in_subprocess(quick=quick),
+}
+
+
+def bars(results: dict[str, Any]) -> Iterator[Judged]:
+    """Judge what was measured."""
+    for name, row in results.get("relaxation", {}).items():
+        n, alone = row["molecules"], row["ratio_of_the_potential_alone"]
+        yield Judged.at_least(f"{name}: {n} batched / ASE FIRE", row["speedup"], 4.0, "x")
+        yield Judged(f"{name}: of the potential alone", f"{alone:.2f} x")
         if "all_cores" in row:
             cores = row["all_cores"]
-            table.add_row(
-                f"{name}: by the clock, {cores['threads']} threads", f"{cores['speedup']:.2f} x", ""
-            )
-        table.add_row(
-            f"{name}: to {row['fmax']} eV/Å", f"{row['converged']} of {n} converged", "all"
-        )
+            what = f"{name}: by the clock, {cores['threads']} threads"
+            yield Judged(what, f"{cores['speedup']:.2f} x")
+        what = f"{name}: to {row['fmax']} eV/Å"
+        yield Judged(what, f"{row['converged']} of {n} converged", "all", row["converged"] == n)
         difference = row["largest_energy_difference_eV"]
-        table.add_row(f"{name}: energies differ", f"{difference:.1e} eV", "1e-6 eV")
-    share = results["overhead"]["overhead_of_step"]
-    table.add_row("MD overhead, 500 atoms", f"{100 * share:.1f} % of a step", "<= 10 %")
-    largest = results["scaling"]["rows"][-1]
-    table.add_row(
-        f"peak memory, {largest['atoms']} atoms", f"{largest['peak_GB']:.2f} GB", "< 8 GB"
-    )
-    table.add_row("time ~ atoms to the power", f"{results['scaling']['exponent']:.3f}", "1")
-    Console().print(table)
-
-
-if __name__ == "__main__":
-    main()
+        yield Judged.at_most(f"{name}: energies differ", difference, 1e-6, "eV")
+    if row := results.get("overhead"):
+        share = 100 * row["overhead_of_step"]
+        yield Judged.at_most("MD overhead, 500 atoms, of a step", share, 10.0, "%")
+    if row := results.get("scaling"):
+        largest = row["rows"][-1]
+        what = f"peak memory, {largest['atoms']} atoms"
+        yield Judged.at_most(what, largest["peak_GB"], 8.0, "GB")
+        yield Judged("time ~ atoms to the power", f"{row['exponent']:.3f}")

@@ -1,7 +1,7 @@
 """How implementations of one operation are timed side by side, with their errors and memory.
 
 The implementations of a case take turns, one call each a round, so that whatever slows the machine
-slows them all; a ratio is the median over rounds of the paired times. benchmark_cases.py makes the
+slows them all; a ratio is the median over rounds of the paired times. operation_cases.py makes the
 cases.
 """
 

@@ -1,4 +1,4 @@
-"""Runs fairchem-core 1.10.0 for benchmark_models.py, in a Python that has it; see there.
+"""Runs fairchem-core 1.10.0 for benchmarks/models.py, in a Python that has it; see there.
 
 It reads one request as JSON from each line of standard input and answers with one line on standard
 output. torch_scatter, which only models of no concern here call, huggingface_hub, which downloads

@@ -1,69 +1,50 @@
 """Train EGNN and SEGNO on charged n-body systems, three seeds each, and collect what came out.
 
-``.venv/bin/python scripts/train_nbody.py`` runs ``atomeq fit`` and ``atomeq test`` one after the
-other, about an hour on one core, and writes scripts/results/nbody.json. Called again it goes on
-where it was stopped; ``--collect`` only reads the runs that have been finished.
+``benchmark.py nbody`` runs ``atomeq fit`` and ``atomeq test`` one after the other, about an hour on
+one core, and writes results/nbody.json. Called again it goes on where it was stopped; ``--collect``
+only reads the runs that have been finished.
 """
 
 import argparse
 import csv
 import json
 import math
-import os
-import resource
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 from atomeq.cli.structures import versions
-from atomeq.files import write_atomically
+from benchmarks.record import RESULTS, ROOT, atomeq, fit, write
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "scripts" / "results" / "nbody.json"
+FILE = RESULTS / "nbody.json"
 BARS = {"egnn": 0.0070, "segno": 0.0043}  # test error to reach, length²
 CURVE_EPOCHS = 10  # between two points of the curve
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", choices=list(BARS), default=list(BARS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the runs")
     parser.add_argument("--collect", action="store_true", help="train nothing")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     wanted = [(model, seed) for model in options.models for seed in options.seeds]
     for model, seed in wanted:
         run = options.runs / f"nbody_{model}_seed{seed}"
         if not options.collect and not (run / "test_errors.json").exists():
             train(model, seed, run)
         write_results(options.runs)
+    return 0
 
 
 def train(model: str, seed: int, run: Path) -> None:
-    """Fit and test one seed, and keep the CPU seconds of the fit beside its checkpoints."""
-    run.mkdir(parents=True, exist_ok=True)
+    """Fit and test one seed."""
     words = ["-c", str(ROOT / "configs" / "experiment" / f"nbody_{model}.yaml")]
-    words += [f"--data.folder={run.parent / 'nbody-data'}", f"--trainer.default_root_dir={run}"]
+    words += [f"--data.folder={run.parent / 'nbody-data'}"]
     words += [f"--seed_everything={seed}", f"--data.seed={seed}"]
-    checkpoints = run / "checkpoints"
-    resumed = ["--ckpt_path=last"] if (checkpoints / "last.ckpt").exists() else []
-    spent = run / "cpu_seconds.json"
-    earlier = json.loads(spent.read_text()) if spent.exists() else []
-    (run / "commit").write_text(commit())
-    before = children_cpu_seconds()
-    try:
-        atomeq("fit", *words, *resumed)
-    finally:  # a fit that was stopped has cost its time too
-        spent.write_text(json.dumps([*earlier, round(children_cpu_seconds() - before, 1)]))
-    atomeq("test", *words, "--overwrite", f"--ckpt_path={checkpoints / 'best.ckpt'}")
-
-
-def atomeq(*words: str) -> None:
-    """Run a command of the package in a process of its own, on one thread."""
-    threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-    code = "from atomeq.cli import main; main()"
-    subprocess.run([sys.executable, "-c", code, *words], env=os.environ | threads, check=True)
+    fit(run, words)
+    best = f"--ckpt_path={run / 'checkpoints' / 'best.ckpt'}"
+    atomeq("test", *words, f"--trainer.default_root_dir={run}", "--overwrite", best)
 
 
 def write_results(runs: Path) -> None:
@@ -75,7 +56,7 @@ def write_results(runs: Path) -> None:
         for model in BARS
     }
     document = {
-        "command": "python scripts/train_nbody.py",
+        "command": "python scripts/benchmark.py nbody",
         "what": "charged systems of 5 bodies, positions 1,000 steps (1.0 units of time) ahead; "
         "3,000 trajectories train, 2,000 validate, 2,000 test; the epoch of lowest validation "
         "error is tested",
@@ -87,9 +68,7 @@ def write_results(runs: Path) -> None:
             if rows
         },
     }
-    RESULTS.parent.mkdir(exist_ok=True)
-    with write_atomically(RESULTS) as partial:
-        partial.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    write(FILE, document)
     for model, rows in found.items():
         for row in rows:
             figures = f"test MSE {row['test_mse']:.5f}, {row['cpu_seconds']:.0f} CPU s"
@@ -128,19 +107,3 @@ def row_of(run: Path) -> dict[str, Any]:
 
 def _version_number(path: Path) -> int:
     return int(path.parent.name.rpartition("_")[2])
-
-
-def children_cpu_seconds() -> float:
-    """Return the CPU seconds of all processes that this one has started and awaited."""
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime
-
-
-def commit() -> str:
-    """Return the commit of the source tree."""
-    command = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-
-if __name__ == "__main__":
-    main()

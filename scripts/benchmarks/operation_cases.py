@@ -1,12 +1,10 @@
-"""What benchmark_tensor_product.py times: every operation, by every library that is installed."""
+"""What ``benchmark.py tensor-product`` times: all operations, by all libraries installed."""
 
 import dataclasses
-import importlib.metadata
 import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from benchmark_rounds import Case, Implementation
 from torch import Tensor
 
 from atomeq.ops.coupling.clebsch_gordan import clebsch_gordan
@@ -30,6 +28,8 @@ from atomeq.ops.specification import Mode, OpSpec
 from atomeq.ops.sphere.gaunt import gaunt_product
 from atomeq.ops.sphere.grid import SphereGrid
 from atomeq.ops.sphere.operations import sphere_silu
+from benchmarks.record import installed
+from benchmarks.rounds import Case, Implementation
 
 DEGREE = 20  # edges per atom
 
@@ -431,11 +431,3 @@ def cases_of_light_models(
         yield "faenet_filter", lambda c=width, n=n: filter_case(c, n, dtype, device)
     for n in (400, 20_000):
         yield "egnn_pull", lambda n=n: pull_case(n, dtype, device)
-
-
-def installed(package: str) -> str | None:
-    """Return the version of a package, or None."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None

@@ -2,7 +2,8 @@
 
 import dataclasses
 
-from benchmark_rounds import PHASES
+from benchmarks.judged import Judged
+from benchmarks.rounds import PHASES
 
 
 @dataclasses.dataclass
@@ -16,14 +17,6 @@ class Bar:
     limit: float
     against: str | None = None  # the implementation; None for a figure of our own
     by: tuple[str, ...] = ("auto",)  # whose figure counts, the first one measured
-
-    def __str__(self) -> str:
-        place = f"{self.op} L={self.lmax} C={self.channels} {self.what}"
-        if self.against is not None:
-            return f"{place} >= {self.limit:g}x {self.against}"
-        unit = " ns per edge" if self.what in PHASES else ""
-        owner = f" of {self.by[0]}" if self.by[0] != "auto" else ""
-        return f"{place} <= {self.limit:g}{unit}{owner}"
 
     def figure(self, rows: list[dict]) -> float | None:
         """Return the figure reached, or None where it was not measured."""
@@ -42,9 +35,19 @@ class Bar:
             return None if seconds is None else seconds / row["n_edges"] * 1e9
         return row.get(self.what)
 
-    def met(self, figure: float) -> bool:
-        """Whether the figure is good enough."""
-        return figure >= self.limit if self.against is not None else figure <= self.limit
+    def judged(self, rows: list[dict]) -> Judged:
+        """Return the bar beside its figure; one that was not measured is neither met nor missed."""
+        owner = f" of {self.by[0]}" if self.by[0] != "auto" else ""
+        what = f"{self.op} L={self.lmax} C={self.channels} {self.what}{owner}"
+        unit = " ns per edge" if self.what in PHASES else ""
+        asked = f"<= {self.limit:g}{unit}"
+        if self.against is not None:
+            asked = f">= {self.limit:g}x {self.against}"
+        figure = self.figure(rows)
+        if figure is None:
+            return Judged(what, "-", asked)
+        met = figure >= self.limit if self.against is not None else figure <= self.limit
+        return Judged(what, f"{figure:.3g}", asked, met)
 
 
 def bars(device: str) -> list[Bar]:
@@ -97,23 +100,3 @@ def bars(device: str) -> list[Bar]:
         for lmax, kilobytes in ((2, 6), (4, 13), (6, 21))
     ]
     return found
-
-
-def verdict(device: str, rows: list[dict]) -> tuple[list[dict], str]:
-    """Return the bars with their figures, and the last line."""
-    judged, missed, unknown = [], [], []
-    for bar in bars(device):
-        figure = bar.figure(rows)
-        met = None if figure is None else bar.met(figure)
-        judged.append({"bar": str(bar), "figure": figure, "met": met})
-        if met is None:
-            unknown.append(str(bar))
-        elif not met:
-            missed.append(f"{bar}: {figure:.3g}")
-    n_met = sum(entry["met"] is True for entry in judged)
-    line = f"bars: {n_met} met, {len(missed)} missed"
-    if missed:
-        line += f" ({'; '.join(missed)})"
-    if unknown:
-        line += f", {len(unknown)} not measured ({'; '.join(unknown)})"
-    return judged, line

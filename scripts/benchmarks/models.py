@@ -1,7 +1,7 @@
 """CPU seconds, peak memory, size and stages of models on a catalysis slab.
 
-``benchmark_models.py --models escn,equiformer_v2 --quick`` prints a table and keeps its rows, with
-versions, device and commit, in scripts/results/models_cpu.json. ``escn`` and ``equiformer_v2`` are
+``benchmark.py models --models escn,equiformer_v2 --quick`` prints a table and keeps its rows, with
+versions, device and commit, in results/models_cpu.json. ``escn`` and ``equiformer_v2`` are
 the published forms (eSCN L6M2 of 12 layers, EquiformerV2 31M), the other names those of
 configs/model, and a path names any configuration of a model. One structure has 86 atoms, 80 of Pt
 and a methanol; all times are CPU seconds of energy and forces in float32 on one thread, edges
@@ -20,14 +20,12 @@ needs what atomeq needs and fairchem-core, no more:
 
 import argparse
 import json
-import platform
 import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +34,6 @@ import torch
 import yaml
 from ase import Atoms
 from ase.build import add_adsorbate, fcc111, molecule
-from benchmark_stages import stage_shares
 from rich.console import Console
 from rich.table import Table
 
@@ -45,9 +42,10 @@ from atomeq.potential.checkpoint import build_model
 from atomeq.potential.official_names import official_weights
 from atomeq.potential.potential import Potential
 from atomeq.potential.references import AtomicReferences
+from benchmarks.record import RESULTS, ROOT, in_own_process, machine, read, write
+from benchmarks.stages import stage_shares
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "scripts" / "results" / "models_cpu.json"
+FILE = RESULTS / "models_cpu.json"
 MODELS = ROOT / "configs" / "model"
 PUBLISHED = {
     "escn": MODELS / "published" / "escn_l6m2.yaml",
@@ -90,7 +88,8 @@ def main(argv: list[str] | None = None) -> int:
     rows: dict[str, Row] = {}
     for name in arguments.models.split(","):
         rows[name] = measure(name, rounds, arguments)
-        keep(arguments.out, name, {**rows[name], "rounds": rounds, "machine": machine()})
+        row = {**rows[name], "rounds": rounds, "machine": machine()}
+        write(arguments.out, {**read(arguments.out), name: row})  # what it says of others stays
     show(rows)
     differing = [n for n, row in rows.items() if row.get("largest_difference", 0.0) > SAME]
     if differing:
@@ -116,7 +115,7 @@ def _parser() -> argparse.ArgumentParser:
         help="also the peer's memory at --batch; it takes what it takes (16 GB at 4)",
     )
     parser.add_argument("--batch", type=int, default=4, help="structures where memory is measured")
-    parser.add_argument("--out", type=Path, default=RESULTS, metavar="FILE")
+    parser.add_argument("--out", type=Path, default=FILE, metavar="FILE")
     # What the script runs itself in, for the peak is one of the whole process.
     parser.add_argument("--memory-of", metavar="MODEL", help=argparse.SUPPRESS)
     parser.add_argument("--gradients", action="store_true", help=argparse.SUPPRESS)
@@ -181,14 +180,14 @@ def cpu_seconds(potential: Potential, atoms: Atoms) -> float:
 
 
 class PeerProcess:
-    """benchmark_peer.py in another Python.
+    """peers/fairchem.py in another Python.
 
     Args:
         python: Its interpreter.
     """
 
     def __init__(self, python: str) -> None:
-        script = ROOT / "scripts" / "benchmark_peer.py"
+        script = Path(__file__).parent / "peers" / "fairchem.py"
         self._process = subprocess.Popen(
             [python, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             stderr=subprocess.PIPE, text=True,
@@ -282,10 +281,8 @@ def largest_difference(potential: Potential, atoms: Atoms, results: Path) -> flo
 
 def peak_of_process(name: str, batch: int, *, gradients: bool) -> int:
     """Return the largest memory of a process that computes a batch once."""
-    words = [sys.executable, __file__, "--memory-of", name, "--batch", str(batch)]
-    words += ["--gradients"] if gradients else []
-    done = subprocess.run(words, check=True, capture_output=True, text=True)
-    return json.loads(done.stdout)
+    words = ["--memory-of", name, "--batch", str(batch), *(["--gradients"] if gradients else [])]
+    return json.loads(in_own_process("models", *words))
 
 
 def peak_memory(name: str, batch: int, gradients: bool) -> int:
@@ -310,32 +307,6 @@ def peer_peak(name: str, batch: int, python: str) -> int:
 
 
 # Results
-
-
-def machine() -> dict[str, str]:
-    """Return what the numbers depend on besides the code."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True,
-        check=False,
-    )  # fmt: skip
-    return {
-        "device": names[0] if names else platform.processor() or platform.machine(),
-        "threads": str(torch.get_num_threads()),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "atomeq": version("atomeq"),
-        "commit": commit.stdout.strip() or "unknown",
-    }
-
-
-def keep(file: Path, name: str, row: Row) -> None:
-    """Write what was measured of one model; what the file says of others stays."""
-    known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({**known, name: row}, indent=2)
-    file.write_text(text + "\n", encoding="utf-8")
 
 
 def show(rows: dict[str, Row]) -> None:
@@ -370,7 +341,3 @@ def show(rows: dict[str, Row]) -> None:
 
 def _gigabytes(count: float) -> str:
     return f"{count / GIGABYTE:.2f}"
-
-
-if __name__ == "__main__":
-    sys.exit(main())

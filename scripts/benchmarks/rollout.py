@@ -1,8 +1,9 @@
 """Errors of rollouts: learned propagators step after step, beside what needs no training.
 
-``nice -n 10 .venv/bin/python scripts/measure_rollout.py`` trains EGNN and SEGNO on charged systems
+``benchmark.py rollout`` trains EGNN and SEGNO on charged systems
 for a short time (``--epochs`` of the experiments' 500), rolls them out over ten long steps of 1,000
-simulation steps each, and compares with the simulator. scripts/results/rollout.json gets the table.
+simulation steps each, and compares with the simulator. results/rollout.json gets the table. Called
+again it goes on where it was stopped.
 
 Charged systems are chaotic: ``simulator, start off by 0.001`` is what is left to predict. The mean
 over systems belongs to the few in which charges meet; the median tells of the others.
@@ -21,15 +22,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from train_nbody import ROOT, atomeq, children_cpu_seconds, commit
 
 from atomeq.cli.structures import versions
 from atomeq.data.nbody import LARGEST_FORCE, NBodyRecipe, Trajectories, run_charged, simulate
-from atomeq.files import write_atomically
 from atomeq.potential.checkpoint import load_propagator
 from atomeq.potential.long_step import LongStep, Particles
+from benchmarks.record import RESULTS, ROOT, commit, fit, write
 
-RESULTS = ROOT / "scripts" / "results" / "rollout.json"
+FILE = RESULTS / "rollout.json"
 START, STRIDE = 30, 10  # frames: where rollouts begin, and a long step
 SHOWN = (1, 2, 5, 10)  # long steps
 NUDGE = 1e-3
@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--epochs", type=int, default=80, help="of each training")
     parser.add_argument("--systems", type=int, default=1000, help="to roll out")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the runs")
-    parser.add_argument("--out", type=Path, default=RESULTS, metavar="FILE")
+    parser.add_argument("--out", type=Path, default=FILE, metavar="FILE")
     parser.add_argument("fit", nargs="*", help="further options of atomeq fit, after --")
     options = parser.parse_args(argv)
     true = simulated(options.systems)
@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
         rows[name] = errors(rolled_out(load_propagator(folder), true), true)
     show(rows, training)
     document = {
-        "command": "python scripts/measure_rollout.py",
+        "command": "python scripts/benchmark.py rollout",
         "what": f"{options.systems} charged systems of 5 bodies that no training has seen; error "
         "of positions after 1 to 10 long steps of 1,000 simulation steps (1.0 units of time)",
         "unit": "squared error of a coordinate, length²: mean over systems, and their median",
@@ -70,9 +70,7 @@ def main(argv: list[str] | None = None) -> int:
         "training": training,
         "errors": rows,
     }
-    options.out.parent.mkdir(exist_ok=True)
-    with write_atomically(options.out) as partial:
-        partial.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    write(options.out, document)
     return 0
 
 
@@ -170,28 +168,18 @@ UNTRAINED: dict[str, Callable[[Trajectories], Tensor]] = {
 def trained(
     name: str, experiment: str, words: list[str], options: argparse.Namespace
 ) -> tuple[Path, dict[str, Any]]:
-    """Train a propagator, unless it was trained to the end; return its folder and what it cost."""
+    """Train a propagator to the end; return its folder and what it cost."""
     run = options.runs / f"rollout_{experiment}{len(words)}_{options.epochs}"
-    spent = run / "cpu_seconds.json"
-    if not spent.exists():
-        before = children_cpu_seconds()
-        atomeq(
-            "fit",
-            *("-c", str(ROOT / "configs" / "experiment" / f"nbody_{experiment}.yaml")),
-            f"--data.folder={options.runs / 'nbody-data'}",
-            f"--trainer.default_root_dir={run}",
-            f"--trainer.max_epochs={options.epochs}",
-            *words,
-            *options.fit,
-        )
-        spent.write_text(json.dumps(round(children_cpu_seconds() - before, 1)))
+    config = ROOT / "configs" / "experiment" / f"nbody_{experiment}.yaml"
+    own = [f"--data.folder={options.runs / 'nbody-data'}", f"--trainer.max_epochs={options.epochs}"]
+    fit(run, ["-c", str(config), *own, *words, *options.fit])
     best = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)
     return run / "propagator", {
         "experiment": f"configs/experiment/nbody_{experiment}.yaml",
         "options": words,
         "epochs": options.epochs,
         "val_mse": best["validation"]["mse"],
-        "cpu_seconds": json.loads(spent.read_text()),
+        "cpu_seconds": sum(json.loads((run / "cpu_seconds.json").read_text())),
     }
 
 
@@ -207,7 +195,3 @@ def show(rows: dict[str, dict[str, dict[str, float]]], training: dict[str, Any])
         cost = training.get(name, {}).get("cpu_seconds", math.nan)
         table.add_row(name, *cells, f"{cost:.0f}" if math.isfinite(cost) else "-")
     Console(width=None if sys.stdout.isatty() else 130).print(table)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,13 +1,12 @@
 """Structures per CPU second from an S2EF LMDB to batches of graphs, and the memory they take.
 
-``benchmark_loader.py`` writes slabs of 80 atoms with the package's own writer, reads them in random
+``benchmark.py loader`` writes slabs of 80 atoms with the package's own writer, reads them in random
 order with OC20's graphs (12 Å, 20 nearest neighbours) on one core, and prints structures per second
-and the resident memory as the run goes on; scripts/results/loader_cpu.json gets both, with
+and the resident memory as the run goes on; results/loader_cpu.json gets both, with
 versions, device and commit.
 """
 
 import argparse
-import json
 import sys
 import tempfile
 import time
@@ -17,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from ase.build import fcc111
-from benchmark_models import machine
 from rich.console import Console
 from rich.table import Table
 
@@ -26,8 +24,9 @@ from atomeq.data.oc20_datamodule import FrameDataset
 from atomeq.data.oc20_frame import OC20Frame
 from atomeq.data.oc20_write import write_lmdb
 from atomeq.graph.builders import NearestNeighborGraph
+from benchmarks.record import RESULTS, machine, write
 
-RESULTS = Path(__file__).resolve().parent / "results" / "loader_cpu.json"
+FILE = RESULTS / "loader_cpu.json"
 METALS = ("Cu", "Pt", "Ag", "Pd", "Au", "Ni")
 N_ATOMS = 80
 
@@ -37,26 +36,27 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--quick", action="store_true", help="a tenth of the structures")
     parser.add_argument("--frames", type=int, default=400, help="in the file")
-    parser.add_argument("--structures", type=int, default=2000, help="to read")
+    parser.add_argument("--structures", type=int, help="to read; 2000, of --quick 200")
     parser.add_argument("--batch", type=int, default=8, help="structures of a batch")
-    parser.add_argument("--out", type=Path, default=RESULTS, metavar="FILE")
+    parser.add_argument("--out", type=Path, default=FILE, metavar="FILE")
     arguments = parser.parse_args(argv)
+    n_structures = arguments.structures or (200 if arguments.quick else 2000)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "data.0000.lmdb"
         write_lmdb(path, frames(arguments.frames))
-        rows = read(path, n_structures=arguments.structures, batch=arguments.batch)
+        rows = read(path, n_structures=n_structures, batch=arguments.batch)
     show(rows)
     document = {
         "machine": machine(),
         "atoms": N_ATOMS,
         "batch": arguments.batch,
-        "structures_per_cpu_s": arguments.structures / sum(row["cpu_s"] for row in rows),
+        "structures_per_cpu_s": n_structures / sum(row["cpu_s"] for row in rows),
         "tenths": rows,
     }
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    write(arguments.out, document)
     return 0
 
 
@@ -123,7 +123,3 @@ def show(rows: list[dict[str, float]]) -> None:
             f"{row['resident_bytes'] / 1e6:.0f}",
         )
     Console(width=None if sys.stdout.isatty() else 100).print(table)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,6 +1,6 @@
 """Compile the Triton kernels for an H200 on a machine without one.
 
-    python scripts/triton_compile.py LMAX MMAX
+    python scripts/benchmark.py triton-compile LMAX MMAX
 
 prints a line of JSON for each kernel: registers per thread, bytes of its stack, bytes of spilled
 registers that it stores and loads again, shared memory, and the CPU seconds that compiling took
@@ -149,9 +149,15 @@ def compile_all(lmax: int, mmax: int, channels: int, dtype: torch.dtype) -> None
         torch.set_float32_matmul_precision("highest")
 
 
-if __name__ == "__main__":
+def main(argv: list[str]) -> int:
+    """Compile all kernels; each module's launch is replaced for good."""
     for module in (coupling, gate, rotation, row_scale, segment, so2, sphere):
         module.launch = compile_only
-    degrees = [int(number) for number in sys.argv[1:3]] or [2, 2]
+    degrees = [int(number) for number in argv[:2]] or [2, 2]
     for precision in (torch.float32, torch.bfloat16):
         compile_all(*degrees, 128, precision)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,4 +1,4 @@
-"""How equivariant a published model is on finer grids: ``grid_resolution.py [CASE] [--grids ...]``.
+"""How equivariant a published model is on finer grids: ``grid-resolution [CASE] [--grids ...]``.
 
 eSCN and EquiformerV2 as published apply SiLU at the points of a grid on the sphere, which commutes
 with rotations only as far as the grid resolves what comes out. No weight depends on the grid, so it
@@ -20,11 +20,11 @@ from torch import Tensor
 
 from atomeq.graph.atom_graph import AtomGraph
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "golden"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "golden"))
 from checkers.cases import Case
 from checkers.oc20 import case_model
 
-GOLDEN = Path(__file__).resolve().parents[1] / "tests" / "golden"
+GOLDEN = Path(__file__).resolve().parents[2] / "tests" / "golden"
 CASE = GOLDEN / "oc20_models" / "eqv2_p2_slab_L4M2_oc20style"
 GRIDS = (10, 14, 18, 24, 32, 40)
 N_ROTATIONS = 4
@@ -78,7 +78,3 @@ def _evaluate(model: Any, graph: AtomGraph) -> tuple[Tensor, Tensor]:
 
 def _relative(error: Tensor, value: Tensor) -> float:
     return float((error.square().mean() / value.square().mean()).sqrt())
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,38 +1,37 @@
 """Time the operations of atomeq.ops beside e3nn and every other library that is installed.
 
-``.venv/bin/python scripts/benchmark_tensor_product.py [--device cpu|cuda] [--quick] [--only OP]``
+``benchmark.py tensor-product [--device cpu|cuda] [--quick] [--only OP]``
 
-One process, one thread on a CPU, implementations by turns: benchmark_rounds.py measures the cases
-of benchmark_cases.py, benchmark_bars.py judges them. Times are CPU seconds of the process on a CPU
+One process, one thread on a CPU, implementations by turns: rounds.py measures the cases of
+operation_cases.py, operation_bars.py judges them. Times are CPU seconds of the process on a CPU
 and CUDA events on a GPU. Errors stand beside the times: the largest deviation from the reference
 backend in float64, of the value, its gradient and its second gradient, relative to their largest
 number. The last line says which bars are met.
 """
 
 import argparse
-import json
-import os
-import platform
-import subprocess
+import dataclasses
 import warnings
 from pathlib import Path
 
 import torch
-from benchmark_bars import verdict
-from benchmark_cases import cases, installed
-from benchmark_rounds import PHASES, measure
 
-ROOT = Path(__file__).resolve().parent.parent
+from benchmarks.judged import Judged, summary
+from benchmarks.operation_bars import bars
+from benchmarks.operation_cases import cases
+from benchmarks.record import RESULTS, installed, machine, write
+from benchmarks.rounds import PHASES, measure
+
 PEERS = ("e3nn", "cuequivariance-torch", "sphericart-torch", "openequivariance")
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--quick", action="store_true", help="fewer degrees, shorter rounds")
     parser.add_argument("--only", help="one operation, as cg_conv")
-    parser.add_argument("--out", type=Path, help="JSON file; scripts/results/... by default")
-    arguments = parser.parse_args()
+    parser.add_argument("--out", type=Path, help="JSON file; by default in results")
+    arguments = parser.parse_args(argv)
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("torch finds no CUDA device here; use --device cpu")
     torch.manual_seed(0)
@@ -40,9 +39,9 @@ def main() -> None:
     torch.set_float32_matmul_precision("high" if arguments.device == "cuda" else "highest")
     # e3nn scripts its harmonics and cuEquivariance says that it has no kernels: known, no news.
     warnings.filterwarnings("ignore")
-    out = arguments.out or ROOT / "scripts/results" / f"tensor_product_{arguments.device}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
+    out = arguments.out or RESULTS / f"tensor_product_{arguments.device}.json"
     document = {**header(arguments), "rows": []}
+    lines: list[Judged] = []
     for name, version in document["versions"].items():
         print(f"{name:<22} {version or 'not installed'}")
     print(f"\n{'op':<20} L    C   edges dtype    implementation      ", end="")
@@ -62,31 +61,24 @@ def main() -> None:
                 print(table_line(row), flush=True)
         except torch.OutOfMemoryError as error:
             print(f"{op}: {str(error).splitlines()[0]}")
-        document["bars"], line = verdict(arguments.device, document["rows"])
-        partial = out.with_suffix(".partial")
-        partial.write_text(json.dumps(document, indent=1) + "\n")
-        os.replace(partial, out)  # what was measured survives a time limit
+        lines = [bar.judged(document["rows"]) for bar in bars(arguments.device)]
+        document["bars"] = [dataclasses.asdict(line) for line in lines]
+        write(out, document)  # what was measured survives a time limit
     print(f"\nwritten: {out}")
-    print(line)
+    print(summary(lines))
+    return 0
 
 
 def header(arguments: argparse.Namespace) -> dict:
     """Return what the figures depend on besides the code."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
-    )
-    device = platform.processor() or platform.machine()
-    if arguments.device == "cuda":
-        device = torch.cuda.get_device_name()
+    device = {"device": torch.cuda.get_device_name()} if arguments.device == "cuda" else {}
     return {
-        "commit": commit.stdout.strip() or None,
-        "device": device,
+        **machine(),
+        **device,
         "quick": arguments.quick,
-        "threads": torch.get_num_threads(),
         "clock": "CUDA events" if arguments.device == "cuda" else "CPU seconds of the process",
         "matmul_precision": torch.get_float32_matmul_precision(),
         "versions": {name: installed(name) for name in ("torch", "triton", "numpy", *PEERS)},
-        "python": platform.python_version(),
     }
 
 
@@ -104,7 +96,3 @@ def table_line(row: dict) -> str:
     ]
     worst = " ".join(f"{error:.0e}" for error in row["errors"])
     return f"{place} {' '.join(cells)} {row['saved_bytes_per_edge']:>9.0f}  {worst}"
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """Count what an edge layer on the Triton kernels reads and writes, on a machine without a GPU.
 
-    python scripts/count_traffic.py [LMAX ...] [--precision highest|high|medium]
+    python scripts/benchmark.py count-traffic [LMAX ...] [--precision highest|high|medium]
 
 prints bytes per edge for a forward pass, for forces (+ backward) and for a step of force training
 (+ the gradient of the gradient), the time at an H200's bandwidth, and the largest parts. No kernel
@@ -135,12 +135,12 @@ def traffic(lmax: int, channels: int, n_edges: int) -> list[Traffic]:
     return found
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("lmax", nargs="*", type=int, default=[2, 4])
     parser.add_argument("--channels", type=int, default=128)
     parser.add_argument("--precision", default="high", choices=("highest", "high", "medium"))
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     torch.set_float32_matmul_precision(arguments.precision)
     for lmax in arguments.lmax:
         torch.manual_seed(0)
@@ -157,7 +157,8 @@ def main() -> None:
                 + ", ".join(f"{name} {parts[name] / 1e3:.1f}" for name in largest)
                 + "\n"
             )
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

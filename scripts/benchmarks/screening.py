@@ -1,20 +1,18 @@
 """Screening measured: throughput, engines, memory, bad structures, kills and copies.
 
-``.venv/bin/python scripts/benchmark_screening.py --quick`` prints one table and writes
-scripts/results/screening_cpu.json; ``--only`` takes one measurement anew. --quick
-takes fewer structures where the full measurement takes long; the table says how many. Times are
-CPU seconds of one thread, taken in turns where two things are compared. The engines are compared by
-the clock too, which means something on an idle machine of two cores only.
+``benchmark.py screening --quick`` prints one table and writes results/screening_cpu.json;
+``--only`` takes one measurement anew. --quick takes fewer structures where the full measurement
+takes long; the table says how many. Times are CPU seconds of one thread, taken in turns where two
+things are compared. The engines are compared by the clock too, which means something on an idle
+machine of two cores only.
 """
 
 import argparse
 import json
 import os
-import platform
 import random
 import resource
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -30,9 +28,8 @@ import torch
 from ase import Atoms
 from ase.build import bulk
 from rich.console import Console
-from rich.table import Table
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 
 from analytic_potentials import Gas, Pairs, of
 
@@ -42,9 +39,10 @@ from atomeq.screening import run as run_module
 from atomeq.screening.results import read_rows
 from atomeq.screening.run import screen
 from atomeq.screening.sources import Found
+from benchmarks.judged import Judged, table_of
+from benchmarks.record import RESULTS, cpu_seconds_so_far, in_own_process, machine, read, write
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "scripts" / "results" / "screening_cpu.json"
+FILE = RESULTS / "screening_cpu.json"
 RELAX: dict[str, Any] = {"fmax": 0.05, "max_steps": 60}
 SAME_ENERGY = 1e-6  # eV; extxyz keeps 1e-8 Å
 BAD = ("not_finite", "overlap", "unknown_element", "unreadable", "unreadable")
@@ -328,95 +326,61 @@ _CHILDREN: dict[str, Callable[..., None]] = {"memory": _memory_of, "kills": _kil
 
 
 def _child(function: str, *words: str) -> str:
-    """Run a function of this script in a process of its own, and return the last it prints."""
-    command = [sys.executable, __file__, "--child", function, *words]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return done.stdout.split()[-1]
+    """Run a function of this file in a process of its own, and return the last it prints."""
+    return in_own_process("screening", "--child", function, *words).split()[-1]
 
 
-def bars(results: dict[str, Any]) -> Iterator[tuple[str, str, str, bool]]:
-    """Yield what was measured, its value, what is to be reached, and whether it was."""
+def bars(results: dict[str, Any]) -> Iterator[Judged]:
+    """Judge what was measured."""
     if row := results.get("throughput"):
-        ratio = row["pipeline_over_bare"]
-        yield f"pipeline / bare, {row['structures']}", f"{ratio:.2f}", ">= 0.9", ratio >= 0.9
+        what = f"pipeline / bare, {row['structures']}"
+        yield Judged.at_least(what, row["pipeline_over_bare"], 0.9, "x")
     if row := results.get("engines"):
         for name, text in (("seconds", "clock"), ("cpu_seconds", "CPU")):
-            ratio = row[f"ray_over_processes_{name}"]
             what = f"Ray / processes by {text}, {row['structures']}"
-            yield what, f"{ratio:.2f}", ">= 0.85", ratio >= 0.85
+            yield Judged.at_least(what, row[f"ray_over_processes_{name}"], 0.85, "x")
     if row := results.get("memory"):
         few, many = row["structures"]
         value = " -> ".join(f"{peak:.0f}" for peak in row["peak_MB"]) + " MB"
-        yield f"peak memory, {few} -> {many}", value, "+ 5 %", row["growth"] <= 0.05
+        yield Judged(f"peak memory, {few} -> {many}", value, "+ 5 %", row["growth"] <= 0.05)
     if row := results.get("bad"):
-        n = row["structures"]
-        yield (
-            f"accounted for, {row['bad']} bad",
-            str(row["accounted"]),
-            str(n),
-            row["accounted"] == n,
-        )
+        n, accounted = row["structures"], row["accounted"]
+        yield Judged(f"accounted for, {row['bad']} bad", str(accounted), str(n), accounted == n)
         wrong = row["good_wrong"] + row["bad_misjudged"]
-        yield "of them good ones wrong, bad ones misjudged", str(wrong), "0", wrong == 0
+        yield Judged.at_most("of them good ones wrong, bad ones misjudged", wrong, 0)
     if row := results.get("kills"):
-        wrong = row["missing"] + row["twice"]
         what = f"missing or twice after {row['kills']} kills, {row['structures']}"
-        yield what, str(wrong), "0", wrong == 0
+        yield Judged.at_most(what, row["missing"] + row["twice"], 0)
     if row := results.get("dedupe"):
         n = row["structures"]
-        most = 180 * n / 10_000
-        yield (
-            f"dedupe, {n}",
-            f"{row['cpu_seconds']:.0f} s",
-            f"< {most:.0f} s",
-            (row["cpu_seconds"] < most),
-        )
+        yield Judged.at_most(f"dedupe, {n}", row["cpu_seconds"], 180 * n / 10_000, "s")
         for name in ("precision", "recall"):
-            yield f"dedupe, {name}", f"{row[name]:.4f}", ">= 0.99", row[name] >= 0.99
+            yield Judged.at_least(f"dedupe, {name}", row[name], 0.99)
 
 
-def show(results: dict[str, Any]) -> None:
-    table = Table("what, structures", "measured", "to reach", "", title="screening, one thread")
-    for what, value, goal, met in bars(results):
-        table.add_row(what, value, goal, "met" if met else "MISSED")
-    Console(width=100).print(table)
-    took = [sum(row[key] for row in results.values()) for key in ("took_s", "took_cpu_s")]
-    Console().print(f"{took[0]:.0f} s, of them {took[1]:.0f} s of CPU")
-
-
-def main() -> None:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer structures")
     parser.add_argument("--only", choices=MEASUREMENTS, default=None, help="one measurement")
     parser.add_argument("--child", nargs="+", default=None, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
     if options.child:
         _CHILDREN[options.child[0]](*options.child[1:])
-        return
-    results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+        return 0
+    results = read(FILE)
     for name in MEASUREMENTS if options.only is None else (options.only,):
-        started, cpu = time.perf_counter(), _cpu_so_far()
+        started, cpu = time.perf_counter(), cpu_seconds_so_far()
         measured = MEASUREMENTS[name](options.quick)
-        seconds = {"took_s": time.perf_counter() - started, "took_cpu_s": _cpu_so_far() - cpu}
-        results[name] = {**measured, **seconds, "quick": options.quick, **_here()}
-        RESULTS.write_text(json.dumps(results, indent=2) + "\n")
-        print(f"{name}: {seconds['took_s']:.0f} s", file=sys.stderr, flush=True)
-    show(results)
-
-
-def _here() -> dict[str, str]:
-    command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-    return {"torch": torch.__version__, "machine": platform.machine(), "commit": commit}
-
-
-def _cpu_so_far() -> float:
-    """Return CPU seconds of this process and of the children that have ended."""
-    children = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return time.process_time() + children.ru_utime + children.ru_stime
-
-
-if __name__ == "__main__":
-    main()
+        took = {
+            "took_s": time.perf_counter() - started,
+            "took_cpu_s": cpu_seconds_so_far() - cpu,
+        }
+        results[name] = {**measured, **took, "quick": options.quick, "machine": machine()}
+        write(FILE, results)
+        print(f"{name}: {took['took_s']:.0f} s", file=sys.stderr, flush=True)
+    Console(width=100).print(table_of("screening, one thread", bars(results)))
+    took = [sum(row[key] for row in results.values()) for key in ("took_s", "took_cpu_s")]
+    Console().print(f"{took[0]:.0f} s, of them {took[1]:.0f} s of CPU")
+    return 0

@@ -1,0 +1,93 @@
+"""Every figure that is asked of atomeq on a CPU, beside what is measured here, in one table.
+
+``benchmark.py bars [--quick] [--only WORD]`` takes one row after the other and writes each to
+results/bars_cpu.json as it is done. Called again it goes on where it was stopped: rows measured
+with this very code on this machine, as carefully, are not measured again, but with ``--again``. The
+exit code is 1 where a bar is missed.
+
+A row is a function of ``quick`` that measures and yields judged figures; a benchmark that asks
+something has one in ``ROWS``.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from benchmarks import dynamics, operation_bars, screening
+from benchmarks.judged import Judged, summary, table_of
+from benchmarks.operation_cases import cases
+from benchmarks.record import RESULTS, code_digest, machine, read, write
+from benchmarks.rounds import measure
+
+Row = Callable[[bool], Iterable[Judged]]
+FILE = RESULTS / "bars_cpu.json"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="smaller and shorter where it can be")
+    parser.add_argument("--only", default="", metavar="WORD", help="rows whose name has this word")
+    parser.add_argument("--again", action="store_true", help="measure what has been measured too")
+    parser.add_argument("--out", type=Path, default=FILE, metavar="FILE")
+    options = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    names = [name for name in ROWS if options.only in name]
+    if not names:
+        parser.error(f"no row has {options.only!r} in its name; there are {', '.join(ROWS)}")
+    lines: list[Judged] = []
+    for name in names:
+        lines += measured(name, quick=options.quick, again=options.again, file=options.out)
+    Console(width=None if sys.stdout.isatty() else 110).print(table_of("one CPU thread", lines))
+    print(summary(lines))
+    return 1 if any(line.met is False for line in lines) else 0
+
+
+def measured(name: str, *, quick: bool, again: bool, file: Path) -> list[Judged]:
+    """Return the figures of a row, from the file where it has them of this code and machine."""
+    document, digest, here = read(file), code_digest(), machine()
+    known = document.get(name)
+    if known and not again and quick >= known["quick"]:
+        there = known["machine"]
+        if known["code"] == digest and there["device"] == here["device"]:
+            return [Judged(**line) for line in known["lines"]]
+    print(name, file=sys.stderr, flush=True)
+    lines = list(ROWS[name](quick))
+    row = {"quick": quick, "code": digest, "machine": here, "lines": [asdict(x) for x in lines]}
+    write(file, document | {name: row})
+    return lines
+
+
+def operations(op: str, quick: bool) -> Iterable[Judged]:
+    """Measure all cases of one operation beside other libraries."""
+    torch.manual_seed(0)
+    rows = []
+    for name, make in cases("cpu", quick, 1):
+        if name == op:
+            case = make()
+            rows += measure(case, case, 1.6 if quick else 4.0)
+    return [bar.judged(rows) for bar in operation_bars.bars("cpu") if bar.op == op]
+
+
+def of_dynamics(part: str, quick: bool) -> Iterable[Judged]:
+    return dynamics.bars({part: dynamics.MEASUREMENTS[part](quick)})
+
+
+def of_screening(part: str, quick: bool) -> Iterable[Judged]:
+    return screening.bars({part: screening.MEASUREMENTS[part](quick)})
+
+
+OPERATIONS = ("spherical_harmonics", "edge_wigner", "cg_conv", "escn_layer")
+#: What is asked, in the order it is measured.
+ROWS: dict[str, Row] = {
+    **{f"operation {op}": partial(operations, op) for op in OPERATIONS},
+    **{f"dynamics {part}": partial(of_dynamics, part) for part in dynamics.MEASUREMENTS},
+    **{f"screening {part}": partial(of_screening, part) for part in screening.MEASUREMENTS},
+}

@@ -1,0 +1,131 @@
+"""What benchmarks share: the machine they ran on, the files they write, processes of their own."""
+
+import hashlib
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from atomeq.files import write_atomically
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "scripts" / "benchmarks" / "results"
+DOOR = ROOT / "scripts" / "benchmark.py"
+
+
+def machine() -> dict[str, str]:
+    """Return what figures depend on besides the code, and the commit of the code."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return {
+        "device": names[0] if names else platform.processor() or platform.machine(),
+        "threads": str(torch.get_num_threads()),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "atomeq": installed("atomeq") or "in its source tree",
+        "commit": commit(),
+    }
+
+
+def commit() -> str:
+    """Return the commit of the source tree, marked where files differ from it."""
+    words = ["git", "describe", "--always", "--dirty"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
+
+
+def code_digest() -> str:
+    """Return a digest of the package and the benchmarks, which says when figures are stale."""
+    digest = hashlib.sha256()
+    for folder in ("atomeq", "scripts/benchmarks", "configs", "potentials"):
+        for path in sorted((ROOT / folder).rglob("*")):
+            if path.suffix in (".py", ".c", ".h", ".yaml", ".safetensors"):
+                digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def installed(package: str) -> str | None:
+    """Return the version of a package, or None."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def write(path: Path, document: Any) -> None:
+    """Write a result as JSON, whole or not at all; its folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with write_atomically(path) as partial:
+        partial.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Return an earlier result, or nothing."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def in_own_process(name: str, *words: str, **environment: str) -> str:
+    """Run a benchmark in a process of its own and return what it prints.
+
+    Args:
+        name: Of the benchmark.
+        *words: Its arguments.
+        **environment: Variables beside this process's own.
+    """
+    command = [sys.executable, str(DOOR), name, *words]
+    done = subprocess.run(
+        command, env=os.environ | environment, stdout=subprocess.PIPE, check=True, text=True
+    )
+    return done.stdout
+
+
+def atomeq(*words: str) -> None:
+    """Run a command of the package in a process of its own, on one thread."""
+    threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    code = "from atomeq.cli import main; main()"
+    subprocess.run([sys.executable, "-c", code, *words], env=os.environ | threads, check=True)
+
+
+def children_cpu_seconds() -> float:
+    """Return the CPU seconds of all processes that this one has started and awaited."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def fit(run: Path, words: list[str]) -> None:
+    """Train until the end in a folder, going on where an earlier call was stopped.
+
+    ``commit`` is written when it has ended; the CPU seconds of each call go to
+    ``cpu_seconds.json``, for a fit that was stopped has cost its time too.
+
+    Args:
+        run: Folder of the run; made.
+        words: Options of ``atomeq fit``, but for the folder and the checkpoint.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+    done = run / "commit"
+    if done.exists():
+        return
+    last = run / "checkpoints" / "last.ckpt"
+    resumed = "--ckpt_path=last" if last.exists() else "--overwrite"
+    spent = run / "cpu_seconds.json"
+    earlier = json.loads(spent.read_text()) if spent.exists() else []
+    before = children_cpu_seconds()
+    try:
+        atomeq("fit", *words, f"--trainer.default_root_dir={run}", resumed)
+    finally:
+        write(spent, [*earlier, round(children_cpu_seconds() - before, 1)])
+    done.write_text(commit())
+
+
+def cpu_seconds_so_far() -> float:
+    """Return CPU seconds of this process and of the children that have ended."""
+    return time.process_time() + children_cpu_seconds()
