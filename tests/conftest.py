@@ -87,7 +87,7 @@ def structures(copper: Atoms, slab: Atoms, molecules: list[Atoms]) -> list[Atoms
 def _public_folder(variable: str) -> Path:
     folder = os.environ.get(variable)
     if not folder:
-        pytest.skip(f"set {variable} to the folder of public data (README, section Tests)")
+        pytest.skip(f"set {variable} to the folder of public data (docs/tests.md)")
     return Path(folder)
 
 

@@ -3,7 +3,7 @@
 The C library of Linux gives the top of its heap back to the system whenever enough of it is free,
 and maps large blocks anew each time. A step of a batch allocates and frees tens of megabytes, so
 every step paid for thousands of page faults: a tenth to a fifth of its time
-(``scripts/benchmark_dynamics.py --memory``).
+(``scripts/benchmark.py dynamics --memory``).
 """
 
 import ctypes
