@@ -1,14 +1,15 @@
 """A run killed with SIGKILL and continued ends with the weights of one that was never stopped."""
 
 import os
-import signal
 import subprocess
 import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+
+from atomeq.cli import main as command
 
 COMMAND = [sys.executable, "-c", "from atomeq.cli import main; main()"]
 # Checkpoints in the middle of epochs, whose batches vary in number; or at the end of each epoch.
@@ -16,61 +17,65 @@ SCHEDULES = {
     "every 4 steps": ["--checkpoint.monitor=null", "--checkpoint.every_n_train_steps=4"],
     "every epoch": [],
 }
-SLOW_STEP = "--trainer.callbacks+=slow_steps.SlowSteps"
+STOPPED = "stopped between two checkpoints"
+# The signal has to fall between a checkpoint and the end, so the run stops there until it comes.
+STOPS = f"""
+import signal
+from pathlib import Path
+from lightning.pytorch import Callback
+
+class Stops(Callback):
+    n_steps = 0
+
+    def on_train_batch_end(self, trainer, *args):
+        folder = Path(trainer.default_root_dir)
+        self.n_steps += (folder / "checkpoints" / "last.ckpt").exists()
+        if self.n_steps == 3:
+            print({STOPPED!r}, flush=True)
+            signal.pause()
+"""
+Words = Callable[..., list[str]]
 
 
 @pytest.fixture
-def run(tmp_path: Path, experiment: Path):
-    # Steps that take a while, so that the signal falls between a checkpoint and the end.
-    (tmp_path / "slow_steps.py").write_text(
-        "import time\n"
-        "from lightning.pytorch import Callback\n"
-        "class SlowSteps(Callback):\n"
-        "    def on_train_batch_end(self, *args):\n"
-        "        time.sleep(0.05)\n"
-    )
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path]),
-        "OMP_NUM_THREADS": "1",
-    }
+def words(tmp_path: Path, experiment: Path) -> Words:
+    """The words of a fit in a folder."""
 
-    def start(folder: str, *extra: str) -> subprocess.Popen[bytes]:
-        words = ["fit", "-c", str(experiment), "--trainer.max_epochs=6", "--ckpt_path=last"]
-        words += [f"--trainer.default_root_dir={tmp_path / folder}", *extra]
-        return subprocess.Popen(
-            COMMAND + words, env=environment, stderr=subprocess.STDOUT, stdout=subprocess.PIPE
-        )
+    def of(folder: str, *more: str) -> list[str]:
+        given = ["fit", "-c", str(experiment), "--trainer.max_epochs=6", "--ckpt_path=last"]
+        return [*given, f"--trainer.default_root_dir={tmp_path / folder}", *more]
 
-    return start
+    return of
 
 
-def finish(process: subprocess.Popen[bytes]) -> None:
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output.decode()
+def kill_between_checkpoints(folder: Path, words: list[str]) -> None:
+    """Run until the callback says that it waits, and send SIGKILL."""
+    (folder / "stops.py").write_text(STOPS)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), *sys.path])}
+    given = [*COMMAND, *words, "--trainer.callbacks+=stops.Stops"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(given, env=environment | {"OMP_NUM_THREADS": "1"}, **pipes) as process:
+        assert process.stdout is not None
+        lines = []
+        for line in process.stdout:  # ends with the process, should it never wait
+            lines.append(line)
+            if STOPPED in line:
+                process.kill()
+        assert STOPPED in "".join(lines), "".join(lines)
 
 
 def last_checkpoint(folder: Path) -> dict:
     return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
 
 
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_a_killed_run_ends_with_the_same_weights(tmp_path: Path, run, schedule: str):
+def test_a_killed_run_ends_with_the_same_weights(tmp_path: Path, words: Words, schedule: str):
     options = SCHEDULES[schedule]
-    uninterrupted = run("whole", *options)
-    killed = run("killed", *options, SLOW_STEP)
-    marker = tmp_path / "killed" / "checkpoints" / "last.ckpt"
-    deadline = time.monotonic() + 300
-    while not marker.exists():
-        assert killed.poll() is None, killed.communicate()[0].decode()
-        assert time.monotonic() < deadline, "no checkpoint was written"
-        time.sleep(0.01)
-    time.sleep(0.12)
-    killed.send_signal(signal.SIGKILL)
-    killed.communicate()
-    assert killed.returncode == -signal.SIGKILL
-    finish(uninterrupted)
+    kill_between_checkpoints(tmp_path, words("killed", *options))
     before = last_checkpoint(tmp_path / "killed")["global_step"]
-    finish(run("killed", *options))
+    command(words("killed", *options))
+    command(words("whole", *options))
 
     expected, continued = (last_checkpoint(tmp_path / name) for name in ("whole", "killed"))
     assert before < expected["global_step"] == continued["global_step"]
