@@ -32,11 +32,12 @@ STRUCTURE_DOORS = tuple(
 )
 FAMILIES = ("coupling", "edge", "harmonics", "segment", "sphere")
 KERNELS = tuple(f"ops/{family}/triton/" for family in FAMILIES)
-ASE_DOORS = (*STRUCTURE_DOORS, "data/", "calculators/", "check/", "screening/", "cli/")
+ASE_ROOMS = ("data/", "calculators/", "check/", "propagation/", "screening/", "cli/")
+ASE_DOORS = (*STRUCTURE_DOORS, *ASE_ROOMS)
 DOORS = {
     "ase": ASE_DOORS,
     "pymatgen": ASE_DOORS,
-    "lightning": ("data/datamodule.py", "training/", "cli/"),
+    "lightning": ("data/datamodule.py", "training/", "propagation/", "cli/"),
     "pytorch_lightning": (),  # the same library under its old name: two copies of every class
     "wandb": (),  # loggers are named by class_path in YAML
     "triton": ("ops/triton_launch.py", *KERNELS),

@@ -16,13 +16,13 @@ from atomeq.cli.terminal import Meter, say, show_table
 from atomeq.data.ase_files import DATA_VARIABLE, DataError, expand_data_path
 from atomeq.data.download import DATA_SETS, download
 from atomeq.data.molecule_download import MOLECULE_SETS, download_molecules
-from atomeq.data.nbody import NBodyRecipe
 from atomeq.data.oc20 import open_frames
 from atomeq.data.oc20_download import ARCHIVES, Archive, fetch, unpack
 from atomeq.data.oc20_frame import EnergyKind
 from atomeq.data.oc20_write import FileFormat, convert, metadata_file, write_metadata
-from atomeq.data.recordings import simulated, write_systems
 from atomeq.files import refuse_existing, refuse_unwritable, write_atomically
+from atomeq.propagation.nbody import NBodyRecipe
+from atomeq.propagation.recordings import simulated, write_systems
 from atomeq.training.oc20_metrics import (
     ENERGY_THRESHOLD,
     average_distance_within_threshold,

@@ -13,11 +13,13 @@ from atomeq.cli.plots import Panel, plot_lines
 from atomeq.cli.structures import structure_output, write_summary
 from atomeq.cli.terminal import Meter, say, show_table
 from atomeq.cli.verbs import settings
-from atomeq.data.recordings import Recording, read_recording, structures_of, write_systems
 from atomeq.files import refuse_unwritable
-from atomeq.potential.checkpoint import load_propagator, resolve_dtype, sha256
+from atomeq.potential.checkpoint import resolve_dtype, sha256
 from atomeq.potential.folders import WEIGHTS_FILE
-from atomeq.potential.long_step import LongStep, Particles
+from atomeq.propagation.checkpoint import load_propagator
+from atomeq.propagation.long_step import LongStep
+from atomeq.propagation.recordings import Recording, read_recording, structures_of, write_systems
+from atomeq.propagation.rollout import errors_of, roll_out
 
 
 @dataclass(frozen=True)
@@ -49,61 +51,14 @@ def rollout(options: Namespace) -> int:
         reference = read_recording(options.reference, frame_time=options.frame_time)
         _refuse_reference(reference, start, loaded.step.view.time, options)
     started = time.perf_counter()
-    rolled = roll_out(loaded.step, start, options.steps)
+    meter = Meter("rollout", options.steps, unit="long steps")
+    with meter.running():
+        rolled = roll_out(loaded.step, start, options.steps, observe=meter.advance)
     seconds = time.perf_counter() - started
     _write(options.out, rolled)
     errors = [] if reference is None else errors_of(rolled, reference, loaded.step.view.time)
     _report(options, loaded, rolled, errors, seconds)
     return 0
-
-
-def roll_out(step: LongStep, start: Recording, num_steps: int) -> Recording:
-    """Return the recording of a start and the frames that follow it.
-
-    Args:
-        step: The trained propagator.
-        start: A recording of one frame.
-        num_steps: Number of long steps.
-
-    Raises:
-        ValueError: Particles it was not trained on, or systems that fly apart.
-    """
-    particles = Particles(start.pos[:, 0], start.velocities[:, 0], start.numbers)
-    frames = [particles]
-    meter = Meter("rollout", num_steps, unit="long steps")
-    with meter.running():
-        for later in step.rollout(particles, num_steps):
-            frames.append(later)
-            meter.advance()
-    pos, velocities = (
-        torch.stack([frame[field] for frame in frames], dim=1).cpu() for field in (0, 1)
-    )
-    times = tuple(start.times[0] + k * step.view.time for k in range(num_steps + 1))
-    return Recording(start.kind, pos, velocities, start.numbers, times)
-
-
-def errors_of(rolled: Recording, reference: Recording, step_time: float) -> list[dict[str, float]]:
-    """Return mean squared errors after each long step whose time the reference has.
-
-    The unit is length² for positions and length²/time² for velocities, averaged over coordinates.
-    ``static`` is the error of particles that had stayed where they were at the start.
-    """
-    rows = []
-    for k, moment in enumerate(rolled.times[1:], start=1):
-        index = reference.index_at(moment, step_time)
-        if index is None:
-            continue
-        true_pos, true_velocities = reference.pos[:, index], reference.velocities[:, index]
-        rows.append(
-            {
-                "step": k,
-                "time": moment,
-                "position_mse": float(((rolled.pos[:, k] - true_pos) ** 2).mean()),
-                "velocity_mse": float(((rolled.velocities[:, k] - true_velocities) ** 2).mean()),
-                "static_position_mse": float(((rolled.pos[:, 0] - true_pos) ** 2).mean()),
-            }
-        )
-    return rows
 
 
 def _refuse_output(out: str) -> None:

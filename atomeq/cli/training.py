@@ -45,12 +45,15 @@ from atomeq.graph.to_structures import to_ase
 from atomeq.models.base import ConfiguredModule
 from atomeq.models.registry import MODELS, PROPAGATORS
 from atomeq.potential.folders import CONFIG_FILE
+from atomeq.propagation.callbacks import SavePropagator
+from atomeq.propagation.datamodules import PropagationDataModule
+from atomeq.propagation.task import PropagationTask
 from atomeq.training.callbacks import (
     ExponentialMovingAverage,
     RunCheckpoint,
+    SaveBest,
     SavePotential,
 )
-from atomeq.training.propagation import PropagationDataModule, PropagationTask, SavePropagator
 from atomeq.training.report import LogEpochs, ModelCard
 from atomeq.training.task import AtomisticTask
 from atomeq.typing import PropertyKey
@@ -64,17 +67,12 @@ class TaskKind:
 
     task: type[LightningModule]
     data: type[LightningDataModule]
-    saver: type[Callback]
-
-    @property
-    def product(self) -> str:
-        """The folder in a run's that it is saved in."""
-        return self.saver_section.removeprefix("save_")
+    saver: type[SaveBest]
 
     @property
     def saver_section(self) -> str:
         """The section of a configuration that the saver's arguments stand in."""
-        return "save_propagator" if self.saver is SavePropagator else "save_potential"
+        return f"save_{self.saver.product}"
 
 
 TASKS = {
@@ -194,7 +192,7 @@ class TrainingCLI(LightningCLI):
     def _refuse_earlier_run(self, config: Namespace, *, overwrite: bool) -> None:
         folder = Path(config.trainer.default_root_dir)
         checkpoints = Path(config.checkpoint.dirpath or folder / "checkpoints")
-        saved = Path(config[self.kind.saver_section].folder or folder / self.kind.product)
+        saved = Path(config[self.kind.saver_section].folder or folder / self.kind.saver.product)
         left = {
             "fit": [folder / "config.yaml", *checkpoints.glob("*.ckpt"), saved / CONFIG_FILE],
             "test": [folder / "test_errors.json"],

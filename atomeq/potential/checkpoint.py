@@ -1,6 +1,5 @@
 """A predictor on disk: a folder with model.yaml, which holds the SHA-256 of weights.safetensors.
 
-A propagator on disk is the same, with ``view``, what it is shown of particles, in model.yaml.
 Nothing that is loaded executes code: the YAML is read with the safe loader, the class must be a
 registered model, and the weights are plain tensors. A folder whose YAML has a ``target`` predicts
 that scalar and is no potential.
@@ -19,19 +18,16 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from atomeq.arguments import refuse_wrong_types
-from atomeq.data.particles import ParticleView
 from atomeq.data.targets import ScalarTarget
 from atomeq.files import write_atomically
 from atomeq.models.base import AtomisticModel
-from atomeq.models.registry import MODELS, PROPAGATORS, build, refuse_unregistered
+from atomeq.models.registry import MODELS, build, refuse_unregistered
 from atomeq.potential.folders import (
     CONFIG_FILE,
     WEIGHTS_FILE,
     CheckpointError,
     find_potential,
-    find_propagator,
 )
-from atomeq.potential.long_step import LongStep
 from atomeq.potential.potential import Potential
 from atomeq.potential.predictor import Predictor
 from atomeq.potential.references import AtomicReferences
@@ -69,53 +65,30 @@ def save_potential(
     Raises:
         CheckpointError: A model or a term that could not be loaded again.
     """
-    return _write_folder(Path(folder), _description(potential), potential, metadata)
+    return write_folder(Path(folder), _description(potential), potential, metadata)
 
 
-def save_propagator(
-    step: LongStep, folder: str | Path, *, metadata: dict[str, Any] | None = None
-) -> Path:
-    """Write a propagator and its view to a folder, as :func:`save_potential` writes a potential.
-
-    Args:
-        step: What to save.
-        folder: Created if missing.
-        metadata: Plain values to keep in ``model.yaml``.
-
-    Returns:
-        The folder.
-
-    Raises:
-        CheckpointError: The network could not be loaded again.
-    """
-    return _write_folder(Path(folder), _description(step), step.propagator, metadata)
-
-
-def refuse_unsaveable(predictor: Predictor | LongStep) -> None:
+def refuse_unsaveable(predictor: Predictor) -> None:
     """Raise :class:`CheckpointError` where a save would fail, or what it wrote not be loaded.
 
     For those who are about to spend hours on the weights. The weights are not looked at but for
     their layout, so it costs one copy of them in memory.
     """
-    module = predictor.propagator if isinstance(predictor, LongStep) else predictor
-    _content(module, _description(predictor))
+    content_of(predictor, _description(predictor))
 
 
-def _description(predictor: Predictor | LongStep) -> dict[str, Any]:
-    """Return what ``model.yaml`` says of a predictor or a long step, all of it registered."""
+def _description(predictor: Predictor) -> dict[str, Any]:
+    """Return what ``model.yaml`` says of a predictor, all of it registered."""
     dtype = str(predictor.dtype).removeprefix("torch.")
-    if isinstance(predictor, LongStep):
-        node = _saveable_node(predictor.propagator, PROPAGATORS)
-        return {"model": node, "view": predictor.view.config(), "dtype": dtype}
-    document = {"model": _saveable_node(predictor.model, MODELS), "dtype": dtype}
+    document = {"model": saveable_node(predictor.model, MODELS), "dtype": dtype}
     if isinstance(predictor, ScalarPredictor):
         document["target"] = dataclasses.asdict(predictor.target)
     if isinstance(predictor, Potential) and len(predictor.terms):
-        document["terms"] = [_saveable_node(term, TERMS) for term in predictor.terms]
+        document["terms"] = [saveable_node(term, TERMS) for term in predictor.terms]
     return document
 
 
-def _saveable_node(module: nn.Module, registry: Registry[Any]) -> dict[str, Any]:
+def saveable_node(module: nn.Module, registry: Registry[Any]) -> dict[str, Any]:
     """Return the node of a model or a term, from which it could be built again."""
     try:
         refuse_unregistered(module, registry)
@@ -129,10 +102,21 @@ def _saveable_node(module: nn.Module, registry: Registry[Any]) -> dict[str, Any]
         ) from error
 
 
-def _write_folder(
+def write_folder(
     folder: Path, document: dict[str, Any], module: nn.Module, metadata: dict[str, Any] | None
 ) -> Path:
-    text, content = _content(module, document, metadata)
+    """Write a folder: weights first, then the YAML that holds their hash.
+
+    Args:
+        folder: Created if missing.
+        document: What ``model.yaml`` says, but for version, hash and metadata.
+        module: Whose weights are saved.
+        metadata: Plain values to keep.
+
+    Returns:
+        The folder.
+    """
+    text, content = content_of(module, document, metadata)
     folder.mkdir(parents=True, exist_ok=True)
     with write_atomically(folder / WEIGHTS_FILE) as partial:
         partial.write_bytes(content)
@@ -141,7 +125,7 @@ def _write_folder(
     return folder
 
 
-def _content(
+def content_of(
     module: nn.Module, document: dict[str, Any], metadata: dict[str, Any] | None = None
 ) -> tuple[str, bytes]:
     """Return what the two files hold."""
@@ -201,13 +185,13 @@ def load_predictor(
     Arguments and errors are those of :func:`load_potential`.
     """
     folder = find_potential(name_or_path)
-    document = _read_document(folder)
+    document = read_document(folder)
     if "view" in document:
         raise CheckpointError(
             f"{folder} holds a propagator, which carries particles a long step ahead and knows no "
             "energy or forces; use `atomeq rollout`, or load_propagator"
         )
-    weights = _read_weights(folder)
+    weights = read_weights(folder)
     model = build_model(
         document["model"], named_in=folder / CONFIG_FILE, weights=weights, prefix="model."
     )
@@ -220,55 +204,21 @@ def load_predictor(
     potential.name = str(name_or_path)
     # Before the weights: copied into float32, those of a float64 potential would be rounded.
     potential = potential.to(getattr(torch, document["dtype"]))
-    _load_weights(potential, weights, folder)
+    load_weights(potential, weights, folder)
     potential = potential.to(dtype if dtype is not None else getattr(torch, document["dtype"]))
     return potential.to(resolve_device(device)).requires_grad_(False).eval()
 
 
-def load_propagator(
-    path: str | Path,
-    *,
-    device: str | torch.device | None = None,
-    dtype: torch.dtype | None = None,
-) -> LongStep:
-    """Load a propagator from a folder that :func:`save_propagator` wrote.
-
-    Args:
-        path: The folder.
-        device: Where to put it; by default the CPU.
-        dtype: The dtype the network computes in; by default the one it was saved with.
-
-    Returns:
-        The long step in evaluation mode, its parameters frozen.
-
-    Raises:
-        CheckpointError: Nothing there, a potential, a damaged file, a wrong hash, an unknown
-            network or version.
-    """
-    folder = find_propagator(path)
-    document = _read_document(folder)
-    if "view" not in document:
-        raise CheckpointError(f"{folder} holds a potential, not a propagator; use `atomeq md`")
-    named_in, weights = folder / CONFIG_FILE, _read_weights(folder)
-    network = _build(document["model"], PROPAGATORS, named_in, weights)
-    try:
-        step = LongStep(network, ParticleView.from_config(document["view"]))
-    except (AttributeError, ValueError) as error:
-        raise CheckpointError(f"{named_in}: {error}") from error
-    step = step.to(getattr(torch, document["dtype"]))
-    _load_weights(step.propagator, weights, folder)
-    step = step.to(dtype if dtype is not None else getattr(torch, document["dtype"]))
-    return step.to(resolve_device(device)).requires_grad_(False).eval()
-
-
-def _read_weights(folder: Path) -> dict[str, Tensor]:
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """Return the tensors of a folder by name."""
     try:
         return load_file(folder / WEIGHTS_FILE)
     except SafetensorError as error:
         raise CheckpointError(f"{folder / WEIGHTS_FILE} is damaged: {error}") from error
 
 
-def _load_weights(module: nn.Module, weights: dict[str, Tensor], folder: Path) -> None:
+def load_weights(module: nn.Module, weights: dict[str, Tensor], folder: Path) -> None:
+    """Give a module the weights of a folder, all of them and no others."""
     refuse_unfit_weights(module, weights, folder / WEIGHTS_FILE)
     try:
         module.load_state_dict(weights, strict=True)
@@ -339,16 +289,17 @@ def build_model(
         CheckpointError: A class that is not registered, arguments it does not take, or a version
             it cannot read.
     """
-    return _build(node, MODELS, named_in, {} if weights is None else weights, prefix)
+    return build_registered(node, MODELS, named_in, {} if weights is None else weights, prefix)
 
 
-def _build(
+def build_registered(
     node: Any,
     registry: Registry[T],
     where: str | Path,
     weights: dict[str, Tensor],
     prefix: str = "",
 ) -> T:
+    """Build what a node of a folder names, its class registered, its weights fitting."""
     try:
         with FitsWeights(weights) if weights else nullcontext():
             return build(node, registry, weights, prefix)
@@ -400,7 +351,7 @@ def build_term(node: Any, *, named_in: str | Path = "the node") -> EnergyTerm:
         CheckpointError: A class that is not registered, or arguments it does not take.
         ImportError: The term needs a package that is not installed.
     """
-    return _build(node, TERMS, named_in, {})
+    return build_registered(node, TERMS, named_in, {})
 
 
 def sha256(path: Path) -> str:
@@ -421,7 +372,8 @@ def _scalar(model: AtomisticModel, target: Any) -> ScalarPredictor:
     return ScalarPredictor(model, ScalarTarget(**target))
 
 
-def _read_document(folder: Path) -> dict[str, Any]:
+def read_document(folder: Path) -> dict[str, Any]:
+    """Return what a folder's YAML says, once its version and the hash of its weights are right."""
     refuse_meta_device()
     document = read_yaml(folder / CONFIG_FILE)
     missing = {"checkpoint_version", "model", "dtype", "sha256"} - set(document)

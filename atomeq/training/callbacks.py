@@ -2,7 +2,7 @@
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -193,42 +193,67 @@ def forget_scores(checkpoint: dict[str, Any], monitor: str = "val/loss") -> None
         plateau.update(best=plateau["mode_worse"], num_bad_epochs=0)
 
 
-class SavePotential(Callback):
-    """Writes the best weights as a potential folder when the fit ends.
+class SaveBest(Callback):
+    """Writes the best weights as a folder when the fit ends; a subclass says what, and how.
 
     Args:
-        folder: Where to; by default ``potential`` in the trainer's ``default_root_dir``.
+        folder: Where to; by default ``product`` in the trainer's ``default_root_dir``.
+
+    Attributes:
+        product: What is saved, which names the folder and the callback's section: ``save_...``.
+        attribute: Where the task keeps the module whose weights are saved.
     """
+
+    product: ClassVar[str]
+    attribute: ClassVar[str]
 
     def __init__(self, folder: str | None = None) -> None:
         self.folder = folder
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse, before the first step of a fit, what could not be saved after the last."""
-        if stage == "fit":
-            refuse_unsaveable(_predictor(pl_module))
-
     @rank_zero_only
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the potential of the best checkpoint, or of the last weights where there is none."""
-        potential = _predictor(pl_module)
-        folder = Path(self.folder or Path(trainer.default_root_dir) / "potential")
+        """Save the weights of the best checkpoint, or the last ones where there is none."""
+        module: nn.Module = getattr(pl_module, self.attribute)
+        folder = Path(self.folder or Path(trainer.default_root_dir) / self.product)
         best = getattr(trainer.checkpoint_callback, "best_model_path", "")
-        last = {name: tensor.clone() for name, tensor in potential.state_dict().items()}
+        last = {name: tensor.clone() for name, tensor in module.state_dict().items()}
         metadata: dict[str, Any] = {"epochs": trainer.current_epoch, "steps": trainer.global_step}
         if best:
             checkpoint = torch.load(best, map_location="cpu", weights_only=True)
-            potential.load_state_dict(potential_weights(checkpoint))
+            module.load_state_dict(weights_of(checkpoint, self.attribute))
             metadata = {
                 "epochs": checkpoint["epoch"] + 1,
                 "steps": checkpoint["global_step"],
                 "validation": checkpoint.get("validation", {}),
             }
         try:
-            save_potential(potential, folder, metadata=metadata)
+            self.save(pl_module, folder, metadata)
         finally:
-            potential.load_state_dict(last)
-        logger.info("potential saved in %s", folder)
+            module.load_state_dict(last)
+        logger.info("%s saved in %s", self.product, folder)
+
+    def save(self, pl_module: LightningModule, folder: Path, metadata: dict[str, Any]) -> None:
+        """Write what the task has trained."""
+        raise NotImplementedError(f"{type(self).__name__} does not define save()")
+
+
+class SavePotential(SaveBest):
+    """Writes the best weights as a potential folder when the fit ends.
+
+    Args:
+        folder: Where to; by default ``potential`` in the trainer's ``default_root_dir``.
+    """
+
+    product = attribute = "potential"
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse, before the first step of a fit, what could not be saved after the last."""
+        if stage == "fit":
+            refuse_unsaveable(_predictor(pl_module))
+
+    def save(self, pl_module: LightningModule, folder: Path, metadata: dict[str, Any]) -> None:
+        """Save the potential."""
+        save_potential(_predictor(pl_module), folder, metadata=metadata)
 
 
 def _predictor(module: LightningModule) -> Predictor:
@@ -237,9 +262,14 @@ def _predictor(module: LightningModule) -> Predictor:
     return predictor
 
 
-def potential_weights(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
-    """Return the part of a training checkpoint that is the potential's ``state_dict``."""
-    prefix = "potential."
+def weights_of(checkpoint: dict[str, Any], attribute: str) -> dict[str, Tensor]:
+    """Return the part of a training checkpoint that is one module's ``state_dict``.
+
+    Args:
+        checkpoint: As Lightning saved it.
+        attribute: What the task calls the module: ``potential``, or ``model`` of a propagator.
+    """
+    prefix = f"{attribute}."
     return {
         name.removeprefix(prefix): tensor
         for name, tensor in checkpoint["state_dict"].items()

@@ -24,9 +24,9 @@ from rich.table import Table
 from torch import Tensor
 
 from atomeq.cli.structures import versions
-from atomeq.data.nbody import LARGEST_FORCE, NBodyRecipe, Trajectories, run_charged, simulate
-from atomeq.potential.checkpoint import load_propagator
-from atomeq.potential.long_step import LongStep, Particles
+from atomeq.propagation.checkpoint import load_propagator
+from atomeq.propagation.long_step import LongStep, Particles
+from atomeq.propagation.nbody import LARGEST_FORCE, NBodyRecipe, Trajectories, run_charged, simulate
 from benchmarks.record import RESULTS, ROOT, commit, fit, write
 
 FILE = RESULTS / "rollout.json"

@@ -13,11 +13,11 @@ from ase.calculators.emt import EMT
 from ase.md.verlet import VelocityVerlet
 
 from atomeq.calculators.ase import AtomeqCalculator
-from atomeq.data.particles import ParticleView
-from atomeq.models.egnn_published import VelocityEGNN
 from atomeq.models.segno import SEGNOPropagator
-from atomeq.potential.checkpoint import CheckpointError, load_propagator, save_propagator
-from atomeq.potential.long_step import LongStep, Particles
+from atomeq.potential.folders import CheckpointError
+from atomeq.propagation.checkpoint import load_propagator, save_propagator
+from atomeq.propagation.long_step import LongStep
+from atomeq.propagation.particles import ParticleView
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "experiment"
 SMALL = " ".join(f"--data.recipe.num_{part} 8" for part in ("train", "val", "test"))
@@ -116,32 +116,6 @@ def test_molecule_from_training_to_a_continued_rollout(run: Run, workdir: Path) 
     assert errors[0]["position_mse"] < 0.5 * errors[0]["static_position_mse"]  # something learnt
 
 
-def test_saved_propagators_are_loaded_as_they_were(tmp_path: Path) -> None:
-    view = ParticleView("molecule", 2.0, (8, 1, 1), ((0, 1), (0, 2)))
-    model = SEGNOPropagator(2, 5, num_steps=3, hidden_channels=8).double()
-    particles = Particles(
-        torch.randn(2, 3, 3).double(),
-        torch.randn(2, 3, 3).double(),
-        torch.tensor([[8.0, 1, 1]] * 2),
-    )
-    step = LongStep(model, view)
-    loaded = load_propagator(save_propagator(step, tmp_path / "p", metadata={"epochs": 3}))
-    assert loaded.view == view
-    assert loaded.dtype == torch.float64
-    assert loaded.propagator.config() == model.config()
-    for a, b in zip(step(particles), loaded(particles), strict=True):
-        assert torch.equal(a, b)
-
-
-def test_velocities_of_a_network_without_follow_from_the_trapezoidal_rule() -> None:
-    step = LongStep(VelocityEGNN(hidden_channels=8), ParticleView("charged", time=2.0)).double()
-    pos, velocities = torch.randn(2, 3, 5, 3, dtype=torch.float64)
-    charges = torch.ones(3, 5, dtype=torch.float64)
-    later = step(Particles(pos, velocities, charges))
-    mean = (velocities + later.velocities) / 2
-    torch.testing.assert_close(later.pos - pos, 2.0 * mean)
-
-
 def test_potentials_and_propagators_are_not_mistaken_for_each_other(
     propagators: Path, run: Run, workdir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -156,11 +130,6 @@ def test_potentials_and_propagators_are_not_mistaken_for_each_other(
     (propagators / "charged" / "model.yaml").write_text(wrong)
     with pytest.raises(CheckpointError, match=r"the propagator 'os.system' is not registered"):
         load_propagator(propagators / "charged")
-
-
-def test_a_network_must_take_what_the_view_gives() -> None:
-    with pytest.raises(ValueError, match="set n_inputs: 1 and n_edge_features: 1"):
-        LongStep(SEGNOPropagator(), ParticleView("gravity"))
 
 
 @pytest.mark.parametrize(

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from atomeq.data.nbody import fully_connected
 from atomeq.models.base import Propagator
 from atomeq.models.egnn_published import QM9EGNN, VelocityEGNN
 from atomeq.models.segno import Motion, SEGNOPropagator, md22_form, nbody_form
 from atomeq.models.segno_motion import SEGNOMotion
 from atomeq.ops.edge.wigner import rotation_matrix
+from atomeq.propagation.particles import fully_connected
 
 EXACT = 1e-11  # float64 through some layers
 NEARLY_ASYMPTOTIC = 0.2  # of a ratio of errors at finite steps

@@ -11,8 +11,8 @@ import pytest
 
 from atomeq.cli import VERBS
 from atomeq.cli.parsers import data, screen
-from atomeq.data.nbody import System
 from atomeq.data.oc20_write import FileFormat
+from atomeq.propagation.nbody import System
 from atomeq.screening.run import EngineName
 
 HEAVY = ("torch", "ase", "lightning", "numpy", "pymatgen", "matplotlib")

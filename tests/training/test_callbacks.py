@@ -8,7 +8,7 @@ import torch
 from atomeq.cli.training import TrainingCLI, main
 from atomeq.models.egnn import EGNN
 from atomeq.potential.checkpoint import CheckpointError, load_potential
-from atomeq.training.callbacks import ExponentialMovingAverage, potential_weights
+from atomeq.training.callbacks import ExponentialMovingAverage, weights_of
 from atomeq.training.task import AtomisticTask
 
 
@@ -44,7 +44,7 @@ def test_a_run_leaves_its_folder_complete(tmp_path: Path, experiment: Path):
     assert any(not torch.equal(raw[name], average[name]) for name in raw)
 
     potential = load_potential(run / "potential")
-    saved, expected = potential.state_dict(), potential_weights(best)
+    saved, expected = potential.state_dict(), weights_of(best, "potential")
     assert saved.keys() == expected.keys()
     assert all(torch.equal(saved[name], expected[name]) for name in saved)
     assert potential.elements == (29,)

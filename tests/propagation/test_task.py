@@ -8,11 +8,13 @@ import torch
 import yaml
 
 from atomeq.cli.training import main
-from atomeq.data.nbody import NBodyRecipe, simulate
-from atomeq.data.particles import ParticleView
 from atomeq.models.egnn_published import VelocityEGNN
 from atomeq.models.segno import SEGNOPropagator
-from atomeq.training.propagation import NBodyDataModule, PropagationSet, PropagationTask
+from atomeq.propagation.batches import PropagationSet
+from atomeq.propagation.datamodules import NBodyDataModule
+from atomeq.propagation.nbody import NBodyRecipe, simulate
+from atomeq.propagation.particles import ParticleView
+from atomeq.propagation.task import PropagationTask
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 EXPERIMENTS = sorted((CONFIGS / "experiment").glob("nbody_*.yaml"))

@@ -14,8 +14,8 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from ase.md.verlet import VelocityVerlet
 
 from atomeq.data.ase_files import DataError
-from atomeq.data.md_trajectory import motion_of, read_motion
-from atomeq.data.particles import ParticleView, formula
+from atomeq.propagation.molecule import motion_of, read_motion
+from atomeq.propagation.particles import ParticleView, formula
 
 TIME_STEP = 0.5  # fs
 

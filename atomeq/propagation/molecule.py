@@ -15,7 +15,7 @@ from ase.units import fs
 from torch import Tensor
 
 from atomeq.data.ase_files import DataError, read_structures
-from atomeq.data.nbody import Trajectories
+from atomeq.propagation.nbody import Trajectories
 from atomeq.units import ACCELERATION
 
 SHUFFLED = 0.5  # consecutive frames of a trajectory are nearer than this share of random ones

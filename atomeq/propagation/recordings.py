@@ -14,10 +14,10 @@ from ase.units import fs
 from torch import Tensor
 
 from atomeq.data.ase_files import DataError, read_structures
-from atomeq.data.md_trajectory import motion_of
-from atomeq.data.nbody import FRAME_TIME, NBodyRecipe, simulate
-from atomeq.data.particles import Kind
 from atomeq.files import write_atomically
+from atomeq.propagation.molecule import motion_of
+from atomeq.propagation.nbody import FRAME_TIME, NBodyRecipe, simulate
+from atomeq.propagation.particles import Kind
 
 NUMBERS: dict[str, Kind] = {"charges": "charged", "masses": "gravity"}  # what an .npz calls them
 _TIME_ERROR = 1e-6  # of a long step, between times that are meant to be equal

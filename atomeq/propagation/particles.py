@@ -13,7 +13,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from atomeq.arguments import refuse_wrong_types
-from atomeq.data.nbody import fully_connected
 from atomeq.typing import EdgeIndex
 
 Kind = Literal["charged", "gravity", "molecule"]
@@ -164,3 +163,10 @@ def batched_pairs(pairs: Pairs, n_systems: int, n_particles: int) -> EdgeIndex:
     """Return the edges of many systems, one after the other, each with the same pairs."""
     first = torch.arange(n_systems, device=pairs.device) * n_particles
     return (pairs[:, None, :] + first[None, :, None]).flatten(1)
+
+
+def fully_connected(n_systems: int, n_bodies: int) -> EdgeIndex:
+    """Return all ordered pairs of different bodies within each system, sorted by target."""
+    target, source = torch.nonzero(~torch.eye(n_bodies, dtype=torch.bool), as_tuple=True)
+    first = torch.arange(n_systems).repeat_interleave(len(target)) * n_bodies
+    return torch.stack([source.repeat(n_systems) + first, target.repeat(n_systems) + first])

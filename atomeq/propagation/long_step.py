@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from atomeq.data.particles import (
+from atomeq.models.base import Propagator
+from atomeq.propagation.particles import (
     N_EDGE_FEATURES,
     N_INPUTS,
     ParticleView,
@@ -18,7 +19,6 @@ from atomeq.data.particles import (
     SystemVectors,
     batched_pairs,
 )
-from atomeq.models.base import Propagator
 
 
 class Particles(NamedTuple):

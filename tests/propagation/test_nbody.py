@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from atomeq.data.nbody import (
+from atomeq.propagation.nbody import (
     SOFTENING,
     NBodyRecipe,
     Trajectories,
-    fully_connected,
     load_nbody,
     run_gravity,
     simulate,
 )
+from atomeq.propagation.particles import fully_connected
 
 CHAOS = 1e-9  # rounding, grown over some hundred steps
 

@@ -21,7 +21,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from atomeq.files import write_atomically
-from atomeq.typing import EdgeIndex
 
 logger = logging.getLogger(__name__)
 
@@ -167,13 +166,6 @@ def simulate(recipe: NBodyRecipe) -> dict[Part, Trajectories]:
         )
         first += count
     return parts
-
-
-def fully_connected(n_systems: int, n_bodies: int) -> EdgeIndex:
-    """Return all ordered pairs of different bodies within each system, sorted by target."""
-    target, source = torch.nonzero(~torch.eye(n_bodies, dtype=torch.bool), as_tuple=True)
-    first = torch.arange(n_systems).repeat_interleave(len(target)) * n_bodies
-    return torch.stack([source.repeat(n_systems) + first, target.repeat(n_systems) + first])
 
 
 Start = tuple[Array, Array, Array]  # charges (n, N), positions (n, N, 3), velocities (n, N, 3)
