@@ -52,6 +52,20 @@ class Gas(AtomisticModel):
         return {"energies": self.zero * graph.pos[:, 0]}
 
 
+class Pass(AtomisticModel):
+    """Wells at x = -1 and 1 Å, and between them at x = 0, y = 1 Å a pass of known height, eV."""
+
+    def __init__(self, cutoff: float = 1e-3, *, height: float = 0.5) -> None:
+        super().__init__()
+        self.cutoff = cutoff
+        self.height = nn.Parameter(torch.tensor(height, dtype=torch.float64))
+
+    def forward(self, graph):
+        x, y, z = graph.pos.T
+        along, across = (x**2 - 1) ** 2, (y - (1 - x**2)) ** 2 + z**2
+        return {"energies": self.height * along + 2 * across}
+
+
 class Trap(Pairs):
     """Pairs, with NaN for a structure of which an atom came above z = 100 Å."""
 

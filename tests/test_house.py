@@ -32,7 +32,15 @@ STRUCTURE_DOORS = tuple(
 )
 FAMILIES = ("coupling", "edge", "harmonics", "segment", "sphere")
 KERNELS = tuple(f"ops/{family}/triton/" for family in FAMILIES)
-ASE_ROOMS = ("data/", "calculators/", "check/", "propagation/", "screening/", "cli/")
+ASE_ROOMS = (
+    "data/",
+    "calculators/",
+    "check/",
+    "properties/",
+    "propagation/",
+    "screening/",
+    "cli/",
+)
 ASE_DOORS = (*STRUCTURE_DOORS, *ASE_ROOMS)
 DOORS = {
     "ase": ASE_DOORS,

@@ -11,7 +11,6 @@ import numpy as np
 from jsonargparse import Namespace
 
 from atomeq.calculators.ase import AtomeqCalculator
-from atomeq.calculators.relaxation import relax_frame
 from atomeq.cli.terminal import Meter, say, show_table
 from atomeq.data.ase_files import DATA_VARIABLE, DataError, expand_data_path
 from atomeq.data.download import DATA_SETS, download
@@ -23,6 +22,7 @@ from atomeq.data.oc20_write import FileFormat, convert, metadata_file, write_met
 from atomeq.files import refuse_existing, refuse_unwritable, write_atomically
 from atomeq.propagation.nbody import NBodyRecipe
 from atomeq.propagation.recordings import simulated, write_systems
+from atomeq.properties.relaxation import relax_frame
 from atomeq.training.oc20_metrics import (
     ENERGY_THRESHOLD,
     average_distance_within_threshold,

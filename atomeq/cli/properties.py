@@ -7,20 +7,21 @@ from typing import Any
 
 import numpy as np
 from ase import Atoms
-from ase.stress import voigt_6_to_full_3x3_stress
 from jsonargparse import Namespace
 
-from atomeq.calculators import phonons as ph
 from atomeq.calculators.ase import AtomeqCalculator
-from atomeq.calculators.elasticity import fit_elasticity, strained_structures
-from atomeq.calculators.equation_of_state import fit_equation_of_state, scaled_volumes
 from atomeq.cli.door import kept_path
 from atomeq.cli.plots import plot_curve, plot_matrix, plot_phonons
 from atomeq.cli.restart import Journal, identity
-from atomeq.cli.structures import write_summary
+from atomeq.cli.structures import structure_output
 from atomeq.cli.terminal import say, show_table
-from atomeq.cli.verbs import evaluated, prepare_crystal, relaxed, settings
+from atomeq.cli.verbs import finish, prepare, stages
 from atomeq.files import write_atomically
+from atomeq.properties import phonons as ph
+from atomeq.properties.elasticity import elastic_tensor
+from atomeq.properties.equation_of_state import equation_of_state
+from atomeq.properties.relaxation import relaxed
+from atomeq.properties.single_points import refuse_no_crystal
 
 _FINE = 300  # points of a drawn curve
 _VOIGT = ("xx", "yy", "zz", "yz", "xz", "xy")
@@ -28,65 +29,71 @@ _VOIGT = ("xx", "yy", "zz", "yz", "xz", "xy")
 
 def eos(options: Namespace) -> int:
     """Fit an equation of state."""
-    scaled_volumes(Atoms("H", cell=[1, 1, 1]), options.span, options.volumes)  # refuse early
-    calculator, atoms = prepare_crystal("eos", options)
-    atoms = _start(atoms, calculator, options)
-    structures = scaled_volumes(atoms, options.span, options.volumes)
-    structures = _with_atoms_at_rest(structures, calculator, options)
-    found = evaluated(
-        structures, calculator, ("energy", "forces", "stress"), label="eos", out=options.out
-    )
+    calculator, (atoms,) = prepare(options, index="-1:")
+    with stages() as report:
+        fit, structures = equation_of_state(
+            atoms,
+            calculator,
+            span=options.span,
+            count=options.volumes,
+            relax=options.relax,
+            fmax=options.fmax,
+            max_steps=options.max_steps,
+            report=report,
+        )
+    _write(options.out, structures)
     volumes = [float(structure.get_volume()) for structure in structures]
-    energies = [result["energy"] for result in found]
-    fit = fit_equation_of_state(volumes, energies)
+    energies = [structure.get_potential_energy() for structure in structures]
+    n_atoms, formula = len(atoms), atoms.get_chemical_formula()
     results: dict[str, Any] = {
-        "formula": atoms.get_chemical_formula(),
-        "n_atoms": len(atoms),
+        "formula": formula,
+        "n_atoms": n_atoms,
         "volume_A3": fit.volume,
-        "volume_per_atom_A3": fit.volume / len(atoms),
-        "energy_per_atom_eV": fit.energy / len(atoms),
+        "volume_per_atom_A3": fit.volume / n_atoms,
+        "energy_per_atom_eV": fit.energy / n_atoms,
         "bulk_modulus_GPa": fit.bulk_modulus,
         "bulk_modulus_derivative": fit.derivative,
-        "fit_residual_meV_per_atom": 1e3 * fit.residual / len(atoms),
+        "fit_residual_meV_per_atom": 1e3 * fit.residual / n_atoms,
         "curve": {"volume_A3": volumes, "energy_eV": energies},
     }
     fine = np.linspace(min(volumes), max(volumes), _FINE)
-    n_atoms = len(atoms)
     picture = plot_curve(
         options.out,
         ([v / n_atoms for v in volumes], [e / n_atoms for e in energies]),
         ((fine / n_atoms).tolist(), (fit.energies(fine) / n_atoms).tolist()),
         labels=("volume / Å³ per atom", "energy / eV per atom"),
-        title=f"{atoms.get_chemical_formula()}: {fit.bulk_modulus:.1f} GPa",
+        title=f"{formula}: {fit.bulk_modulus:.1f} GPa",
     )
-    return _finish("eos", options, calculator, results, [picture])
+    finish("eos", options, calculator, results, [picture])
+    return 0
 
 
 def elastic(options: Namespace) -> int:
     """Compute the elastic constants."""
-    strained_structures(Atoms("H", cell=[1, 1, 1]), options.strain)  # refuse early
-    calculator, atoms = prepare_crystal("elastic", options)
-    atoms = _start(atoms, calculator, options)
-    structures, strains = strained_structures(atoms, options.strain)
-    structures = _with_atoms_at_rest(structures, calculator, options)
-    found = evaluated(
-        structures, calculator, ("energy", "forces", "stress"), label="elastic", out=options.out
-    )
-    stresses = [voigt_6_to_full_3x3_stress(result["stress"]) for result in found]
-    fit = fit_elasticity(atoms, strains, stresses)
-    results = {"formula": atoms.get_chemical_formula(), **_elastic_results(asdict(fit))}
-    picture = plot_matrix(
-        options.out, fit.stiffness, title=f"{atoms.get_chemical_formula()}: C / GPa"
-    )
+    calculator, (atoms,) = prepare(options, index="-1:")
+    with stages() as report:
+        fit, structures = elastic_tensor(
+            atoms,
+            calculator,
+            strain=options.strain,
+            relax=options.relax,
+            fmax=options.fmax,
+            max_steps=options.max_steps,
+            report=report,
+        )
+    _write(options.out, structures)
+    formula = atoms.get_chemical_formula()
+    results = {"formula": formula, **_elastic_results(asdict(fit))}
+    picture = plot_matrix(options.out, fit.stiffness, title=f"{formula}: C / GPa")
     rows = [
         [f"C_{name}", *(f"{x:.1f}" for x in row)]
         for name, row in zip(_VOIGT, fit.stiffness, strict=True)
     ]
     show_table(["GPa", *_VOIGT], rows)
-    code = _finish("elastic", options, calculator, results, [picture])
+    finish("elastic", options, calculator, results, [picture])
     if not fit.stable:
         say("not stable: some strain lowers the energy (Born's criterion)")
-    return code if fit.stable else 1
+    return 0 if fit.stable else 1
 
 
 def _elastic_results(fit: dict[str, Any]) -> dict[str, Any]:
@@ -108,76 +115,76 @@ def _elastic_results(fit: dict[str, Any]) -> dict[str, Any]:
 
 def phonons(options: Namespace) -> int:
     """Compute phonons."""
-    calculator, atoms = prepare_crystal("phonons", options)
+    calculator, (atoms,) = prepare(options, index="-1:")
+    refuse_no_crystal(atoms, calculator, "phonons")
     journal = Journal(
         kept_path("phonons", options.out),
         identity(options, calculator, free=("path", "mesh", "temperature")),
         restart=options.restart,
     )
     atoms = _start_of(journal, atoms, calculator, options)
-    repeats = options.supercell or ph.fitting_supercell(atoms, options.min_length)
-    phonon, cells = ph.displaced_supercells(
-        atoms, supercell=repeats, displacement=options.displacement
-    )
-    path = ph.band_path(phonon, options.path)  # before the forces: it may be wrong
-    found = evaluated(
-        cells,
-        calculator,
-        ("energy", "forces"),
-        label="displacements",
-        out=options.out,
-        journal=journal,
-    )
-    ph.set_forces(phonon, [result["forces"] for result in found])
-    bands = ph.band_frequencies(phonon, path)
-    mesh, weights = ph.mesh_frequencies(phonon, options.mesh)
-    dos = ph.density_of_states(phonon)
-    lowest = min(float(mesh.min()), *(float(leg.min()) for leg in bands))
+    with stages() as report:
+        found = ph.phonons(
+            atoms,
+            calculator,
+            supercell=options.supercell or options.min_length,
+            displacement=options.displacement,
+            path=options.path,
+            mesh=options.mesh,
+            temperatures=[options.temperature],
+            results=_Results(journal),
+            report=report,
+        )
+    _write(options.out, found.supercells)
+    formula, phonon = atoms.get_chemical_formula(), found.phonon
     results: dict[str, Any] = {
-        "formula": atoms.get_chemical_formula(),
+        "formula": formula,
         "primitive_formula": "".join(phonon.primitive.symbols),
-        "supercell": [int(n) for n in repeats],
-        "n_displacements": len(cells),
-        "lowest_frequency_THz": lowest,
-        "highest_frequency_THz": max(float(leg.max()) for leg in bands),
-        "imaginary_modes": lowest < -ph.IMAGINARY,
-        "imaginary_fraction_of_mesh": float(weights @ (mesh < -ph.IMAGINARY).mean(axis=1)),
-        "thermal": ph.thermal_properties(phonon, [options.temperature])[0],
-        "frequencies_THz": ph.frequencies_at_ends(phonon, path),
+        "supercell": np.diag(phonon.supercell_matrix).tolist(),
+        "n_displacements": len(found.supercells),
+        "lowest_frequency_THz": found.lowest,
+        "highest_frequency_THz": found.highest,
+        "imaginary_modes": found.lowest < -ph.IMAGINARY,
+        "imaginary_fraction_of_mesh": found.imaginary_fraction,
+        "thermal": found.thermal[0],
+        "frequencies_THz": ph.frequencies_at_ends(phonon, found.path),
     }
     picture = plot_phonons(
         options.out,
-        (bands, path.ends),
-        ph.lengths(phonon, path),
-        dos,
-        title=atoms.get_chemical_formula(),
+        (found.bands, found.path.ends),
+        ph.lengths(phonon, found.path),
+        found.dos,
+        title=formula,
     )
     kept = Path(options.out).with_suffix(".phonopy.yaml")
     with write_atomically(kept) as partial:
         phonon.save(partial, settings={"force_constants": True})
     _show_points(results["frequencies_THz"])
-    _finish("phonons", options, calculator, results, [picture, kept])
+    finish("phonons", options, calculator, results, [picture, kept])
     journal.remove()
     if results["imaginary_modes"]:
         say(
-            f"imaginary modes: down to {lowest:.2f} THz, "
-            f"{results['imaginary_fraction_of_mesh']:.1%} of the mesh; the structure is not at a "
-            "minimum"
+            f"imaginary modes: down to {found.lowest:.2f} THz, {found.imaginary_fraction:.1%} of "
+            "the mesh; the structure is not at a minimum"
         )
     return 0
 
 
-def _start(atoms: Atoms, calculator: AtomeqCalculator, options: Namespace) -> Atoms:
-    if not options.relax:
-        return atoms
-    return relaxed(
-        [atoms],
-        calculator,
-        fmax=options.fmax,
-        max_steps=options.max_steps,
-        cell=True,
-        what=options.input,
-    )[0]
+class _Results(list[dict[str, Any]]):
+    """Results that a journal holds behind its first entry, and keeps as they come."""
+
+    def __init__(self, journal: Journal) -> None:
+        super().__init__(
+            {name: np.array(values) for name, values in entry["results"].items()}
+            for entry in journal.entries[1:]
+        )
+        self._journal = journal
+
+    def append(self, result: dict[str, Any]) -> None:
+        """Keep a result, on disk first."""
+        values = {name: np.asarray(value).tolist() for name, value in result.items()}
+        self._journal.append({"results": values})
+        super().append(result)
 
 
 def _start_of(
@@ -185,33 +192,24 @@ def _start_of(
 ) -> Atoms:
     """Return the relaxed crystal, which is the first entry of the journal."""
     if not journal.entries:
-        relaxed_atoms = _start(atoms, calculator, options)
-        journal.append(
-            {
-                "positions": relaxed_atoms.positions.tolist(),
-                "cell": relaxed_atoms.cell.array.tolist(),
-            }
-        )
+        start = atoms
+        if options.relax:
+            budget = {"fmax": options.fmax, "max_steps": options.max_steps}
+            with stages() as report:
+                (start,) = relaxed(
+                    [atoms], calculator, cell=True, what="crystal", report=report, **budget
+                )
+        journal.append({"positions": start.positions.tolist(), "cell": start.cell.array.tolist()})
     start, entry = atoms.copy(), journal.entries[0]
     start.set_cell(entry["cell"])
     start.positions = entry["positions"]
     return start
 
 
-def _with_atoms_at_rest(
-    structures: list[Atoms], calculator: AtomeqCalculator, options: Namespace
-) -> list[Atoms]:
-    """Relax the atoms of strained cells, all cells in one batch."""
-    if not options.relax:
-        return structures
-    return relaxed(
-        structures,
-        calculator,
-        fmax=options.fmax,
-        max_steps=options.max_steps,
-        cell=False,
-        what="strained cells",
-    )
+def _write(out: str, structures: Sequence[Atoms]) -> None:
+    with structure_output(out) as output:
+        for atoms in structures:
+            output.write(atoms)
 
 
 def _show_points(frequencies: dict[str, list[float]]) -> None:
@@ -220,30 +218,3 @@ def _show_points(frequencies: dict[str, list[float]]) -> None:
         for name, modes in frequencies.items()
     ]
     show_table(["point", "frequencies / THz"], rows)
-
-
-def _finish(
-    verb: str,
-    options: Namespace,
-    calculator: AtomeqCalculator,
-    results: dict[str, Any],
-    files: Sequence[Path],
-) -> int:
-    """Write the summary, show the numbers and name the files."""
-    summary = write_summary(
-        verb,
-        options.out,
-        source=options.input,
-        calculator=calculator,
-        settings=settings(options),
-        results=results,
-    )
-    flat = {**results, **results.get("thermal", {})}
-    rows = [[key, _shown(value)] for key, value in flat.items() if not isinstance(value, dict)]
-    show_table(["quantity", "value"], [row for row in rows if row[0] != "stiffness_GPa"])
-    say(f"wrote {options.out}, {', '.join(map(str, files))} and {summary}")
-    return 0
-
-
-def _shown(value: Any) -> str:
-    return f"{value:.6g}" if isinstance(value, float) else str(value)

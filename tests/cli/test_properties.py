@@ -59,8 +59,8 @@ def test_phonons_of_copper(run, copper, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("eos free.extxyz --potential small --out o.extxyz", "eos needs a crystal"),
-        ("elastic free.extxyz --potential small --out o.extxyz", "elastic needs a crystal"),
+        ("eos free.extxyz --potential small --out o.extxyz", "equation of state needs a crystal"),
+        ("elastic free.extxyz --potential small --out o.extxyz", "elastic tensor needs a crystal"),
         ("phonons free.extxyz --potential small --out o.extxyz", "phonons needs a crystal"),
         ("eos crystal.extxyz --potential small --out o.extxyz --span 0.7", "between 0 and 0.5"),
         ("elastic crystal.extxyz --potential small --out o.extxyz --strain 3", "between 0 and 0.1"),
@@ -86,7 +86,7 @@ def test_errors_at_the_door_say_what_to_do(run, copper, capsys, words, message):
 def test_a_crystal_that_does_not_relax_is_named(run, copper, capsys):
     words = "eos cu.extxyz --potential small --out o.extxyz --max-steps 1"
     assert run(words) == 2
-    assert "cu.extxyz 0 does not relax" in capsys.readouterr().err
+    assert "crystal 0 does not relax" in capsys.readouterr().err
 
 
 def test_neb_goes_on_where_it_stopped(run, workdir, capsys):

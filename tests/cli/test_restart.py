@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from atomeq.calculators.ase import AtomeqCalculator
-from atomeq.calculators.elastic_band import BatchedNEB
 from atomeq.cli import main
 from atomeq.dynamics.evaluator import Evaluator
+from atomeq.properties.elastic_band import BatchedNEB
 
 MD = "md cu.extxyz --potential small --timestep 0.5 --interval 3 --checkpoint-interval 5 --steps 24"
 ENSEMBLES = [  # nve goes into the binary trajectory below

@@ -1,9 +1,9 @@
 """Harmonic phonons by phonopy, from the forces on displaced supercells."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import MutableSequence, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from ase import Atoms
@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from phonopy import Phonopy
 from phonopy.structure.atoms import PhonopyAtoms
 
-from atomeq.graph.convert import validate_structure
+from atomeq.calculators.ase import AtomeqCalculator
+from atomeq.properties.single_points import Report, computed, refuse_no_crystal, untold
 
 #: THz; acoustic modes at Γ are zero up to the noise of the forces, so less is not imaginary.
 IMAGINARY = 0.05
@@ -51,6 +52,104 @@ class BandPath:
         return names
 
 
+@dataclass(frozen=True)
+class Phonons:
+    """Harmonic phonons of a crystal.
+
+    Attributes:
+        phonon: phonopy's object, with the force constants.
+        supercells: The displaced ones, with energy (eV) and forces.
+        path: Through the Brillouin zone of the primitive cell.
+        bands: Frequencies of each leg of the path, (n_points, n_modes), THz.
+        mesh: Frequencies of a mesh of wave vectors, (n_q, n_modes), THz.
+        weights: Of the wave vectors, (n_q,); they sum to one.
+        dos: Frequencies (n_points,), THz, and the density of states per THz and primitive cell.
+        thermal: Of each temperature what :func:`thermal_properties` gives.
+    """
+
+    phonon: Phonopy
+    supercells: list[Atoms]
+    path: BandPath
+    bands: list[NDArray[np.float64]]
+    mesh: NDArray[np.float64]
+    weights: NDArray[np.float64]
+    dos: tuple[NDArray[np.float64], NDArray[np.float64]]
+    thermal: list[dict[str, float]]
+
+    @property
+    def lowest(self) -> float:
+        """The lowest frequency of bands and mesh, THz; imaginary ones are negative."""
+        return min(float(self.mesh.min()), *(float(leg.min()) for leg in self.bands))
+
+    @property
+    def highest(self) -> float:
+        """The highest frequency of the bands, THz."""
+        return max(float(leg.max()) for leg in self.bands)
+
+    @property
+    def imaginary_fraction(self) -> float:
+        """Share of the mesh's modes that are imaginary."""
+        return float(self.weights @ (self.mesh < -IMAGINARY).mean(axis=1))
+
+
+def phonons(
+    atoms: Atoms,
+    calculator: AtomeqCalculator,
+    *,
+    supercell: Sequence[int] | float = 10.0,
+    displacement: float = 0.01,
+    path: str | None = None,
+    mesh: float = 60.0,
+    temperatures: Sequence[float] = (300.0,),
+    results: MutableSequence[dict[str, Any]] | None = None,
+    report: Report = untold,
+) -> Phonons:
+    """Compute harmonic phonons by finite displacements of a supercell.
+
+    Args:
+        atoms: A relaxed crystal, see :func:`~atomeq.properties.relaxation.relaxed`.
+        calculator: Gives forces; float64 is what differences of them ask for.
+        supercell: How often to repeat the cell in each direction, or the least distance between
+            opposite faces, Å.
+        displacement: Å.
+        path: Special points such as ``"GXWKG,LU"``; by default all that the lattice has.
+        mesh: Density of wave vectors, phonopy's length, Å.
+        temperatures: Of the thermal properties, K.
+        results: Of supercells that were computed before, in their order; new ones are appended.
+        report: Told of progress.
+
+    Raises:
+        ValueError: No crystal, or an argument that cannot be used.
+
+    Example:
+        >>> found = phonons(copper, AtomeqCalculator("cu-pbe"))  # doctest: +SKIP
+        >>> found.thermal[0]["heat_capacity_J_per_K_mol"]  # doctest: +SKIP
+    """
+    refuse_no_crystal(atoms, calculator, "phonons")
+    repeats = (
+        fitting_supercell(atoms, supercell) if isinstance(supercell, float | int) else supercell
+    )
+    phonon, cells = displaced_supercells(atoms, supercell=repeats, displacement=displacement)
+    legs = band_path(phonon, path)  # before the forces: it may be wrong
+    stage = "displacements"
+    found = computed(
+        cells, calculator, ("energy", "forces"), stage=stage, results=results, report=report
+    )
+    set_forces(phonon, [one.get_forces() for one in found])
+    bands = band_frequencies(phonon, legs)
+    frequencies, weights = mesh_frequencies(phonon, mesh)
+    return Phonons(
+        phonon=phonon,
+        supercells=found,
+        path=legs,
+        bands=bands,
+        mesh=frequencies,
+        weights=weights,
+        dos=density_of_states(phonon),
+        thermal=thermal_properties(phonon, temperatures),
+    )
+
+
 def fitting_supercell(atoms: Atoms, min_length: float) -> tuple[int, int, int]:
     """Return how often to repeat a cell so that opposite faces are so far apart (Å)."""
     heights = 1 / np.linalg.norm(np.linalg.inv(atoms.cell.array), axis=0)
@@ -75,7 +174,6 @@ def displaced_supercells(
         raise ValueError(
             f"supercell and displacement must be positive; got {list(supercell)}, {displacement:g}"
         )
-    validate_structure(atoms)
     phonon = Phonopy(
         PhonopyAtoms(
             numbers=atoms.numbers,

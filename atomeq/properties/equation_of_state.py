@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from ase import Atoms
@@ -9,6 +10,9 @@ from ase.eos import EquationOfState as ASEEquationOfState
 from ase.eos import birchmurnaghan
 from numpy.typing import NDArray
 
+from atomeq.calculators.ase import AtomeqCalculator
+from atomeq.properties.relaxation import relaxed
+from atomeq.properties.single_points import Report, computed, refuse_no_crystal, untold
 from atomeq.units import GPA
 
 MIN_VOLUMES = 5  # four parameters and something left over to judge the fit by
@@ -36,6 +40,52 @@ class EquationOfState:
         """Return the energy at volumes (Å³), eV."""
         modulus = self.bulk_modulus * GPA
         return birchmurnaghan(volumes, self.energy, modulus, self.derivative, self.volume)
+
+
+def equation_of_state(
+    atoms: Atoms,
+    calculator: AtomeqCalculator,
+    *,
+    span: float = 0.06,
+    count: int = 11,
+    relax: bool = True,
+    fmax: float = 1e-3,
+    max_steps: int = 500,
+    report: Report = untold,
+) -> tuple[EquationOfState, list[Atoms]]:
+    """Fit an equation of state to a crystal's energy at several volumes.
+
+    Args:
+        atoms: A crystal.
+        calculator: Gives energies; float64 is what differences of them ask for.
+        span: Largest change of the volume, relative.
+        count: Number of volumes.
+        relax: Relax atoms and cell first, and the atoms at each volume.
+        fmax: Of relaxations, eV/Å.
+        max_steps: Of relaxations.
+        report: Told of progress.
+
+    Returns:
+        The fit, and the structures it was fitted to with energy (eV), forces and stress.
+
+    Raises:
+        ValueError: No crystal, volumes that cannot be used, or no minimum of the energy within.
+
+    Example:
+        >>> fit, _ = equation_of_state(copper, AtomeqCalculator("cu-pbe"))  # doctest: +SKIP
+        >>> fit.bulk_modulus  # doctest: +SKIP
+    """
+    refuse_no_crystal(atoms, calculator, "an equation of state")
+    structures = scaled_volumes(atoms, span, count)
+    if relax:
+        settle = partial(relaxed, fmax=fmax, max_steps=max_steps, report=report)
+        (start,) = settle([atoms], calculator, cell=True, what="crystal")
+        structures = scaled_volumes(start, span, count)
+        structures = settle(structures, calculator, cell=False, what="volume")
+    properties = ("energy", "forces", "stress")
+    found = computed(structures, calculator, properties, stage="volumes", report=report)
+    volumes = [float(structure.get_volume()) for structure in found]
+    return fit_equation_of_state(volumes, [one.get_potential_energy() for one in found]), found
 
 
 def scaled_volumes(atoms: Atoms, span: float, count: int) -> list[Atoms]:

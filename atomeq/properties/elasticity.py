@@ -2,16 +2,21 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 from ase import Atoms
+from ase.stress import voigt_6_to_full_3x3_stress
 from numpy.typing import NDArray
 from pymatgen.core.elasticity.elastic import ElasticTensor
 from pymatgen.core.elasticity.strain import Strain
 from pymatgen.core.elasticity.stress import Stress
 from pymatgen.io.ase import AseAtomsAdaptor
 
+from atomeq.calculators.ase import AtomeqCalculator
+from atomeq.properties.relaxation import relaxed
+from atomeq.properties.single_points import Report, computed, refuse_no_crystal, untold
 from atomeq.units import GPA
 
 _MODES = ((0, 0), (1, 1), (2, 2), (0, 1), (0, 2), (1, 2))
@@ -42,6 +47,50 @@ class Elasticity:
     poisson: float
     anisotropy: float
     stable: bool
+
+
+def elastic_tensor(
+    atoms: Atoms,
+    calculator: AtomeqCalculator,
+    *,
+    strain: float = 0.005,
+    relax: bool = True,
+    fmax: float = 1e-3,
+    max_steps: int = 500,
+    report: Report = untold,
+) -> tuple[Elasticity, list[Atoms]]:
+    """Compute the elastic constants of a crystal from the stress of strained structures.
+
+    Args:
+        atoms: A crystal.
+        calculator: Gives stresses; float64 is what differences of them ask for.
+        strain: The largest.
+        relax: Relax atoms and cell first, and the atoms of each strained structure.
+        fmax: Of relaxations, eV/Å.
+        max_steps: Of relaxations.
+        report: Told of progress.
+
+    Returns:
+        The constants, and the strained structures with energy (eV), forces and stress.
+
+    Raises:
+        ValueError: No crystal, or a strain that cannot be used.
+
+    Example:
+        >>> fit, _ = elastic_tensor(copper, AtomeqCalculator("cu-pbe"))  # doctest: +SKIP
+        >>> fit.stiffness[0, 0]  # C_11 in GPa  # doctest: +SKIP
+    """
+    refuse_no_crystal(atoms, calculator, "an elastic tensor")
+    structures, strains = strained_structures(atoms, strain)
+    if relax:
+        settle = partial(relaxed, fmax=fmax, max_steps=max_steps, report=report)
+        (atoms,) = settle([atoms], calculator, cell=True, what="crystal")
+        structures, strains = strained_structures(atoms, strain)
+        structures = settle(structures, calculator, cell=False, what="strained cell")
+    properties = ("energy", "forces", "stress")
+    found = computed(structures, calculator, properties, stage="strains", report=report)
+    stresses = [voigt_6_to_full_3x3_stress(one.get_stress()) for one in found]
+    return fit_elasticity(atoms, strains, stresses), found
 
 
 def strained_structures(atoms: Atoms, magnitude: float) -> tuple[list[Atoms], list[Strain]]:
