@@ -43,10 +43,10 @@ SPREADS = ("energy_std", "energies_std", "forces_std", "stress_std")
 
 _MAX_EDGES = 60_000  # of one batch; larger ones are no faster on a core and need more memory
 
-_HEAD = "a potential with a force head has no {}: its forces are no derivative of an energy"
+_HEAD = "a potential with a force head{} has no {}: its forces are no derivative of an energy"
 _NOT_GIVEN = {
-    "stress": _HEAD.format("stress"),
-    "hessian": _HEAD.format("Hessian"),
+    "stress": _HEAD.format(" and none for the stress", "stress"),
+    "hessian": _HEAD.format("", "Hessian"),
     "stresses": (
         "a potential gives no stresses of atoms: an energy that depends on many atoms at once can "
         "be divided between them in many ways, all with the same sum; take 'stress', the sum"
@@ -419,7 +419,7 @@ def has_volume(atoms: Atoms) -> bool:
 def _properties(committee: Committee) -> list[str]:
     """Return what a committee can compute."""
     names = ["energy", "free_energy", "energies", "forces"]
-    if committee.conservative:
+    if committee.gives_stress:
         names.append("stress")
     if committee.twice_differentiable:
         names.append("hessian")

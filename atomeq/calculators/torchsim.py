@@ -88,9 +88,10 @@ def _model_class() -> Any:
 
         @compute_stress.setter
         def compute_stress(self, wanted: bool) -> None:
-            if wanted and not self.potential.conservative:
+            if wanted and not self.potential.gives_stress:
                 raise ValueError(
-                    "a potential with a force head has no stress; pass compute_stress=False"
+                    "this potential has a force head and none for the stress; pass "
+                    "compute_stress=False"
                 )
             self._compute_stress = wanted
 

@@ -18,8 +18,9 @@ is compatible with published weights. In both the frame's roll is fixed, where t
 draws it at random; ``edge_rotation`` feeds one in.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +41,7 @@ from atomeq.nn.feed_forward import FeedForward, Nonlinearity
 from atomeq.nn.norms import NormName, equivariant_norm
 from atomeq.nn.radial import BesselBasis, GaussianBasis, PolynomialEnvelope
 from atomeq.nn.sphere import SphereBlock, with_scalars
+from atomeq.nn.stress import EquivariantStress, Rank2Stress
 from atomeq.ops.edge.frame import EdgeFrame
 from atomeq.ops.edge.wigner import build_edge_frame
 from atomeq.typing import NodeFeatures, PropertyKey
@@ -80,9 +82,13 @@ class EquiformerV2(AtomisticModel):
         strict_neighbors: Keep exactly so many, and not equally far ones beyond
             (:class:`~atomeq.graph.builders.NearestNeighborGraph`).
         direct_forces: Forces from a head of their own, no derivative of the energy.
+        stress_head: Stress from a head of its own: ``equivariant``, or as published, which is not:
+            the options of :class:`~atomeq.nn.stress.Rank2Stress`. None derives it, where forces are
+            derived.
         linear_reference: Add a constant for each element to its atoms' energies.
         avg_degree: Typical count of neighbours, dividing their sum in the degree embedding.
         energy_divisor: Divides the energy; as published a typical count of atoms.
+        energy_reduce: ``sum`` over atoms by that divisor, or their ``mean``.
         alpha_drop: Dropout of attention weights.
         drop_path: Probability that a structure skips a block's branch.
         proj_drop: Dropout of channels after each branch.
@@ -110,13 +116,15 @@ class EquiformerV2(AtomisticModel):
     chiral: bool
     max_neighbors: int | None
     strict_neighbors: bool
+    stress_head: Literal["equivariant"] | Mapping[str, bool | int | float] | None
     avg_degree: float
     energy_divisor: float
+    energy_reduce: Literal["sum", "mean"]
     alpha_drop: float
     drop_path: float
     proj_drop: float
 
-    readouts = ("energy", "forces")
+    readouts = ("energy", "forces", "stress")
 
     def __init__(
         self,
@@ -147,9 +155,11 @@ class EquiformerV2(AtomisticModel):
         max_neighbors: int | None = None,
         strict_neighbors: bool = True,
         direct_forces: bool = False,
+        stress_head: Literal["equivariant"] | Mapping[str, bool | int | float] | None = None,
         linear_reference: bool = False,
         avg_degree: float = 40.0,
         energy_divisor: float = 1.0,
+        energy_reduce: Literal["sum", "mean"] = "sum",
         alpha_drop: float = 0.0,
         drop_path: float = 0.0,
         proj_drop: float = 0.0,
@@ -157,12 +167,10 @@ class EquiformerV2(AtomisticModel):
         super().__init__()
         if not 0 <= mmax <= lmax:
             raise ValueError(f"mmax must lie between 0 and lmax; got mmax={mmax}, lmax={lmax}")
-        if element_pairs not in ("per_block", "shared", "none"):
-            raise ValueError(f"element_pairs is per_block, shared or none, not {element_pairs!r}")
+        _refuse_unknown(element_pairs=element_pairs, energy_reduce=energy_reduce)
         refuse_nonpositive(avg_degree=avg_degree, energy_divisor=energy_divisor)
         self.keep_arguments(locals())
-        if direct_forces:
-            self.outputs = frozenset({"energies", "forces"})
+        self.outputs = _outputs(forces=direct_forces, stress=stress_head is not None)
 
         self.embedding = nn.Embedding(num_elements, sphere_channels)
         self.basis = self._radial_basis()
@@ -174,9 +182,9 @@ class EquiformerV2(AtomisticModel):
         self.norm_out = equivariant_norm(norm, lmax, sphere_channels)
         self.energy = self._feed_forward(1)
         self.forces = self._attention(1, dropout=0.0) if direct_forces else None
-        self.linear_energies = None
-        if linear_reference:
-            self.linear_energies = nn.Parameter(torch.zeros(num_elements), requires_grad=False)
+        self.stress = self._stress() if stress_head is not None else None
+        linear = nn.Parameter(torch.zeros(num_elements), requires_grad=False)
+        self.linear_energies = linear if linear_reference else None
 
     def graph_builder(self) -> GraphBuilder:
         """Return the builder of all pairs within the cutoff, or of the nearest neighbours."""
@@ -194,7 +202,7 @@ class EquiformerV2(AtomisticModel):
     def forward(
         self, graph: AtomGraph, *, edge_rotation: Tensor | None = None
     ) -> dict[PropertyKey, Tensor]:
-        """Compute energies, and forces if they have a head, in the model's own scale.
+        """Compute energies, and what has a head of its own, in the model's own scale.
 
         Args:
             graph: Structures with edges.
@@ -202,15 +210,24 @@ class EquiformerV2(AtomisticModel):
                 by default a rule without randomness.
 
         Returns:
-            ``energies`` (n_atoms,), and ``forces`` (n_atoms, 3) if they have a head.
+            ``energies`` (n_atoms,); ``forces`` (n_atoms, 3) and ``stress`` (n_graphs, 3, 3) if they
+            have a head.
         """
         x, frame, edges = self._transform(graph, edge_rotation)
-        energies = self.energy.invariants(x)[:, 0] / self.energy_divisor
+        divisor = graph.natoms[graph.batch] if self.energy_reduce == "mean" else self.energy_divisor
+        energies = self.energy.invariants(x)[:, 0] / divisor
         if self.linear_energies is not None:
             energies = energies + self.linear_energies[graph.atomic_numbers]
         outputs: dict[PropertyKey, Tensor] = {"energies": energies}
         if self.forces is not None:
             outputs["forces"] = self.forces(x, frame, edges)[:, 1:4, 0]  # l = 1 is (x, y, z)
+        if isinstance(self.stress, EquivariantStress):
+            outputs["stress"] = self.stress(x, graph.batch, graph.n_graphs)
+        elif self.stress is not None:
+            vectors = graph.edge_vectors().detach().to(self.dtype)
+            outputs["stress"] = self.stress(
+                x, vectors, graph.edge_index, graph.batch, graph.n_graphs
+            )
         return outputs
 
     @property
@@ -311,6 +328,12 @@ class EquiformerV2(AtomisticModel):
             dropout=dropout,
         )
 
+    def _stress(self) -> EquivariantStress | Rank2Stress:
+        if self.stress_head == "equivariant":
+            return EquivariantStress(self.lmax, self.sphere_channels, self.ffn_hidden_channels)
+        options: Any = self.stress_head  # the head checks them
+        return Rank2Stress(self.lmax, self.sphere_channels, self.norm, **options)
+
     def _feed_forward(self, out_channels: int) -> FeedForward:
         return FeedForward(
             self.lmax,
@@ -351,3 +374,17 @@ class TransformerBlock(nn.Module):
         x = x + self.drop_path(self.proj_drop(y), batch, n_graphs)
         y = self.feed_forward(self.norm_2(x))
         return x + self.drop_path(self.proj_drop(y), batch, n_graphs)
+
+
+def _outputs(*, forces: bool, stress: bool) -> frozenset[PropertyKey]:
+    heads: list[tuple[PropertyKey, bool]] = [("forces", forces), ("stress", stress)]
+    return frozenset(["energies", *(name for name, given in heads if given)])
+
+
+_CHOICES = {"element_pairs": ("per_block", "shared", "none"), "energy_reduce": ("sum", "mean")}
+
+
+def _refuse_unknown(**arguments: str) -> None:
+    for name, value in arguments.items():
+        if value not in _CHOICES[name]:
+            raise ValueError(f"{name} is one of {', '.join(_CHOICES[name])}, not {value!r}")

@@ -69,8 +69,13 @@ class Committee:
 
     @property
     def conservative(self) -> bool:
-        """Whether all forces are derivatives of energies, so that there is a stress."""
+        """Whether all forces are derivatives of energies."""
         return all(one.conservative for one in self.members)
+
+    @property
+    def gives_stress(self) -> bool:
+        """Whether there is a stress."""
+        return all(one.gives_stress for one in self.members)
 
     @property
     def twice_differentiable(self) -> bool:

@@ -91,7 +91,7 @@ class CompiledPotential(Potential):
         if create_graph or "gradient_forces" in properties:
             raise ValueError(f"{self.path} is compiled and has {_NO_DERIVATIVES}")
         if "stress" in properties:
-            if not self.conservative:
+            if not self.gives_stress:
                 raise ValueError("a model with a force head has no energy whose strain is a stress")
             refuse_flat_cells(graph)
         missing = [name for name in self._fields if name not in graph]

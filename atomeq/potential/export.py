@@ -35,6 +35,7 @@ from atomeq.potential.compiled import (
 from atomeq.potential.derivatives import energy_and_gradients
 from atomeq.potential.folders import WEIGHTS_FILE, find_potential
 from atomeq.potential.potential import Potential
+from atomeq.typing import PropertyKey
 
 _SIZES = (3, 4, 5, 6, 4, 5, 4)  # 31 atoms: no size may look like a number of the model, or like 1
 _N_EDGES, _N_HYPEREDGES, _N_INCIDENCES = 109, 13, 37
@@ -105,6 +106,11 @@ def _refuse(potential: Potential) -> None:
             f"potentials are compiled for the CPU only, and this one is on {potential.device}; "
             "export potential.cpu(), or use it as it is"
         )
+    if potential.conservative and potential.references.rescales_derivatives:
+        raise ExportError(
+            "this potential scales its forces or stress apart from its energy, whose derivatives "
+            "are compiled; use it as it is"
+        )
     refuse_unsaveable(potential)  # what is compiled builds its model again, for its graphs
 
 
@@ -121,7 +127,7 @@ def _refuse_without_compiler() -> None:
 
 def _description(potential: Potential) -> dict[str, Any]:
     """Return what a package tells about itself, as plain values."""
-    derivatives = ["stress"] if potential.conservative else []
+    derivatives = ["stress"] if potential.gives_stress else []
     return {
         "compiled_version": COMPILED_VERSION,
         "model": potential.model.config(),
@@ -166,9 +172,16 @@ def _exported(potential: Potential) -> torch.export.ExportedProgram:
 def _computed(potential: Potential, graph: AtomGraph) -> tuple[Tensor, ...]:
     if not potential.conservative:
         computed = potential.evaluate(graph)
-        return computed["energy"], computed["energies"], computed["forces"]
+        found = computed["energy"], computed["energies"], computed["forces"]
+        return (*found, _virial(computed, graph)) if "stress" in computed else found
     computed, (gradient, virial) = energy_and_gradients(potential.evaluate, graph, strain=True)
+    virial = _virial(computed, graph) if "stress" in computed else virial
     return computed["energy"], computed["energies"], -gradient, virial
+
+
+def _virial(computed: dict[PropertyKey, Tensor], graph: AtomGraph) -> Tensor:
+    """Return what dE/dε would be, were the stress of a head the derivative of an energy."""
+    return computed["stress"] * graph.volume()[:, None, None]
 
 
 def _dynamic(field: str) -> dict[int, Any]:

@@ -1,7 +1,8 @@
-"""Published checkpoints of eSCN and EquiformerV2 (.pt) become ordinary potential folders.
+"""Published checkpoints of fairchem 1.x (.pt) become ordinary potential folders.
 
 Both layouts of fairchem 1.x are read: the legacy one of the Open Catalyst Project (``model`` a name
-beside ``model_attributes``, normalizers ``target`` and ``grad_target``) and the current one. A .pt
+beside ``model_attributes``, normalizers ``target`` and ``grad_target``) and the current one, of
+OMat24's models too. A .pt
 file is a pickle, so it is read with ``weights_only=True``, which builds tensors and plain values
 and calls nothing else.
 """
@@ -18,10 +19,13 @@ import torch
 from torch import Tensor
 
 from atomeq.models.base import AtomisticModel
+from atomeq.nn.stress import symmetric_tensor
 from atomeq.potential.checkpoint import save_potential, sha256
 from atomeq.potential.official_names import (
     OfficialError,
     build_official,
+    family_of,
+    hydra_backbone,
     official_weights,
     our_names,
     strip_prefixes,
@@ -31,8 +35,15 @@ from atomeq.potential.references import MAX_ATOMIC_NUMBER, AtomicReferences
 
 CARD_FILE = "README.md"
 
-_ENERGY_HEADS = {"escn_energy_head", "equiformer_v2_energy_head", "equiformerV2_scalar_head"}
-_FORCE_HEADS = {"escn_force_head", "equiformer_v2_force_head", "equiformerV2_vector_head"}
+# Normalizers by their old and new names; those of trace and rest of a stress; of noise in training.
+_NORMALIZERS = {
+    "target": "energy",
+    "grad_target": "forces",
+    **{name: name for name in ("energy", "forces", "stress")},
+    **{name: name for name in ("stress_isotropic", "stress_anisotropic")},
+    "denoising_pos_target": None,
+}
+_NONE = (0.0, 1.0)
 
 # Scalars and arrays of numpy stand among the metrics and options; these make one from bytes and do
 # nothing else.
@@ -57,7 +68,7 @@ class OfficialCheckpoint:
         model: Its name in fairchem's registry.
         options: Constructor arguments of the model.
         weights: Parameters and buffers without prefixes.
-        normalizers: ``energy`` and ``forces`` as (mean, rmsd).
+        normalizers: ``energy``, ``forces``, ``stress`` and the parts of a stress, as (mean, rmsd).
         element_energies: Added after the energy is put back to scale, eV by atomic number.
         provenance: Data set, epoch, step and file name.
     """
@@ -152,17 +163,42 @@ def official_potential(official: OfficialCheckpoint) -> Potential:
     """
     model = build_official(official.model, official.options)
     model.load_state_dict(official_weights(model, official.weights))
-    mean, rmsd = official.normalizers.get("energy", (0.0, 1.0))
-    forces_mean, forces_rmsd = official.normalizers.get("forces", (0.0, rmsd))
+    references = _references(model, official)
+    return Potential(model, references).requires_grad_(False).eval()
+
+
+def _references(model: AtomisticModel, official: OfficialCheckpoint) -> AtomicReferences:
+    """Return E = out · rmsd + mean + Σ reference, and the same of forces and stress.
+
+    What no normalizer is of is as it comes out; what is derived here alone is of the energy.
+    """
+    given = official.normalizers
+    mean, rmsd = given.get("energy", _NONE)
+    family = family_of(model)
+    published = model.outputs | ({"forces", "stress"} if family.derives else set())
+    forces_mean, forces_rmsd = given.get("forces", _NONE)
+    if "forces" not in published:
+        forces_mean, forces_rmsd = 0.0, rmsd
     if forces_mean != 0.0:
         raise OfficialError(f"forces are normalised by a mean of {forces_mean}, which is no vector")
-    references = AtomicReferences(
-        _shift(model, official.element_energies),
+    shift = _shift(model, official.element_energies)
+    if "stress" not in published:
+        return AtomicReferences(shift, scale=rmsd, offset=mean, force_scale=forces_rmsd)
+    parts = ("stress_isotropic", "stress_anisotropic")
+    means, rmsds = zip(*(given.get(name, _NONE) for name in parts), strict=True)
+    if not (family.scales_parts and getattr(getattr(model, "stress", None), "decompose", False)):
+        means, rmsds = (0.0, 0.0), (1.0, 1.0)
+    stress_mean, stress_rmsd = given.get("stress", _NONE)
+    # The mean of the five numbers that make up what is not the trace is one number.
+    offset = torch.tensor([[means[0], *[means[1]] * 5]], dtype=torch.float64)
+    return AtomicReferences(
+        shift,
         scale=rmsd,
         offset=mean,
         force_scale=forces_rmsd,
+        stress_scale=(rmsds[0] * stress_rmsd, rmsds[1] * stress_rmsd),
+        stress_offset=symmetric_tensor(offset)[0] * stress_rmsd + stress_mean,
     )
-    return Potential(model, references).requires_grad_(False).eval()
 
 
 def model_card(name: str, official: OfficialCheckpoint, potential: Potential) -> str:
@@ -172,6 +208,11 @@ def model_card(name: str, official: OfficialCheckpoint, potential: Potential) ->
     references = potential.references
     scale, offset = float(references.scale), float(references.offset)
     forces = "the gradient of the energy" if potential.conservative else "a head of their own"
+    stress = "none"
+    if "stress" in potential.model.outputs:
+        stress = f"a head of its own, · {', '.join(f'{s:.8g}' for s in references.stress_scale)}"
+    elif potential.gives_stress:
+        stress = "the derivative of the energy"
     options = "\n".join(f"| {key} | {value} |" for key, value in sorted(official.options.items()))
     images = "periodic images where a structure has them"
     if official.options.get("use_pbc") is False:
@@ -192,6 +233,7 @@ Converted from the published checkpoint `{origin["file"]}` by `atomeq convert`
 | neighbours | {images} |
 | energy | output · {scale:.8g} eV + {offset:.8g} eV per structure |
 | forces | {forces}, · {float(references.force_scale):.8g} eV/Å |
+| stress | {stress} |
 | elements | atomic numbers up to {max(potential.elements)} |
 
 Models of OC20 and OC22 predict what their data set calls the energy: for OC20 the adsorption
@@ -241,49 +283,43 @@ def _model_options(config: Mapping[str, Any], path: Path) -> tuple[str, dict[str
         return node, dict(config.get("model_attributes") or {})
     if not isinstance(node, Mapping) or "name" not in node:
         raise OfficialError(f"{path}: config has no model with a name, but {node!r}")
-    options = {key: value for key, value in node.items() if key != "name"}
-    if node["name"] != "hydra":
-        return node["name"], options
-    backbone = dict(options.pop("backbone", {}))
-    heads = options.pop("heads", {})
-    rest = set(options) - {"finetune_config", "otf_graph", "pass_through_head_outputs"}
-    if rest:
-        raise OfficialError(f"{path}: options of hydra that are not known: {', '.join(rest)}")
-    name = backbone.pop("model", "")
-    backbone.update(_head_options(heads, path))
-    return name, backbone
-
-
-def _head_options(heads: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    options: dict[str, Any] = {"regress_forces": False}
-    for title, head in heads.items():
-        module = str(head.get("module", ""))
-        rest = set(head) - {"module", "reduce", "output_name"}
-        if rest or module not in _ENERGY_HEADS | _FORCE_HEADS:
-            raise OfficialError(f"{path}: head {title!r} is not known: {dict(head)!r}")
-        if head.get("output_name") not in (None, "energy", "forces"):
-            raise OfficialError(f"{path}: head {title!r} predicts {head['output_name']!r}")
-        if module in _FORCE_HEADS:
-            options["regress_forces"] = True
-        elif "reduce" in head:
-            options["reduce"] = head["reduce"]
-    return options
+    if node["name"] == "hydra":
+        try:
+            return hydra_backbone(node)
+        except OfficialError as error:
+            raise OfficialError(f"{path}: {error}") from error
+    return node["name"], {key: value for key, value in node.items() if key != "name"}
 
 
 def _normalizers(
     document: Mapping[str, Any], config: Mapping[str, Any], path: Path
 ) -> dict[str, tuple[float, float]]:
-    """Return (mean, rmsd) of energy and forces, from the old or the new names."""
-    names = {"target": "energy", "grad_target": "forces", "energy": "energy", "forces": "forces"}
+    """Return (mean, rmsd) of each property, from the old or the new names."""
     found = {}
     for title, values in (document.get("normalizers") or {}).items():
         spread = values.get("rmsd", values.get("std"))
-        if title not in names or spread is None or "mean" not in values:
+        if title not in _NORMALIZERS or spread is None or "mean" not in values:
             raise OfficialError(f"{path}: normalizer {title!r} is not known: {sorted(values)}")
-        found[names[title]] = (_number(values["mean"]), _number(spread))
+        if (name := _NORMALIZERS[title]) is not None:
+            found[name] = (_number(values["mean"]), _number(spread))
     if not found and _nested(config, "dataset", "normalize_labels"):
         raise OfficialError(f"{path}: labels were normalised, but there are no normalizers")
+    transforms = _nested(config, "dataset", "transforms")
+    for what, held in (("normalizer", found), ("element_references", document.get("elementrefs"))):
+        missing = [name for name in _targets(_nested(transforms, what)) if name not in (held or {})]
+        if missing:
+            raise OfficialError(
+                f"{path}: its configuration has {what}s of {', '.join(missing)}, which the file "
+                "does not hold; without them every number would be wrong"
+            )
     return found
+
+
+def _targets(transform: Any) -> list[str]:
+    """Return what a transform of labels is of: fitted to it, or given in numbers."""
+    fitted = _nested(transform, "fit", "targets")
+    named = transform if isinstance(transform, Mapping) else {}
+    return [*(fitted or ()), *(name for name in named if name in _NORMALIZERS)]
 
 
 def _element_energies(references: Mapping[str, Any] | None, path: Path) -> tuple[float, ...]:
@@ -304,10 +340,10 @@ def _with_ema(
     if not shadows:
         raise OfficialError(f"{path} holds no running average of the weights; leave it out")
     built = build_official(model, options)
-    trained = {name for name, parameter in built.named_parameters() if parameter.requires_grad}
+    frozen = {name for name, parameter in built.named_parameters() if not parameter.requires_grad}
     owners: dict[str, list[str]] = {}  # a shared block is listed under every one that uses it
     for official, ours in our_names(built, weights).items():
-        if ours in trained:
+        if ours not in frozen:
             owners.setdefault(ours, []).append(official)
     expected = [tuple(weights[names[0]].shape) for names in owners.values()]
     if expected != [tuple(shadow.shape) for shadow in shadows]:
@@ -339,11 +375,13 @@ def _plain(value: Any) -> str | int | float | None:
 
 
 def _listed(value: Any) -> Any:
-    """Return an option in plain values, lists of them included."""
-    return [_plain(v) for v in value] if isinstance(value, list | tuple) else _plain(value)
+    """Return an option in plain values, lists and mappings of them included."""
+    if isinstance(value, Mapping):
+        return {str(key): _listed(one) for key, one in value.items()}
+    return [_listed(one) for one in value] if isinstance(value, list | tuple) else _plain(value)
 
 
-def _nested(config: Mapping[str, Any], *keys: str) -> Any:
+def _nested(config: Any, *keys: str) -> Any:
     value: Any = config
     for key in keys:
         value = value.get(key) if isinstance(value, Mapping) else None

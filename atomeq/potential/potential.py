@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from atomeq.graph.atom_graph import AtomGraph
 from atomeq.models.base import AtomisticModel
 from atomeq.ops.segment.operations import segment_sum
-from atomeq.potential.derivatives import energy_and_derivatives
+from atomeq.potential.derivatives import energy_and_derivatives, refuse_flat_cells
 from atomeq.potential.predictor import Predictor, full_precision
 from atomeq.potential.references import AtomicReferences
 from atomeq.potential.terms import EnergyTerm
@@ -29,11 +29,14 @@ _PROPERTIES: tuple[PropertyKey, ...] = (
 )
 
 
+_DERIVABLE: tuple[PropertyKey, ...] = ("forces", "stress")
+
+
 class Potential(Predictor):
     """Energy, forces and stress of a batch of structures.
 
     What the model returns is taken, what is missing is derived: a conservative model's forces are
-    -dE/dx, a model with a force head keeps its own.
+    -dE/dx, a model with a head for forces or stress keeps its own.
 
     Args:
         model: The network.
@@ -57,10 +60,11 @@ class Potential(Predictor):
         terms: Sequence[EnergyTerm] = (),
     ) -> None:
         super().__init__(model, references)
-        if terms and "forces" in model.outputs:
+        heads = sorted({"forces", "stress"} & model.outputs)
+        if terms and heads:
             raise ValueError(
-                f"{type(model).__name__} has a force head, whose forces would not know of "
-                f"{type(terms[0]).__name__}; add terms to conservative models"
+                f"{type(model).__name__} has a {heads[0].replace('forces', 'force')} head, which "
+                f"would not know of {type(terms[0]).__name__}; add terms to conservative models"
             )
         self.terms = nn.ModuleList(terms)
 
@@ -100,12 +104,16 @@ class Potential(Predictor):
         self, graph: AtomGraph, properties: Sequence[PropertyKey], create_graph: bool | None
     ) -> dict[PropertyKey, Tensor]:
         refuse_unknown_properties(properties)
-        derived = [key for key in ("forces", "stress") if key in properties]
-        if "stress" in derived and not self.conservative:
+        derived: list[PropertyKey] = [
+            key for key in _DERIVABLE if key in properties and key not in self.model.outputs
+        ]
+        if "stress" in derived and not self.gives_stress:
             raise ValueError("a model with a force head has no energy whose strain gives a stress")
+        if "stress" in properties and "stress" not in derived:
+            refuse_flat_cells(graph)
         if "gradient_forces" in properties:
             computed = self._evaluate_with_gradient(graph)
-        elif not derived or not self.conservative:
+        elif not derived:
             computed = self.evaluate(graph)
         else:
             if create_graph is None:
@@ -117,6 +125,8 @@ class Potential(Predictor):
                 stress="stress" in derived,
                 create_graph=create_graph,
             )
+            scaled = self.references.of_derivatives({key: computed[key] for key in derived})
+            computed.update(scaled)
         return {key: computed[key] for key in properties}
 
     def _leave_inference_mode(self) -> bool:
@@ -155,7 +165,7 @@ class Potential(Predictor):
         return computed
 
     def evaluate(self, graph: AtomGraph) -> dict[PropertyKey, Tensor]:
-        """Return what needs no derivative: energy, energies, and the forces of a force head."""
+        """Return what needs no derivative: energy, energies, and forces and stress of heads."""
         outputs = self.model(graph)
         energies = self.references(outputs["energies"], graph.atomic_numbers)
         for term in self.terms:
@@ -165,14 +175,18 @@ class Potential(Predictor):
             "energies": energies + (offset / graph.natoms)[graph.batch],  # they sum to the energy
             "energy": segment_sum(energies, graph.batch, graph.n_graphs) + offset,
         }
-        if "forces" in outputs:
-            computed["forces"] = outputs["forces"] * self.references.force_scale.to(self.dtype)
-        return computed
+        heads = self.references.of_heads(outputs.get("forces"), outputs.get("stress"))
+        return {**computed, **heads}
 
     @property
     def conservative(self) -> bool:
         """Whether forces are the derivative of the energy."""
         return "forces" not in self.model.outputs
+
+    @property
+    def gives_stress(self) -> bool:
+        """Whether there is a stress: of a head, or the derivative that goes with such forces."""
+        return self.conservative or "stress" in self.model.outputs
 
     @property
     def twice_differentiable(self) -> bool:

@@ -95,6 +95,11 @@ class Predictor(nn.Module):
         return False
 
     @property
+    def gives_stress(self) -> bool:
+        """Whether there is a stress."""
+        return False
+
+    @property
     def cutoff(self) -> float:
         """The model's cutoff, Å."""
         return self.model.cutoff

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from atomeq.typing import AtomicEnergies, AtomicNumbers
+from atomeq.typing import AtomicEnergies, AtomicNumbers, PropertyKey
 
 MAX_ATOMIC_NUMBER = 118
 
@@ -22,13 +22,19 @@ class AtomicReferences(nn.Module):
         scale: eV per unit of the network's output; forces and stress scale with it.
         offset: Energy of every structure whatever its size, eV: the mean that published models of
             OC20 were normalised by. Not extensive, so zero for any other model.
-        force_scale: eV/Å per unit of a force head's output; by default the scale.
+        force_scale: eV/Å per unit of the network's forces; by default the scale.
+        stress_scale: eV/Å³ per unit of the network's stress, of its trace and of the rest; by
+            default the scale.
+        stress_offset: Added to the stress, (3, 3), eV/Å³: the mean that a published stress head was
+            normalised by.
     """
 
     shift: Tensor
     scale: Tensor
     offset: Tensor
     force_scale: Tensor
+    stress_scale: Tensor
+    stress_offset: Tensor
     known: Tensor
 
     def __init__(
@@ -38,6 +44,8 @@ class AtomicReferences(nn.Module):
         scale: float = 1.0,
         offset: float = 0.0,
         force_scale: float | None = None,
+        stress_scale: tuple[float, float] | None = None,
+        stress_offset: Tensor | None = None,
     ) -> None:
         super().__init__()
         table = torch.zeros(MAX_ATOMIC_NUMBER + 1, dtype=torch.float64)
@@ -52,6 +60,10 @@ class AtomicReferences(nn.Module):
         force_scale = scale if force_scale is None else force_scale
         self.register_buffer("offset", torch.tensor(float(offset), dtype=torch.float64))
         self.register_buffer("force_scale", torch.tensor(float(force_scale), dtype=torch.float64))
+        trace_and_rest = (scale, scale) if stress_scale is None else stress_scale
+        self.register_buffer("stress_scale", torch.tensor(trace_and_rest, dtype=torch.float64))
+        zeros = torch.zeros(3, 3, dtype=torch.float64)
+        self.register_buffer("stress_offset", zeros if stress_offset is None else stress_offset)
         self.register_buffer("known", known)
         self.register_load_state_dict_pre_hook(_complete)
 
@@ -64,10 +76,43 @@ class AtomicReferences(nn.Module):
         """Turn network outputs (n_atoms,) into atomic energies (n_atoms,), eV, without offset."""
         return self.scale * energies.to(torch.float64) + self.shift[atomic_numbers]
 
+    def of_heads(self, forces: Tensor | None, stress: Tensor | None) -> dict[PropertyKey, Tensor]:
+        """Turn what a network has heads for into forces, eV/Å, and stress, eV/Å³."""
+        found: dict[PropertyKey, Tensor] = {}
+        if forces is not None:
+            found["forces"] = forces * self.force_scale.to(forces.dtype)
+        if stress is not None:
+            trace, rest = self.stress_scale.to(stress.dtype)
+            mean = stress.diagonal(dim1=1, dim2=2).mean(dim=1)[:, None, None]
+            mean = mean * torch.eye(3, dtype=stress.dtype, device=stress.device)
+            offset = self.stress_offset.to(stress.dtype)
+            found["stress"] = trace * mean + rest * (stress - mean) + offset
+        return found
+
+    def of_derivatives(self, derived: dict[PropertyKey, Tensor]) -> dict[PropertyKey, Tensor]:
+        """Bring derivatives of the energy to the scales of forces and stress.
+
+        Those are the energy's, so that nothing changes, but for published models whose files say
+        something else of each.
+        """
+        found = dict(derived)
+        if "forces" in derived:
+            found["forces"] = derived["forces"] * (self.force_scale / self.scale)
+        if "stress" in derived:
+            ratio = self.stress_scale[0] / self.scale
+            found["stress"] = derived["stress"] * ratio + self.stress_offset
+        return found
+
+    @property
+    def rescales_derivatives(self) -> bool:
+        """Whether :meth:`of_derivatives` changes anything: forces then belong to no energy."""
+        scales = torch.cat([self.force_scale[None], self.stress_scale])
+        return bool((scales != self.scale).any() or (self.stress_offset != 0).any())
+
     def _apply(self, fn, recurse: bool = True):
         # Follow the module to its device, never to its dtype.
         device = fn(self.shift).device
-        for name in ("shift", "scale", "offset", "force_scale", "known"):
+        for name in self._buffers:
             setattr(self, name, getattr(self, name).to(device))
         return self
 
@@ -75,11 +120,13 @@ class AtomicReferences(nn.Module):
 def _complete(
     references: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: object
 ) -> None:
-    """Files from before offset and force scale existed mean their defaults."""
+    """Files from before offset and scales of their own existed mean their defaults."""
     scale = state_dict.get(f"{prefix}scale")
     if scale is not None:
         state_dict.setdefault(f"{prefix}offset", torch.zeros_like(scale))
         state_dict.setdefault(f"{prefix}force_scale", scale.clone())
+        state_dict.setdefault(f"{prefix}stress_scale", scale.repeat(2))
+        state_dict.setdefault(f"{prefix}stress_offset", scale.new_zeros(3, 3))
 
 
 def least_squares_shift(

@@ -35,7 +35,7 @@ def refuse_no_crystal(atoms: Atoms, calculator: AtomeqCalculator, what: str) -> 
     if "stress" not in calculator.implemented_properties:
         raise ValueError(
             f"{what} needs a stress, and this potential has a force head, whose forces are no "
-            "derivative of an energy; take a conservative potential"
+            "derivative of an energy, and no stress head; take a conservative potential"
         )
     if atoms.constraints:
         raise ValueError(

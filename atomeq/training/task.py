@@ -312,7 +312,7 @@ class AtomisticTask(LightningModule):
         labels = set(dataset.labels)
         if self.target is not None:
             return ("scalar",)
-        if not self.potential.conservative:
+        if not self.potential.gives_stress:
             labels.discard("stress")
         keys: tuple[PropertyKey, ...] = ("energy", "forces", "stress")
         return tuple(key for key in keys if key in labels)

@@ -151,7 +151,7 @@ def test_running_average_is_taken_on_request(tmp_path):
         (lambda d: d["state_dict"].update({"extra.weight": torch.ones(2)}), r"extra.weight \(2,\)"),
         (lambda d: d["state_dict"].popitem() and d["state_dict"].pop(
             "module.module.sphere_embedding.weight"), "missing embedding.weight"),
-        (lambda d: d["normalizers"].update(stress={"mean": 0.0, "rmsd": 1.0}), "stress"),
+        (lambda d: d["normalizers"].update(bandgap={"mean": 0.0, "rmsd": 1.0}), "bandgap"),
         (lambda d: d.update(normalizers={}), "no normalizers"),
         (lambda d: d["normalizers"]["grad_target"].update(mean=torch.tensor(0.1)), "forces"),
         (lambda d: d.pop("config"), "lacks config"),
