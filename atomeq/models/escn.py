@@ -246,7 +246,7 @@ class GatedUpdate(nn.Module):
         super().__init__()
         self.first = SO3Linear(lmax, sphere_channels, hidden_channels)
         self.gates = nn.Linear(sphere_channels, lmax * hidden_channels) if lmax else None
-        self.gate = Gate(torch.tensor([math.isqrt(i) for i in range((lmax + 1) ** 2)]))
+        self.gate = Gate([math.isqrt(i) for i in range((lmax + 1) ** 2)])
         self.second = SO3Linear(lmax, hidden_channels, sphere_channels)
 
     def forward(self, x: NodeFeatures) -> NodeFeatures:

@@ -190,7 +190,7 @@ class EquivariantAttention(nn.Module):
         nn.init.uniform_(self.logit_weight, -bound, bound)
         if activation == "gate":
             rows = m_primary_order(lmax, mmax)
-            self.activation = Gate(torch.tensor([math.isqrt(i) for i in rows]))
+            self.activation = Gate([math.isqrt(i) for i in rows])
         else:
             self.activation = SphereActivation(
                 lmax, mmax, order="m", grid_resolution=grid_resolution

@@ -3,7 +3,6 @@
 import math
 from typing import Literal, get_args
 
-import torch
 from torch import Tensor, nn
 
 from atomeq.nn.so3 import Gate, SO3Linear
@@ -47,7 +46,7 @@ class FeedForward(nn.Module):
         self.separable = nonlinearity.startswith("separable")
         n_scalars = hidden_channels if self.separable else 0
         if nonlinearity == "gate":
-            self.activation = Gate(torch.tensor([math.isqrt(i) for i in range((lmax + 1) ** 2)]))
+            self.activation = Gate([math.isqrt(i) for i in range((lmax + 1) ** 2)])
             n_scalars = lmax * hidden_channels
         elif nonlinearity.endswith("grid_mlp"):
             self.activation = GridMLP(lmax, hidden_channels, grid_resolution=grid_resolution)

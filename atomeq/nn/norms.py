@@ -4,6 +4,7 @@ The three of EquiformerV2 (Liao et al., arXiv:2306.12059), told apart by what sh
 degree has its own, all degrees but l = 0 share one, or all degrees do.
 """
 
+import math
 from typing import Literal
 
 import torch
@@ -48,7 +49,7 @@ class EquivariantRMSNorm(nn.Module):
         self.epsilon = epsilon
         self.weight = nn.Parameter(torch.ones(lmax + 1, channels))
         self.bias = nn.Parameter(torch.zeros(channels))
-        degrees = torch.arange(lmax + 1).repeat_interleave(2 * torch.arange(lmax + 1) + 1)
+        degrees = torch.tensor([math.isqrt(row) for row in range((lmax + 1) ** 2)])
         self.register_buffer("degree_of_row", degrees, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -106,7 +107,7 @@ class SeparableLayerNorm(nn.Module):
         self.epsilon = epsilon
         self.scalar_norm = nn.LayerNorm(channels, eps=epsilon)
         self.weight = nn.Parameter(torch.ones(lmax, channels))
-        degrees = torch.arange(lmax).repeat_interleave(2 * torch.arange(lmax) + 3)
+        degrees = torch.tensor([math.isqrt(row) - 1 for row in range(1, (lmax + 1) ** 2)])
         self.register_buffer("degree_of_row", degrees, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:

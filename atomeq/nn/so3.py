@@ -1,6 +1,7 @@
 """Equivariant layers: linear maps per degree, SO(2) convolutions in the edge frame, gates."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -124,11 +125,12 @@ class Gate(nn.Module):
 
     gate_of_row: Tensor
 
-    def __init__(self, degrees: Tensor) -> None:
+    def __init__(self, degrees: Sequence[int]) -> None:
         super().__init__()
-        self.n_scalar_rows = int((degrees == 0).sum())
-        self.register_buffer("gate_of_row", degrees[self.n_scalar_rows :] - 1, persistent=False)
-        self.lmax = int(degrees.max())
+        self.n_scalar_rows = degrees.count(0)
+        gate_of_row = torch.tensor([l - 1 for l in degrees if l], dtype=torch.int64)
+        self.register_buffer("gate_of_row", gate_of_row, persistent=False)
+        self.lmax = max(degrees)
 
     def forward(self, x: Tensor, gates: Tensor | None) -> Tensor:
         """Apply the gates.
