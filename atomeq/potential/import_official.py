@@ -45,6 +45,14 @@ _NORMALIZERS = {
 }
 _NONE = (0.0, 1.0)
 
+_OC20_ENERGY = """\
+Models of OC20 and OC22 predict what their data set calls the energy: for OC20 the adsorption
+energy, relative to the clean slab and gas-phase references, no total energy. The offset is one for
+every structure, so energies are not extensive."""
+_TOTAL_ENERGY = """\
+The energy is a total energy of the data set's functional: to the output is added a reference of the
+element of every atom."""
+
 # Scalars and arrays of numpy stand among the metrics and options; these make one from bytes and do
 # nothing else.
 _SCALAR = np.float64(0.0).__reduce__()[0]  # its home differs between numpy 1 and 2
@@ -136,7 +144,12 @@ def read_official(checkpoint: str | Path, *, use_ema: bool = False) -> OfficialC
     model, options = _model_options(config, path)
     weights = strip_prefixes(document["state_dict"])
     if use_ema:
-        weights = _with_ema(weights, document.get("ema"), model, options, path)
+        trained = document["state_dict"]
+        if _nested(config, "model", "freeze_backbone"):
+            trained = {k: v for k, v in trained.items() if ".output_heads." in f".{k}"}
+        shadows = (document.get("ema") or {}).get("shadow_params")
+        averaged = _averaged(strip_prefixes(trained), shadows, build_official(model, options), path)
+        weights |= averaged
     return OfficialCheckpoint(
         model=model,
         options=options,
@@ -148,7 +161,7 @@ def read_official(checkpoint: str | Path, *, use_ema: bool = False) -> OfficialC
             "sha256": sha256(path),
             "epoch": _plain(document.get("epoch")),
             "step": _plain(document.get("step")),
-            "dataset": _plain(
+            "dataset": _names(
                 _nested(config, "dataset", "src") or _nested(config, "task", "dataset")
             ),
         },
@@ -220,6 +233,7 @@ def model_card(name: str, official: OfficialCheckpoint, potential: Potential) ->
             "trained without periodic images (use_pbc is False), its capped neighbours not always "
             "the nearest: give it structures without pbc"
         )
+    about_energy = _OC20_ENERGY if not official.element_energies else _TOTAL_ENERGY
     return f"""# {name}
 
 Converted from the published checkpoint `{origin["file"]}` by `atomeq convert`
@@ -236,9 +250,7 @@ Converted from the published checkpoint `{origin["file"]}` by `atomeq convert`
 | stress | {stress} |
 | elements | atomic numbers up to {max(potential.elements)} |
 
-Models of OC20 and OC22 predict what their data set calls the energy: for OC20 the adsorption
-energy, relative to the clean slab and gas-phase references, no total energy. The offset is one for
-every structure, so energies are not extensive. Where the number of neighbours is capped, the energy
+{about_energy} Where the number of neighbours is capped, the energy
 jumps when two neighbours swap ranks: for molecular dynamics that conserves energy take another
 potential.
 
@@ -280,15 +292,15 @@ def _model_options(config: Mapping[str, Any], path: Path) -> tuple[str, dict[str
     """Return name and constructor arguments from either layout, hydra's backbone included."""
     node = config.get("model")
     if isinstance(node, str):
-        return node, dict(config.get("model_attributes") or {})
+        node = {"name": node, **(config.get("model_attributes") or {})}
     if not isinstance(node, Mapping) or "name" not in node:
         raise OfficialError(f"{path}: config has no model with a name, but {node!r}")
-    if node["name"] == "hydra":
-        try:
-            return hydra_backbone(node)
-        except OfficialError as error:
-            raise OfficialError(f"{path}: {error}") from error
-    return node["name"], {key: value for key, value in node.items() if key != "name"}
+    if node["name"] != "hydra":
+        return node["name"], {key: value for key, value in node.items() if key != "name"}
+    try:
+        return hydra_backbone(node)
+    except OfficialError as error:
+        raise OfficialError(f"{path}: {error}") from error
 
 
 def _normalizers(
@@ -305,11 +317,14 @@ def _normalizers(
     if not found and _nested(config, "dataset", "normalize_labels"):
         raise OfficialError(f"{path}: labels were normalised, but there are no normalizers")
     transforms = _nested(config, "dataset", "transforms")
-    for what, held in (("normalizer", found), ("element_references", document.get("elementrefs"))):
-        missing = [name for name in _targets(_nested(transforms, what)) if name not in (held or {})]
+    for key, what, held in (
+        ("normalizer", "normalizers", found),
+        ("element_references", "element references", document.get("elementrefs")),
+    ):
+        missing = [name for name in _targets(_nested(transforms, key)) if name not in (held or {})]
         if missing:
             raise OfficialError(
-                f"{path}: its configuration has {what}s of {', '.join(missing)}, which the file "
+                f"{path}: its configuration has {what} of {', '.join(missing)}, which the file "
                 "does not hold; without them every number would be wrong"
             )
     return found
@@ -332,14 +347,12 @@ def _element_energies(references: Mapping[str, Any] | None, path: Path) -> tuple
     return tuple(table.to(torch.float64).flatten().tolist())
 
 
-def _with_ema(
-    weights: dict[str, Tensor], ema: Any, model: str, options: dict[str, Any], path: Path
+def _averaged(
+    weights: dict[str, Tensor], shadows: Any, built: AtomisticModel, path: Path
 ) -> dict[str, Tensor]:
-    """Exchange trained parameters for their running averages, which are listed in order."""
-    shadows = (ema or {}).get("shadow_params")
+    """Return the running averages of trained parameters, which are listed in order."""
     if not shadows:
         raise OfficialError(f"{path} holds no running average of the weights; leave it out")
-    built = build_official(model, options)
     frozen = {name for name, parameter in built.named_parameters() if not parameter.requires_grad}
     owners: dict[str, list[str]] = {}  # a shared block is listed under every one that uses it
     for official, ours in our_names(built, weights).items():
@@ -349,7 +362,7 @@ def _with_ema(
     if expected != [tuple(shadow.shape) for shadow in shadows]:
         raise OfficialError(f"{path}: the running average is of {len(shadows)} other parameters")
     averaged = zip(owners.values(), shadows, strict=True)
-    return {**weights, **{name: shadow for names, shadow in averaged for name in names}}
+    return {name: shadow for names, shadow in averaged for name in names}
 
 
 def _shift(model: AtomisticModel, element_energies: tuple[float, ...]) -> dict[int, float]:
@@ -372,6 +385,10 @@ def _plain(value: Any) -> str | int | float | None:
     if isinstance(value, np.generic) or (isinstance(value, Tensor) and value.numel() == 1):
         value = value.item()
     return value if value is None or isinstance(value, str | int | float) else str(value)
+
+
+def _names(value: Any) -> str | int | float | None:
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else _plain(value)
 
 
 def _listed(value: Any) -> Any:
