@@ -21,7 +21,7 @@ def potentials(options: Namespace) -> int:
         say((find_potential(options.name) / "README.md").read_text(encoding="utf-8"))
         return 0
     folder = install_potential(
-        options.name, wheel=options.wheel, modal=options.modal, overwrite=options.overwrite
+        options.name, file=options.file, modal=options.modal, overwrite=options.overwrite
     )
     published = CATALOGUE[options.name]
     say(f"installed {folder.name} in {folder}")
@@ -39,6 +39,7 @@ def _list() -> int:
             choice = (
                 f", --modal {' or '.join(published.modalities)}" if published.modalities else ""
             )
-            rows.append((name, "can be installed", f"{published.trained_on}{choice}"))
-    show_table(("potential", "", "where, or trained on"), rows)
+            gate = "; ask for it first" if getattr(published.source, "gated", "") else ""
+            rows.append((name, "to install", f"{published.trained_on}{choice}{gate}"))
+    show_table(("potential", "", "where, or trained on"), rows, most=len(rows))
     return 0

@@ -107,9 +107,8 @@ def fake_wheel(path: Path, monkeypatch) -> Path:
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     entry = replace(
         catalogue.CATALOGUE["sevennet-0"],
-        member="sevenn/checkpoint.pth",
+        source=catalogue.Wheel("sevenn/checkpoint.pth", sha256=digest),
         sha256=hashlib.sha256(member.read_bytes()).hexdigest(),
-        wheel_sha256=digest,
     )
     monkeypatch.setitem(catalogue.CATALOGUE, "sevennet-0", entry)
     return path
@@ -136,8 +135,8 @@ def test_an_installed_potential_is_known_by_its_name(root, tmp_path, monkeypatch
     assert "installed" in shown
     assert "MIT" in shown
     with pytest.raises(FileExistsError, match="overwrite"):
-        install_potential("sevennet-0", wheel=wheel)
-    install_potential("sevennet-0", wheel=wheel, overwrite=True)
+        install_potential("sevennet-0", file=wheel)
+    install_potential("sevennet-0", file=wheel, overwrite=True)
     assert [path.name for path in root.iterdir()] == ["sevennet-0"]
 
 
@@ -146,14 +145,14 @@ def test_a_wheel_with_other_content_installs_nothing(root, tmp_path, monkeypatch
     damaged = tmp_path / "damaged.whl"
     damaged.write_bytes(wheel.read_bytes() + b"x")
     with pytest.raises(InstallError, match="SHA-256"):
-        install_potential("sevennet-0", wheel=damaged)
+        install_potential("sevennet-0", file=damaged)
     monkeypatch.setitem(
         catalogue.CATALOGUE,
         "sevennet-0",
         replace(catalogue.CATALOGUE["sevennet-0"], sha256="0" * 64),
     )
     with pytest.raises(InstallError, match="SHA-256"):
-        install_potential("sevennet-0", wheel=wheel)
+        install_potential("sevennet-0", file=wheel)
     assert list(root.iterdir()) == []
 
 
@@ -192,7 +191,7 @@ PUBLISHED = {
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_potentials_give_what_their_own_code_gives(name, root):
     known, modal = PUBLISHED[name]
-    folder = install_potential(known, wheel=WHEEL, modal=modal)
+    folder = install_potential(known, file=WHEEL, modal=modal)
     calculator = AtomeqCalculator(folder, dtype="float64")
     for structure in REAL["structures"].values():
         expected = structure["results"][name]

@@ -43,9 +43,9 @@ example:
   atomeq doctor
 """
 _CONVERT = """\
-Turn a published checkpoint of eSCN or EquiformerV2 (fairchem 1.x or older, .pt), of SevenNet (.pth)
-or of MACE (.model) into a potential folder OUT with weights, options and a model card. Nothing in
-the file is executed; what is not known in it is refused by its name.
+Turn a published checkpoint of eSCN or EquiformerV2 (fairchem 1.x or older, OMat24's too, .pt), of
+SevenNet (.pth) or of MACE (.model) into a potential folder OUT with weights, options and a model
+card. Nothing in the file is executed; what is not known in it is refused by its name.
 
 examples:
   atomeq convert checkpoint_sevennet_0.pth my-sevennet
@@ -54,14 +54,16 @@ examples:
 """
 _POTENTIALS = """\
 Potentials by name: "list" those that are here and those that can be installed, "show" the model
-card of one, "install" a published one. Its wheel is downloaded from the package index by pip,
-checked by SHA-256 and read, never installed or executed; the potential goes to the user's data
-folder (ATOMEQ_POTENTIALS names another one), and every --potential knows it by its name.
+card of one, "install" a published one. Its file is downloaded, from the package index or a hub,
+checked and read as data, nothing of it is executed; the potential goes to the user's data folder
+(ATOMEQ_POTENTIALS names another one), and every --potential knows it by its name. What is only
+given to those who agree to its terms you download yourself, and give by --from.
 
 examples:
   atomeq potentials list
   atomeq potentials install sevennet-0
   atomeq potentials install sevennet-mf-0 --modal PBE --from sevenn-0.13.0-py3-none-any.whl
+  atomeq potentials install eqv2-31m-oam --from eqV2_31M_omat_mp_salex.pt
 """
 _EXPORT = """\
 Compile a potential for the processor of this machine: OUT.pt2 computes energy, forces and stress of
@@ -179,7 +181,7 @@ def _potentials_parser() -> Parser:
     parser.add_argument("action", choices=("list", "show", "install"), help="what to do")
     parser.add_argument("name", metavar="NAME", nargs="?", type=str, default=None)
     parser.add_argument(
-        "--from", dest="wheel", type=Path, default=None, help="the wheel, where there is no index"
+        "--from", dest="file", type=Path, default=None, help="the wheel or checkpoint on disk"
     )
     _modal_option(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace an installed one")
