@@ -26,14 +26,14 @@ from torch import Tensor, nn
 
 from atomeq.graph.atom_graph import AtomGraph
 from atomeq.models.base import AtomisticModel, refuse_nonpositive
+from atomeq.nn.edge_convolution import EdgeConvolution, NeighborhoodEmbedding
 from atomeq.nn.gaunt import GauntProduct
 from atomeq.nn.mlp import MLP
 from atomeq.nn.norms import EquivariantRMSNorm
-from atomeq.nn.pair_mlp import PairFeatures, RadialMLP
+from atomeq.nn.pair_mlp import PairFeatures
 from atomeq.nn.radial import BesselBasis, PolynomialEnvelope
-from atomeq.nn.so3 import Gate, SO2Convolution, SO3Linear
+from atomeq.nn.so3 import Gate, SO3Linear
 from atomeq.ops.edge.frame import EdgeFrame
-from atomeq.ops.edge.operations import escn_conv, rotate_from_edge
 from atomeq.ops.edge.wigner import build_edge_frame
 from atomeq.typing import NodeFeatures, PropertyKey
 
@@ -142,32 +142,6 @@ class ESCN(AtomisticModel):
         return self.norm(x)[:, 0]
 
 
-class NeighborhoodEmbedding(nn.Module):
-    """The density of neighbours around each atom, expanded in spherical harmonics.
-
-    Where the only features are scalars a message is a radial function on the polar axis of its
-    edge, m = 0, so the first convolution costs far less than a layer. It is the edge-degree
-    embedding of EquiformerV2.
-    """
-
-    def __init__(
-        self, lmax: int, sphere_channels: int, edge_channels: int, n_edge_scalars: int
-    ) -> None:
-        super().__init__()
-        self.shape = (lmax + 1, sphere_channels)
-        self.radial = RadialMLP(
-            (n_edge_scalars, edge_channels, edge_channels, (lmax + 1) * sphere_channels),
-            layer_norm=True,
-        )
-
-    def forward(
-        self, frame: EdgeFrame, edge_scalars: PairFeatures, envelope: Tensor
-    ) -> NodeFeatures:
-        """Return (n_atoms, n_sph, C)."""
-        polar = self.radial(edge_scalars).view(frame.n_edges, *self.shape)
-        return rotate_from_edge(polar, frame.truncated(0), envelope=envelope)
-
-
 class ESCNLayer(nn.Module):
     """Messages along edges, then an update of each atom; both residual, after a normalisation."""
 
@@ -184,7 +158,7 @@ class ESCNLayer(nn.Module):
     ) -> None:
         super().__init__()
         self.message_norm = EquivariantRMSNorm(lmax, sphere_channels)
-        self.message = ESCNMessage(
+        self.message = EdgeConvolution(
             lmax, mmax, sphere_channels, hidden_channels, edge_channels, n_edge_scalars
         )
         self.update_norm = EquivariantRMSNorm(lmax, sphere_channels)
@@ -198,47 +172,6 @@ class ESCNLayer(nn.Module):
         return x + self.update(self.update_norm(x))
 
 
-class ESCNMessage(nn.Module):
-    """The eSCN convolution: rotate to the edge, SO(2) map, gate, SO(2) map, rotate back, sum."""
-
-    def __init__(
-        self,
-        lmax: int,
-        mmax: int,
-        sphere_channels: int,
-        hidden_channels: int,
-        edge_channels: int,
-        n_edge_scalars: int,
-    ) -> None:
-        super().__init__()
-        self.first = SO2Convolution(
-            lmax,
-            mmax,
-            2 * sphere_channels,
-            hidden_channels,
-            extra_scalars=lmax * hidden_channels,
-        )
-        self.radial = RadialMLP(
-            (n_edge_scalars, edge_channels, edge_channels, self.first.n_radial_weights),
-            layer_norm=True,
-        )
-        self.second = SO2Convolution(lmax, mmax, hidden_channels, sphere_channels)
-
-    def forward(
-        self, x: NodeFeatures, frame: EdgeFrame, edge_scalars: PairFeatures, envelope: Tensor
-    ) -> NodeFeatures:
-        """Return the sum of messages on each atom, (n_atoms, n_sph, C)."""
-        return escn_conv(
-            x,
-            frame,
-            list(self.first.weights),
-            list(self.second.weights),
-            radial=self.radial.hidden(edge_scalars),
-            radial_map=self.radial.last_linear,
-            envelope=envelope,
-        )  # (n_atoms, n_sph, C)
-
-
 class GatedUpdate(nn.Module):
     """A two-layer perceptron on each atom: a linear map per degree, a gate, a linear map."""
 
@@ -246,7 +179,7 @@ class GatedUpdate(nn.Module):
         super().__init__()
         self.first = SO3Linear(lmax, sphere_channels, hidden_channels)
         self.gates = nn.Linear(sphere_channels, lmax * hidden_channels) if lmax else None
-        self.gate = Gate([math.isqrt(i) for i in range((lmax + 1) ** 2)])
+        self.gate = Gate(range((lmax + 1) ** 2))
         self.second = SO3Linear(lmax, hidden_channels, sphere_channels)
 
     def forward(self, x: NodeFeatures) -> NodeFeatures:

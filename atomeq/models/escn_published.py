@@ -214,7 +214,11 @@ class PublishedESCNLayer(nn.Module):
         self.target = SO2Block(resolutions, channels, hidden_channels, edge_channels)
         self.activations = nn.ModuleList(
             SphereActivation(
-                l, m, order="m", normalization="integral", grid_resolution=grid_resolution
+                *(l, m),
+                order="m",
+                normalization="integral",
+                rescale=False,
+                grid_resolution=grid_resolution,
             )
             for l, m in resolutions
         )

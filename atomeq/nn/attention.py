@@ -189,8 +189,7 @@ class EquivariantAttention(nn.Module):
         self.logit_weight = nn.Parameter(torch.empty(num_heads, alpha_channels))
         nn.init.uniform_(self.logit_weight, -bound, bound)
         if activation == "gate":
-            rows = m_primary_order(lmax, mmax)
-            self.activation = Gate([math.isqrt(i) for i in rows])
+            self.activation = Gate(m_primary_order(lmax, mmax))
         else:
             self.activation = SphereActivation(
                 lmax, mmax, order="m", grid_resolution=grid_resolution

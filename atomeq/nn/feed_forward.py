@@ -1,14 +1,14 @@
 """The feed-forward network of EquiformerV2: linear maps per degree around a nonlinearity."""
 
-import math
 from typing import Literal, get_args
 
 from torch import Tensor, nn
 
 from atomeq.nn.so3 import Gate, SO3Linear
-from atomeq.nn.sphere import GridMLP, SphereActivation, with_scalars
+from atomeq.nn.sphere import GridMLP, GridResolution, SphereActivation, with_scalars
+from atomeq.ops.sphere.grid import GridNormalization
 
-Nonlinearity = Literal["gate", "s2", "separable_s2", "grid_mlp", "separable_grid_mlp"]
+Nonlinearity = Literal["gate", "silu_gate", "s2", "separable_s2", "grid_mlp", "separable_grid_mlp"]
 
 
 class FeedForward(nn.Module):
@@ -19,9 +19,11 @@ class FeedForward(nn.Module):
         in_channels: Channels in.
         hidden_channels: Channels of the nonlinearity.
         out_channels: Channels out.
-        nonlinearity: ``gate``; ``s2``, SiLU on a grid on the sphere; ``grid_mlp``, a perceptron on
-            the channels at every point of it. The ``separable`` ones make the scalars from scalars
-            alone.
+        nonlinearity: ``gate``; ``silu_gate``, whose gates pass SiLU before the sigmoid and so
+            never close, as eSEN publishes them; ``s2``, SiLU on a grid on the sphere;
+            ``grid_mlp``, a perceptron on the channels at every point of it. The ``separable`` ones
+            make the scalars from scalars alone.
+        normalization: Of values on the grid (:class:`~atomeq.nn.sphere.SphereBlock`).
         grid_resolution: Polar angles and azimuths of the grid.
 
     Raises:
@@ -36,7 +38,8 @@ class FeedForward(nn.Module):
         out_channels: int,
         *,
         nonlinearity: Nonlinearity = "gate",
-        grid_resolution: int | None = None,
+        normalization: GridNormalization = "component",
+        grid_resolution: GridResolution = None,
     ) -> None:
         super().__init__()
         if nonlinearity not in get_args(Nonlinearity):
@@ -44,20 +47,29 @@ class FeedForward(nn.Module):
             raise ValueError(f"nonlinearity {nonlinearity!r} is unknown; choose one of {known}")
         self.first = SO3Linear(lmax, in_channels, hidden_channels)
         self.separable = nonlinearity.startswith("separable")
+        self.silu_gates = nonlinearity == "silu_gate"
         n_scalars = hidden_channels if self.separable else 0
-        if nonlinearity == "gate":
-            self.activation = Gate([math.isqrt(i) for i in range((lmax + 1) ** 2)])
+        if nonlinearity.endswith("gate"):
+            self.activation = Gate(range((lmax + 1) ** 2))
             n_scalars = lmax * hidden_channels
         elif nonlinearity.endswith("grid_mlp"):
-            self.activation = GridMLP(lmax, hidden_channels, grid_resolution=grid_resolution)
+            self.activation = GridMLP(
+                *(lmax, hidden_channels),
+                normalization=normalization,
+                grid_resolution=grid_resolution,
+            )
         else:
-            self.activation = SphereActivation(lmax, lmax, grid_resolution=grid_resolution)
+            self.activation = SphereActivation(
+                lmax, lmax, normalization=normalization, grid_resolution=grid_resolution
+            )
         self.scalars = nn.Linear(in_channels, n_scalars) if n_scalars else None
         self.second = SO3Linear(lmax, hidden_channels, out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x`` (n_atoms, n_sph, in_channels) to (n_atoms, n_sph, out_channels)."""
         scalars = self.scalars(x[:, 0]) if self.scalars is not None else None
+        if scalars is not None and self.silu_gates:
+            scalars = nn.functional.silu(scalars)
         y = self.first(x)
         if isinstance(self.activation, Gate):
             return self.second(self.activation(y, scalars))

@@ -107,7 +107,8 @@ class SeparableLayerNorm(nn.Module):
         self.epsilon = epsilon
         self.scalar_norm = nn.LayerNorm(channels, eps=epsilon)
         self.weight = nn.Parameter(torch.ones(lmax, channels))
-        degrees = torch.tensor([math.isqrt(row) - 1 for row in range(1, (lmax + 1) ** 2)])
+        rows = range(1, (lmax + 1) ** 2)
+        degrees = torch.tensor([math.isqrt(row) - 1 for row in rows], dtype=torch.int64)
         self.register_buffer("degree_of_row", degrees, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -30,14 +30,29 @@ class SO3Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x`` (n_atoms, n_sph, in_channels) to (n_atoms, n_sph, out_channels)."""
-        # split, not slices: the backward of a slice fills a tensor of zeros, that of split is a cat
-        degrees = x.split([2 * l + 1 for l in range(self.lmax + 1)], dim=1)
-        blocks = [
-            block @ weight.transpose(0, 1)
-            for block, weight in zip(degrees, self.weight.unbind(0), strict=True)
-        ]
-        blocks[0] = blocks[0] + self.bias
-        return torch.cat(blocks, dim=1)
+        return so3_linear(x, self.weight, self.bias)
+
+
+def so3_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Map channels by one matrix per degree.
+
+    Args:
+        x: (n_atoms, n_sph, in_channels).
+        weight: (lmax + 1, out_channels, in_channels).
+        bias: Added to l = 0, (out_channels,) or one for each atom (n_atoms, 1, out_channels).
+
+    Returns:
+        (n_atoms, n_sph, out_channels).
+    """
+    # split, not slices: the backward of a slice fills a tensor of zeros, that of split is a cat
+    degrees = x.split([2 * l + 1 for l in range(len(weight))], dim=1)
+    blocks = [
+        block @ matrix.transpose(0, 1)
+        for block, matrix in zip(degrees, weight.unbind(0), strict=True)
+    ]
+    if bias is not None:
+        blocks[0] = blocks[0] + bias
+    return torch.cat(blocks, dim=1)
 
 
 class SO2Convolution(nn.Module):
@@ -120,15 +135,15 @@ class Gate(nn.Module):
     """SiLU on scalars, and sigmoid gates of invariants on everything of degree l > 0.
 
     Args:
-        degrees: The degree l of each row of the features; rows of l = 0 come first.
+        rows: The number l*l + l + m of each row of the features; that of l = 0 comes first.
     """
 
     gate_of_row: Tensor
 
-    def __init__(self, degrees: Sequence[int]) -> None:
+    def __init__(self, rows: Sequence[int]) -> None:
         super().__init__()
-        self.n_scalar_rows = degrees.count(0)
-        gate_of_row = torch.tensor([l - 1 for l in degrees if l], dtype=torch.int64)
+        degrees = [math.isqrt(row) for row in rows]
+        gate_of_row = torch.tensor(degrees[1:], dtype=torch.int64) - 1
         self.register_buffer("gate_of_row", gate_of_row, persistent=False)
         self.lmax = max(degrees)
 
@@ -142,7 +157,7 @@ class Gate(nn.Module):
         Returns:
             (n, n_rows, channels).
         """
-        scalars, higher = x.split([self.n_scalar_rows, x.shape[1] - self.n_scalar_rows], dim=1)
+        scalars, higher = x.split([1, x.shape[1] - 1], dim=1)
         scalars = nn.functional.silu(scalars)
         if gates is None:
             return scalars

@@ -4,12 +4,16 @@ They are equivariant up to what the grid cannot resolve; :class:`atomeq.nn.so3.G
 The resolution of the grid is no part of the weights: a finer one may be set at any time.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from atomeq.ops.sphere.grid import GridNormalization, SphereGrid
 from atomeq.ops.sphere.grid import Order as RowOrder
 from atomeq.ops.sphere.operations import sphere_pointwise, sphere_silu
+
+GridResolution = int | Sequence[int] | None
 
 
 class SphereBlock(nn.Module):
@@ -19,9 +23,11 @@ class SphereBlock(nn.Module):
         lmax: Highest degree of the features.
         mmax: Highest order of the features.
         order: ``l`` for rows sorted by degree, ``m`` for those of an edge frame.
-        normalization: ``component`` as in EquiformerV2, which also amplifies degrees above mmax
-            (:class:`~atomeq.ops.sphere.grid.SphereGrid`), or ``integral`` as in eSCN.
-        grid_resolution: Polar angles and azimuths; None is the least that resolves the features.
+        normalization: ``component`` as in EquiformerV2, or ``integral`` as in eSCN and eSEN.
+        rescale: Amplify degrees above mmax (:class:`~atomeq.ops.sphere.grid.SphereGrid`), as all
+            but eSCN do.
+        grid_resolution: Polar angles and azimuths, one number for both or two; None is the least
+            that resolves the features.
     """
 
     def __init__(
@@ -31,24 +37,28 @@ class SphereBlock(nn.Module):
         *,
         order: RowOrder = "l",
         normalization: GridNormalization = "component",
-        grid_resolution: int | None = None,
+        rescale: bool = True,
+        grid_resolution: GridResolution = None,
     ) -> None:
         super().__init__()
         self.lmax = lmax
         self.mmax = mmax
         self.order: RowOrder = order
         self.normalization: GridNormalization = normalization
+        self.rescale = rescale
         self.set_resolution(grid_resolution)
 
-    def set_resolution(self, grid_resolution: int | None) -> None:
+    def set_resolution(self, grid_resolution: GridResolution) -> None:
         """Exchange the grid for one with this many polar angles and azimuths."""
+        both = isinstance(grid_resolution, int) or grid_resolution is None
+        n_beta, n_alpha = (grid_resolution, grid_resolution) if both else grid_resolution
         self.grid = SphereGrid(
             self.lmax,
             self.mmax,
-            n_beta=grid_resolution,
-            n_alpha=grid_resolution,
+            n_beta=n_beta,
+            n_alpha=n_alpha,
             normalization=self.normalization,
-            rescale=self.normalization == "component",
+            rescale=self.rescale,
             order=self.order,
         )
 
@@ -70,11 +80,19 @@ class GridMLP(SphereBlock):
     Args:
         lmax: Highest degree of the features.
         channels: Of the features and of the hidden layers.
-        grid_resolution: See :class:`SphereBlock`.
+        normalization: See :class:`SphereBlock`.
+        grid_resolution: Likewise.
     """
 
-    def __init__(self, lmax: int, channels: int, *, grid_resolution: int | None = None) -> None:
-        super().__init__(lmax, lmax, grid_resolution=grid_resolution)
+    def __init__(
+        self,
+        lmax: int,
+        channels: int,
+        *,
+        normalization: GridNormalization = "component",
+        grid_resolution: GridResolution = None,
+    ) -> None:
+        super().__init__(lmax, lmax, normalization=normalization, grid_resolution=grid_resolution)
         self.first = nn.Linear(channels, channels, bias=False)
         self.second = nn.Linear(channels, channels, bias=False)
         self.third = nn.Linear(channels, channels, bias=False)

@@ -1,0 +1,298 @@
+"""Learning Smooth and Expressive Interatomic Potentials for Physical Property Prediction (eSEN).
+
+Fu, Wood, Barroso-Luque, Levine, Gao, Dzamba and Zitnick, ICML 2025, arXiv:2502.12147. Messages are
+eSCN convolutions behind a smooth envelope, atoms are updated by gated linear maps, and forces and
+stress are derivatives of the energy: a network made for energy conservation.
+
+Our default form differs from the published one on purpose, each time by an option:
+
+* ``chiral`` and ``bias`` are off: SO(2) maps have real weights, so mirror images have one energy,
+  and a whole edge layer is one operation;
+* ``feed_forward`` is a gate that can close; published gates pass SiLU before the sigmoid;
+* ``envelope`` is on and ``max_neighbors`` off: the energy is smooth at the cutoff;
+* ``skip_isolated`` is off: the energy has no step as the last edge of a structure goes;
+* ``radial_basis`` is Bessel's.
+
+In both forms the derivative with respect to an edge's direction is a torque, exact for every
+direction: the published code differentiates the edge frame and cuts that gradient within 0.08
+degrees of the y axis, where its transverse forces are wrong. With ``separable_s2`` messages, which
+see the roll of the frame, forces leave the roll out; they are as exact as the grid is fine.
+"""
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from atomeq.graph.atom_graph import AtomGraph
+from atomeq.graph.builders import GraphBuilder, NearestNeighborGraph, RadiusGraph
+from atomeq.models.base import AtomisticModel
+from atomeq.nn.edge_convolution import EdgeConvolution, MessageActivation, NeighborhoodEmbedding
+from atomeq.nn.feed_forward import FeedForward
+from atomeq.nn.mlp import MLP
+from atomeq.nn.norms import NormName, equivariant_norm
+from atomeq.nn.pair_mlp import PairFeatures
+from atomeq.nn.radial import BesselBasis, GaussianBasis, PolynomialEnvelope
+from atomeq.nn.so3 import SO3Linear
+from atomeq.nn.sphere import SphereBlock, with_scalars
+from atomeq.ops.edge.frame import EdgeFrame
+from atomeq.ops.edge.wigner import build_edge_frame
+from atomeq.typing import EdgeLengths, NodeFeatures, PropertyKey
+
+RadialBasis = Literal["bessel", "gaussian", "enveloped_bessel"]
+UpdateName = Literal["gate", "silu_gate", "grid_mlp"]
+GAUSSIAN_WIDTH = 2.0  # of the grid spacing, as published
+DEGREE_SCALE = 5.0  # divides the embedding of neighbourhoods, whatever the data
+
+
+class ESEN(AtomisticModel):
+    """Equivariant smooth energy network; conservative, or with a linear head for forces.
+
+    Args:
+        cutoff: Radius of the graph, Å.
+        lmax: Highest degree of the atom features.
+        mmax: Highest order kept in the edge frame, at most ``lmax``.
+        num_layers: Blocks of a message and an update.
+        sphere_channels: Channels of the atom features.
+        hidden_channels: Channels inside messages, updates and the energy head.
+        edge_channels: Width of the networks of the edge length and of element embeddings in them.
+        num_elements: Atomic numbers below this are embedded.
+        radial_basis: ``bessel``; as published ``gaussian`` or ``enveloped_bessel``.
+        num_radial: Functions in it.
+        norm: ``layer_norm``, ``layer_norm_sh`` or ``rms_norm_sh`` (:mod:`atomeq.nn.norms`).
+        activation: Of messages: ``gate`` or ``separable_s2``.
+        feed_forward: Update of atoms: ``gate``, as published ``silu_gate`` or ``grid_mlp``.
+        grid_resolution: Polar angles and azimuths of the grids on the sphere. No weight depends on
+            it.
+        chiral: Let +m and -m mix, which commutes with rotations but not with reflections.
+        bias: Add biases in messages to what is invariant about the edge.
+        envelope: End messages smoothly at the cutoff.
+        max_neighbors: Keep about this many nearest neighbours; None keeps all.
+        skip_isolated: Leave the atoms of a structure without edges as they were embedded.
+        direct_forces: Forces from a head of their own, no derivative of the energy.
+        energy_reduce: The energy is the ``sum`` or the ``mean`` over the atoms.
+    """
+
+    lmax: int
+    mmax: int
+    sphere_channels: int
+    hidden_channels: int
+    edge_channels: int
+    norm: NormName
+    activation: MessageActivation
+    feed_forward: UpdateName
+    grid_resolution: int | None
+    chiral: bool
+    bias: bool
+    max_neighbors: int | None
+    skip_isolated: bool
+    energy_reduce: Literal["sum", "mean"]
+
+    readouts = ("energy", "forces")
+
+    def __init__(
+        self,
+        cutoff: float = 6.0,
+        *,
+        lmax: int = 3,
+        mmax: int = 2,
+        num_layers: int = 4,
+        sphere_channels: int = 64,
+        hidden_channels: int = 64,
+        edge_channels: int = 64,
+        num_elements: int = 119,
+        radial_basis: RadialBasis = "bessel",
+        num_radial: int = 8,
+        norm: NormName = "rms_norm_sh",
+        activation: MessageActivation = "gate",
+        feed_forward: UpdateName = "gate",
+        grid_resolution: int | None = None,
+        chiral: bool = False,
+        bias: bool = False,
+        envelope: bool = True,
+        max_neighbors: int | None = None,
+        skip_isolated: bool = False,
+        direct_forces: bool = False,
+        energy_reduce: Literal["sum", "mean"] = "sum",
+    ) -> None:
+        super().__init__()
+        if not 0 <= mmax <= lmax:
+            raise ValueError(f"mmax must lie between 0 and lmax; got mmax={mmax}, lmax={lmax}")
+        if energy_reduce not in ("sum", "mean"):
+            raise ValueError(f"energy_reduce is sum or mean, not {energy_reduce!r}")
+        if direct_forces and not lmax:
+            raise ValueError("direct_forces are vectors, which features of lmax=0 do not hold")
+        self.keep_arguments(locals())
+        if direct_forces:
+            self.outputs = frozenset({"energies", "forces"})
+
+        self.embedding = nn.Embedding(num_elements, sphere_channels)
+        self.source_embedding = nn.Embedding(num_elements, edge_channels)
+        self.target_embedding = nn.Embedding(num_elements, edge_channels)
+        self.basis = _radial_basis(radial_basis, num_radial, cutoff)
+        self.cut = PolynomialEnvelope(cutoff) if envelope else None
+        n_edge_scalars = num_radial + 2 * edge_channels
+        self.neighborhood = NeighborhoodEmbedding(
+            lmax, sphere_channels, edge_channels, n_edge_scalars
+        )
+        self.blocks = nn.ModuleList(self._block(n_edge_scalars) for _ in range(num_layers))
+        self.norm_out = equivariant_norm(norm, lmax, sphere_channels)
+        self.energy = MLP((sphere_channels, hidden_channels, hidden_channels, 1))
+        self.forces = SO3Linear(1, sphere_channels, 1) if direct_forces else None
+
+    def graph_builder(self) -> GraphBuilder:
+        """Return the builder of all pairs within the cutoff, or of the nearest neighbours."""
+        if self.max_neighbors is None:
+            return RadiusGraph(self.cutoff)
+        return NearestNeighborGraph(self.cutoff, self.max_neighbors, strict=False)
+
+    def set_grid_resolution(self, grid_resolution: int | None) -> None:
+        """Compute on other grids from now on; the finer, the more equivariant and the slower."""
+        self.grid_resolution = grid_resolution
+        for module in self.modules():
+            if isinstance(module, SphereBlock):
+                module.set_resolution(grid_resolution)
+
+    def forward(
+        self, graph: AtomGraph, *, edge_rotation: Tensor | None = None
+    ) -> dict[PropertyKey, Tensor]:
+        """Compute energies, and forces if they have a head, in the model's own scale.
+
+        Args:
+            graph: Structures with edges.
+            edge_rotation: Rotations that take each edge to +y, (n_edges, 3, 3), to set its roll;
+                by default a rule without randomness.
+
+        Returns:
+            ``energies`` (n_atoms,), and ``forces`` (n_atoms, 3) if they have a head.
+        """
+        x = self._transform(graph, edge_rotation)  # (n_atoms, n_sph, C)
+        energies = self.energy(x[:, 0])[:, 0]
+        if self.energy_reduce == "mean":
+            energies = energies / graph.natoms[graph.batch]
+        outputs: dict[PropertyKey, Tensor] = {"energies": energies}
+        if self.forces is not None:
+            outputs["forces"] = self.forces(x[:, :4])[:, 1:, 0]  # l = 1 is (x, y, z)
+        return outputs
+
+    @property
+    def node_channels(self) -> int:
+        """Channels of :meth:`node_features`."""
+        return self.sphere_channels
+
+    def node_features(self, graph: AtomGraph) -> Tensor:
+        """Return the scalars of the last block, normalised, (n_atoms, sphere_channels)."""
+        return self._transform(graph, None)[:, 0]
+
+    def _block(self, n_edge_scalars: int) -> "ESENBlock":
+        return ESENBlock(
+            message_norm=equivariant_norm(self.norm, self.lmax, self.sphere_channels),
+            message=EdgeConvolution(
+                self.lmax,
+                self.mmax,
+                self.sphere_channels,
+                self.hidden_channels,
+                self.edge_channels,
+                n_edge_scalars,
+                activation=self.activation,
+                chiral=self.chiral,
+                bias=self.bias,
+                grid_resolution=self.grid_resolution,
+            ),
+            update_norm=equivariant_norm(self.norm, self.lmax, self.sphere_channels),
+            update=FeedForward(
+                self.lmax,
+                self.sphere_channels,
+                self.hidden_channels,
+                self.sphere_channels,
+                nonlinearity=self.feed_forward,
+                normalization="integral",
+                grid_resolution=self.grid_resolution,
+            ),
+        )
+
+    def _transform(self, graph: AtomGraph, edge_rotation: Tensor | None) -> NodeFeatures:
+        """Return the atoms after the last block and its norm, (n_atoms, n_sph, C)."""
+        numbers = graph.atomic_numbers
+        frame = build_edge_frame(
+            graph.edge_vectors().to(self.dtype),
+            graph.edge_index,
+            n_atoms=graph.n_atoms,
+            lmax=self.lmax,
+            mmax=self.mmax,
+            rotation=edge_rotation,
+        )
+        edge_scalars = PairFeatures(
+            self.basis(frame.lengths),  # (n_edges, num_radial)
+            self.source_embedding(numbers),  # (n_atoms, edge_channels)
+            self.target_embedding(numbers),
+            graph.edge_index,
+        )
+        envelope = self.cut(frame.lengths) if self.cut is not None else None  # (n_edges,)
+        x = self.neighborhood(frame, edge_scalars, envelope) / DEGREE_SCALE
+        embedded = x = with_scalars(x, x[:, 0] + self.embedding(numbers))
+        for block in self.blocks:
+            x = block(x, frame, edge_scalars, envelope)
+        if self.skip_isolated:
+            connected = torch.zeros(graph.n_graphs, dtype=torch.bool, device=x.device)
+            connected[graph.batch[frame.target]] = True
+            x = torch.where(connected[graph.batch][:, None, None], x, embedded)
+        return self.norm_out(x)
+
+
+class ESENBlock(nn.Module):
+    """Messages along edges, then an update of each atom; both residual, after a normalisation."""
+
+    def __init__(
+        self,
+        *,
+        message_norm: nn.Module,
+        message: EdgeConvolution,
+        update_norm: nn.Module,
+        update: FeedForward,
+    ) -> None:
+        super().__init__()
+        self.message_norm = message_norm
+        self.message = message
+        self.update_norm = update_norm
+        self.update = update
+
+    def forward(
+        self, x: NodeFeatures, frame: EdgeFrame, edge_scalars: PairFeatures, envelope: Tensor | None
+    ) -> NodeFeatures:
+        """Update ``x`` (n_atoms, n_sph, C)."""
+        x = x + self.message(self.message_norm(x), frame, edge_scalars, envelope)
+        return x + self.update(self.update_norm(x))
+
+
+class EnvelopedBesselBasis(nn.Module):
+    """Bessel functions with trained frequencies, times the envelope.
+
+    b_n(r) = u(s) · √(2/r_c³) · sin(f_n s)/s, s = r/r_c; f_n starts at nπ.
+
+    Args:
+        num_radial: Number of functions.
+        cutoff: r_c, Å.
+    """
+
+    def __init__(self, num_radial: int, cutoff: float) -> None:
+        super().__init__()
+        self.cutoff = cutoff
+        self.envelope = PolynomialEnvelope(cutoff)
+        self.frequencies = nn.Parameter(math.pi * torch.arange(1, num_radial + 1))
+
+    def forward(self, lengths: EdgeLengths) -> Tensor:
+        """Evaluate the basis at ``lengths`` (n_edges,), Å; returns (n_edges, num_radial)."""
+        s = (lengths / self.cutoff)[:, None]
+        scale = self.envelope(lengths)[:, None] * math.sqrt(2 / self.cutoff**3)
+        return scale * torch.sin(self.frequencies * s) / s
+
+
+def _radial_basis(name: RadialBasis, num_radial: int, cutoff: float) -> nn.Module:
+    if name == "gaussian":
+        return GaussianBasis(num_radial, cutoff, width=GAUSSIAN_WIDTH)
+    bases = {"bessel": BesselBasis, "enveloped_bessel": EnvelopedBesselBasis}
+    if name not in bases:
+        raise ValueError(f"radial_basis is gaussian, {' or '.join(bases)}, not {name!r}")
+    return bases[name](num_radial, cutoff)

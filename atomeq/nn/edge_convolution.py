@@ -1,0 +1,126 @@
+"""Messages of eSCN and eSEN: SO(2) maps in the frame of each edge, summed on its target."""
+
+from typing import Literal
+
+from torch import Tensor, nn
+
+from atomeq.nn.pair_mlp import PairFeatures, RadialMLP
+from atomeq.nn.so3 import Gate, SO2Convolution
+from atomeq.nn.sphere import GridResolution, SphereActivation, with_scalars
+from atomeq.ops.edge.frame import EdgeFrame
+from atomeq.ops.edge.operations import escn_conv, rotate_from_edge, rotate_to_edge
+from atomeq.ops.orders import m_primary_order
+from atomeq.typing import NodeFeatures
+
+MessageActivation = Literal["gate", "separable_s2"]
+
+
+class NeighborhoodEmbedding(nn.Module):
+    """The density of neighbours around each atom, expanded in spherical harmonics.
+
+    Where the only features are scalars a message is a radial function on the polar axis of its
+    edge, m = 0, so the first convolution costs far less than a layer. It is the edge-degree
+    embedding of EquiformerV2.
+    """
+
+    def __init__(
+        self, lmax: int, sphere_channels: int, edge_channels: int, n_edge_scalars: int
+    ) -> None:
+        super().__init__()
+        self.shape = (lmax + 1, sphere_channels)
+        self.radial = RadialMLP(
+            (n_edge_scalars, edge_channels, edge_channels, (lmax + 1) * sphere_channels),
+            layer_norm=True,
+        )
+
+    def forward(
+        self, frame: EdgeFrame, edge_scalars: PairFeatures, envelope: Tensor | None
+    ) -> NodeFeatures:
+        """Return (n_atoms, n_sph, C)."""
+        polar = self.radial(edge_scalars).view(frame.n_edges, *self.shape)
+        return rotate_from_edge(polar, frame.truncated(0), envelope=envelope)
+
+
+class EdgeConvolution(nn.Module):
+    """The eSCN convolution: rotate to the edge, SO(2) map, gate, SO(2) map, rotate back, sum.
+
+    Args:
+        lmax: Highest degree of the features.
+        mmax: Highest order in the edge frame.
+        channels: Channels in and out.
+        hidden_channels: Channels between the two maps.
+        edge_channels: Width of the radial network.
+        n_edge_scalars: Numbers of an edge that it is given.
+        activation: ``gate``, or ``separable_s2``, SiLU on a grid whose scalars are made apart.
+        chiral: See :class:`~atomeq.nn.so3.SO2Convolution`.
+        bias: Likewise.
+        grid_resolution: Of the grid (:class:`~atomeq.nn.sphere.SphereBlock`).
+    """
+
+    def __init__(
+        self,
+        lmax: int,
+        mmax: int,
+        channels: int,
+        hidden_channels: int,
+        edge_channels: int,
+        n_edge_scalars: int,
+        *,
+        activation: MessageActivation = "gate",
+        chiral: bool = False,
+        bias: bool = False,
+        grid_resolution: GridResolution = None,
+    ) -> None:
+        super().__init__()
+        n_scalars = {"gate": lmax * hidden_channels, "separable_s2": hidden_channels}
+        if activation not in n_scalars:
+            known = " or ".join(n_scalars)
+            raise ValueError(f"activation of messages is {known}, not {activation!r}")
+        self.first = SO2Convolution(
+            lmax,
+            mmax,
+            2 * channels,
+            hidden_channels,
+            extra_scalars=n_scalars[activation],
+            chiral=chiral,
+            bias=bias,
+        )
+        self.radial = RadialMLP(
+            (n_edge_scalars, edge_channels, edge_channels, self.first.n_radial_weights),
+            layer_norm=True,
+        )
+        self.second = SO2Convolution(
+            lmax, mmax, hidden_channels, channels, chiral=chiral, bias=bias
+        )
+        self.activation = None  # a gate without biases is part of one operation for it all
+        if activation == "separable_s2":
+            self.activation = SphereActivation(
+                lmax, mmax, order="m", normalization="integral", grid_resolution=grid_resolution
+            )
+        elif bias:
+            self.activation = Gate(m_primary_order(lmax, mmax))
+
+    def forward(
+        self, x: NodeFeatures, frame: EdgeFrame, edge_scalars: PairFeatures, envelope: Tensor | None
+    ) -> NodeFeatures:
+        """Return the sum of messages on each atom, (n_atoms, n_sph, channels)."""
+        if self.activation is None:
+            return escn_conv(
+                x,
+                frame,
+                list(self.first.weights),
+                list(self.second.weights),
+                radial=self.radial.hidden(edge_scalars),
+                radial_map=self.radial.last_linear,
+                envelope=envelope,
+            )
+        rows = rotate_to_edge(x, frame, side="both")  # (n_edges, n_rows, 2 channels)
+        rows, scalars = self.first(rows, self.radial(edge_scalars))  # (n_edges, n_rows, hidden)
+        rows, _ = self.second(self._activate(self.activation, rows, scalars))
+        return rotate_from_edge(rows, frame, envelope=envelope)
+
+    @staticmethod
+    def _activate(activation: nn.Module, rows: Tensor, scalars: Tensor) -> Tensor:
+        if isinstance(activation, Gate):
+            return activation(rows, scalars if scalars.shape[1] else None)
+        return with_scalars(activation(rows), nn.functional.silu(scalars))

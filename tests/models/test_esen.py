@@ -1,0 +1,126 @@
+"""eSEN: its size as published, its forces where an edge lies on the y axis, its options."""
+
+import numpy as np
+import pytest
+import torch
+from ase import Atoms
+from scipy.spatial.transform import Rotation
+from structures import rattled_crystal, rattled_molecule
+
+from atomeq.models.esen import ESEN
+from atomeq.potential.checkpoint import scatter_weights
+from atomeq.potential.potential import Potential
+
+SMALL = {
+    "cutoff": 4.0, "lmax": 2, "mmax": 1, "num_layers": 1, "sphere_channels": 4,
+    "hidden_channels": 4, "edge_channels": 4,
+}  # fmt: skip
+PUBLISHED = {
+    "radial_basis": "gaussian", "num_radial": 16, "feed_forward": "silu_gate", "chiral": True,
+    "bias": True, "max_neighbors": 300, "skip_isolated": True,
+}  # fmt: skip
+GRID = {"activation": "separable_s2", "feed_forward": "grid_mlp", "grid_resolution": 40}
+# Published forces across such an edge are off by 0.1 of their size (its gradient is cut there).
+FORCE_TOLERANCE = 1e-8  # eV/Å, of differences of a float64 energy
+STEP = 1e-4  # Å
+
+
+def potential_of(**options) -> Potential:
+    torch.manual_seed(3)
+    potential = Potential(ESEN(**{**SMALL, **options})).double().eval()
+    scatter_weights(potential)
+    return potential
+
+
+def computed(potential: Potential, atoms: Atoms) -> tuple[float, np.ndarray]:
+    result = potential(potential.build_graph(atoms), ("energy", "forces"))
+    return float(result["energy"].detach()), result["forces"].detach().numpy()
+
+
+@pytest.mark.parametrize(
+    ("num_radial", "published"),
+    [(64, 30_161_153), (10, 30_085_121)],  # eSEN-30M-OAM and eSEN-30M-MP on Matbench Discovery
+)
+def test_published_sizes(num_radial, published):
+    with torch.device("meta"):
+        model = ESEN(
+            lmax=3, mmax=2, num_layers=10, sphere_channels=128, hidden_channels=128,
+            edge_channels=128, num_elements=100, **{**PUBLISHED, "num_radial": num_radial},
+        )  # fmt: skip
+    assert sum(p.numel() for p in model.parameters()) == published
+
+
+@pytest.mark.parametrize("angle", [0.0, 0.03, 0.08], ids=lambda angle: f"{angle} degrees")
+@pytest.mark.parametrize("options", [{}, PUBLISHED], ids=["default", "published"])
+def test_forces_are_right_for_an_edge_along_y(options, angle):
+    """The reference cuts the gradient within 0.081 degrees of the axis."""
+    potential = potential_of(**options)
+    tilt = np.radians(angle)
+    bond = 1.2 * np.array([np.sin(tilt), np.cos(tilt), 0.0])
+    atoms = Atoms("COHH", [[0, 0, 0], bond, [0.9, -0.5, 0.3], [-0.6, -0.7, -0.5]])
+    _, forces = computed(potential, atoms)
+    differences = np.zeros_like(forces)
+    for index in np.ndindex(forces.shape):
+        for sign, weight in ((2, 1), (1, -8), (-1, 8), (-2, -1)):
+            moved = atoms.copy()
+            moved.positions[index] += sign * STEP
+            differences[index] += weight / (12 * STEP) * computed(potential, moved)[0]
+    assert np.abs(forces[:2, [0, 2]]).max() > 3e-3  # there are transverse forces to get wrong
+    np.testing.assert_allclose(forces, differences, atol=FORCE_TOLERANCE)
+    turn = Rotation.from_rotvec([0.4, 0.2, -0.7]).as_matrix()
+    turned = Atoms(atoms.symbols, atoms.positions @ turn.T)
+    np.testing.assert_allclose(computed(potential, turned)[1] @ turn, forces, atol=1e-12)
+
+
+@pytest.mark.parametrize("options", [{}, PUBLISHED, GRID, {"direct_forces": True}], ids=str)
+def test_every_parameter_learns(options):
+    torch.manual_seed(4)
+    potential = Potential(ESEN(**{**SMALL, **options})).train()
+    result = potential(potential.build_graph([rattled_crystal(), rattled_molecule()]))
+    (result["energy"].square().sum() + result["forces"].square().sum()).backward()
+    idle = {name for name, p in potential.named_parameters() if p.grad is None}
+    assert idle <= {"model.forces.bias"}  # of a scalar that nobody reads
+
+
+def test_forces_of_a_grid_are_those_of_the_energy_as_far_as_the_grid_is_fine():
+    potential = potential_of(**GRID)
+    atoms = rattled_molecule()
+    _, forces = computed(potential, atoms)
+    moved = [atoms.copy(), atoms.copy()]
+    for sign, one in zip((1, -1), moved, strict=True):
+        one.positions[1, 0] += sign * STEP
+    plus, minus = (computed(potential, one)[0] for one in moved)
+    assert (minus - plus) / (2 * STEP) == pytest.approx(forces[1, 0], abs=1e-6)
+
+
+def test_only_the_published_form_has_a_step_where_the_last_edge_goes():
+    """Its blocks leave out structures without edges; beside others the result is the same."""
+    energies = {}
+    for name, options in (("default", {}), ("published", {**PUBLISHED, "max_neighbors": None})):
+        potential = potential_of(**options)
+        dimers = [Atoms("CO", [[0, 0, 0], [0, 0, 4.0 + step]]) for step in (-1e-6, 1e-6)]
+        alone = [computed(potential, atoms)[0] for atoms in dimers]
+        together = potential(potential.build_graph(dimers), ("energy",))["energy"]
+        np.testing.assert_allclose(together.detach(), alone, atol=1e-12)
+        energies[name] = alone
+    near, far = energies["default"]
+    assert near == pytest.approx(far, abs=1e-9)
+    near, far = energies["published"]
+    assert abs(near - far) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"mmax": 3}, "mmax=3"),
+        ({"norm": "batch_norm"}, "batch_norm"),
+        ({"activation": "relu"}, "relu"),
+        ({"feed_forward": "relu"}, "relu"),
+        ({"radial_basis": "fourier"}, "fourier"),
+        ({"energy_reduce": "max"}, "max"),
+        ({"lmax": 0, "mmax": 0, "direct_forces": True}, "lmax=0"),
+    ],
+)
+def test_unknown_options_are_refused_by_name(options, named):
+    with pytest.raises(ValueError, match=named):
+        ESEN(**{**SMALL, **options})
