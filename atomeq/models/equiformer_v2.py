@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from atomeq.graph.atom_graph import AtomGraph
 from atomeq.graph.builders import GraphBuilder, NearestNeighborGraph, RadiusGraph
 from atomeq.models.base import AtomisticModel, refuse_nonpositive
+from atomeq.nn.activations import ActivationName
 from atomeq.nn.attention import (
-    AttentionActivation,
     DegreeEmbedding,
     EdgeNetwork,
     EdgeScalars,
@@ -68,8 +68,10 @@ class EquiformerV2(AtomisticModel):
         radial_basis: ``bessel`` or ``gaussian``.
         num_radial: Functions in it.
         norm: ``layer_norm``, ``layer_norm_sh`` or ``rms_norm_sh`` (:mod:`atomeq.nn.norms`).
-        activation: Of messages: ``gate``, ``s2`` or ``separable_s2``.
-        feed_forward: ``gate``, ``s2``, ``separable_s2``, ``grid_mlp`` or ``separable_grid_mlp``.
+        activation: Of messages: ``gate``, ``product``, as published ``s2`` or ``separable_s2``
+            (:mod:`atomeq.nn.activations`).
+        feed_forward: ``gate``, ``product``, as published ``s2``, ``separable_s2``, ``grid_mlp`` or
+            ``separable_grid_mlp`` (:class:`~atomeq.nn.feed_forward.FeedForward`).
         grid_resolution: Polar angles and azimuths of the grids on the sphere; even and at least
             2 (lmax + 1). None is the least that resolves the features. No weight depends on it: a
             finer one makes a trained model more equivariant.
@@ -107,7 +109,7 @@ class EquiformerV2(AtomisticModel):
     radial_basis: Literal["bessel", "gaussian"]
     num_radial: int
     norm: NormName
-    activation: AttentionActivation
+    activation: ActivationName
     feed_forward: Nonlinearity
     grid_resolution: int | None
     element_pairs: Literal["per_block", "shared", "none"]
@@ -144,7 +146,7 @@ class EquiformerV2(AtomisticModel):
         radial_basis: Literal["bessel", "gaussian"] = "bessel",
         num_radial: int = 8,
         norm: NormName = "rms_norm_sh",
-        activation: AttentionActivation = "gate",
+        activation: ActivationName = "gate",
         feed_forward: Nonlinearity = "gate",
         grid_resolution: int | None = None,
         element_pairs: Literal["per_block", "shared", "none"] = "per_block",

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from atomeq.graph.atom_graph import AtomGraph
 from atomeq.models.base import AtomisticModel, refuse_nonpositive
 from atomeq.nn.edge_convolution import EdgeConvolution, NeighborhoodEmbedding
+from atomeq.nn.feed_forward import FeedForward
 from atomeq.nn.gaunt import GauntProduct
 from atomeq.nn.mlp import MLP
 from atomeq.nn.norms import EquivariantRMSNorm
@@ -52,8 +53,9 @@ class ESCN(AtomisticModel):
         num_radial: Bessel functions of the edge length.
         avg_num_neighbors: Messages are divided by its square root; a typical count of the data.
         num_elements: Atomic numbers below this are embedded.
-        update: What an atom does with its messages: ``gate``, a gated perceptron, or ``gaunt``,
-            which adds products of two features on the sphere to it (:class:`GauntUpdate`).
+        update: What an atom does with its messages: ``gate``, a gated perceptron; ``gaunt``, which
+            adds products of two features on the sphere to it (:class:`GauntUpdate`); ``product``,
+            such products with gates alone (:class:`~atomeq.nn.activations.ScalarsAndSphere`).
     """
 
     def __init__(
@@ -69,7 +71,7 @@ class ESCN(AtomisticModel):
         num_radial: int = 8,
         avg_num_neighbors: float = 40.0,
         num_elements: int = 119,
-        update: Literal["gate", "gaunt"] = "gate",
+        update: Literal["gate", "gaunt", "product"] = "gate",
     ) -> None:
         super().__init__()
         if update not in UPDATES:
@@ -179,7 +181,7 @@ class GatedUpdate(nn.Module):
         super().__init__()
         self.first = SO3Linear(lmax, sphere_channels, hidden_channels)
         self.gates = nn.Linear(sphere_channels, lmax * hidden_channels) if lmax else None
-        self.gate = Gate(range((lmax + 1) ** 2))
+        self.gate = Gate(range((lmax + 1) ** 2), hidden_channels)
         self.second = SO3Linear(lmax, hidden_channels, sphere_channels)
 
     def forward(self, x: NodeFeatures) -> NodeFeatures:
@@ -212,4 +214,7 @@ class GauntUpdate(nn.Module):
 UPDATES: dict[str, Callable[[int, int, int], nn.Module]] = {
     "gate": GatedUpdate,
     "gaunt": GauntUpdate,
+    "product": lambda lmax, channels, hidden: FeedForward(
+        lmax, channels, hidden, channels, nonlinearity="product"
+    ),
 }

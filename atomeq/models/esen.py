@@ -28,8 +28,9 @@ from torch import Tensor, nn
 from atomeq.graph.atom_graph import AtomGraph
 from atomeq.graph.builders import GraphBuilder, NearestNeighborGraph, RadiusGraph
 from atomeq.models.base import AtomisticModel
-from atomeq.nn.edge_convolution import EdgeConvolution, MessageActivation, NeighborhoodEmbedding
-from atomeq.nn.feed_forward import FeedForward
+from atomeq.nn.activations import ActivationName
+from atomeq.nn.edge_convolution import EdgeConvolution, NeighborhoodEmbedding
+from atomeq.nn.feed_forward import FeedForward, Nonlinearity
 from atomeq.nn.mlp import MLP
 from atomeq.nn.norms import NormName, equivariant_norm
 from atomeq.nn.pair_mlp import PairFeatures
@@ -41,7 +42,6 @@ from atomeq.ops.edge.wigner import build_edge_frame
 from atomeq.typing import EdgeLengths, NodeFeatures, PropertyKey
 
 RadialBasis = Literal["bessel", "gaussian", "enveloped_bessel"]
-UpdateName = Literal["gate", "silu_gate", "grid_mlp"]
 GAUSSIAN_WIDTH = 2.0  # of the grid spacing, as published
 DEGREE_SCALE = 5.0  # divides the embedding of neighbourhoods, whatever the data
 
@@ -61,8 +61,10 @@ class ESEN(AtomisticModel):
         radial_basis: ``bessel``; as published ``gaussian`` or ``enveloped_bessel``.
         num_radial: Functions in it.
         norm: ``layer_norm``, ``layer_norm_sh`` or ``rms_norm_sh`` (:mod:`atomeq.nn.norms`).
-        activation: Of messages: ``gate`` or ``separable_s2``.
-        feed_forward: Update of atoms: ``gate``, as published ``silu_gate`` or ``grid_mlp``.
+        activation: Of messages: ``gate``, ``product``, as published ``gate`` or ``separable_s2``
+            (:mod:`atomeq.nn.activations`).
+        feed_forward: Update of atoms: ``gate``, ``product``, as published ``silu_gate`` or
+            ``grid_mlp`` (:class:`~atomeq.nn.feed_forward.FeedForward`).
         grid_resolution: Polar angles and azimuths of the grids on the sphere. No weight depends on
             it.
         chiral: Let +m and -m mix, which commutes with rotations but not with reflections.
@@ -80,8 +82,8 @@ class ESEN(AtomisticModel):
     hidden_channels: int
     edge_channels: int
     norm: NormName
-    activation: MessageActivation
-    feed_forward: UpdateName
+    activation: ActivationName
+    feed_forward: Nonlinearity
     grid_resolution: int | None
     chiral: bool
     bias: bool
@@ -105,8 +107,8 @@ class ESEN(AtomisticModel):
         radial_basis: RadialBasis = "bessel",
         num_radial: int = 8,
         norm: NormName = "rms_norm_sh",
-        activation: MessageActivation = "gate",
-        feed_forward: UpdateName = "gate",
+        activation: ActivationName = "gate",
+        feed_forward: Nonlinearity = "gate",
         grid_resolution: int | None = None,
         chiral: bool = False,
         bias: bool = False,

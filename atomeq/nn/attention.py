@@ -2,22 +2,19 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from atomeq.nn.activations import ActivationName, activation_of
 from atomeq.nn.mlp import MLP
-from atomeq.nn.so3 import Gate, SO2Convolution, SO3Linear
-from atomeq.nn.sphere import SphereActivation, with_scalars
+from atomeq.nn.so3 import SO2Convolution, SO3Linear
+from atomeq.nn.sphere import GridResolution
 from atomeq.ops.edge.frame import EdgeFrame
 from atomeq.ops.edge.operations import rotate_from_edge, rotate_to_edge
-from atomeq.ops.orders import m_primary_order
 from atomeq.ops.segment.operations import segment_softmax, segment_sum
 from atomeq.ops.tables import constant_table, table_like
 from atomeq.typing import NodeFeatures
-
-AttentionActivation = Literal["gate", "s2", "separable_s2"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,8 +133,7 @@ class EquivariantAttention(nn.Module):
         num_basis: Width of the radial basis.
         edge_channels: Width of the network of the edge length.
         num_elements: For its embeddings; None leaves the elements out.
-        activation: ``gate``, or SiLU on a grid: ``s2``, or ``separable_s2``, whose scalars are
-            made apart.
+        activation: Of messages (:func:`~atomeq.nn.activations.activation_of`).
         grid_resolution: Of the grid.
         shared_radial: Use one radial weight for all m of a degree.
         renormalize: Layer normalisation of the invariants in front of the logits.
@@ -159,8 +155,8 @@ class EquivariantAttention(nn.Module):
         num_basis: int,
         edge_channels: int,
         num_elements: int | None,
-        activation: AttentionActivation,
-        grid_resolution: int | None,
+        activation: ActivationName,
+        grid_resolution: GridResolution,
         shared_radial: bool,
         renormalize: bool,
         chiral: bool,
@@ -172,12 +168,12 @@ class EquivariantAttention(nn.Module):
         self.heads = (num_heads, alpha_channels, value_channels)
         self.shared_radial = shared_radial
         self.dropout = dropout
-        n_gates = {"gate": lmax * hidden_channels, "separable_s2": hidden_channels, "s2": 0}
-        if activation not in n_gates:
-            raise ValueError(f"activation {activation!r} is unknown; choose {', '.join(n_gates)}")
-        self.n_scalars = (num_heads * alpha_channels, n_gates[activation])
+        self.activation = activation_of(
+            *(activation, lmax, mmax, hidden_channels), order="m", grid_resolution=grid_resolution
+        )
+        self.n_scalars = (num_heads * alpha_channels, self.activation.n_scalars)
         self.first = SO2Convolution(
-            lmax, mmax, 2 * channels, hidden_channels,
+            lmax, mmax, 2 * channels, self.activation.in_channels,
             extra_scalars=sum(self.n_scalars), chiral=chiral, bias=True,
         )  # fmt: skip
         n_radial = self.first.n_radial_weights
@@ -188,12 +184,6 @@ class EquivariantAttention(nn.Module):
         bound = 1 / math.sqrt(alpha_channels)
         self.logit_weight = nn.Parameter(torch.empty(num_heads, alpha_channels))
         nn.init.uniform_(self.logit_weight, -bound, bound)
-        if activation == "gate":
-            self.activation = Gate(m_primary_order(lmax, mmax))
-        else:
-            self.activation = SphereActivation(
-                lmax, mmax, order="m", grid_resolution=grid_resolution
-            )
         n_values = num_heads * value_channels
         self.second = SO2Convolution(
             lmax, mmax, hidden_channels, n_values, chiral=chiral, bias=True
@@ -205,7 +195,7 @@ class EquivariantAttention(nn.Module):
         message = rotate_to_edge(x, frame, side="both")  # (n_edges, n_rows, 2 channels)
         message, scalars = self.first(message, self._radial_weights(edges))
         logits, gates = scalars.split(self.n_scalars, dim=1)
-        message, _ = self.second(self._activate(message, gates))  # (n_edges, n_rows, n_values)
+        message, _ = self.second(self.activation(message, gates))  # (n_edges, n_rows, n_values)
         weights = self._weights(logits, frame, edges.envelope)  # (n_edges, num_heads)
         message = message * weights.repeat_interleave(self.heads[2], dim=1).unsqueeze(1)
         total = rotate_from_edge(message, frame)  # (n_atoms, n_sph, n_values)
@@ -220,14 +210,6 @@ class EquivariantAttention(nn.Module):
         # One for all m of a degree commutes with the rotation, so it may as well come after it.
         per_degree = weights.unflatten(1, (self.lmax + 1, -1))
         return torch.cat([per_degree[:, m:].flatten(1) for m in range(self.mmax + 1)], dim=1)
-
-    def _activate(self, message: Tensor, gates: Tensor) -> Tensor:
-        if isinstance(self.activation, Gate):
-            return self.activation(message, gates if self.lmax else None)
-        message = self.activation(message)
-        if gates.shape[1]:
-            message = with_scalars(message, nn.functional.silu(gates))
-        return message
 
     def _weights(self, scalars: Tensor, frame: EdgeFrame, envelope: Tensor | None) -> Tensor:
         """Return the share of each edge in each head of its target, (n_edges, num_heads)."""

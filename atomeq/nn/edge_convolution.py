@@ -1,18 +1,14 @@
 """Messages of eSCN and eSEN: SO(2) maps in the frame of each edge, summed on its target."""
 
-from typing import Literal
-
 from torch import Tensor, nn
 
+from atomeq.nn.activations import ActivationName, activation_of
 from atomeq.nn.pair_mlp import PairFeatures, RadialMLP
 from atomeq.nn.so3 import Gate, SO2Convolution
-from atomeq.nn.sphere import GridResolution, SphereActivation, with_scalars
+from atomeq.nn.sphere import GridResolution
 from atomeq.ops.edge.frame import EdgeFrame
 from atomeq.ops.edge.operations import escn_conv, rotate_from_edge, rotate_to_edge
-from atomeq.ops.orders import m_primary_order
 from atomeq.typing import NodeFeatures
-
-MessageActivation = Literal["gate", "separable_s2"]
 
 
 class NeighborhoodEmbedding(nn.Module):
@@ -51,7 +47,7 @@ class EdgeConvolution(nn.Module):
         hidden_channels: Channels between the two maps.
         edge_channels: Width of the radial network.
         n_edge_scalars: Numbers of an edge that it is given.
-        activation: ``gate``, or ``separable_s2``, SiLU on a grid whose scalars are made apart.
+        activation: Of messages (:func:`~atomeq.nn.activations.activation_of`).
         chiral: See :class:`~atomeq.nn.so3.SO2Convolution`.
         bias: Likewise.
         grid_resolution: Of the grid (:class:`~atomeq.nn.sphere.SphereBlock`).
@@ -66,22 +62,24 @@ class EdgeConvolution(nn.Module):
         edge_channels: int,
         n_edge_scalars: int,
         *,
-        activation: MessageActivation = "gate",
+        activation: ActivationName = "gate",
         chiral: bool = False,
         bias: bool = False,
         grid_resolution: GridResolution = None,
     ) -> None:
         super().__init__()
-        n_scalars = {"gate": lmax * hidden_channels, "separable_s2": hidden_channels}
-        if activation not in n_scalars:
-            known = " or ".join(n_scalars)
-            raise ValueError(f"activation of messages is {known}, not {activation!r}")
+        between = activation_of(
+            *(activation, lmax, mmax, hidden_channels),
+            order="m",
+            normalization="integral",
+            grid_resolution=grid_resolution,
+        )
         self.first = SO2Convolution(
             lmax,
             mmax,
             2 * channels,
-            hidden_channels,
-            extra_scalars=n_scalars[activation],
+            between.in_channels,
+            extra_scalars=between.n_scalars,
             chiral=chiral,
             bias=bias,
         )
@@ -92,13 +90,8 @@ class EdgeConvolution(nn.Module):
         self.second = SO2Convolution(
             lmax, mmax, hidden_channels, channels, chiral=chiral, bias=bias
         )
-        self.activation = None  # a gate without biases is part of one operation for it all
-        if activation == "separable_s2":
-            self.activation = SphereActivation(
-                lmax, mmax, order="m", normalization="integral", grid_resolution=grid_resolution
-            )
-        elif bias:
-            self.activation = Gate(m_primary_order(lmax, mmax))
+        # a gate without biases is part of one operation for it all
+        self.activation = None if isinstance(between, Gate) and not bias else between
 
     def forward(
         self, x: NodeFeatures, frame: EdgeFrame, edge_scalars: PairFeatures, envelope: Tensor | None
@@ -116,11 +109,5 @@ class EdgeConvolution(nn.Module):
             )
         rows = rotate_to_edge(x, frame, side="both")  # (n_edges, n_rows, 2 channels)
         rows, scalars = self.first(rows, self.radial(edge_scalars))  # (n_edges, n_rows, hidden)
-        rows, _ = self.second(self._activate(self.activation, rows, scalars))
+        rows, _ = self.second(self.activation(rows, scalars))
         return rotate_from_edge(rows, frame, envelope=envelope)
-
-    @staticmethod
-    def _activate(activation: nn.Module, rows: Tensor, scalars: Tensor) -> Tensor:
-        if isinstance(activation, Gate):
-            return activation(rows, scalars if scalars.shape[1] else None)
-        return with_scalars(activation(rows), nn.functional.silu(scalars))

@@ -4,11 +4,13 @@ from typing import Literal, get_args
 
 from torch import Tensor, nn
 
-from atomeq.nn.so3 import Gate, SO3Linear
-from atomeq.nn.sphere import GridMLP, GridResolution, SphereActivation, with_scalars
+from atomeq.nn.activations import ActivationName, ScalarsAndSphere, activation_of
+from atomeq.nn.so3 import SO3Linear
+from atomeq.nn.sphere import GridMLP, GridResolution, with_scalars
 from atomeq.ops.sphere.grid import GridNormalization
 
-Nonlinearity = Literal["gate", "silu_gate", "s2", "separable_s2", "grid_mlp", "separable_grid_mlp"]
+Nonlinearity = ActivationName | Literal["silu_gate", "grid_mlp", "separable_grid_mlp"]
+_NAMES = [name for part in get_args(Nonlinearity) for name in get_args(part)]
 
 
 class FeedForward(nn.Module):
@@ -20,9 +22,10 @@ class FeedForward(nn.Module):
         hidden_channels: Channels of the nonlinearity.
         out_channels: Channels out.
         nonlinearity: ``gate``; ``silu_gate``, whose gates pass SiLU before the sigmoid and so
-            never close, as eSEN publishes them; ``s2``, SiLU on a grid on the sphere;
-            ``grid_mlp``, a perceptron on the channels at every point of it. The ``separable`` ones
-            make the scalars from scalars alone.
+            never close, as eSEN publishes them; ``s2``, SiLU on a grid on the sphere, and the
+            others of :class:`~atomeq.nn.activations.ScalarsAndSphere`; ``grid_mlp``, a perceptron
+            on the channels at every point of it. The ``separable`` ones make the scalars from
+            scalars alone.
         normalization: Of values on the grid (:class:`~atomeq.nn.sphere.SphereBlock`).
         grid_resolution: Polar angles and azimuths of the grid.
 
@@ -42,26 +45,27 @@ class FeedForward(nn.Module):
         grid_resolution: GridResolution = None,
     ) -> None:
         super().__init__()
-        if nonlinearity not in get_args(Nonlinearity):
-            known = ", ".join(get_args(Nonlinearity))
+        if nonlinearity not in _NAMES:
+            known = ", ".join(_NAMES)
             raise ValueError(f"nonlinearity {nonlinearity!r} is unknown; choose one of {known}")
-        self.first = SO3Linear(lmax, in_channels, hidden_channels)
-        self.separable = nonlinearity.startswith("separable")
         self.silu_gates = nonlinearity == "silu_gate"
-        n_scalars = hidden_channels if self.separable else 0
-        if nonlinearity.endswith("gate"):
-            self.activation = Gate(range((lmax + 1) ** 2))
-            n_scalars = lmax * hidden_channels
-        elif nonlinearity.endswith("grid_mlp"):
+        width, n_scalars = hidden_channels, 0
+        if nonlinearity == "grid_mlp" or nonlinearity == "separable_grid_mlp":
             self.activation = GridMLP(
                 *(lmax, hidden_channels),
                 normalization=normalization,
                 grid_resolution=grid_resolution,
             )
+            n_scalars = hidden_channels if nonlinearity == "separable_grid_mlp" else 0
         else:
-            self.activation = SphereActivation(
-                lmax, lmax, normalization=normalization, grid_resolution=grid_resolution
+            self.activation = activation_of(
+                *("gate" if nonlinearity == "silu_gate" else nonlinearity, lmax, lmax),
+                hidden_channels,
+                normalization=normalization,
+                grid_resolution=grid_resolution,
             )
+            width, n_scalars = self.activation.in_channels, self.activation.n_scalars
+        self.first = SO3Linear(lmax, in_channels, width)
         self.scalars = nn.Linear(in_channels, n_scalars) if n_scalars else None
         self.second = SO3Linear(lmax, hidden_channels, out_channels)
 
@@ -71,7 +75,7 @@ class FeedForward(nn.Module):
         if scalars is not None and self.silu_gates:
             scalars = nn.functional.silu(scalars)
         y = self.first(x)
-        if isinstance(self.activation, Gate):
+        if not isinstance(self.activation, GridMLP):
             return self.second(self.activation(y, scalars))
         y = self.activation(y)
         if scalars is not None:
@@ -80,7 +84,17 @@ class FeedForward(nn.Module):
 
     def invariants(self, x: Tensor) -> Tensor:
         """Return the l = 0 outputs, (n_atoms, out_channels), without what they do not depend on."""
-        if self.separable and self.scalars is not None:
-            hidden = nn.functional.silu(self.scalars(x[:, 0]))
-            return nn.functional.linear(hidden, self.second.weight[0], self.second.bias)
-        return self.forward(x)[:, 0]
+        hidden = self._separate_scalars(x)
+        if hidden is None:
+            return self.forward(x)[:, 0]
+        return nn.functional.linear(hidden, self.second.weight[0], self.second.bias)
+
+    def _separate_scalars(self, x: Tensor) -> Tensor | None:
+        """Return l = 0 in front of the second map where it is made from scalars alone."""
+        if self.scalars is None:
+            return None
+        if isinstance(self.activation, GridMLP):
+            return nn.functional.silu(self.scalars(x[:, 0]))
+        if isinstance(self.activation, ScalarsAndSphere) and self.activation.meeting == "replace":
+            return self.activation.of_scalars(self.scalars(x[:, 0]))
+        return None

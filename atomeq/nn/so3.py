@@ -136,16 +136,23 @@ class Gate(nn.Module):
 
     Args:
         rows: The number l*l + l + m of each row of the features; that of l = 0 comes first.
+        channels: Channels of the features.
+
+    Attributes:
+        in_channels: Channels of what it is given.
+        n_scalars: Numbers of gates.
     """
 
     gate_of_row: Tensor
 
-    def __init__(self, rows: Sequence[int]) -> None:
+    def __init__(self, rows: Sequence[int], channels: int) -> None:
         super().__init__()
         degrees = [math.isqrt(row) for row in rows]
         gate_of_row = torch.tensor(degrees[1:], dtype=torch.int64) - 1
         self.register_buffer("gate_of_row", gate_of_row, persistent=False)
         self.lmax = max(degrees)
+        self.in_channels = channels
+        self.n_scalars = self.lmax * channels
 
     def forward(self, x: Tensor, gates: Tensor | None) -> Tensor:
         """Apply the gates.
@@ -159,7 +166,7 @@ class Gate(nn.Module):
         """
         scalars, higher = x.split([1, x.shape[1] - 1], dim=1)
         scalars = nn.functional.silu(scalars)
-        if gates is None:
+        if gates is None or not self.lmax:
             return scalars
         gates = torch.sigmoid(gates).view(x.shape[0], self.lmax, x.shape[2])
         return torch.cat([scalars, higher * gates[:, self.gate_of_row]], dim=1)

@@ -15,12 +15,16 @@ from torch import nn
 import atomeq.models.equiformer_v2
 import atomeq.models.escn
 import atomeq.models.escn_published
+import atomeq.models.esen
 import atomeq.nn.attention
+import atomeq.nn.edge_convolution
 from atomeq.models.equiformer_v2 import TransformerBlock
-from atomeq.models.escn import GatedUpdate, NeighborhoodEmbedding
+from atomeq.models.escn import GatedUpdate
 from atomeq.models.escn_published import EdgeNetwork as PublishedEdgeNetwork
 from atomeq.models.escn_published import GridUpdate, PointNetwork, SO2Block
+from atomeq.nn.activations import ScalarsAndSphere
 from atomeq.nn.attention import DegreeEmbedding, EdgeNetwork, EquivariantAttention
+from atomeq.nn.edge_convolution import NeighborhoodEmbedding
 from atomeq.nn.feed_forward import FeedForward
 from atomeq.nn.mlp import MLP
 from atomeq.nn.norms import EquivariantLayerNorm, EquivariantRMSNorm, SeparableLayerNorm
@@ -32,7 +36,7 @@ from atomeq.nn.sphere import SphereActivation
 WHOLE: dict[str, tuple[type[nn.Module], ...]] = {
     "SO(2) maps": (SO2Convolution, SO2Block),
     "radial networks": (EdgeNetwork, PublishedEdgeNetwork, BesselBasis, GaussianBasis, MLP),
-    "edge activation": (SphereActivation, Gate),
+    "edge activation": (SphereActivation, ScalarsAndSphere, Gate),
     "atom update": (FeedForward, GridUpdate, GatedUpdate),
     "norms": (EquivariantLayerNorm, EquivariantRMSNorm, SeparableLayerNorm),
     "heads": (PointNetwork,),
@@ -48,15 +52,17 @@ FUNCTIONS = {
     "rotations": [
         (atomeq.nn.attention, "rotate_to_edge"),
         (atomeq.nn.attention, "rotate_from_edge"),
-        (atomeq.models.escn, "rotate_from_edge"),
+        (atomeq.nn.edge_convolution, "rotate_to_edge"),
+        (atomeq.nn.edge_convolution, "rotate_from_edge"),
         (atomeq.models.escn_published, "rotate_to_edge"),
         (atomeq.models.escn_published, "rotate_from_edge"),
     ],
-    "whole edge layer": [(atomeq.models.escn, "escn_conv")],
+    "whole edge layer": [(atomeq.nn.edge_convolution, "escn_conv")],
     "attention": [(atomeq.nn.attention, "segment_softmax")],
     "edge frames": [
         (atomeq.models.equiformer_v2, "build_edge_frame"),
         (atomeq.models.escn, "build_edge_frame"),
+        (atomeq.models.esen, "build_edge_frame"),
         (atomeq.models.escn_published, "build_edge_frame"),
     ],
 }

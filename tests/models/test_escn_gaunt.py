@@ -70,5 +70,5 @@ def test_update_is_equivariant_and_has_right_derivatives() -> None:
 
 
 def test_unknown_update_is_refused() -> None:
-    with pytest.raises(ValueError, match="update is gate or gaunt, not 'tensor'"):
+    with pytest.raises(ValueError, match="update is gate or gaunt or product, not 'tensor'"):
         ESCN(4.0, update="tensor")

@@ -39,7 +39,7 @@ def test_blocks_commute_with_rotation(block, features, rotation):
 
 
 def test_gate_commutes_with_rotation(features, rotation):
-    gate = Gate(range((LMAX + 1) ** 2))
+    gate = Gate(range((LMAX + 1) ** 2), CHANNELS)
     gates = torch.randn(5, LMAX * CHANNELS, dtype=torch.float64)
     torch.testing.assert_close(
         gate(rotation @ features, gates), rotation @ gate(features, gates), atol=EXACT, rtol=0

@@ -1,0 +1,185 @@
+"""Nonlinearities of equivariant features: gates, functions on the sphere, products on the sphere.
+
+The functions are those of EquiformerV2 (arXiv:2306.12059) and EquiformerV3 (arXiv:2604.09130).
+"""
+
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from atomeq.nn.so3 import Gate
+from atomeq.nn.sphere import GridResolution, SphereBlock, with_scalars
+from atomeq.ops.orders import coefficient_index, m_primary_order
+from atomeq.ops.sphere.gaunt import gaunt_product
+from atomeq.ops.sphere.grid import GridNormalization
+from atomeq.ops.sphere.grid import Order as RowOrder
+from atomeq.ops.sphere.operations import sphere_silu
+from atomeq.ops.sphere.pointwise import pointwise_product
+from atomeq.ops.tables import constant_table, table_like
+
+ActivationName = Literal[
+    "gate",
+    "s2",
+    "separable_s2",
+    "s2_swiglu",
+    "separable_s2_swiglu",
+    "merged_s2_swiglu",
+    "separable_s2_square",
+    "product",
+]
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """Return SiLU of the first half of the channels times the second half."""
+    first, second = x.chunk(2, dim=-1)
+    return nn.functional.silu(first) * second
+
+
+def product(x: Tensor) -> Tensor:
+    """Return the first half of the channels times the second half."""
+    first, second = x.chunk(2, dim=-1)
+    return first * second
+
+
+_Function = Callable[[Tensor], Tensor]
+# The function at each point, that of the scalars beside it, and how these meet l = 0.
+_POINTWISE: dict[str, tuple[_Function, _Function, Literal["none", "replace", "add"]]] = {
+    "s2": (nn.functional.silu, nn.functional.silu, "none"),
+    "separable_s2": (nn.functional.silu, nn.functional.silu, "replace"),
+    "s2_swiglu": (swiglu, swiglu, "none"),
+    "separable_s2_swiglu": (swiglu, swiglu, "replace"),
+    "merged_s2_swiglu": (swiglu, swiglu, "add"),
+    "separable_s2_square": (product, product, "replace"),
+    "product": (product, swiglu, "add"),
+}
+
+
+def activation_of(
+    name: ActivationName,
+    lmax: int,
+    mmax: int,
+    channels: int,
+    *,
+    order: RowOrder = "l",
+    normalization: GridNormalization = "component",
+    grid_resolution: GridResolution = None,
+) -> "Gate | ScalarsAndSphere":
+    """Build a nonlinearity by its name; arguments as of :class:`ScalarsAndSphere`.
+
+    Raises:
+        ValueError: The name is unknown.
+    """
+    if name == "gate":
+        rows = coefficient_index(lmax, mmax) if order == "l" else m_primary_order(lmax, mmax)
+        return Gate(rows, channels)
+    if name not in _POINTWISE:
+        known = ", ".join(("gate", *_POINTWISE))
+        raise ValueError(f"activation {name!r} is unknown; choose one of {known}")
+    return ScalarsAndSphere(
+        *(name, lmax, mmax, channels),
+        order=order,
+        normalization=normalization,
+        grid_resolution=grid_resolution,
+    )
+
+
+class ScalarsAndSphere(SphereBlock):
+    """A function of the channels at every point of the sphere, and one of scalars beside it.
+
+    ``s2`` is SiLU; ``swiglu`` takes two functions on the sphere, SiLU of one times the other;
+    ``square`` and ``product`` are the product of two without SiLU. The ``separable`` ones make
+    l = 0 from scalars alone, the ``merged`` ones and ``product`` add that to it, and ``product``
+    has a gate for each channel. A product of two functions has a known bandwidth: on the grid that
+    it gets by default it is exact and commutes with every rotation to rounding, where SiLU does as
+    far as the grid is fine.
+
+    Args:
+        name: Which one.
+        lmax: Highest degree of the features.
+        mmax: Highest order of the features.
+        channels: Of the result.
+        order: ``l`` for rows sorted by degree, ``m`` for those of an edge frame.
+        normalization: See :class:`~atomeq.nn.sphere.SphereBlock`.
+        grid_resolution: Likewise.
+
+    Attributes:
+        in_channels: Channels of what it is given.
+        n_scalars: Number of scalars beside it.
+    """
+
+    def __init__(
+        self,
+        name: ActivationName,
+        lmax: int,
+        mmax: int,
+        channels: int,
+        *,
+        order: RowOrder = "l",
+        normalization: GridNormalization = "component",
+        grid_resolution: GridResolution = None,
+    ) -> None:
+        self.function, self.of_scalars, self.meeting = _POINTWISE[name]
+        super().__init__(
+            lmax, mmax, order=order, normalization=normalization, grid_resolution=grid_resolution
+        )
+        factors = 1 if self.function is nn.functional.silu else 2
+        self.gated = name == "product"
+        self.in_channels = factors * channels
+        self.sizes = (0 if self.meeting == "none" else factors * channels, channels * self.gated)
+        self.n_scalars = sum(self.sizes)
+
+    def set_resolution(self, grid_resolution: GridResolution) -> None:
+        """Exchange the grid; without a resolution it is the least that is enough."""
+        if grid_resolution is None and self.function is product:
+            # the integral of three harmonics, 3 lmax in the polar angle, 3 mmax in the azimuth
+            grid_resolution = (2 * (3 * self.lmax // 2 + 1), 3 * self.mmax + 1)
+        super().set_resolution(grid_resolution)
+
+    def forward(self, x: Tensor, scalars: Tensor | None) -> Tensor:
+        """Map ``x`` (n, n_rows, in_channels) to (n, n_rows, channels).
+
+        Args:
+            x: Features.
+            scalars: (n, n_scalars); None where there is none.
+        """
+        y = self.on_sphere(x)
+        if scalars is None or not self.n_scalars:
+            return y
+        scalars, gates = scalars.split(self.sizes, dim=1)
+        if self.gated:
+            y = y * torch.sigmoid(gates).unsqueeze(1)
+        return self.meet(y, self.of_scalars(scalars))
+
+    def meet(self, y: Tensor, scalars: Tensor) -> Tensor:
+        """Let scalars (n, channels) take the place of l = 0 of ``y``, or be added to it."""
+        return with_scalars(y, scalars if self.meeting == "replace" else y[:, 0] + scalars)
+
+    def on_sphere(self, x: Tensor) -> Tensor:
+        """Apply the function at every point, (n, n_rows, in_channels) to (n, n_rows, channels)."""
+        if self.function is nn.functional.silu:
+            return sphere_silu(x, self.grid)
+        if self.function is product and self.order == "l" and self._is_exact():
+            scale = table_like(_component_scale, self.lmax, self.normalization, like=x)
+            first, second = (x * scale).chunk(2, dim=-1)
+            return gaunt_product(first, second, self.lmax) / scale
+        to_grid, from_grid = self.grid.to_matrix(like=x), self.grid.from_matrix(like=x)
+        if self.function is product:  # of which nothing is kept but the coefficients
+            return pointwise_product(*x.chunk(2, dim=-1), to_grid, to_grid, from_grid.mT)
+        return from_grid @ self.function(to_grid @ x)
+
+    def _is_exact(self) -> bool:
+        """Whether the grid resolves a product of functions of all orders, as any finer one does."""
+        n_beta, n_alpha = self.grid.shape
+        return self.mmax == self.lmax and n_beta > 3 * self.lmax and n_alpha > 3 * self.lmax
+
+
+@constant_table
+def _component_scale(lmax: int, normalization: GridNormalization) -> Tensor:
+    """Return the factor of each coefficient that makes harmonics orthonormal, (n_sph, 1)."""
+    if normalization == "integral":
+        return torch.ones((lmax + 1) ** 2, 1, dtype=torch.float64)
+    degrees = torch.tensor([math.isqrt(i) for i in range((lmax + 1) ** 2)], dtype=torch.float64)
+    return torch.sqrt(4 * math.pi / ((2 * degrees + 1) * (lmax + 1)))[:, None]
