@@ -87,6 +87,12 @@ def refuse_nonpositive(**arguments: float) -> None:
             raise ValueError(f"{name} must be more than 0, not {value!r}")
 
 
+def outputs_of(*, forces: bool, stress: bool) -> frozenset[PropertyKey]:
+    """Return what a model gives that has heads for forces or stress, besides energies."""
+    heads: list[tuple[PropertyKey, bool]] = [("forces", forces), ("stress", stress)]
+    return frozenset({"energies", *(key for key, there in heads if there)})
+
+
 class AtomisticModel(ConfiguredModule):
     """A graph network over atoms.
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from atomeq.graph.atom_graph import AtomGraph
 from atomeq.graph.builders import GraphBuilder, NearestNeighborGraph, RadiusGraph
-from atomeq.models.base import AtomisticModel, refuse_nonpositive
+from atomeq.models.base import AtomisticModel, outputs_of, refuse_nonpositive
 from atomeq.nn.activations import ActivationName
 from atomeq.nn.attention import (
     DegreeEmbedding,
@@ -172,7 +172,7 @@ class EquiformerV2(AtomisticModel):
         _refuse_unknown(element_pairs=element_pairs, energy_reduce=energy_reduce)
         refuse_nonpositive(avg_degree=avg_degree, energy_divisor=energy_divisor)
         self.keep_arguments(locals())
-        self.outputs = _outputs(forces=direct_forces, stress=stress_head is not None)
+        self.outputs = outputs_of(forces=direct_forces, stress=stress_head is not None)
 
         self.embedding = nn.Embedding(num_elements, sphere_channels)
         self.basis = self._radial_basis()
@@ -376,11 +376,6 @@ class TransformerBlock(nn.Module):
         x = x + self.drop_path(self.proj_drop(y), batch, n_graphs)
         y = self.feed_forward(self.norm_2(x))
         return x + self.drop_path(self.proj_drop(y), batch, n_graphs)
-
-
-def _outputs(*, forces: bool, stress: bool) -> frozenset[PropertyKey]:
-    heads: list[tuple[PropertyKey, bool]] = [("forces", forces), ("stress", stress)]
-    return frozenset(["energies", *(name for name, given in heads if given)])
 
 
 _CHOICES = {"element_pairs": ("per_block", "shared", "none"), "energy_reduce": ("sum", "mean")}

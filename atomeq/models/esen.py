@@ -20,14 +20,15 @@ see the roll of the frame, forces leave the roll out; they are as exact as the g
 """
 
 import math
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from atomeq.graph.atom_graph import AtomGraph
 from atomeq.graph.builders import GraphBuilder, NearestNeighborGraph, RadiusGraph
-from atomeq.models.base import AtomisticModel
+from atomeq.models.base import AtomisticModel, outputs_of
 from atomeq.nn.activations import ActivationName
 from atomeq.nn.edge_convolution import EdgeConvolution, NeighborhoodEmbedding
 from atomeq.nn.feed_forward import FeedForward, Nonlinearity
@@ -37,6 +38,7 @@ from atomeq.nn.pair_mlp import PairFeatures
 from atomeq.nn.radial import BesselBasis, GaussianBasis, PolynomialEnvelope
 from atomeq.nn.so3 import SO3Linear
 from atomeq.nn.sphere import SphereBlock, with_scalars
+from atomeq.nn.stress import EquivariantStress, Rank2Stress
 from atomeq.ops.edge.frame import EdgeFrame
 from atomeq.ops.edge.wigner import build_edge_frame
 from atomeq.typing import EdgeLengths, NodeFeatures, PropertyKey
@@ -73,6 +75,9 @@ class ESEN(AtomisticModel):
         max_neighbors: Keep about this many nearest neighbours; None keeps all.
         skip_isolated: Leave the atoms of a structure without edges as they were embedded.
         direct_forces: Forces from a head of their own, no derivative of the energy.
+        stress_head: Stress from a head of its own: ``equivariant``, or as published, which is not:
+            the options of :class:`~atomeq.nn.stress.Rank2Stress`. None derives it, where forces are
+            derived.
         energy_reduce: The energy is the ``sum`` or the ``mean`` over the atoms.
     """
 
@@ -89,9 +94,10 @@ class ESEN(AtomisticModel):
     bias: bool
     max_neighbors: int | None
     skip_isolated: bool
+    stress_head: Literal["equivariant"] | Mapping[str, bool | int | float] | None
     energy_reduce: Literal["sum", "mean"]
 
-    readouts = ("energy", "forces")
+    readouts = ("energy", "forces", "stress")
 
     def __init__(
         self,
@@ -116,6 +122,7 @@ class ESEN(AtomisticModel):
         max_neighbors: int | None = None,
         skip_isolated: bool = False,
         direct_forces: bool = False,
+        stress_head: Literal["equivariant"] | Mapping[str, bool | int | float] | None = None,
         energy_reduce: Literal["sum", "mean"] = "sum",
     ) -> None:
         super().__init__()
@@ -126,8 +133,7 @@ class ESEN(AtomisticModel):
         if direct_forces and not lmax:
             raise ValueError("direct_forces are vectors, which features of lmax=0 do not hold")
         self.keep_arguments(locals())
-        if direct_forces:
-            self.outputs = frozenset({"energies", "forces"})
+        self.outputs = outputs_of(forces=direct_forces, stress=stress_head is not None)
 
         self.embedding = nn.Embedding(num_elements, sphere_channels)
         self.source_embedding = nn.Embedding(num_elements, edge_channels)
@@ -142,6 +148,7 @@ class ESEN(AtomisticModel):
         self.norm_out = equivariant_norm(norm, lmax, sphere_channels)
         self.energy = MLP((sphere_channels, hidden_channels, hidden_channels, 1))
         self.forces = SO3Linear(1, sphere_channels, 1) if direct_forces else None
+        self.stress = self._stress() if stress_head is not None else None
 
     def graph_builder(self) -> GraphBuilder:
         """Return the builder of all pairs within the cutoff, or of the nearest neighbours."""
@@ -159,7 +166,7 @@ class ESEN(AtomisticModel):
     def forward(
         self, graph: AtomGraph, *, edge_rotation: Tensor | None = None
     ) -> dict[PropertyKey, Tensor]:
-        """Compute energies, and forces if they have a head, in the model's own scale.
+        """Compute energies, and what has a head of its own, in the model's own scale.
 
         Args:
             graph: Structures with edges.
@@ -167,7 +174,8 @@ class ESEN(AtomisticModel):
                 by default a rule without randomness.
 
         Returns:
-            ``energies`` (n_atoms,), and ``forces`` (n_atoms, 3) if they have a head.
+            ``energies`` (n_atoms,); ``forces`` (n_atoms, 3) and ``stress`` (n_graphs, 3, 3) if they
+            have a head.
         """
         x = self._transform(graph, edge_rotation)  # (n_atoms, n_sph, C)
         energies = self.energy(x[:, 0])[:, 0]
@@ -176,6 +184,13 @@ class ESEN(AtomisticModel):
         outputs: dict[PropertyKey, Tensor] = {"energies": energies}
         if self.forces is not None:
             outputs["forces"] = self.forces(x[:, :4])[:, 1:, 0]  # l = 1 is (x, y, z)
+        if isinstance(self.stress, EquivariantStress):
+            outputs["stress"] = self.stress(x, graph.batch, graph.n_graphs)
+        elif self.stress is not None:
+            vectors = graph.edge_vectors().detach().to(self.dtype)
+            outputs["stress"] = self.stress(
+                x, vectors, graph.edge_index, graph.batch, graph.n_graphs
+            )
         return outputs
 
     @property
@@ -213,6 +228,12 @@ class ESEN(AtomisticModel):
                 grid_resolution=self.grid_resolution,
             ),
         )
+
+    def _stress(self) -> EquivariantStress | Rank2Stress:
+        if self.stress_head == "equivariant":
+            return EquivariantStress(self.lmax, self.sphere_channels, self.hidden_channels)
+        options: Any = self.stress_head  # the head checks them
+        return Rank2Stress(self.lmax, self.sphere_channels, self.norm, **options)
 
     def _transform(self, graph: AtomGraph, edge_rotation: Tensor | None) -> NodeFeatures:
         """Return the atoms after the last block and its norm, (n_atoms, n_sph, C)."""

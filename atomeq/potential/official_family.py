@@ -41,12 +41,13 @@ class Options:
         value = self.options.pop(name, default)
         return default if value is None else value
 
-    def only(self, name: str, *known: Any) -> None:
+    def only(self, name: str, *known: Any) -> Any:
         """Take an option of which not every value is known; the first is the default."""
         value = self(name, known[0])
         if value not in known:
             allowed = " and ".join(repr(one) for one in known)
             raise OfficialError(f"{self.model} with {name}={value!r} is not known, only {allowed}")
+        return value
 
     def single(self, name: str, default: int) -> int:
         """Take an option that lists one number for each resolution, of which there is one."""

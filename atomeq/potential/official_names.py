@@ -11,16 +11,16 @@ from typing import Any
 from torch import Tensor
 
 from atomeq.models.base import AtomisticModel
+from atomeq.potential.official_esen import ESEN
 from atomeq.potential.official_family import Family, OfficialError, Options
 from atomeq.potential.official_oc20 import EQUIFORMER_V2, ESCN
 
-FAMILIES = (ESCN, EQUIFORMER_V2)
+FAMILIES = (ESCN, EQUIFORMER_V2, ESEN)
 
 # What a configuration may say without effect on the network once its weights are there.
 _NO_EFFECT = {
     "otf_graph", "use_pbc", "use_pbc_single", "num_atoms", "bond_feat_dim", "num_targets",
-    "weight_init", "show_timing_info", "scale_file", "num_distance_basis", "attn_activation",
-    "ffn_activation", "activation_checkpoint",
+    "weight_init", "show_timing_info", "scale_file", "activation_checkpoint",
 }  # fmt: skip
 
 _HYDRA = {"name", "otf_graph", "pass_through_head_outputs", "freeze_backbone", "finetune_config"}
@@ -172,7 +172,7 @@ def strip_prefixes(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 _BUFFER = re.compile(
     r"(^|\.)(SO3_rotation|SO3_grid|mappingReduced|mapping)\.|"
-    r"(^|\.)(expand_index|balance_degree_weight|distance_expansion\.offset)$|"
+    r"(^|\.)(expand_index|balance_degree_weight|distance_expansion\.offset|Jd_\d+)$|"
     r"^(sphere_points|sphharm_weights\.\d+)$"
 )
 

@@ -14,7 +14,7 @@ AVG_DEGREE = 23.395238876342773  # neighbours within 12 Å, at most 500
 NUM_GAUSSIANS = 600  # of EquiformerV2, whatever its num_distance_basis says
 
 _WITHOUT_EFFECT = (
-    "num_sphere_samples",  # never used
+    "num_sphere_samples", "num_distance_basis", "attn_activation", "ffn_activation",  # never used
     "load_energy_lin_ref",  # makes room for weights that may go unused
     # of denoising, in training: structures come without noise and forces here, and what a force
     # embedding adds to such an atom is a constant
@@ -27,6 +27,7 @@ _SAME_POINT = 1e-4  # float32 made the stored points; they are off by 6e-6
 
 def _escn(taken: Options) -> AtomisticModel:
     taken.only("use_grid", True)
+    taken("num_distance_basis", None)
     heads = _heads(taken)
     arguments = {
         "cutoff": float(taken("cutoff", 8.0)),
@@ -87,7 +88,7 @@ def _equiformer_v2(taken: Options) -> AtomisticModel:
         "max_neighbors": taken("max_neighbors", 500),
         "strict_neighbors": taken("enforce_max_neighbors_strictly", True),
         "direct_forces": "forces" in heads,
-        "stress_head": _rank2(heads["stress"]) if "stress" in heads else None,
+        "stress_head": rank2_options(heads["stress"]) if "stress" in heads else None,
         "linear_reference": taken("use_energy_lin_ref", False),
         "avg_degree": taken("avg_degree", None) or AVG_DEGREE,
         "energy_divisor": taken("avg_num_nodes", None) or AVG_NUM_NODES,
@@ -109,7 +110,7 @@ def _heads(taken: Options) -> dict[str, Options]:
     return heads
 
 
-def _rank2(taken: Options) -> dict[str, bool | int | float]:
+def rank2_options(taken: Options) -> dict[str, bool | int | float]:
     """Return the options of :class:`~atomeq.nn.stress.Rank2Stress`."""
     taken("default_norm_type", None)  # of backbones without a norm_type
     decompose, extensive = taken("decompose", False), taken("extensive", False)
@@ -124,7 +125,7 @@ def _rank2(taken: Options) -> dict[str, bool | int | float]:
     }
 
 
-def _fold_denoising(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def fold_denoising(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Add to the embedding of elements what a structure without noise gets from those of noise.
 
     Forces and noise are zero then, but the biases of their embeddings stay.
@@ -148,6 +149,14 @@ def _refuse_other_points(model: AtomisticModel, weights: Mapping[str, Tensor]) -
         raise OfficialError("sphere_points are not the published ones (Fibonacci, density-scaled)")
 
 
+STRESS_NAMES: Rules = (
+    (r"^sphharm_norm\.", "stress.harmonics_norm."),
+    (r"^xedge_layer_norm\.", "stress.edge_norm."),
+    (r"^block\.scalar_MLP\.", "stress.trace."),
+    (r"^block\.irrep2_MLP\.", "stress.traceless."),
+    (r"^block\.r2tensor_MLP\.", "stress.tensor."),
+)
+
 _EQUIFORMER_V2_NAMES: Rules = (
     (r"^sphere_embedding\.", "embedding."),
     (r"^(source|target)_embedding\.", r"pairs.\1."),
@@ -155,11 +164,7 @@ _EQUIFORMER_V2_NAMES: Rules = (
     (r"^edge_degree_embedding\.", "degree_embedding."),
     (r"^(force|vector)_block\.", "forces."),
     (r"^(energy|scalar)_block\.", "energy."),
-    (r"^sphharm_norm\.", "stress.harmonics_norm."),
-    (r"^xedge_layer_norm\.", "stress.edge_norm."),
-    (r"^block\.scalar_MLP\.", "stress.trace."),
-    (r"^block\.irrep2_MLP\.", "stress.traceless."),
-    (r"^block\.r2tensor_MLP\.", "stress.tensor."),
+    *STRESS_NAMES,
     (r"^norm\.", "norm_out."),
     (r"\.ga\.", ".attention."),
     (r"\.ffn\.", ".feed_forward."),
@@ -269,5 +274,5 @@ EQUIFORMER_V2 = Family(
     rules=_EQUIFORMER_V2_NAMES,
     scales_parts=True,
     unused=r"^(force_embedding|noise_schedule_sigma_embedding|denoising_pos_block)\.",
-    fold=_fold_denoising,
+    fold=fold_denoising,
 )
