@@ -35,6 +35,7 @@ from atomeq.nn.attention import (
     EdgeScalars,
     ElementPair,
     EquivariantAttention,
+    Weighing,
 )
 from atomeq.nn.dropout import EquivariantDropout, GraphDropPath
 from atomeq.nn.feed_forward import FeedForward, Nonlinearity
@@ -325,7 +326,7 @@ class EquiformerV2(AtomisticModel):
             activation=self.activation,
             grid_resolution=self.grid_resolution,
             shared_radial=self.shared_radial,
-            renormalize=self.attn_renorm,
+            weighing=Weighing(norm="layer_norm" if self.attn_renorm else "none"),
             chiral=self.chiral,
             dropout=dropout,
         )

@@ -1,16 +1,17 @@
 """Normalisations that commute with rotations; they act on one atom at a time, never on a batch.
 
-The three of EquiformerV2 (Liao et al., arXiv:2306.12059), told apart by what shares one scale: each
-degree has its own, all degrees but l = 0 share one, or all degrees do.
+Those of EquiformerV2 (Liao et al., arXiv:2306.12059) and V3, told apart by what shares one scale:
+each degree has its own, all degrees but l = 0 share one, or all degrees do.
 """
 
 import math
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-NormName = Literal["layer_norm", "layer_norm_sh", "rms_norm_sh"]
+NormName = Literal["layer_norm", "layer_norm_sh", "rms_norm_sh", "bare_rms_norm_sh"]
 
 
 def equivariant_norm(name: NormName, lmax: int, channels: int) -> nn.Module:
@@ -23,6 +24,7 @@ def equivariant_norm(name: NormName, lmax: int, channels: int) -> nn.Module:
         "layer_norm": EquivariantLayerNorm,
         "layer_norm_sh": SeparableLayerNorm,
         "rms_norm_sh": EquivariantRMSNorm,
+        "bare_rms_norm_sh": partial(EquivariantRMSNorm, bare=True),
     }
     if name not in norms:
         raise ValueError(f"norm {name!r} is unknown; choose one of {', '.join(norms)}")
@@ -39,29 +41,35 @@ class EquivariantRMSNorm(nn.Module):
     Args:
         lmax: Highest degree of the features.
         channels: Channels of the features.
+        bare: Neither remove the mean nor add a bias.
         epsilon: Keeps atoms without features finite.
     """
 
     degree_of_row: Tensor
 
-    def __init__(self, lmax: int, channels: int, *, epsilon: float = 1e-5) -> None:
+    def __init__(
+        self, lmax: int, channels: int, *, bare: bool = False, epsilon: float = 1e-5
+    ) -> None:
         super().__init__()
         self.epsilon = epsilon
         self.weight = nn.Parameter(torch.ones(lmax + 1, channels))
-        self.bias = nn.Parameter(torch.zeros(channels))
+        self.bias = None if bare else nn.Parameter(torch.zeros(channels))
         degrees = torch.tensor([math.isqrt(row) for row in range((lmax + 1) ** 2)])
         self.register_buffer("degree_of_row", degrees, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise ``x`` (n_atoms, n_sph, channels); returns the same shape."""
-        scalars, higher = x.split([1, x.shape[1] - 1], dim=1)
-        scalars = scalars - scalars.mean(dim=2, keepdim=True)
-        x = torch.cat([scalars, higher], dim=1)
+        if self.bias is not None:
+            scalars, higher = x.split([1, x.shape[1] - 1], dim=1)
+            scalars = scalars - scalars.mean(dim=2, keepdim=True)
+            x = torch.cat([scalars, higher], dim=1)
         rows_of_degree = (2 * self.degree_of_row + 1).to(x.dtype)
         mean_square = ((x * x).mean(dim=2) / rows_of_degree).sum(dim=1) / len(self.weight)
         scale = torch.rsqrt(mean_square + self.epsilon)[:, None, None]
-        bias = nn.functional.pad(self.bias[None], (0, 0, 0, x.shape[1] - 1))
-        return x * scale * self.weight[self.degree_of_row] + bias
+        x = x * scale * self.weight[self.degree_of_row]
+        if self.bias is None:
+            return x
+        return x + nn.functional.pad(self.bias[None], (0, 0, 0, x.shape[1] - 1))
 
 
 class EquivariantLayerNorm(nn.Module):

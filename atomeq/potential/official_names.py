@@ -11,11 +11,12 @@ from typing import Any
 from torch import Tensor
 
 from atomeq.models.base import AtomisticModel
+from atomeq.potential.official_equiformer_v3 import EQUIFORMER_V3
 from atomeq.potential.official_esen import ESEN
 from atomeq.potential.official_family import Family, OfficialError, Options
 from atomeq.potential.official_oc20 import EQUIFORMER_V2, ESCN
 
-FAMILIES = (ESCN, EQUIFORMER_V2, ESEN)
+FAMILIES = (ESCN, EQUIFORMER_V2, ESEN, EQUIFORMER_V3)
 
 # What a configuration may say without effect on the network once its weights are there.
 _NO_EFFECT = {
@@ -171,9 +172,9 @@ def strip_prefixes(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 _BUFFER = re.compile(
-    r"(^|\.)(SO3_rotation|SO3_grid|mappingReduced|mapping)\.|"
+    r"(^|\.)(SO3_rotation|SO3_grid|so3_rotation|so3_grid|mappingReduced|mapping)\.|"
     r"(^|\.)(expand_index|balance_degree_weight|distance_expansion\.offset|Jd_\d+)$|"
-    r"^(sphere_points|sphharm_weights\.\d+)$"
+    r"^(sphere_points|sphharm_weights\.\d+|stress_block\.zero_padded_change_matrix)$"
 )
 
 

@@ -9,7 +9,7 @@ from scipy.spatial.transform import Rotation
 from atomeq.nn.norms import equivariant_norm
 from atomeq.ops.edge.wigner import block_diagonal, wigner_from_matrix
 
-NAMES = ["layer_norm", "layer_norm_sh", "rms_norm_sh"]
+NAMES = ["layer_norm", "layer_norm_sh", "rms_norm_sh", "bare_rms_norm_sh"]
 LMAX, CHANNELS = 3, 5
 
 

@@ -1,0 +1,429 @@
+"""EquiformerV3: equivariant graph attention whose nonlinearities are products on the sphere.
+
+Liao, Wood, Das and Smidt, 2026, arXiv:2604.09130. EquiformerV2 with a nonlinearity that a grid
+resolves exactly, the product of two functions on the sphere with gates, in messages and in
+feed-forward networks; with one normalisation for all degrees, a radial weight for each degree and
+channel, an envelope at the cutoff, and an energy read from scalars.
+
+Our default form differs from the published one on purpose, each time by an option:
+
+* ``chiral`` is off: SO(2) maps have real weights, so mirror images have one energy;
+* ``max_neighbors`` is off: a cap makes the energy jump when two neighbours swap ranks;
+* ``attn_epsilon`` is None: the softmax has an empty seat, so the last neighbour fades out by it;
+* ``grid_mlp`` is off: the linear maps on the grid, which commute with the way there and back, are
+  one with those in front of and behind it;
+* ``direct_forces`` is off, the energy is a plain sum over atoms, ``radial_basis`` is Bessel's.
+
+In both forms the derivative with respect to an edge's direction is a torque, exact for every
+direction (the published code cuts it within 0.08 degrees of the y axis), structures without edges
+are computed, and each structure has its own periodicity. Weights of the published form fit, those
+for denoising apart, which no structure without noise feels.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from atomeq.graph.atom_graph import AtomGraph
+from atomeq.graph.builders import GraphBuilder, NearestNeighborGraph, RadiusGraph
+from atomeq.models.base import AtomisticModel, outputs_of, refuse_nonpositive
+from atomeq.nn.activations import ActivationName, ScalarsAndSphere, activation_of
+from atomeq.nn.attention import (
+    DegreeEmbedding,
+    EdgeNetwork,
+    EdgeScalars,
+    EquivariantAttention,
+    Weighing,
+)
+from atomeq.nn.dropout import EquivariantDropout, GraphDropPath
+from atomeq.nn.feed_forward import FeedForward, Nonlinearity
+from atomeq.nn.mlp import MLP
+from atomeq.nn.norms import NormName, equivariant_norm
+from atomeq.nn.radial import BesselBasis, GaussianBasis, PolynomialEnvelope
+from atomeq.nn.so3 import SO3Linear, so3_linear
+from atomeq.nn.sphere import GridResolution, SphereBlock, with_scalars
+from atomeq.nn.stress import EquivariantStress
+from atomeq.ops.edge.frame import EdgeFrame
+from atomeq.ops.edge.wigner import build_edge_frame
+from atomeq.typing import NodeFeatures, PropertyKey
+
+GAUSSIAN_WIDTH = 2.0  # of the grid spacing, as published
+
+
+class EquiformerV3(AtomisticModel):
+    """Equivariant transformer; conservative by default, with heads as published for pre-training.
+
+    Args:
+        cutoff: Radius of the graph, Å.
+        lmax: Highest degree of the atom features.
+        mmax: Highest order kept in the edge frame, at most ``lmax``.
+        num_layers: Transformer blocks.
+        sphere_channels: Channels of the atom features.
+        attn_hidden_channels: Channels of messages.
+        num_heads: Attention heads.
+        attn_alpha_channels: Invariants of each head from which its attention logit is made.
+        attn_value_channels: Channels of each head's values.
+        ffn_hidden_channels: Channels inside feed-forward networks and heads.
+        edge_channels: Width of networks of the edge length and of element embeddings in them.
+        num_elements: Atomic numbers below this are embedded.
+        radial_basis: ``bessel`` or ``gaussian``.
+        num_radial: Functions in it.
+        norm: Of features (:mod:`atomeq.nn.norms`).
+        logit_norm: Of invariants in front of logits: ``layer_norm``, ``rms_norm`` or ``none``.
+        activation: Of messages (:mod:`atomeq.nn.activations`).
+        feed_forward: Of feed-forward networks (:class:`~atomeq.nn.feed_forward.FeedForward`).
+        grid_mlp: Make them of linear maps on the grid too (:class:`FactoredFeedForward`).
+        attn_grid: Polar angles and azimuths of the grid of messages. None is the least that is
+            exact for products; no weight depends on it.
+        ffn_grid: Likewise of feed-forward networks.
+        element_pairs: Let networks of the edge length see the elements at its ends.
+        shared_radial: Use one radial weight for all m of a degree.
+        add_merge: Add the features of both atoms in a message; else they lie side by side.
+        softcap: Bounds logits smoothly.
+        silu_logits: SiLU in front of logits in place of a smooth leaky ReLU.
+        attn_epsilon: As published, beside the sum of attention weights
+            (:class:`~atomeq.nn.attention.Weighing`).
+        chiral: Let +m and -m mix, which commutes with rotations but not with reflections.
+        envelope: End messages smoothly at the cutoff.
+        max_neighbors: Keep this many nearest neighbours; None keeps all.
+        strict_neighbors: Keep exactly so many, and not equally far ones beyond
+            (:class:`~atomeq.graph.builders.NearestNeighborGraph`).
+        direct_forces: Forces from a head of their own, no derivative of the energy.
+        force_activation: Of that head.
+        direct_stress: Stress from a head of its own.
+        avg_degree: Typical count of neighbours, dividing their sum in the degree embedding.
+        energy_divisor: Divides the energy; as published for OC20 a typical count of atoms.
+        alpha_drop: Dropout of attention weights.
+        drop_path: Probability that a structure skips a block's branch.
+        proj_drop: Dropout of channels after each branch.
+    """
+
+    lmax: int
+    mmax: int
+    sphere_channels: int
+    attn_hidden_channels: int
+    num_heads: int
+    attn_alpha_channels: int
+    attn_value_channels: int
+    ffn_hidden_channels: int
+    edge_channels: int
+    num_elements: int
+    num_radial: int
+    norm: NormName
+    logit_norm: Literal["layer_norm", "rms_norm", "none"]
+    activation: ActivationName
+    feed_forward: Nonlinearity
+    grid_mlp: bool
+    attn_grid: GridResolution
+    ffn_grid: GridResolution
+    element_pairs: bool
+    shared_radial: bool
+    add_merge: bool
+    softcap: float | None
+    silu_logits: bool
+    attn_epsilon: float | None
+    chiral: bool
+    max_neighbors: int | None
+    strict_neighbors: bool
+    avg_degree: float
+    energy_divisor: float
+    alpha_drop: float
+    drop_path: float
+    proj_drop: float
+
+    readouts = ("energy", "forces", "stress")
+
+    def __init__(
+        self,
+        cutoff: float = 6.0,
+        *,
+        lmax: int = 3,
+        mmax: int = 2,
+        num_layers: int = 4,
+        sphere_channels: int = 64,
+        attn_hidden_channels: int = 32,
+        num_heads: int = 8,
+        attn_alpha_channels: int = 32,
+        attn_value_channels: int = 16,
+        ffn_hidden_channels: int = 128,
+        edge_channels: int = 64,
+        num_elements: int = 119,
+        radial_basis: Literal["bessel", "gaussian"] = "bessel",
+        num_radial: int = 8,
+        norm: NormName = "rms_norm_sh",
+        logit_norm: Literal["layer_norm", "rms_norm", "none"] = "layer_norm",
+        activation: ActivationName = "product",
+        feed_forward: Nonlinearity = "product",
+        grid_mlp: bool = False,
+        attn_grid: GridResolution = None,
+        ffn_grid: GridResolution = None,
+        element_pairs: bool = True,
+        shared_radial: bool = True,
+        add_merge: bool = False,
+        softcap: float | None = None,
+        silu_logits: bool = False,
+        attn_epsilon: float | None = None,
+        chiral: bool = False,
+        envelope: bool = True,
+        max_neighbors: int | None = None,
+        strict_neighbors: bool = True,
+        direct_forces: bool = False,
+        force_activation: ActivationName = "gate",
+        direct_stress: bool = False,
+        avg_degree: float = 40.0,
+        energy_divisor: float = 1.0,
+        alpha_drop: float = 0.0,
+        drop_path: float = 0.0,
+        proj_drop: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if not 0 <= mmax <= lmax:
+            raise ValueError(f"mmax must lie between 0 and lmax; got mmax={mmax}, lmax={lmax}")
+        refuse_nonpositive(avg_degree=avg_degree, energy_divisor=energy_divisor)
+        self.keep_arguments(locals())
+        self.outputs = outputs_of(forces=direct_forces, stress=direct_stress)
+
+        self.embedding = nn.Embedding(num_elements, sphere_channels)
+        self.basis = _radial_basis(radial_basis, num_radial, cutoff)
+        self.cut = PolynomialEnvelope(cutoff) if envelope else None
+        n_weights = (lmax + 1) * sphere_channels
+        network = EdgeNetwork(num_radial, edge_channels, n_weights, self._elements)
+        self.degree_embedding = DegreeEmbedding(
+            lmax, mmax, sphere_channels, avg_degree=avg_degree, network=network
+        )
+        self.blocks = nn.ModuleList(self._block() for _ in range(num_layers))
+        self.norm_out = equivariant_norm(norm, lmax, sphere_channels)
+        self.energy = MLP((sphere_channels, ffn_hidden_channels, 1))
+        self.forces = None
+        if direct_forces:
+            self.forces = self._attention(1, force_activation, dropout=0.0)
+        self.stress = None
+        if direct_stress:
+            self.stress = EquivariantStress(lmax, sphere_channels, ffn_hidden_channels)
+
+    def graph_builder(self) -> GraphBuilder:
+        """Return the builder of all pairs within the cutoff, or of the nearest neighbours."""
+        if self.max_neighbors is None:
+            return RadiusGraph(self.cutoff)
+        return NearestNeighborGraph(self.cutoff, self.max_neighbors, strict=self.strict_neighbors)
+
+    def set_grid_resolution(self, grid_resolution: int | None) -> None:
+        """Compute on other grids; where products are exact, finer ones change nothing."""
+        self.attn_grid = self.ffn_grid = grid_resolution
+        for module in self.modules():
+            if isinstance(module, SphereBlock):
+                module.set_resolution(grid_resolution)
+
+    def forward(
+        self, graph: AtomGraph, *, edge_rotation: Tensor | None = None
+    ) -> dict[PropertyKey, Tensor]:
+        """Compute energies, and what has a head of its own, in the model's own scale.
+
+        Args:
+            graph: Structures with edges.
+            edge_rotation: Rotations that take each edge to +y, (n_edges, 3, 3), to set its roll;
+                by default a rule without randomness.
+
+        Returns:
+            ``energies`` (n_atoms,); ``forces`` (n_atoms, 3) and ``stress`` (n_graphs, 3, 3) if they
+            have a head.
+        """
+        x, frame, edges = self._transform(graph, edge_rotation)
+        outputs: dict[PropertyKey, Tensor] = {
+            "energies": self.energy(x[:, 0])[:, 0] / self.energy_divisor
+        }
+        if self.forces is not None:
+            outputs["forces"] = self.forces(x, frame, edges)[:, 1:4, 0]  # l = 1 is (x, y, z)
+        if self.stress is not None:
+            outputs["stress"] = self.stress(x, graph.batch, graph.n_graphs)
+        return outputs
+
+    @property
+    def node_channels(self) -> int:
+        """Channels of :meth:`node_features`."""
+        return self.sphere_channels
+
+    def node_features(self, graph: AtomGraph) -> Tensor:
+        """Return the scalars of the last block, normalised, (n_atoms, sphere_channels)."""
+        return self._transform(graph, None)[0][:, 0]
+
+    def _transform(
+        self, graph: AtomGraph, edge_rotation: Tensor | None
+    ) -> tuple[NodeFeatures, EdgeFrame, EdgeScalars]:
+        """Return the atoms after the last block (n_atoms, n_sph, C), and the edges they saw."""
+        numbers = graph.atomic_numbers
+        frame = build_edge_frame(
+            graph.edge_vectors().to(self.dtype),
+            graph.edge_index,
+            n_atoms=graph.n_atoms,
+            lmax=self.lmax,
+            mmax=self.mmax,
+            rotation=edge_rotation,
+        )
+        edges = EdgeScalars(
+            basis=self.basis(frame.lengths),
+            source_elements=numbers[frame.source],
+            target_elements=numbers[frame.target],
+            envelope=self.cut(frame.lengths) if self.cut is not None else None,
+        )
+        x = self.degree_embedding(frame, edges)
+        x = with_scalars(x, x[:, 0] + self.embedding(numbers))
+        for block in self.blocks:
+            x = block(x, frame, edges, graph.batch, graph.n_graphs)
+        return self.norm_out(x), frame, edges
+
+    @property
+    def _elements(self) -> int | None:
+        return self.num_elements if self.element_pairs else None
+
+    def _block(self) -> "TransformerBlock":
+        attention = self._attention(self.sphere_channels, self.activation, dropout=self.alpha_drop)
+        return TransformerBlock(
+            norm_1=equivariant_norm(self.norm, self.lmax, self.sphere_channels),
+            attention=attention,
+            norm_2=equivariant_norm(self.norm, self.lmax, self.sphere_channels),
+            feed_forward=self._feed_forward(),
+            drop_path=self.drop_path,
+            proj_drop=self.proj_drop,
+        )
+
+    def _attention(
+        self, out_channels: int, activation: ActivationName, *, dropout: float
+    ) -> EquivariantAttention:
+        return EquivariantAttention(
+            self.lmax,
+            self.mmax,
+            self.sphere_channels,
+            out_channels,
+            hidden_channels=self.attn_hidden_channels,
+            num_heads=self.num_heads,
+            alpha_channels=self.attn_alpha_channels,
+            value_channels=self.attn_value_channels,
+            num_basis=self.num_radial,
+            edge_channels=self.edge_channels,
+            num_elements=self._elements,
+            activation=activation,
+            grid_resolution=self.attn_grid,
+            shared_radial=self.shared_radial,
+            add_merge=self.add_merge,
+            weighing=Weighing(
+                norm=self.logit_norm,
+                silu=self.silu_logits,
+                softcap=self.softcap,
+                epsilon=self.attn_epsilon,
+            ),
+            chiral=self.chiral,
+            dropout=dropout,
+        )
+
+    def _feed_forward(self) -> nn.Module:
+        sizes = (self.lmax, self.sphere_channels, self.ffn_hidden_channels)
+        if self.grid_mlp:
+            return FactoredFeedForward(
+                *sizes, nonlinearity=self.feed_forward, grid_resolution=self.ffn_grid
+            )
+        return FeedForward(
+            *sizes,
+            self.sphere_channels,
+            nonlinearity=self.feed_forward,
+            grid_resolution=self.ffn_grid,
+        )
+
+
+class TransformerBlock(nn.Module):
+    """Attention over the neighbours, then a network on each atom, both residual behind a norm."""
+
+    def __init__(
+        self,
+        *,
+        norm_1: nn.Module,
+        attention: EquivariantAttention,
+        norm_2: nn.Module,
+        feed_forward: nn.Module,
+        drop_path: float,
+        proj_drop: float,
+    ) -> None:
+        super().__init__()
+        self.norm_1 = norm_1
+        self.attention = attention
+        self.norm_2 = norm_2
+        self.feed_forward = feed_forward
+        self.drop_path = GraphDropPath(drop_path)
+        self.proj_drop = EquivariantDropout(proj_drop)
+
+    def forward(
+        self, x: NodeFeatures, frame: EdgeFrame, edges: EdgeScalars, batch: Tensor, n_graphs: int
+    ) -> NodeFeatures:
+        """Update ``x`` (n_atoms, n_sph, channels)."""
+        y = self.attention(self.norm_1(x), frame, edges)
+        x = x + self.drop_path(self.proj_drop(y), batch, n_graphs)
+        y = self.feed_forward(self.norm_2(x))
+        return x + self.drop_path(self.proj_drop(y), batch, n_graphs)
+
+
+class FactoredFeedForward(nn.Module):
+    """The published feed-forward network, with linear maps of its own on the grid.
+
+    They are linear in the channels, the ways to the grid and back in the coefficients: they
+    commute, so each is multiplied into the map per degree beside it, and no grid sees them.
+
+    Args:
+        lmax: Highest degree of the features.
+        channels: Channels in and out.
+        hidden_channels: Channels on the grid.
+        nonlinearity: One of two functions on the sphere (:mod:`atomeq.nn.activations`).
+        grid_resolution: Polar angles and azimuths.
+
+    Raises:
+        ValueError: The nonlinearity does not take two functions.
+    """
+
+    def __init__(
+        self,
+        lmax: int,
+        channels: int,
+        hidden_channels: int,
+        *,
+        nonlinearity: ActivationName,
+        grid_resolution: GridResolution,
+    ) -> None:
+        super().__init__()
+        self.activation = activation_of(
+            nonlinearity, lmax, lmax, hidden_channels, grid_resolution=grid_resolution
+        )
+        width = self.activation.in_channels
+        if not isinstance(self.activation, ScalarsAndSphere) or width != 2 * hidden_channels:
+            raise ValueError(
+                f"grid_mlp is of products and SwiGLU on the sphere, not of {nonlinearity!r}; "
+                "for SiLU there is feed_forward: grid_mlp"
+            )
+        n_scalars, n_gates = self.activation.sizes
+        self.first = SO3Linear(lmax, channels, hidden_channels)
+        self.scalars = nn.Linear(channels, n_scalars) if n_scalars else None
+        self.gates = nn.Linear(channels, n_gates) if n_gates else None
+        self.grid_first = nn.Linear(hidden_channels, width, bias=False)
+        self.grid_second = nn.Linear(hidden_channels, hidden_channels, bias=False)
+        self.second = SO3Linear(lmax, hidden_channels, channels)
+
+    def forward(self, x: NodeFeatures) -> NodeFeatures:
+        """Map ``x`` (n_atoms, n_sph, channels) to the same shape."""
+        act, invariants = self.activation, x[:, 0]
+        inward, outward = self.grid_first.weight, self.grid_second.weight
+        y = so3_linear(x, inward @ self.first.weight, inward @ self.first.bias)
+        y = act.on_sphere(y)  # (n_atoms, n_sph, hidden)
+        if self.gates is not None:
+            y = y * torch.sigmoid(self.gates(invariants)).unsqueeze(1)
+        y = so3_linear(y, self.second.weight @ outward)  # (n_atoms, n_sph, channels)
+        if self.scalars is None:
+            return with_scalars(y, y[:, 0] + self.second.bias)
+        scalars = act.of_scalars(self.scalars(invariants))
+        return act.meet(y, nn.functional.linear(scalars, self.second.weight[0], self.second.bias))
+
+
+def _radial_basis(name: str, num_radial: int, cutoff: float) -> nn.Module:
+    if name == "bessel":
+        return BesselBasis(num_radial, cutoff)
+    if name == "gaussian":
+        return GaussianBasis(num_radial, cutoff, width=GAUSSIAN_WIDTH)
+    raise ValueError(f"radial_basis is bessel or gaussian, not {name!r}")
