@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from atomeq.graph.atom_graph import AtomGraph
 from atomeq.graph.builders import GraphBuilder, NearestNeighborGraph, RadiusGraph
 from atomeq.models.base import AtomisticModel, outputs_of, refuse_nonpositive
-from atomeq.nn.activations import ActivationName, ScalarsAndSphere, activation_of
+from atomeq.nn.activations import PAIRED, ActivationName, ScalarsAndSphere
 from atomeq.nn.attention import (
     DegreeEmbedding,
     EdgeNetwork,
@@ -187,20 +187,13 @@ class EquiformerV3(AtomisticModel):
         self.embedding = nn.Embedding(num_elements, sphere_channels)
         self.basis = _radial_basis(radial_basis, num_radial, cutoff)
         self.cut = PolynomialEnvelope(cutoff) if envelope else None
-        n_weights = (lmax + 1) * sphere_channels
-        network = EdgeNetwork(num_radial, edge_channels, n_weights, self._elements)
-        self.degree_embedding = DegreeEmbedding(
-            lmax, mmax, sphere_channels, avg_degree=avg_degree, network=network
-        )
+        self.degree_embedding = self._degree_embedding()
         self.blocks = nn.ModuleList(self._block() for _ in range(num_layers))
         self.norm_out = equivariant_norm(norm, lmax, sphere_channels)
         self.energy = MLP((sphere_channels, ffn_hidden_channels, 1))
-        self.forces = None
-        if direct_forces:
-            self.forces = self._attention(1, force_activation, dropout=0.0)
-        self.stress = None
-        if direct_stress:
-            self.stress = EquivariantStress(lmax, sphere_channels, ffn_hidden_channels)
+        self.forces = self._attention(1, force_activation, dropout=0.0) if direct_forces else None
+        sizes = (lmax, sphere_channels, ffn_hidden_channels)
+        self.stress = EquivariantStress(*sizes) if direct_stress else None
 
     def graph_builder(self) -> GraphBuilder:
         """Return the builder of all pairs within the cutoff, or of the nearest neighbours."""
@@ -276,6 +269,16 @@ class EquiformerV3(AtomisticModel):
     @property
     def _elements(self) -> int | None:
         return self.num_elements if self.element_pairs else None
+
+    def _degree_embedding(self) -> DegreeEmbedding:
+        n_weights = (self.lmax + 1) * self.sphere_channels
+        return DegreeEmbedding(
+            self.lmax,
+            self.mmax,
+            self.sphere_channels,
+            avg_degree=self.avg_degree,
+            network=EdgeNetwork(self.num_radial, self.edge_channels, n_weights, self._elements),
+        )
 
     def _block(self) -> "TransformerBlock":
         attention = self._attention(self.sphere_channels, self.activation, dropout=self.alpha_drop)
@@ -385,19 +388,19 @@ class FactoredFeedForward(nn.Module):
         channels: int,
         hidden_channels: int,
         *,
-        nonlinearity: ActivationName,
+        nonlinearity: Nonlinearity,
         grid_resolution: GridResolution,
     ) -> None:
         super().__init__()
-        self.activation = activation_of(
+        if nonlinearity not in PAIRED:
+            raise ValueError(
+                f"grid_mlp is of {', '.join(PAIRED)}, not of {nonlinearity!r}; for SiLU on the "
+                "sphere there is feed_forward: grid_mlp"
+            )
+        self.activation = ScalarsAndSphere(
             nonlinearity, lmax, lmax, hidden_channels, grid_resolution=grid_resolution
         )
         width = self.activation.in_channels
-        if not isinstance(self.activation, ScalarsAndSphere) or width != 2 * hidden_channels:
-            raise ValueError(
-                f"grid_mlp is of products and SwiGLU on the sphere, not of {nonlinearity!r}; "
-                "for SiLU there is feed_forward: grid_mlp"
-            )
         n_scalars, n_gates = self.activation.sizes
         self.first = SO3Linear(lmax, channels, hidden_channels)
         self.scalars = nn.Linear(channels, n_scalars) if n_scalars else None

@@ -45,16 +45,21 @@ def product(x: Tensor) -> Tensor:
 
 
 _Function = Callable[[Tensor], Tensor]
+_SILU = nn.functional.silu
 # The function at each point, that of the scalars beside it, and how these meet l = 0.
 _POINTWISE: dict[str, tuple[_Function, _Function, Literal["none", "replace", "add"]]] = {
-    "s2": (nn.functional.silu, nn.functional.silu, "none"),
-    "separable_s2": (nn.functional.silu, nn.functional.silu, "replace"),
+    "s2": (_SILU, _SILU, "none"),
+    "separable_s2": (_SILU, _SILU, "replace"),
     "s2_swiglu": (swiglu, swiglu, "none"),
     "separable_s2_swiglu": (swiglu, swiglu, "replace"),
     "merged_s2_swiglu": (swiglu, swiglu, "add"),
     "separable_s2_square": (product, product, "replace"),
     "product": (product, swiglu, "add"),
 }
+
+
+#: Those that take two functions on the sphere and give one.
+PAIRED = tuple(name for name, (function, *_) in _POINTWISE.items() if function is not _SILU)
 
 
 def activation_of(
@@ -112,7 +117,7 @@ class ScalarsAndSphere(SphereBlock):
 
     def __init__(
         self,
-        name: ActivationName,
+        name: str,
         lmax: int,
         mmax: int,
         channels: int,
@@ -125,7 +130,7 @@ class ScalarsAndSphere(SphereBlock):
         super().__init__(
             lmax, mmax, order=order, normalization=normalization, grid_resolution=grid_resolution
         )
-        factors = 1 if self.function is nn.functional.silu else 2
+        factors = 1 if self.function is _SILU else 2
         self.gated = name == "product"
         self.in_channels = factors * channels
         self.sizes = (0 if self.meeting == "none" else factors * channels, channels * self.gated)
@@ -159,7 +164,7 @@ class ScalarsAndSphere(SphereBlock):
 
     def on_sphere(self, x: Tensor) -> Tensor:
         """Apply the function at every point, (n, n_rows, in_channels) to (n, n_rows, channels)."""
-        if self.function is nn.functional.silu:
+        if self.function is _SILU:
             return sphere_silu(x, self.grid)
         if self.function is product and self.order == "l" and self._is_exact():
             scale = table_like(_component_scale, self.lmax, self.normalization, like=x)

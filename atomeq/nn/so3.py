@@ -39,7 +39,7 @@ def so3_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Args:
         x: (n_atoms, n_sph, in_channels).
         weight: (lmax + 1, out_channels, in_channels).
-        bias: Added to l = 0, (out_channels,) or one for each atom (n_atoms, 1, out_channels).
+        bias: Added to l = 0, (out_channels,).
 
     Returns:
         (n_atoms, n_sph, out_channels).

@@ -50,8 +50,10 @@ class SphereBlock(nn.Module):
 
     def set_resolution(self, grid_resolution: GridResolution) -> None:
         """Exchange the grid for one with this many polar angles and azimuths."""
-        both = isinstance(grid_resolution, int) or grid_resolution is None
-        n_beta, n_alpha = (grid_resolution, grid_resolution) if both else grid_resolution
+        if grid_resolution is None or isinstance(grid_resolution, int):
+            n_beta = n_alpha = grid_resolution
+        else:
+            n_beta, n_alpha = grid_resolution
         self.grid = SphereGrid(
             self.lmax,
             self.mmax,
