@@ -42,7 +42,8 @@ class CompiledPotential(Potential):
     and has no Hessian. Copies share the library; a pickle holds the path and loads it again.
 
     Args:
-        library: What the package computes: fields of a graph in, energy, energies, forces, dE/dε.
+        library: What the package computes: fields of a graph in, energy, energies, forces, dE/dε
+            or the stress of a head.
         path: Where it was loaded from.
         metadata: As :func:`read_metadata` returns it.
 
@@ -105,11 +106,13 @@ class CompiledPotential(Potential):
         dtype = graph.pos.dtype
         # The library reads memory as it was laid out in the trace and checks nothing of it.
         inputs = [_plain(graph[name]) for name in self._fields]
-        energy, energies, forces, *virial = self._library(*inputs)
+        energy, energies, forces, *rest = self._library(*inputs)
         computed: dict[PropertyKey, Tensor] = {"energy": energy, "energies": energies}
         computed["forces"] = forces.to(dtype) if self.conservative else forces
-        if virial:
-            computed["stress"] = (virial[0] / graph.volume()[:, None, None]).to(dtype)
+        if "stress" in self.model.outputs:
+            computed["stress"] = rest[0]
+        elif rest:
+            computed["stress"] = (rest[0] / graph.volume()[:, None, None]).to(dtype)
         return computed
 
     @property

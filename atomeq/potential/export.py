@@ -35,7 +35,6 @@ from atomeq.potential.compiled import (
 from atomeq.potential.derivatives import energy_and_gradients
 from atomeq.potential.folders import WEIGHTS_FILE, find_potential
 from atomeq.potential.potential import Potential
-from atomeq.typing import PropertyKey
 
 _SIZES = (3, 4, 5, 6, 4, 5, 4)  # 31 atoms: no size may look like a number of the model, or like 1
 _N_EDGES, _N_HYPEREDGES, _N_INCIDENCES = 109, 13, 37
@@ -127,7 +126,8 @@ def _refuse_without_compiler() -> None:
 
 def _description(potential: Potential) -> dict[str, Any]:
     """Return what a package tells about itself, as plain values."""
-    derivatives = ["stress"] if potential.gives_stress else []
+    stress = ["stress"] if potential.gives_stress else []
+    derived = stress and "stress" not in potential.model.outputs
     return {
         "compiled_version": COMPILED_VERSION,
         "model": potential.model.config(),
@@ -135,9 +135,9 @@ def _description(potential: Potential) -> dict[str, Any]:
         "cutoff": potential.cutoff,
         "elements": list(potential.elements),
         "dtype": str(potential.dtype).removeprefix("torch."),
-        "properties": ["energy", "energies", "forces", *derivatives],
+        "properties": ["energy", "energies", "forces", *stress],
         "inputs": list(graph_fields(potential.model)),
-        "outputs": ["energy", "energies", "forces", *(["dE/dstrain"] if derivatives else [])],
+        "outputs": ["energy", "energies", "forces", *(["dE/dstrain"] if derived else stress)],
         "machine": machine(),
         "threads": torch.get_num_threads(),
         "versions": {"atomeq": _version(), "torch": str(torch.__version__)},
@@ -173,15 +173,11 @@ def _computed(potential: Potential, graph: AtomGraph) -> tuple[Tensor, ...]:
     if not potential.conservative:
         computed = potential.evaluate(graph)
         found = computed["energy"], computed["energies"], computed["forces"]
-        return (*found, _virial(computed, graph)) if "stress" in computed else found
-    computed, (gradient, virial) = energy_and_gradients(potential.evaluate, graph, strain=True)
-    virial = _virial(computed, graph) if "stress" in computed else virial
-    return computed["energy"], computed["energies"], -gradient, virial
-
-
-def _virial(computed: dict[PropertyKey, Tensor], graph: AtomGraph) -> Tensor:
-    """Return what dE/dε would be, were the stress of a head the derivative of an energy."""
-    return computed["stress"] * graph.volume()[:, None, None]
+        return (*found, computed["stress"]) if "stress" in computed else found
+    strain = "stress" not in potential.model.outputs
+    computed, gradients = energy_and_gradients(potential.evaluate, graph, strain=strain)
+    stress = gradients[1] if strain else computed["stress"]
+    return computed["energy"], computed["energies"], -gradients[0], stress
 
 
 def _dynamic(field: str) -> dict[int, Any]:

@@ -16,11 +16,19 @@ import atomeq
 from atomeq.calculators.ase import AtomeqCalculator
 from atomeq.cli import main
 from atomeq.dynamics.run import relax
+from atomeq.graph.atom_graph import AtomGraph
 from atomeq.graph.hyperedges import INFO_KEY
 from atomeq.models.egnn import EGNN
+from atomeq.models.equiformer_v2 import EquiformerV2
 from atomeq.models.escn import ESCN
+from atomeq.potential import export
 from atomeq.potential.checkpoint import CheckpointError, save_potential, untrained_potential
-from atomeq.potential.compiled import CompiledPotential, load_compiled, read_metadata
+from atomeq.potential.compiled import (
+    CompiledPotential,
+    graph_fields,
+    load_compiled,
+    read_metadata,
+)
 from atomeq.potential.export import ExportError, export_potential
 from atomeq.potential.potential import Potential
 from atomeq.potential.references import AtomicReferences
@@ -212,3 +220,35 @@ def test_models_of_the_configurations_compile(name, tmp_path):
         bonded.info[INFO_KEY] = {"members": [[0, 1], [1, 2], [0, 1, 2]], "types": [0, 0, 1]}
     for structures in (*batches(), [bonded, bonded]):
         assert_equal_results(potential, compiled, structures, DOUBLE)
+
+
+@pytest.mark.parametrize("direct_forces", [True, False])
+def test_stress_of_a_head_is_compiled_as_it_is(direct_forces):
+    """What is compiled, run as it is: the compiler takes minutes over attention."""
+    model = EquiformerV2(
+        cutoff=4.0, lmax=2, mmax=1, num_layers=1, sphere_channels=4, attn_hidden_channels=4,
+        num_heads=2, ffn_hidden_channels=4, edge_channels=4, direct_forces=direct_forces,
+        stress_head="equivariant",
+    )  # fmt: skip
+    potential = Potential(model, AtomicReferences(ELEMENTS, scale=3.0)).double().eval()
+    fields = graph_fields(model)
+
+    def library(*values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        graph = AtomGraph(**dict(zip(fields, values, strict=True)))
+        return tuple(value.detach() for value in export._computed(potential, graph))
+
+    description = export._description(potential)
+    assert description["outputs"][-1] == "stress"
+    compiled = CompiledPotential(library, Path("stress.pt2"), description)
+    graph = potential.build_graph([rattled_crystal(), rattled_crystal()])
+    keys = ("energy", "forces", "stress")
+    expected, found = potential(graph, keys), compiled(graph, keys)
+    for key in keys:
+        torch.testing.assert_close(found[key], expected[key])
+
+
+def test_a_potential_of_two_scales_is_not_compiled(tmp_path):
+    potential = random_potential("egnn")
+    potential.references = AtomicReferences(ELEMENTS, scale=3.0, force_scale=1.0)
+    with pytest.raises(ExportError, match="apart from its energy"):
+        export_potential(potential, tmp_path / "two.pt2")
