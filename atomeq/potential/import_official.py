@@ -43,6 +43,7 @@ _NORMALIZERS = {
     **{name: name for name in ("stress_isotropic", "stress_anisotropic")},
     "denoising_pos_target": None,
 }
+_SPREADS = ("rmsd", "std", "stdev")
 _NONE = (0.0, 1.0)
 
 _OC20_ENERGY = """\
@@ -306,35 +307,35 @@ def _model_options(config: Mapping[str, Any], path: Path) -> tuple[str, dict[str
 def _normalizers(
     document: Mapping[str, Any], config: Mapping[str, Any], path: Path
 ) -> dict[str, tuple[float, float]]:
-    """Return (mean, rmsd) of each property, from the old or the new names."""
+    """Return (mean, rmsd) of each property, from the old or the new names.
+
+    Those that a file holds count; numbers of its configuration only where it holds none.
+    """
+    held = document.get("normalizers") or {}
+    transforms = _nested(config, "dataset", "transforms")
+    said = _nested(transforms, "normalizer") or {}
+    said = {title: values for title, values in said.items() if title in _NORMALIZERS}
     found = {}
-    for title, values in (document.get("normalizers") or {}).items():
-        spread = values.get("rmsd", values.get("std"))
+    for title, values in {**said, **held}.items():
+        spread = next((values[name] for name in _SPREADS if name in values), None)
         if title not in _NORMALIZERS or spread is None or "mean" not in values:
             raise OfficialError(f"{path}: normalizer {title!r} is not known: {sorted(values)}")
         if (name := _NORMALIZERS[title]) is not None:
             found[name] = (_number(values["mean"]), _number(spread))
     if not found and _nested(config, "dataset", "normalize_labels"):
         raise OfficialError(f"{path}: labels were normalised, but there are no normalizers")
-    transforms = _nested(config, "dataset", "transforms")
-    for key, what, held in (
+    for key, what, there in (
         ("normalizer", "normalizers", found),
-        ("element_references", "element references", document.get("elementrefs")),
+        ("element_references", "element references", document.get("elementrefs") or {}),
     ):
-        missing = [name for name in _targets(_nested(transforms, key)) if name not in (held or {})]
+        fitted = _nested(transforms, key, "fit", "targets") or ()
+        missing = [name for name in fitted if name not in there]
         if missing:
             raise OfficialError(
-                f"{path}: its configuration has {what} of {', '.join(missing)}, which the file "
-                "does not hold; without them every number would be wrong"
+                f"{path}: its training fitted {what} of {', '.join(missing)}, which the file does "
+                "not hold; without them every number would be wrong"
             )
     return found
-
-
-def _targets(transform: Any) -> list[str]:
-    """Return what a transform of labels is of: fitted to it, or given in numbers."""
-    fitted = _nested(transform, "fit", "targets")
-    named = transform if isinstance(transform, Mapping) else {}
-    return [*(fitted or ()), *(name for name in named if name in _NORMALIZERS)]
 
 
 def _element_energies(references: Mapping[str, Any] | None, path: Path) -> tuple[float, ...]:

@@ -284,3 +284,29 @@ def test_inference_mode_is_refused(experiment: Path, capsys):
     path = experiment.parent / "run" / "checkpoints" / "last.ckpt"
     words = ("test", "-c", str(experiment), f"--ckpt_path={path}", "--trainer.inference_mode=true")
     assert "inference_mode to false" in refusal(capsys, *words)
+
+
+@pytest.mark.parametrize("stress_head", ["equivariant", {"decompose": True}], ids=str)
+def test_a_head_for_the_stress_learns_beside_one_for_forces(
+    stress_head, tmp_path: Path, experiment: Path
+):
+    import yaml
+
+    document = yaml.safe_load(experiment.read_text())
+    document["model"]["model"] = {
+        "class_path": "atomeq.models.equiformer_v2.EquiformerV2",
+        "init_args": {
+            "cutoff": 3.5, "lmax": 2, "mmax": 1, "num_layers": 1, "sphere_channels": 8,
+            "attn_hidden_channels": 8, "num_heads": 2, "attn_alpha_channels": 8,
+            "ffn_hidden_channels": 8, "edge_channels": 8, "num_elements": 30,
+            "direct_forces": True, "stress_head": stress_head,
+        },
+    }  # fmt: skip
+    document["model"]["loss"] = {"energy": 0.0, "forces": 0.0, "stress": 1.0}
+    experiment.write_text(yaml.safe_dump(document))
+    main(["fit", "-c", str(experiment), "--trainer.max_epochs=6"])
+    errors = [float(row["val/stress_mae"]) for row in metrics(tmp_path / "run") if row["val/loss"]]
+    assert min(errors) < 0.7 * errors[0]
+    potential = load_potential(tmp_path / "run" / "potential")
+    assert potential.model.config()["init_args"]["stress_head"] == stress_head
+    assert potential.gives_stress
