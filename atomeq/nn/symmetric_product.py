@@ -4,11 +4,11 @@ import torch
 from torch import Tensor, nn
 
 from atomeq.nn.irreps import SCALAR, Features, Irrep, Irreps, IrrepsLinear
-from atomeq.ops.coupling.symmetric_contraction import (
+from atomeq.ops.coupling.symmetric_contraction import symmetric_contraction
+from atomeq.ops.coupling.symmetric_contraction_basis import (
     published_columns,
     reduce_weights,
     symmetric_basis,
-    symmetric_contraction,
 )
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from atomeq.models.mace import MACE, Interaction, MACELayer
 from atomeq.nn.irreps import SCALAR, Irreps, linear_blocks
 from atomeq.nn.symmetric_product import SymmetricProduct
-from atomeq.ops.coupling.symmetric_contraction import (
+from atomeq.ops.coupling.symmetric_contraction_basis import (
     published_columns,
     symmetric_basis,
     symmetrised,

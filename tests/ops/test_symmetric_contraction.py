@@ -8,11 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from atomeq.ops.coupling.symmetric_contraction import (
+from atomeq.ops.coupling.symmetric_contraction import symmetric_contraction
+from atomeq.ops.coupling.symmetric_contraction_basis import (
     published_columns,
     reduce_weights,
     symmetric_basis,
-    symmetric_contraction,
 )
 from atomeq.ops.harmonics.operations import spherical_harmonics
 
