@@ -297,13 +297,17 @@ class Interaction(nn.Module):
         self, x: Features, edges: Edges, one_hot: Tensor, species: Tensor
     ) -> tuple[Features, Features]:
         """Return sums over neighbours, and what is added after the product."""
-        weights = self.radial(edges.radial)
+        hidden, last = self.radial.hidden(edges.radial), self.radial.weights[-1]
         if edges.envelope is not None:
-            weights = weights * edges.envelope
-        sums = self.mix(_convolve(self.up(x), weights, edges, self))
-        if self.density is None:
-            sums = {irrep: y / self.n_neighbors for irrep, y in sums.items()}
-        else:
+            hidden = hidden * edges.envelope
+        n_neighbors = self.n_neighbors if self.density is None else 1.0
+        last = last / (math.sqrt(last.shape[0]) * n_neighbors)
+        # One product for each irrep of x: parts of a common one would have to be copied.
+        weights = (hidden @ part for part in last.split(self.n_weights, dim=1))
+        sent = self.up(x)
+        sums = convolve(sent, weights, edges.harmonics, edges.edge_index, self.paths)
+        sums = self.mix(sums)
+        if self.density is not None:
             count = _density(self.density(edges.radial), edges, len(species))
             sums = {irrep: y / (count + 1.0) for irrep, y in sums.items()}
         if self.residual:
@@ -348,11 +352,14 @@ class NonlinearInteraction(nn.Module):
             ],
             dim=1,
         )  # (n_edges, num_radial + 2 C)
-        weights = self.radial(known)
+        hidden, last = self.radial[:-1](known), self.radial[-1]
+        parts = zip(last.weight.split(self.n_weights), last.bias.split(self.n_weights), strict=True)
+        weights = (nn.functional.linear(hidden, *part) for part in parts)
         if edges.envelope is not None:
-            weights = weights * edges.envelope
+            weights = (weight * edges.envelope for weight in weights)
         count = self.beta * _density(self.density(known), edges, len(species)) + self.alpha
-        mixed = self.mix(_convolve(sent, weights, edges, self))
+        mixed = convolve(sent, weights, edges.harmonics, edges.edge_index, self.paths)
+        mixed = self.mix(mixed)
         kept = self.keep(sent)
         sums = self.gate({irrep: y / count + kept[irrep] for irrep, y in mixed.items()})
         return self.out(sums), self.skip(x)
@@ -382,13 +389,6 @@ class Readout(nn.Module):
             if k and len(self.biases):
                 x = x + self.biases[k - 1]
         return x[:, 0]
-
-
-def _convolve(
-    x: Features, weights: Tensor, edges: Edges, layer: "Interaction | NonlinearInteraction"
-) -> Features:
-    parts = weights.split(layer.n_weights, dim=1)
-    return convolve(x, parts, edges.harmonics, edges.edge_index, layer.paths)
 
 
 def _convolution(model: MACE, inputs: Irreps) -> tuple[Irreps, IrrepPaths]:

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from atomeq.nn.irreps import SCALAR, Features, Irrep, Irreps, IrrepsLinear
 from atomeq.ops.coupling.symmetric_contraction import symmetric_contraction
 from atomeq.ops.coupling.symmetric_contraction_basis import (
+    SymmetricForm,
     published_columns,
     reduce_weights,
     symmetric_basis,
@@ -34,34 +35,24 @@ class SymmetricProduct(nn.Module):
     ) -> None:
         super().__init__()
         self.inputs = inputs
-        self.lmax = len(inputs) - 1
         self.all_couplings = all_couplings
-        channels = inputs[SCALAR]
+        self.form = SymmetricForm(len(inputs) - 1, tuple(irrep.l for irrep in outputs), order)
         table = published_columns if all_couplings else symmetric_basis
-        self.weights = nn.ModuleDict()
-        for irrep in outputs:
-            own = nn.ParameterList()
-            for n in range(1, order + 1):
-                n_columns = table(self.lmax, irrep.l, n).shape[2]
-                weight = torch.randn(n_species, n_columns, channels) / max(n_columns, 1)
-                own.append(nn.Parameter(weight))
-            self.weights[str(irrep.l)] = own
-        self.n_species = n_species
+        numbers = [table(self.form.lmax, l, n).shape[2] for l, n in self.form.products()]
+        blocks = [torch.randn(n_species, n, inputs[SCALAR]) / max(n, 1) for n in numbers]
+        self.weights = nn.Parameter(torch.cat(blocks, dim=1))  # (n_species, n_columns, C)
         self.linear = IrrepsLinear(outputs, outputs)
 
     def forward(self, x: Features, species: Tensor) -> Features:
         """Map the sums of the atoms, whose elements are ``species`` (n_atoms,)."""
         rows = torch.cat([x[irrep] for irrep in self.inputs], dim=1)  # (n_atoms, n_sph, C)
-        weights = {int(l): list(some) for l, some in self.weights.items()}  # type: ignore[call-overload]
-        if self.all_couplings:
-            weights = {
-                l: [reduce_weights(w, self.lmax, l, n) for n, w in enumerate(some, start=1)]
-                for l, some in weights.items()
-            }
-        if self.n_species == 1:
+        weights = reduce_weights(self.weights, self.form) if self.all_couplings else self.weights
+        if len(weights) == 1:
             species = torch.zeros_like(species)
-        products = symmetric_contraction(rows, weights, species)
-        return self.linear({natural(l): y for l, y in products.items()})
+        _, degrees, order = self.form
+        products = symmetric_contraction(rows, weights, species, degrees=degrees, order=order)
+        parts = products.split([2 * l + 1 for l in degrees], dim=1)
+        return self.linear({natural(l): y for l, y in zip(degrees, parts, strict=True)})
 
 
 def natural(l: int) -> Irrep:

@@ -266,13 +266,14 @@ class _Weights:
             yield f"{ours}.{name}", self.take(f"{theirs}.{name}").reshape(())
 
     def _product(self, k: int, product: SymmetricProduct) -> Iterator[tuple[str, Tensor]]:
-        outputs = product.linear.outputs
+        outputs, blocks = product.linear.outputs, []
         for i, irrep in enumerate(outputs):
             for n, (weight, coupling) in enumerate(self.contraction(k, i), start=1):
                 if not product.all_couplings:
                     assert coupling is not None
-                    weight = _independent(weight, coupling, product.lmax, irrep.l, n)
-                yield f"layers.{k}.product.weights.{irrep.l}.{n - 1}", weight
+                    weight = _independent(weight, coupling, product.form.lmax, irrep.l, n)
+                blocks.append(weight)
+        yield f"layers.{k}.product.weights", torch.cat(blocks, dim=1)
         ours = f"layers.{k}.product.linear"
         yield from self._linear(ours, f"products.{k}.linear", outputs, outputs)
 

@@ -108,7 +108,9 @@ class FitsWeights(TorchDispatchMode):
     ) -> Any:
         """Count what a call creates, then let it."""
         if args and not any(isinstance(one, Tensor) for one in args):
-            shapes = [math.prod(one) for one in args if isinstance(one, list | tuple)]
+            lists = [one for one in args if isinstance(one, list | tuple)]
+            # Lists of tensors, which are joined, are no larger than what made them.
+            shapes = [math.prod(one) for one in lists if all(isinstance(n, int) for n in one)]
             lengths = [one for one in args if isinstance(one, int)]  # arange, linspace
             self.n_tensors -= 1
             self.n_numbers -= max(shapes or lengths, default=0)

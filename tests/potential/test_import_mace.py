@@ -15,6 +15,7 @@ from atomeq.potential.checkpoint import load_potential
 from atomeq.potential.import_mace import mace_potential, read_mace
 from atomeq.potential.inert_modules import Inert, read_module
 from atomeq.potential.official_names import OfficialError
+from atomeq.potential.untrusted import FitsWeights
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "mace"
 PUBLISHED = GOLDEN / "fake_published.model"
@@ -83,6 +84,12 @@ def test_other_couplings_of_the_same_products_give_the_same_energies():
     found = potential.double()(graph, ("energy", "forces"))
     for key, value in expected.items():
         torch.testing.assert_close(found[key], value, rtol=ROUNDED_ONCE, atol=ROUNDED_ONCE)
+
+
+def test_weights_beside_which_tables_are_joined_are_no_giants():
+    """A description may make more than its weights say; in a fresh process it makes the tables."""
+    with FitsWeights({"one": torch.zeros(1)}):
+        assert torch.stack([torch.ones(2), torch.ones(2)]).sum() == 4
 
 
 def test_couplings_of_no_rotation_are_refused():

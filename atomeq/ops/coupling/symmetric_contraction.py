@@ -5,74 +5,43 @@ weights of each element (Batatia et al., arXiv:2206.07697, eq. 10 and 11), in th
 symmetric_contraction_basis.py.
 """
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from atomeq.ops.coupling.symmetric_contraction_basis import SymmetricForm, Term
+from atomeq.ops.coupling.symmetric_contraction_basis import SymmetricForm, Term, form_of
 from atomeq.ops.tables import constant_table, table_like
 from atomeq.typing import NodeFeatures
 
 
 def symmetric_contraction(
     x: NodeFeatures,
-    weights: Mapping[int, Sequence[Float[Tensor, "n_species n_columns channels"]]],
+    weights: Float[Tensor, "n_species n_columns channels"],
     species: Int[Tensor, " n_atoms"],
-) -> dict[int, Float[Tensor, "n_atoms n_m channels"]]:
+    *,
+    degrees: Sequence[int],
+    order: int,
+) -> Float[Tensor, "n_atoms n_rows channels"]:
     """Contract products of features with themselves.
 
     Args:
         x: Features of degrees 0 to lmax, of parity (-1)^l, (n_atoms, (lmax + 1)^2, channels).
-        weights: Of each wanted degree l those of order 1, 2, …, (n_species, K, channels) with the K
-            of :func:`~atomeq.ops.coupling.symmetric_contraction_basis.symmetric_basis`.
+        weights: Of all independent couplings: for each wanted degree those of order 1, 2, …, see
+            :func:`~atomeq.ops.coupling.symmetric_contraction_basis.symmetric_basis`.
         species: Row of the weights that each atom takes.
+        degrees: Which degrees are wanted.
+        order: Number of factors of the highest products.
 
     Returns:
-        l -> (n_atoms, 2l + 1, channels).
+        The wanted degrees one after the other, (n_atoms, sum of 2l + 1, channels).
 
     Raises:
-        ValueError: The features are of no whole degrees, degrees have other orders, or weights
-            have another K.
+        ValueError: The features are of no whole degrees, or weights are of another shape.
     """
-    form = _form_of(x, weights)
-    packed = torch.cat([weight for some in weights.values() for weight in some], dim=1)
-    result = contract(x, packed, species, form)
-    parts = result.split([2 * l + 1 for l in form.degrees], dim=1)
-    return dict(zip(form.degrees, parts, strict=True))
-
-
-def _form_of(x: Tensor, weights: Mapping[int, Sequence[Tensor]]) -> SymmetricForm:
-    """Return the form of a call, whose shapes have to fit."""
-    lmax = math.isqrt(x.shape[1]) - 1
-    if (lmax + 1) ** 2 != x.shape[1]:
-        raise ValueError(f"x has {x.shape[1]} components; whole degrees have 1, 4, 9, 16, …")
-    orders = {len(some) for some in weights.values()}
-    if len(orders) != 1:
-        raise ValueError(f"weights have orders up to {sorted(orders)}; all degrees have the same")
-    form = SymmetricForm(lmax, tuple(weights), orders.pop())
-    for l, some in weights.items():
-        for order, (weight, n_columns) in enumerate(zip(some, form.columns(l), strict=True), 1):
-            if weight.shape[1:] != (n_columns, x.shape[2]):
-                raise ValueError(
-                    f"weights of degree {l}, order {order} have {weight.shape[1]} columns of "
-                    f"{weight.shape[2]} channels; features up to degree {lmax} have {n_columns} "
-                    f"independent ones of {x.shape[2]}"
-                )
-    return form
-
-
-def contract(x: Tensor, weights: Tensor, species: Tensor, form: SymmetricForm) -> Tensor:
-    """Return dF/dz in plain torch, (n_atoms, n_rows, channels).
-
-    Args:
-        x: (n_atoms, n_components, channels).
-        weights: (n_species, n_columns, channels).
-        species: Row of the weights that each atom takes.
-        form: What is contracted.
-    """
+    _verified(x, weights, species, degrees=degrees, order=order)
+    form = form_of(x.shape[1], degrees, order)
     padded = torch.cat((torch.ones_like(x[:, :1]), x), dim=1)  # a factor of 1 where there is none
     factors = table_like(_factors, form, like=x)
     monomials = padded[:, factors[0]]
@@ -82,6 +51,18 @@ def contract(x: Tensor, weights: Tensor, species: Tensor, form: SymmetricForm) -
     coupled = table_like(_coefficients, form, like=x) @ monomials  # (n_atoms, n_pairs, C)
     weighted = coupled * weights.index_select(0, species)[:, column]
     return x.new_zeros(len(x), form.n_rows, x.shape[2]).index_add(1, row, weighted)
+
+
+def _verified(
+    x: Tensor, weights: Tensor, species: Tensor, *, degrees: Sequence[int], order: int
+) -> None:
+    form = form_of(x.shape[1], degrees, order)
+    if weights.shape[1:] != (form.n_columns, x.shape[2]):
+        raise ValueError(
+            f"weights are {tuple(weights.shape)}; products of {order} features up to degree "
+            f"{form.lmax} have {form.n_columns} independent couplings to degrees {degrees}, of "
+            f"{x.shape[2]} channels each"
+        )
 
 
 def _monomials_and_pairs(

@@ -7,8 +7,9 @@ and 14 of 65 for l = 2 at lmax = 3 and three factors.
 """
 
 import math
+from collections.abc import Sequence
 from functools import cache
-from itertools import combinations_with_replacement
+from itertools import accumulate, combinations_with_replacement
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from atomeq.ops.coupling.clebsch_gordan import clebsch_gordan
-from atomeq.ops.tables import constant_table, table_like
+from atomeq.ops.tables import constant_in_traces, constant_table, table_like
 
 _DEPENDENT = 1e-9  # of columns of norm 1 to 5: rounding where others span one, or where it vanishes
 _ZERO = 1e-12  # of a coefficient, which is a sum of products of 3j symbols or nothing
@@ -59,32 +60,50 @@ class SymmetricForm(NamedTuple):
         """Number of rows of z."""
         return sum(2 * l + 1 for l in self.degrees)
 
-    def columns(self, l: int) -> tuple[int, ...]:
-        """Return the number of independent couplings to a degree, of order 1, 2, …"""
-        return tuple(symmetric_basis(self.lmax, l, n + 1).shape[2] for n in range(self.order))
-
     @property
     def n_columns(self) -> int:
         """Number of columns of w: those of a degree by order, one degree after the other."""
-        return sum(sum(self.columns(l)) for l in self.degrees)
+        return _n_columns(*self)
+
+    def products(self) -> list[tuple[int, int]]:
+        """Return degree and order of the products, in the order of the columns."""
+        return [(l, n) for l in self.degrees for n in range(1, self.order + 1)]
 
     def terms(self) -> list[Term]:
         """Return all terms, by column, row and monomial."""
         return _terms(self)
 
 
+def form_of(n_components: int, degrees: Sequence[int], order: int) -> SymmetricForm:
+    """Return the form of features with a number of components.
+
+    Raises:
+        ValueError: They are of no whole degrees.
+    """
+    lmax = math.isqrt(n_components) - 1
+    if (lmax + 1) ** 2 != n_components:
+        raise ValueError(f"x has {n_components} components; whole degrees have 1, 4, 9, 16, …")
+    return SymmetricForm(lmax, tuple(degrees), order)
+
+
+@constant_in_traces
+def _n_columns(lmax: int, degrees: tuple[int, ...], order: int) -> int:
+    products = SymmetricForm(lmax, degrees, order).products()
+    return sum(symmetric_basis(lmax, l, n).shape[2] for l, n in products)
+
+
 @cache
 def _terms(form: SymmetricForm) -> list[Term]:
-    terms, column, row = [], 0, 0
-    for l in form.degrees:
-        for order in range(1, form.order + 1):
-            basis = symmetric_basis(form.lmax, l, order)
-            monomials = _monomials(form.lmax, order)
-            for q, m, place in (basis.permute(2, 0, 1).abs() > _ZERO).nonzero().tolist():
-                coefficient = float(basis[m, place, q])
-                terms.append(Term(monomials[place], column + q, row + m, coefficient))
-            column += basis.shape[2]
-        row += 2 * l + 1
+    terms, column = [], 0
+    sizes = accumulate((2 * l + 1 for l in form.degrees), initial=0)
+    rows = dict(zip(form.degrees, sizes, strict=False))
+    for l, order in form.products():
+        basis = symmetric_basis(form.lmax, l, order)
+        monomials = _monomials(form.lmax, order)
+        for q, m, place in (basis.permute(2, 0, 1).abs() > _ZERO).nonzero().tolist():
+            coefficient = float(basis[m, place, q])
+            terms.append(Term(monomials[place], column + q, rows[l] + m, coefficient))
+        column += basis.shape[2]
     return terms
 
 
@@ -110,10 +129,10 @@ def symmetric_basis(lmax: int, l: int, order: int) -> Tensor:
 
 
 def reduce_weights(
-    weights: Float[Tensor, "n_species n_columns channels"], lmax: int, l: int, order: int
+    weights: Float[Tensor, "n_species n_columns channels"], form: SymmetricForm
 ) -> Float[Tensor, "n_species n_independent channels"]:
     """Turn weights of all published couplings into those of the independent ones."""
-    return table_like(_reduction, lmax, l, order, like=weights) @ weights
+    return table_like(_reduction, form, like=weights) @ weights
 
 
 @constant_table
@@ -181,7 +200,11 @@ def _monomials(lmax: int, order: int) -> list[tuple[int, ...]]:
 
 
 @constant_table
-def _reduction(lmax: int, l: int, order: int) -> Tensor:
+def _reduction(form: SymmetricForm) -> Tensor:
     """Return (n_independent, n_couplings): what each coupling is in the independent ones."""
-    basis = symmetric_basis(lmax, l, order).flatten(0, 1)
-    return torch.linalg.lstsq(basis, published_columns(lmax, l, order).flatten(0, 1)).solution
+    blocks = []
+    for l, order in form.products():
+        basis = symmetric_basis(form.lmax, l, order).flatten(0, 1)
+        columns = published_columns(form.lmax, l, order).flatten(0, 1)
+        blocks.append(torch.linalg.lstsq(basis, columns).solution)
+    return torch.block_diag(*blocks)

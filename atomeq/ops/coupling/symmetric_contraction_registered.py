@@ -8,25 +8,31 @@ argument s, then <g, dF/ds> is F with g in the place of s; for s = x it is F wit
 direction. So one operation, the partial derivatives of D^k F, has derivatives of every order.
 """
 
+from collections.abc import Sequence
 from importlib import import_module
 from types import SimpleNamespace
 
 from torch import Tensor
 
-from atomeq.ops.coupling.symmetric_contraction_basis import SymmetricForm
+from atomeq.ops.coupling.symmetric_contraction_basis import SymmetricForm, form_of
 from atomeq.ops.registration import registered
 
 
-def contract_registered(
-    x: Tensor, weights: Tensor, species: Tensor, form: SymmetricForm, kernels: str
+def symmetric_contraction(
+    x: Tensor,
+    weights: Tensor,
+    species: Tensor,
+    *,
+    degrees: Sequence[int],
+    order: int,
+    kernels: str,
 ) -> Tensor:
-    """Return dF/dz, see :func:`~atomeq.ops.coupling.symmetric_contraction.contract`."""
-    (result,) = symmetric_partials(x, [], weights, None, species, "z", *_numbers(form), kernels)
+    """Contract products of features with themselves by some kernels."""
+    lmax = form_of(x.shape[1], degrees, order).lmax
+    (result,) = symmetric_partials(
+        x, [], weights, None, species, "z", lmax, list(degrees), order, kernels
+    )
     return result
-
-
-def _numbers(form: SymmetricForm) -> tuple[int, list[int], int]:
-    return form.lmax, list(form.degrees), form.order
 
 
 def _fake_partials(call: SimpleNamespace) -> list[Tensor]:
@@ -85,4 +91,6 @@ def symmetric_partials(
     """
     form = SymmetricForm(lmax, tuple(degrees), order)
     wanted = tuple(arguments.split())
-    return import_module(f"atomeq.ops.coupling.{kernels}.symmetric_contraction").symmetric_partials(x, directions, weights, z, species, wanted, form)
+    return import_module(f"atomeq.ops.coupling.{kernels}.symmetric_contraction").symmetric_partials(
+        x, directions, weights, z, species, wanted, form
+    )

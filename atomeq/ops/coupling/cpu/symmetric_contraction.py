@@ -65,7 +65,7 @@ def symmetric_partials(
     pointers = ctypes.c_void_p * len(inputs)
     arguments = structure(
         len(x), x.shape[2], form.n_components, form.n_columns, form.n_rows, len(weights),
-        len(nodes), int(nodes[:, 2].max()) + 1 if len(nodes) else 1, len(pairs),
+        len(nodes), len(_tree(form)[1]), len(pairs),
         *(table.data_ptr() for table in (nodes, entries, coefficients, pairs, species)),
         pointers(*(part.data_ptr() for part in inputs)), weights.data_ptr(), _at(z),
         pointers(*(_at(results.get(name)) for name in names)),
