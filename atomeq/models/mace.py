@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from atomeq.graph.atom_graph import AtomGraph
 from atomeq.models.base import AtomisticModel
 from atomeq.nn.convolution import (
-    IrrepPaths,
     convolution_paths,
     convolve,
     coupled_irreps,
@@ -65,6 +64,7 @@ class PublishedMACE:
         repulsion: ZBL's repulsion is added before the scale.
         envelope_on_weights: The envelope multiplies the weights of the edges, not the basis.
         edge_irreps: Features that are sent; None for those of the atoms.
+        edge_irreps_first: In the first layer too, not all of the atoms'.
         element_products: Products have weights of each element, or the same for all.
         all_couplings: Products have weights for all couplings, not for independent ones.
         last_readout: Energies are read from the last layer alone.
@@ -78,6 +78,7 @@ class PublishedMACE:
     repulsion: bool = False
     envelope_on_weights: bool = False
     edge_irreps: str | None = None
+    edge_irreps_first: bool = True
     element_products: bool = True
     all_couplings: bool = False
     last_readout: bool = False
@@ -255,10 +256,16 @@ class MACELayer(nn.Module):
             raise ValueError(
                 f"interaction {kind!r} is unknown; choose residual, agnostic or nonlinear"
             )
+        sent = inputs
+        if form.edge_irreps is not None and (k > 0 or form.edge_irreps_first):
+            edge_irreps = parse_irreps(form.edge_irreps)
+            sent = {irrep: n for irrep, n in edge_irreps.items() if irrep in inputs}
         self.interaction = (
-            NonlinearInteraction(model, inputs, outputs)
+            NonlinearInteraction(model, inputs, outputs, sent)
             if kind == "nonlinear"
-            else Interaction(model, inputs, outputs, residual=kind == "residual", density=density)
+            else Interaction(
+                model, inputs, outputs, sent, residual=kind == "residual", density=density
+            )
         )
         n_species = model.n_species if form.element_products else 1
         self.product = SymmetricProduct(
@@ -278,11 +285,18 @@ class Interaction(nn.Module):
     """Linear, convolution, linear, and a map by the atom's element, of sums or of the atom."""
 
     def __init__(
-        self, model: MACE, inputs: Irreps, outputs: Irreps, *, residual: bool, density: bool
+        self,
+        model: MACE,
+        inputs: Irreps,
+        outputs: Irreps,
+        sent: Irreps,
+        *,
+        residual: bool,
+        density: bool,
     ) -> None:
         super().__init__()
         self.residual = residual
-        sent, self.paths = _convolution(model, inputs)
+        self.paths = convolution_paths(sent, model.target, model.lmax_edge, True)
         self.n_weights = numbers_of_weights(sent, self.paths)
         self.up = IrrepsLinear(inputs, sent)
         widths = [model.num_radial, *model.radial_channels, sum(self.n_weights)]
@@ -318,9 +332,9 @@ class Interaction(nn.Module):
 class NonlinearInteraction(nn.Module):
     """Convolution with weights that know both elements, and a gate between two linear maps."""
 
-    def __init__(self, model: MACE, inputs: Irreps, outputs: Irreps) -> None:
+    def __init__(self, model: MACE, inputs: Irreps, outputs: Irreps, sent: Irreps) -> None:
         super().__init__()
-        sent, self.paths = _convolution(model, inputs)
+        self.paths = convolution_paths(sent, model.target, model.lmax_edge, True)
         self.n_weights = numbers_of_weights(sent, self.paths)
         self.gate = IrrepsGate(model.target, scalars=("silu", "tanh"), gates=("sigmoid", "tanh"))
         species = {SCALAR: model.n_species}
@@ -389,15 +403,6 @@ class Readout(nn.Module):
             if k and len(self.biases):
                 x = x + self.biases[k - 1]
         return x[:, 0]
-
-
-def _convolution(model: MACE, inputs: Irreps) -> tuple[Irreps, IrrepPaths]:
-    """Return what is sent, and its paths."""
-    sent = inputs
-    if model.form.edge_irreps is not None:
-        edge_irreps = parse_irreps(model.form.edge_irreps)
-        sent = {irrep: n for irrep, n in edge_irreps.items() if irrep in inputs}
-    return sent, convolution_paths(sent, model.target, model.lmax_edge, True)
 
 
 def _density(values: Tensor, edges: Edges, n_atoms: int) -> Tensor:

@@ -51,6 +51,7 @@ LinearReadoutBlock NonLinearBiasReadoutBlock NonLinearReadoutBlock RadialEmbeddi
 RealAgnosticDensityInteractionBlock RealAgnosticDensityResidualInteractionBlock \
 RealAgnosticInteractionBlock RealAgnosticResidualInteractionBlock \
 RealAgnosticResidualNonLinearInteractionBlock ScaleShiftBlock
+mace.modules.gate: GatedEquivariantBlock
 mace.modules.irreps_tools: mask_head reshape_irreps
 mace.modules.models: MACE ScaleShiftMACE
 mace.modules.radial: AgnesiTransform BesselBasis PolynomialCutoff RadialMLP SoftTransform ZBLBasis
@@ -59,7 +60,7 @@ torch: BoolStorage DoubleStorage FloatStorage IntStorage LongStorage
 torch._utils: _rebuild_parameter _rebuild_tensor_v2
 torch.fx._symbolic_trace: Tracer
 torch.fx.graph_module: reduce_graph_module
-torch.nn.functional: silu
+torch.nn.functional: sigmoid silu
 torch.nn.modules.activation: SiLU
 torch.nn.modules.container: ModuleList ParameterList Sequential
 torch.nn.modules.linear: Linear
@@ -119,7 +120,7 @@ def read_mace(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def mace_potential(
     options: Mapping[str, Any], state: Mapping[str, Tensor], *, head: str | None = None
 ) -> Potential:
-    """Build the potential of a state dict, in float32 with all numbers as they are there.
+    """Build the potential of a state dict, in its dtype and with all numbers as they are there.
 
     Args:
         options: What a state dict does not say: ``interactions``, the classes of the layers,
@@ -136,6 +137,7 @@ def mace_potential(
     weights = _Weights(state, number, len(heads))
     try:
         model = MACE(**_arguments(options, weights, len(heads)))
+        model = model.to(weights.take("node_embedding.linear.weight").dtype)
         model.load_state_dict(dict(weights.ours(model)))
     except (KeyError, RuntimeError, ValueError) as error:
         raise OfficialError(f"the weights do not fit the options: {error}") from error
@@ -359,23 +361,20 @@ def _arguments(options: Mapping[str, Any], weights: _Weights, n_heads: int) -> d
     channels = weights.take("node_embedding.linear.weight").numel() // len(elements)
     nonlinear = kinds[0][0] == "nonlinear"
     sent = weights.take("interactions.0.linear_up.weight").numel() // channels
-    if nonlinear:
-        n_linear = weights.take("interactions.0.linear_1.weight").numel() // (sent * channels)
-        lmax = (n_linear - 1) // 2
-        names, last = "conv_tp_weights.net.{}.weight", 0
-        widths = []
-        while (name := f"interactions.0.{names.format(3 * last)}") in weights.state:
-            widths.append(weights.take(name).shape[0])
-            last += 1
-    else:
-        lmax = weights.take("interactions.0.linear.weight").numel() // (sent * channels) - 1
-        layer = "interactions.0.conv_tp_weights.layer{}.weight"
-        widths = []
-        while layer.format(len(widths)) in weights.state:
-            widths.append(weights.take(layer.format(len(widths))).shape[1])
+    last = weights.take(f"interactions.0.linear{'_1' if nonlinear else ''}.weight")
+    lmax = last.numel() // (sent * channels) - 1
+    lmax = lmax // 2 if nonlinear else lmax  # gates of all degrees but 0 beside them
+    name = "interactions.0.conv_tp_weights." + ("net.{}.weight" if nonlinear else "layer{}.weight")
+    widths = []
+    while (layer := name.format(len(widths) * (3 if nonlinear else 1))) in weights.state:
+        widths.append(weights.take(layer).shape[0 if nonlinear else 1])
     n_degrees = weights.n_degrees(0) if n_layers > 1 else 1
+    later = sent  # channels that layers after the first one send
+    if n_layers > 1:
+        up = weights.take("interactions.1.linear_up.weight")
+        later = up.numel() // (channels * n_degrees)
     irreps = "+".join(f"{channels}x{l}{'eo'[l % 2]}" for l in range(n_degrees))
-    edge_irreps = irreps.replace(f"{channels}x", f"{sent}x") if sent != channels else None
+    edge_irreps = irreps.replace(f"{channels}x", f"{later}x") if later != channels else None
     orders = [len(weights.contraction(k, 0)) for k in range(n_layers)]
     read = sorted({int(n.split(".")[1]) for n in weights.state if n.startswith("readouts.")})
     final = f"readouts.{read[-1]}"
@@ -391,6 +390,7 @@ def _arguments(options: Mapping[str, Any], weights: _Weights, n_heads: int) -> d
         "repulsion": any(n.startswith("pair_repulsion_fn.") for n in weights.state),
         "envelope_on_weights": not options.get("apply_cutoff", True),
         "edge_irreps": edge_irreps,
+        "edge_irreps_first": sent == later,
         "element_products": not agnostic,
         "all_couplings": _same_couplings(weights, lmax),
         "last_readout": len(read) == 1 and n_layers > 1,
