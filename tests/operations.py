@@ -8,6 +8,7 @@ from edge_layers import POLES
 from torch import Tensor
 
 from atomeq.ops.coupling.operations import cg_conv, tensor_product
+from atomeq.ops.coupling.symmetric_contraction import symmetric_contraction
 from atomeq.ops.dispatch import use_backend
 from atomeq.ops.edge.frame import EdgeFrame
 from atomeq.ops.edge.operations import escn_conv, rotate_from_edge, rotate_to_edge, so2_linear
@@ -25,6 +26,7 @@ C = 16
 EDGES = torch.tensor([[0, 1, 2, 1, 0], [2, 0, 0, 2, 2]], device=DEVICE)  # of 4 atoms, 2 have none
 INDEX = EDGES[1]
 PATHS = [Path(0, 1, 1), Path(1, 0, 1), Path(1, 1, 0), Path(1, 1, 1)]
+SPECIES = torch.tensor([1, 0, 1], device=DEVICE)
 GRID = SphereGrid(1, 1, order="m")
 
 
@@ -72,6 +74,10 @@ def couple(x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
     return tensor_product(x, y, weights, PATHS)
 
 
+def contract(x: Tensor, weights: Tensor) -> Tensor:
+    return symmetric_contraction(x, weights, SPECIES, degrees=(0, 1), order=2)
+
+
 OPERATIONS: dict[str, Operation] = {
     "rotate_to_edge": Operation(rotate_both, [(4, 4, C), (5, 3)], 1),
     "rotate_from_edge": Operation(rotate_back_and_sum, [(5, 4, C), (5, 3), (5,)], 1),
@@ -91,6 +97,7 @@ OPERATIONS: dict[str, Operation] = {
         convolve_radially, [(4, 4, C), (5, 4), (5, 3), (4, C, 3), (4, C)]
     ),
     "tensor_product": Operation(couple, [(5, 4, C), (5, 4), (5, 4, C)]),
+    "symmetric_contraction": Operation(contract, [(3, 4, C), (2, 5, C)]),
     "spherical_harmonics": Operation(lambda v: spherical_harmonics(v, 3), [(5, 3)], 0),
     "segment_sum": Operation(lambda x: segment_sum(x, INDEX, 4), [(5, 3)]),
     "segment_mean": Operation(lambda x: segment_mean(x, INDEX, 4), [(5, 2, 3)]),

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 from atomeq.ops.coupling.clebsch_gordan import clebsch_gordan
+from atomeq.ops.coupling.symmetric_contraction_basis import SymmetricForm
 from atomeq.ops.orders import m_primary_order
 from atomeq.ops.paths import tensor_product_paths
 from atomeq.ops.specification import OpSpec
@@ -96,6 +97,7 @@ def cost(spec: OpSpec) -> Cost:
         "escn_conv": _layer,
         "tensor_product": _coupling,
         "cg_conv": _coupling,
+        "symmetric_contraction": _contraction,
         "sphere_pointwise": _sphere,
         "sphere_silu": _sphere,
         "gaunt_product": _sphere,
@@ -175,6 +177,13 @@ def _coupling(spec: OpSpec) -> _Work:
         y, weights, flops = n_sph * channels, len(paths) * channels**3, 3 * nonzeros * channels**2
         mixing = 2 * sum(2 * path.l3 + 1 for path in paths) * channels**3
     return _Work(flops, mixing, features + y + (weights if spec.weighted else 0))
+
+
+def _contraction(spec: OpSpec) -> _Work:
+    """Count products of up to three factors to degree 0, with weights of each atom's own."""
+    form = SymmetricForm(spec.lmax, (0,), 3)
+    rows = form.n_components + form.n_columns + form.n_rows
+    return _Work(4 * len(form.terms()) * spec.channels, 0, rows * spec.channels)
 
 
 def _sphere(spec: OpSpec) -> _Work:

@@ -15,6 +15,7 @@ from atomeq.ops.coupling.symmetric_contraction_basis import (
     reduce_weights,
     symmetric_basis,
 )
+from atomeq.ops.dispatch import use_backend
 from atomeq.ops.harmonics.operations import spherical_harmonics
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "mace"
@@ -110,21 +111,86 @@ def test_it_turns_with_its_features_and_mirrors_are_told():
         torch.testing.assert_close(after[2].norm(dim=1), before[2].norm(dim=1))
 
 
-def test_it_is_its_definition():
-    form = SymmetricForm(2, (0, 1), 3)
-    call = call_of(form)
-    torch.testing.assert_close(contract(*call, form), naive(*call, form), rtol=1e-12, atol=1e-12)
+SERVED = [
+    pytest.param("reference", SymmetricForm(2, (0, 1, 2), 3), 3),
+    pytest.param("cpu", SymmetricForm(3, (0, 1), 3), 37),  # vectors, and channels beside them
+    pytest.param("cpu", SymmetricForm(2, (0, 1, 2), 3), 8),
+    pytest.param("cpu", SymmetricForm(2, (0,), 4), 3),
+    pytest.param("cpu", SymmetricForm(0, (0,), 2), 1),
+    pytest.param("triton", SymmetricForm(1, (0, 1), 3), 16, marks=pytest.mark.triton),
+    pytest.param("triton", SymmetricForm(2, (1, 0), 2), 16, marks=pytest.mark.triton),
+]
 
 
-def test_first_and_second_derivatives():
+@pytest.mark.parametrize("n_atoms", [0, 1, 5])
+@pytest.mark.parametrize(("backend", "form", "channels"), SERVED)
+def test_it_is_its_definition_and_so_are_two_derivatives(backend, form, channels, n_atoms):
+    if backend == "triton":
+        pytest.importorskip("triton", reason="Triton is not installed: pip install atomeq[cuda]")
+    call = call_of(form, n_atoms=n_atoms, channels=channels)
+    expected = derivatives(naive, *call, form)
+    with use_backend(backend):
+        found = derivatives(contract, *call, form)
+    for one, other in zip(found, expected, strict=True):
+        scale = other.abs().max().item() if other.numel() else 0.0
+        torch.testing.assert_close(one, other, rtol=0, atol=ROUNDING * max(scale, 1.0))
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_first_second_and_third_derivatives(backend):
     form = SymmetricForm(1, (0, 1), 3)
     x, weights, species = call_of(form, n_atoms=2, n_species=2, channels=2)
 
     def of(x, weights):
-        return contract(x, weights, species, form)
+        with use_backend(backend):
+            return contract(x, weights, species, form)
+
+    def slopes_of(x, weights):
+        return torch.autograd.grad(of(x, weights).square().sum(), (x, weights), create_graph=True)
 
     assert torch.autograd.gradcheck(of, (x, weights))
     assert torch.autograd.gradgradcheck(of, (x, weights))
+    assert torch.autograd.gradgradcheck(slopes_of, (x, weights))
+
+
+def test_no_gradient_of_weights_is_made_for_forces(monkeypatch):
+    from atomeq.ops.coupling.cpu import kernels
+
+    form = SymmetricForm(1, (0,), 2)
+    x, weights, species = call_of(form)
+    asked = []
+    whole = kernels.symmetric_partials
+
+    def watched(*arguments):
+        asked.append(arguments[5])
+        return whole(*arguments)
+
+    monkeypatch.setattr(kernels, "symmetric_partials", watched)
+    with use_backend("cpu"):
+        torch.autograd.grad(contract(x, weights * 2.0, species, form).sum(), x)
+    assert asked == [("z",), ("x",)]
+
+
+def test_threads_share_atoms_and_channels():
+    form = SymmetricForm(2, (0, 1), 3)
+    call = call_of(form, n_atoms=41, channels=33)
+    found = []
+    before = torch.get_num_threads()
+    for n_threads in (1, 3):
+        torch.set_num_threads(n_threads)
+        with use_backend("cpu"):
+            found.append(derivatives(contract, *call, form))
+    torch.set_num_threads(before)
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("species", [3, -1])
+def test_species_without_weights_are_refused(backend, species):
+    form = SymmetricForm(1, (0,), 2)
+    x, weights, _ = call_of(form, n_atoms=1, n_species=3)
+    with use_backend(backend), pytest.raises(IndexError):
+        contract(x, weights, torch.tensor([species]), form)
 
 
 def test_wrong_weights_and_features_are_refused():

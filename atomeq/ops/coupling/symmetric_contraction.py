@@ -11,11 +11,30 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from atomeq.ops.coupling import symmetric_contraction_registered as registered
 from atomeq.ops.coupling.symmetric_contraction_basis import SymmetricForm, Term, form_of
+from atomeq.ops.dispatch import operation
+from atomeq.ops.specification import Size, size_of
 from atomeq.ops.tables import constant_table, table_like
 from atomeq.typing import NodeFeatures
 
 
+def _verified(
+    x: Tensor, weights: Tensor, species: Tensor, *, degrees: Sequence[int], order: int
+) -> Size:
+    form = form_of(x.shape[1], degrees, order)
+    if weights.shape[1:] != (form.n_columns, x.shape[2]):
+        raise ValueError(
+            f"weights are {tuple(weights.shape)}; products of {order} features up to degree "
+            f"{form.lmax} have {form.n_columns} independent couplings to degrees {degrees}, of "
+            f"{x.shape[2]} channels each"
+        )
+    if species.shape != x.shape[:1]:
+        raise ValueError(f"species are {tuple(species.shape)} for {len(x)} atoms")
+    return size_of(x, len(x), lmax=form.lmax, channels=x.shape[2])
+
+
+@operation(_verified, by_kernels=registered.symmetric_contraction)
 def symmetric_contraction(
     x: NodeFeatures,
     weights: Float[Tensor, "n_species n_columns channels"],
@@ -40,7 +59,6 @@ def symmetric_contraction(
     Raises:
         ValueError: The features are of no whole degrees, or weights are of another shape.
     """
-    _verified(x, weights, species, degrees=degrees, order=order)
     form = form_of(x.shape[1], degrees, order)
     padded = torch.cat((torch.ones_like(x[:, :1]), x), dim=1)  # a factor of 1 where there is none
     factors = table_like(_factors, form, like=x)
@@ -51,18 +69,6 @@ def symmetric_contraction(
     coupled = table_like(_coefficients, form, like=x) @ monomials  # (n_atoms, n_pairs, C)
     weighted = coupled * weights.index_select(0, species)[:, column]
     return x.new_zeros(len(x), form.n_rows, x.shape[2]).index_add(1, row, weighted)
-
-
-def _verified(
-    x: Tensor, weights: Tensor, species: Tensor, *, degrees: Sequence[int], order: int
-) -> None:
-    form = form_of(x.shape[1], degrees, order)
-    if weights.shape[1:] != (form.n_columns, x.shape[2]):
-        raise ValueError(
-            f"weights are {tuple(weights.shape)}; products of {order} features up to degree "
-            f"{form.lmax} have {form.n_columns} independent couplings to degrees {degrees}, of "
-            f"{x.shape[2]} channels each"
-        )
 
 
 def _monomials_and_pairs(

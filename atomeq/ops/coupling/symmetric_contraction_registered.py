@@ -9,13 +9,12 @@ direction. So one operation, the partial derivatives of D^k F, has derivatives o
 """
 
 from collections.abc import Sequence
-from importlib import import_module
 from types import SimpleNamespace
 
 from torch import Tensor
 
 from atomeq.ops.coupling.symmetric_contraction_basis import SymmetricForm, form_of
-from atomeq.ops.registration import registered
+from atomeq.ops.registration import kernels_of, registered
 
 
 def symmetric_contraction(
@@ -91,6 +90,6 @@ def symmetric_partials(
     """
     form = SymmetricForm(lmax, tuple(degrees), order)
     wanted = tuple(arguments.split())
-    return import_module(f"atomeq.ops.coupling.{kernels}.symmetric_contraction").symmetric_partials(
+    return kernels_of("coupling", kernels).symmetric_partials(
         x, directions, weights, z, species, wanted, form
     )

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from atomeq.ops.c_compiler import REALS, load, n_threads, refusal, source_of
 from atomeq.ops.coupling.clebsch_gordan import Form, form_from, path_table
+from atomeq.ops.coupling.cpu.symmetric_contraction import symmetric_partials
 from atomeq.ops.tables import constant_table, table_like
 
-__all__ = ["WANTS_SEGMENTS", "cg_partials", "refusal"]
+__all__ = ["WANTS_SEGMENTS", "cg_partials", "refusal", "symmetric_partials"]
 
 WANTS_SEGMENTS = False
 _ZERO = 1e-12  # of a 3j symbol, which is a square root of a fraction or nothing

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from atomeq.ops.c_compiler import load, n_threads, source_of
-from atomeq.ops.coupling.cpu.native import REALS
+from atomeq.ops.c_compiler import REALS, load, n_threads, source_of
 from atomeq.ops.coupling.symmetric_contraction_basis import SymmetricForm
 from atomeq.ops.tables import constant_table, table_like
 

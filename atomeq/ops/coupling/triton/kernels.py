@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from atomeq.ops.coupling.clebsch_gordan import Form, form_from, path_table
+from atomeq.ops.coupling.triton.symmetric_contraction import symmetric_partials
 from atomeq.ops.specification import OpSpec
 from atomeq.ops.tables import constant_table, table_like
 from atomeq.ops.triton_launch import (
@@ -34,6 +35,8 @@ from atomeq.ops.triton_launch import (
     power_of_2,
 )
 from atomeq.ops.triton_launch import refusal as launch_refusal
+
+__all__ = ["WANTS_SEGMENTS", "by_torch", "partials", "refusal", "symmetric_partials"]
 
 WANTS_SEGMENTS = True
 
