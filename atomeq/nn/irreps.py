@@ -173,9 +173,24 @@ class SpeciesLinear(nn.Module):
         for irrep, y in x.items():
             if str(irrep) in self.weights:
                 weight = self.weights[str(irrep)]
-                own = weight.index_select(1, species).transpose(0, 1)  # (n, C_in, C_out)
-                result[irrep] = torch.bmm(y, own) / math.sqrt(weight.shape[0] * self.n_species)
+                fan = weight.shape[0] * self.n_species
+                result[irrep] = _by_species(y, weight, species) / math.sqrt(fan)
         return result
+
+
+def _by_species(x: Tensor, weight: Tensor, species: Tensor) -> Tensor:
+    """Multiply each row of x (n, m, C_in) by the matrix of its species, (C_in, n_species, C_out).
+
+    On a CPU it is one product for each element that there is. A trace and a GPU, which should not
+    wait for the host, take a matrix for each atom, which costs memory.
+    """
+    if not x.is_cpu or torch.compiler.is_compiling() or type(species) is not Tensor:
+        return torch.bmm(x, weight.index_select(1, species).transpose(0, 1))
+    order = species.argsort()
+    counts = torch.bincount(species, minlength=weight.shape[1]).tolist()
+    groups = zip(x.index_select(0, order).split(counts), weight.unbind(1), strict=True)
+    products = [own @ matrix for own, matrix in groups if len(own)]
+    return torch.cat(products).index_select(0, order.argsort()) if products else x @ weight[:, 0]
 
 
 class IrrepsGate(nn.Module):
