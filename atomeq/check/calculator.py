@@ -18,7 +18,8 @@ from atomeq.check.thread_laws import THREAD_LAWS
 
 LAWS: tuple[Law, ...] = PHYSICAL_LAWS + THREAD_LAWS + SOFTWARE_LAWS + DEGENERATE_STRUCTURES
 
-#: Tried in this order on calculators that do not say what they know.
+#: Tried in this order on calculators that do not say what they know, and first of those that know
+#: more: in the order of atomic numbers the test structures would be of hydrogen and helium.
 _COMMON = ("Cu", "Al", "Si", "Ni", "Au", "Fe", "Na", "Cl", "C", "H", "O", "N", "Ar", "Li", "Mg")
 
 
@@ -30,7 +31,7 @@ def check_calculator(
     only: Collection[str] | None = None,
     single_precision: bool = False,
     dynamics_structure: Atoms | None = None,
-    dynamics_picoseconds: float = 5.0,
+    dynamics_picoseconds: float | None = None,
     timestep: float = 2.0,
     temperature: float = 300.0,
     seed: int = 0,
@@ -48,7 +49,8 @@ def check_calculator(
         only: Names of the laws to measure, whatever the depth.
         single_precision: Allow what float32 needs.
         dynamics_structure: Start of the NVE law; by default about 100 atoms of bulk.
-        dynamics_picoseconds: Length of the NVE law, ps.
+        dynamics_picoseconds: Length of the NVE law, ps; by default 5, and of what computes slowly
+            as much as a minute allows.
         timestep: Of the NVE law, fs.
         temperature: Of the NVE law, K.
         seed: Of every random displacement, rotation and velocity.
@@ -70,7 +72,9 @@ def check_calculator(
         list(elements) if elements else known_elements(factory),
         single_precision=single_precision,
         dynamics_structure=dynamics_structure,
-        dynamics_steps=round(1000 * dynamics_picoseconds / timestep),
+        dynamics_steps=None
+        if dynamics_picoseconds is None
+        else round(1000 * dynamics_picoseconds / timestep),
         timestep=timestep,
         temperature=temperature,
         seed=seed,
@@ -83,7 +87,9 @@ def check_calculator(
 
 
 def known_elements(factory: CalculatorFactory) -> list[str]:
-    """Return the symbols a calculator says it knows, or the common ones it accepts.
+    """Return the symbols a calculator says it knows, or the common ones among very many.
+
+    Where it says nothing they are the common ones it accepts.
 
     Raises:
         ValueError: It accepts none of them.
@@ -91,7 +97,9 @@ def known_elements(factory: CalculatorFactory) -> list[str]:
     calculator = factory()
     stated = getattr(calculator, "elements", None)
     if stated is not None and 0 < len(stated) < len(chemical_symbols) - 1:
-        return [chemical_symbols[int(number)] for number in stated]
+        known = [chemical_symbols[int(number)] for number in stated]
+        common = [symbol for symbol in _COMMON if symbol in known]
+        return common if common and len(known) > len(_COMMON) else known
     accepted, refusal = [], None
     for symbol in _COMMON:
         atoms = Atoms([symbol, symbol], positions=[[0, 0, 0], [0.8, 1.6, 1.6]])

@@ -14,7 +14,7 @@ from ase.calculators.lj import LennardJones
 from small_potential import small_potential
 
 from atomeq.calculators.ase import AtomeqCalculator
-from atomeq.check import thread_laws
+from atomeq.check import physical_laws, thread_laws
 from atomeq.check.calculator import LAWS, _chosen, check_calculator, known_elements
 from atomeq.check.degenerate_structures import DEGENERATE_STRUCTURES
 from atomeq.check.laws import (
@@ -243,6 +243,42 @@ def test_laws_of_stress_are_skipped_without_stress():
     assert results["free_energy published"].passed is False
 
 
+class Kinked(Calculator):
+    """An energy of the volume whose second derivative jumps a little above that of the crystal."""
+
+    implemented_properties = ["energy", "forces", "stress"]  # noqa: RUF012
+    fault = 1.0
+
+    def calculate(self, atoms=None, properties=("energy",), system_changes=all_changes):
+        super().calculate(atoms, properties, system_changes)
+        volume = atoms.get_volume() if atoms.pbc.all() else 1.0
+        excess = np.log(volume / self.threshold)
+        slope = 2000 * max(excess, 0.0) + 3.0
+        self.results = {
+            "energy": 1000 * max(excess, 0.0) ** 2 + 3.0 * excess,
+            "forces": np.zeros((len(atoms), 3)),
+            "stress": self.fault * slope / volume * np.array([1, 1, 1, 0, 0, 0]),
+        }
+
+
+@pytest.mark.parametrize(("fault", "passed"), [(1.0, True), (1.0001, False)])
+def test_differences_across_a_jump_of_the_second_derivative_are_no_fault(fault, passed):
+    volume = Subject(EMT, ["Cu"]).crystal().get_volume()
+    kinked = type("Kinked", (Kinked,), {"fault": fault, "threshold": volume * 1.0002})
+    law = "stress is dE/dε / V"
+    assert verdicts(kinked, elements=["Cu"], only=[law])[law].passed is passed
+
+
+def test_dynamics_of_a_slow_calculator_are_cut_down_unless_numbers_are_given(monkeypatch):
+    for seconds, expected in ((1e-3, (108, 2500)), (0.1, (32, 600)), (5.0, (32, 250))):
+        monkeypatch.setattr(physical_laws, "_seconds_of", lambda *_, s=seconds: s)
+        atoms, n_steps = physical_laws._affordable(Subject(EMT, ["Cu"]))
+        assert (len(atoms), n_steps) == expected
+        given = Subject(EMT, ["Cu"], dynamics_structure=bulk("Cu"), dynamics_steps=700)
+        atoms, n_steps = physical_laws._affordable(given)
+        assert (len(atoms), n_steps) == (1, 700)
+
+
 def test_energy_drift_of_a_short_run():
     atoms = bulk("Ar", cubic=True).repeat(2)
     subject = Subject(argon, ["Ar"], dynamics_structure=atoms, dynamics_steps=50, temperature=20)
@@ -300,6 +336,9 @@ def test_elements_are_those_the_calculator_states_or_accepts():
     assert known_elements(lambda: AtomeqCalculator(potential)) == ["Al", "Cu"]
     assert known_elements(EMT)[:2] == ["Cu", "Al"]
     assert "Fe" not in known_elements(EMT)
+    # Of all the elements those of ordinary structures, not hydrogen, helium and lithium.
+    universal = type("Universal", (EMT,), {"elements": tuple(range(1, 95))})
+    assert known_elements(universal)[:3] == ["Cu", "Al", "Si"]
 
 
 def test_what_is_no_calculator_of_anything_is_refused():

@@ -118,7 +118,12 @@ def _check_parser() -> Parser:
     parser.add_argument(
         "--structure", type=str, default=None, help="file with the start of the NVE law"
     )
-    parser.add_argument("--picoseconds", type=PositiveFloat, default=5.0, help="of the NVE law")
+    parser.add_argument(
+        "--picoseconds",
+        type=PositiveFloat,
+        default=None,
+        help="of the NVE law; by default 5, less where that takes more than a minute",
+    )
     parser.add_argument("--timestep", type=PositiveFloat, default=2.0, help="of the NVE law, fs")
     parser.add_argument(
         "--temperature", type=PositiveFloat, default=300.0, help="of the NVE law, K"
