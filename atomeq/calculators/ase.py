@@ -28,6 +28,7 @@ from atomeq.graph.convert import (
     structure_list,
 )
 from atomeq.graph.hyperedges import Hyperedges
+from atomeq.graph.moving import MovingNeighbors
 from atomeq.graph.neighbors import SKIN
 from atomeq.graph.to_structures import to_ase
 from atomeq.graph.topology import KeptTopologies
@@ -369,7 +370,7 @@ class AtomeqCalculator(Calculator):
         for builder in self._committee.builders:
             if type(builder) is RadiusGraph:
                 if builder not in memory:
-                    memory[builder] = RadiusGraph(builder.cutoff, skin=SKIN)
+                    memory[builder] = MovingNeighbors(builder.cutoff, SKIN)
                 builder = memory[builder]
             graph = builder.connect(bare)
             graphs.append(graph if self.device.type == "cpu" else graph.to(self.device))

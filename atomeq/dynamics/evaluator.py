@@ -139,18 +139,7 @@ class Evaluator:
         """
         if self._neighbors is None:
             return self.potential.build_graph(graph).n_edges
-        edges = self._neighbors(graph)
-        for k, reason in edges.refused.items():
-            raise StructureError(reason, index=k)
-        if edges.lengths.shape[0] and float(edges.lengths.min()) < MIN_DISTANCE:
-            closest = int(edges.lengths.argmin())
-            source, target = edges.edge_index[:, closest].tolist()
-            raise StructureError(
-                f"atoms {target} and {source} are {float(edges.lengths[closest]):.4g} Å apart, "
-                f"less than {MIN_DISTANCE} Å",
-                index=int(graph.batch[target]),
-            )
-        return edges.edge_index.shape[1]
+        return self._neighbors.connect(graph).n_edges
 
     def _connect(self, graph: AtomGraph, failure: Tensor) -> tuple[AtomGraph | None, Tensor]:
         """Return the structures that have not failed with their edges, and their numbers."""

@@ -24,7 +24,6 @@ from atomeq.graph.convert import (
 from atomeq.graph.hyperedges import INFO_KEY, NO_HYPEREDGES, Hyperedges
 from atomeq.graph.neighbors import (
     Edges,
-    SkinNeighborList,
     check_cutoff,
     neighbor_list_with_lengths,
 )
@@ -75,16 +74,11 @@ class _ByValue:
 class RadiusGraph(_ByValue):
     """Connects all atoms, and images of atoms, closer than the cutoff.
 
-    With a skin it remembers a neighbour list for each place in the list of structures and searches
-    anew only after atoms have moved by half the skin: the edges are the same, MD is faster. Several
-    threads may share a builder.
-
     Args:
         cutoff: Å.
-        skin: Å; 0 remembers nothing.
 
     Raises:
-        ValueError: A length is not allowed.
+        ValueError: The cutoff is not allowed.
 
     Example:
         >>> from ase.build import bulk
@@ -92,11 +86,9 @@ class RadiusGraph(_ByValue):
         12
     """
 
-    def __init__(self, cutoff: float, *, skin: float = 0.0) -> None:
-        SkinNeighborList(cutoff, skin)  # refuses what is not a length
+    def __init__(self, cutoff: float) -> None:
+        check_cutoff(cutoff)
         self.cutoff = float(cutoff)
-        self.skin = float(skin)
-        self._lists: dict[int, SkinNeighborList] = {}
 
     def __call__(self, structures: Structures, dtype: torch.dtype | None = None) -> AtomGraph:
         """Return the graph of one or many structures.
@@ -115,17 +107,13 @@ class RadiusGraph(_ByValue):
         return _connect(graph, self._search)
 
     def _arguments(self) -> tuple[float, ...]:
-        return self.cutoff, self.skin
+        return (self.cutoff,)
 
     def _search(self, k: int, pos: NDArray, cell: NDArray, pbc: NDArray) -> _Found:
-        if self.skin == 0:
-            return neighbor_list_with_lengths(pos, cell, pbc, self.cutoff)
-        remembered = self._lists.setdefault(k, SkinNeighborList(self.cutoff, self.skin))
-        return remembered.with_lengths(pos, cell, pbc)
+        return neighbor_list_with_lengths(pos, cell, pbc, self.cutoff)
 
     def __repr__(self) -> str:
-        skin = f", skin={self.skin}" if self.skin else ""
-        return f"RadiusGraph(cutoff={self.cutoff}{skin})"
+        return f"RadiusGraph(cutoff={self.cutoff})"
 
 
 class NearestNeighborGraph(_ByValue):

@@ -1,20 +1,28 @@
 """Neighbour lists of a batch whose structures move, deform, enter and leave.
 
-What :class:`~atomeq.graph.neighbors.SkinNeighborList` is for one structure, on tensors: pairs are
-measured for the whole batch at once, and only structures that moved too far are searched anew.
+Pairs are measured for the whole batch at once, and only structures that moved too far are searched
+anew. The arrays are NumPy's on a CPU, whose calls cost a fraction of torch's on small structures,
+and tensors on any other device.
 """
 
 import math
 from collections import OrderedDict
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from atomeq.graph.atom_graph import AtomGraph
+from atomeq.graph.convert import MIN_DISTANCE, StructureError, refuse_overlap, structure_name
 from atomeq.graph.device_neighbors import search_pairs, searches_on
-from atomeq.graph.neighbors import check_cutoff, complete_cell, enclosed, neighbor_list
+from atomeq.graph.neighbors import (
+    Edges,
+    check_cutoff,
+    complete_cell,
+    enclosed,
+    neighbor_list,
+    pair_lengths,
+)
 from atomeq.typing import CellOffsets, EdgeIndex, EdgeLengths
 
 _ROUNDING = 1e-9  # a hair less than what is allowed, so that rounding cannot lose a pair
@@ -22,6 +30,8 @@ _MAX_NEIGHBORS = 10_000.0  # per atom, on average; matter has some hundreds with
 _FAR = 1e150  # Å; a reference that no atom is near to, and whose square is still a number
 _ALL_PAIRS = 50  # atoms; molecules up to this size never have to be searched
 _REMEMBERED = 8  # lists kept of structures that left, per structure that is here
+
+Array = Any  # np.ndarray on a CPU, else torch.Tensor
 
 
 class MovingEdges(NamedTuple):
@@ -40,14 +50,48 @@ class MovingEdges(NamedTuple):
     refused: dict[int, str]
 
 
+class _Geometry(NamedTuple):
+    """Where the atoms of a batch are, as arrays of its device."""
+
+    pos: Array  # (n_atoms, 3)
+    cell: Array  # (n_graphs, 3, 3)
+    pbc: Array  # (n_graphs, 3)
+    sizes: list[int]  # atoms of each structure
+    device: torch.device
+
+    @classmethod
+    def of(cls, graph: AtomGraph) -> "_Geometry":
+        pos, cell, pbc = graph.pos.detach(), graph.cell.detach(), graph.pbc
+        if graph.pos.device.type == "cpu":
+            pos, cell, pbc = pos.numpy(), cell.numpy(), pbc.numpy()
+        return cls(pos, cell, pbc, graph.natoms.tolist(), graph.pos.device)
+
+    @property
+    def starts(self) -> list[int]:
+        """First atom of each structure, and their number."""
+        return [0, *np.cumsum(self.sizes).tolist()]
+
+    def structure(self, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return one structure's positions, cell and periodicity in NumPy's arrays."""
+        stop = sum(self.sizes[: k + 1])
+        arrays = self.pos[stop - self.sizes[k] : stop], self.cell[k], self.pbc[k]
+        return arrays if self.device.type == "cpu" else tuple(x.cpu().numpy() for x in arrays)
+
+    def array(self, value: Any) -> Array:
+        """Return a NumPy array, a list or a tensor as an array of this device."""
+        if self.device.type == "cpu":
+            return np.asarray(value)
+        return torch.as_tensor(value, device=self.device)
+
+
 class _Candidates(NamedTuple):
     """The pairs of one structure within cutoff and skin, at the geometry they were searched for."""
 
-    pos: Tensor  # (n_atoms, 3)
-    cell: Tensor  # (3, 3), complete: see neighbors.complete_cell
-    pbc: Tensor  # (3,)
-    edge_index: Tensor  # (2, n_pairs), atoms counted in the structure
-    cell_offsets: Tensor  # (n_pairs, 3)
+    pos: Array  # (n_atoms, 3)
+    cell: Array  # (3, 3), complete: see neighbors.complete_cell
+    pbc: Array  # (3,)
+    edge_index: Array  # (2, n_pairs), atoms counted in the structure
+    cell_offsets: Array  # (n_pairs, 3)
     complete: bool = False  # these are all pairs there are
 
 
@@ -55,14 +99,21 @@ class _Assembly(NamedTuple):
     """Candidates of the whole batch, concatenated."""
 
     keys: list[int]
-    pos: Tensor  # (n_atoms, 3)
-    cell: Tensor  # (n_graphs, 3, 3)
-    pbc: Tensor  # (n_graphs, 3)
-    edge_index: Tensor  # (2, n_pairs)
-    cell_offsets: Tensor  # (n_pairs, 3)
-    system: Tensor  # (n_pairs,) structure of each pair
-    deformable: Tensor  # (n_graphs,) periodic in some direction
-    complete: Tensor  # (n_graphs,)
+    sizes: list[int]
+    device: torch.device
+    xp: Any  # numpy or torch: what computes with the arrays
+    pos: Array  # (n_atoms, 3)
+    cell: Array  # (n_graphs, 3, 3)
+    pbc: Array  # (n_graphs, 3)
+    edge_index: Array  # (2, n_pairs)
+    cell_offsets: Array  # (n_pairs, 3)
+    shifts: Array  # (3, n_pairs) the same as floats; no rows where nothing is periodic
+    system: Array  # (n_pairs,) structure of each pair
+    batch: Array  # (n_atoms,) structure of each atom
+    starts: Array  # (n_graphs,) first atom of each structure
+    unlimited: Array  # (n_graphs,) infinity where there are no other pairs, else 0
+    partial: list[int]  # structures that are periodic in some directions only
+    crystals: bool  # all are periodic in three directions
 
 
 class MovingNeighbors:
@@ -105,166 +156,217 @@ class MovingNeighbors:
                 so that one is recognised after others left; by default their order does.
         """
         keys = graph["key"].tolist() if "key" in graph else list(range(graph.n_graphs))
+        here = _Geometry.of(graph)
         assembly = self._assembly
-        if assembly is None or assembly.keys != keys or assembly.pos.device != graph.pos.device:
-            assembly = self._remembered(graph, keys)
-        used = self._used_allowance(assembly, graph)  # (n_graphs,)
+        if assembly is None or assembly[:3] != (keys, here.sizes, here.device):
+            assembly = self._remembered(here, keys)
+        moved, allowed = self._moved(assembly, here)  # (n_graphs,)
         refused: dict[int, str] = {}
-        if bool((used > 1).any()):
+        if not bool((moved <= allowed).all()):  # NaN never holds
             # One copy of the lists is made for all, so those that soon would ask are served too.
-            stale = torch.nonzero(used > 0.5).flatten().tolist()
-            refused = self._search(graph, stale, keys)
-            assembly = self._assemble(keys, graph)
+            stale = torch.as_tensor(2 * moved <= allowed).logical_not().nonzero().flatten().tolist()
+            refused = self._search(here, stale, keys)
+            assembly = self._assemble(keys, here)
         self._assembly = assembly
-        return self._measure(assembly, graph, refused)
+        return self._measure(assembly, here, refused)
 
-    def _remembered(self, graph: AtomGraph, keys: list[int]) -> _Assembly:
-        pos, cell, pbc = graph.pos, graph.cell, graph.pbc
-        starts = [0, *graph.natoms.cumsum(0).tolist()]
+    def connect(self, graph: AtomGraph) -> AtomGraph:
+        """Return structures that were validated with their edges, as a graph builder does.
+
+        Raises:
+            StructureError: A structure cannot be searched, or its atoms overlap.
+        """
+        found = self(graph)
+        for k, reason in found.refused.items():
+            raise StructureError(f"{_title(graph, k)}: {reason}", index=k)
+        if len(found.lengths) and found.lengths.min().item() < MIN_DISTANCE:
+            source = found.edge_index[0, found.lengths.argmin()]
+            k = int(graph.batch[source])
+            first = int(graph.natoms[:k].sum())
+            edges = Edges(
+                (found.edge_index - first).cpu().numpy(), found.cell_offsets.cpu().numpy()
+            )
+            refuse_overlap(_title(graph, k), edges, found.lengths.cpu().numpy(), index=k)
+        return graph.replace(edge_index=found.edge_index, cell_offsets=found.cell_offsets)
+
+    def _remembered(self, here: _Geometry, keys: list[int]) -> _Assembly:
+        if self._assembly is not None and self._assembly.device != here.device:
+            self._known.clear()
         for k, key in enumerate(keys):
             known = self._known.get(key)
-            if known is None or len(known.pos) != starts[k + 1] - starts[k]:
-                unknown = pos.new_full((starts[k + 1] - starts[k], 3), _FAR)
-                self._known[key] = _empty(unknown, cell[k], pbc[k])
+            if known is None or len(known.pos) != here.sizes[k]:
+                self._known[key] = _unknown(here, k)
             self._known.move_to_end(key)
         while len(self._known) > _REMEMBERED * len(keys) + 1:
             self._known.popitem(last=False)
-        return self._assemble(keys, graph)
+        return self._assemble(keys, here)
 
-    def _assemble(self, keys: list[int], graph: AtomGraph) -> _Assembly:
+    def _assemble(self, keys: list[int], here: _Geometry) -> _Assembly:
         parts = [self._known[key] for key in keys]
-        device = graph.pos.device
-        counts = torch.tensor([part.edge_index.shape[1] for part in parts], device=device)
-        system = torch.arange(len(parts), device=device).repeat_interleave(counts)
-        first_atom = graph.natoms.cumsum(0) - graph.natoms
-        edge_index = torch.cat([part.edge_index.to(device) for part in parts], dim=1)
-        pbc = torch.stack([part.pbc.to(device) for part in parts])
+        xp: Any = np if here.device.type == "cpu" else torch
+        starts = here.starts
+        pbc = xp.stack([part.pbc for part in parts])
+        offsets = xp.concatenate([part.cell_offsets for part in parts])
+        counts = [part.edge_index.shape[1] for part in parts]
+        edges = [part.edge_index + first for part, first in zip(parts, starts, strict=False)]
+        periodic = bool(pbc.any())
+        shifts = np.ascontiguousarray(offsets.T, np.float64) if xp is np else offsets.T.double()
         return _Assembly(
-            keys,
-            torch.cat([part.pos.to(device) for part in parts]),
-            torch.stack([part.cell.to(device) for part in parts]),
-            pbc,
-            edge_index + first_atom[system],
-            torch.cat([part.cell_offsets.to(device) for part in parts]),
-            system,
-            pbc.any(dim=1),
-            torch.tensor([part.complete for part in parts], device=device),
+            keys=keys,
+            sizes=here.sizes,
+            device=here.device,
+            xp=xp,
+            pos=xp.concatenate([part.pos for part in parts]),
+            cell=xp.stack([part.cell for part in parts]),
+            pbc=pbc,
+            edge_index=xp.concatenate(edges, 1),
+            cell_offsets=offsets,
+            shifts=shifts if periodic else shifts[:0],
+            system=here.array(np.repeat(np.arange(len(parts)), counts)),
+            batch=here.array(np.repeat(np.arange(len(parts)), here.sizes)),
+            starts=here.array(starts[:-1]),
+            unlimited=here.array([math.inf if part.complete else 0.0 for part in parts]),
+            partial=[k for k, part in enumerate(pbc.sum(1).tolist()) if 0 < part < 3],
+            crystals=bool(pbc.all()),
         )
 
-    def _used_allowance(self, assembly: _Assembly, graph: AtomGraph) -> Tensor:
-        """Return how much of its allowance each structure has used; above 1 it must be searched."""
-        cell = _complete_like(graph, assembly)
-        changed = (cell != assembly.cell).flatten(1).any(dim=1)  # (n_graphs,)
-        stretched = torch.full_like(graph.cell[:, 0, 0], 1.0)
-        expected = assembly.pos
+    def _moved(self, assembly: _Assembly, here: _Geometry) -> tuple[Array, Array]:
+        """Return twice the largest move in each structure, and what its list allows, Å."""
+        xp, n_graphs = assembly.xp, len(here.sizes)
+        cell = _complete_like(here, assembly)
+        expected, stretched = assembly.pos, 1.0
+        changed = cell != assembly.cell
         if bool(changed.any()):
-            eye = torch.eye(3, dtype=cell.dtype, device=cell.device)
-            deformation = torch.linalg.solve(assembly.cell, cell)
-            deformation = torch.where(changed[:, None, None], deformation, eye)
-            stretched = torch.linalg.svdvals(deformation)[:, -1]
-            expected = torch.bmm(expected[:, None], deformation[graph.batch])[:, 0]
-        moved = (graph.pos - expected).square().sum(dim=1)
-        moved = moved.new_zeros(graph.n_graphs).scatter_reduce(0, graph.batch, moved, "amax")
+            deformation = xp.linalg.solve(assembly.cell, cell)
+            same = ~changed.reshape(n_graphs, 9).any(1)[:, None, None]
+            deformation = xp.where(same, here.array(np.eye(3)), deformation)
+            stretched = xp.linalg.svdvals(deformation)[:, -1]
+            expected = (expected[:, :, None] * deformation[assembly.batch]).sum(1)
+        moved = here.pos - expected
+        moved *= moved
+        moved = moved.sum(1)  # (n_atoms,)
+        if xp is np:
+            moved = np.maximum.reduceat(moved, assembly.starts)
+        else:
+            largest = moved.new_zeros(n_graphs)
+            moved = largest.scatter_reduce(0, assembly.batch, moved, "amax")
         allowed = stretched * (self.cutoff + self.skin) * (1 - _ROUNDING) - self.cutoff
-        used = 2 * moved.sqrt() / allowed.clamp(min=1e-300)
-        same = (graph.pbc == assembly.pbc).all(dim=1)
-        used = torch.where((allowed >= 0) & (used <= 1) & same, used, math.inf)
-        return torch.where(assembly.complete & same, 0.0, used)
+        allowed = allowed + assembly.unlimited
+        if bool((here.pbc != assembly.pbc).any()):
+            allowed = xp.where((here.pbc == assembly.pbc).all(1), allowed, -1.0)
+        return 2 * moved**0.5, allowed
 
-    def _search(self, graph: AtomGraph, stale: list[int], keys: list[int]) -> dict[int, str]:
+    def _search(self, here: _Geometry, stale: list[int], keys: list[int]) -> dict[int, str]:
         """Renew the lists of some structures; return why the others of them have none."""
-        reach, device = self.cutoff + self.skin, graph.pos.device
+        reach = self.cutoff + self.skin
         refused: dict[int, str] = {}
         waiting = {}  # what the device searches, all at once
         for k in stale:
-            pos, cell, pbc = graph.pos[slice(*_rows(graph, k))], graph.cell[k], graph.pbc[k]
-            if len(pos) <= _ALL_PAIRS and not bool(pbc.any()):
-                self._known[keys[k]] = _all_pairs(pos, pbc)
+            pos, cell, pbc = here.structure(k)
+            if len(pos) <= _ALL_PAIRS and not pbc.any():
+                self._keep(here, k, keys[k], *_all_pairs(len(pos)), complete=True)
                 continue
             self.n_searches += 1
-            arrays = pos.cpu().numpy(), cell.cpu().numpy(), pbc.cpu().numpy()
             try:
-                _refuse_collapse(*arrays, cutoff=self.cutoff)
-                if searches_on(device):
-                    waiting[k] = enclosed(*arrays, reach)
+                _refuse_collapse(pos, cell, pbc, cutoff=self.cutoff)
+                if searches_on(here.device):
+                    waiting[k] = enclosed(pos, cell, pbc, reach)
                 else:
-                    edges = neighbor_list(*arrays, reach)
-                    self._keep(graph, k, keys[k], *map(torch.from_numpy, edges))
+                    self._keep(here, k, keys[k], *neighbor_list(pos, cell, pbc, reach))
             except ValueError as error:
-                self._known[keys[k]] = _empty(torch.full_like(pos, _FAR), cell, pbc)
+                self._known[keys[k]] = _unknown(here, k)
                 refused[k] = str(error)
         if waiting:
-            found = search_pairs(list(waiting.values()), reach, device)
+            found = search_pairs(list(waiting.values()), reach, here.device)
             for k, pairs in zip(waiting, found, strict=True):
-                self._keep(graph, k, keys[k], *pairs)
+                self._keep(here, k, keys[k], *pairs)
         return refused
 
     def _keep(
-        self, graph: AtomGraph, k: int, key: int, edge_index: Tensor, cell_offsets: Tensor
+        self,
+        here: _Geometry,
+        k: int,
+        key: int,
+        edge_index: Array,
+        cell_offsets: Array,
+        *,
+        complete: bool = False,
     ) -> None:
-        complete = complete_cell(graph.cell[k].cpu().numpy(), graph.pbc[k].cpu().numpy())
-        device = graph.pos.device
+        pos, cell, pbc = here.structure(k)
         self._known[key] = _Candidates(
-            graph.pos[slice(*_rows(graph, k))].clone(),
-            torch.from_numpy(complete).to(device),
-            graph.pbc[k].clone(),
-            edge_index.to(device),
-            cell_offsets.to(device),
+            here.array(pos.copy()),
+            here.array(complete_cell(cell, pbc)),
+            here.array(pbc.copy()),
+            here.array(edge_index),
+            here.array(cell_offsets),
+            complete,
         )
 
     def _measure(
-        self, assembly: _Assembly, graph: AtomGraph, refused: dict[int, str]
+        self, assembly: _Assembly, here: _Geometry, refused: dict[int, str]
     ) -> MovingEdges:
-        source, target = assembly.edge_index
-        vectors = graph.pos.index_select(0, source) - graph.pos.index_select(0, target)
-        if bool(assembly.deformable.any()):
-            # Per component and without a matrix product, whose rounding depends on how many rows
-            # it has: a pair has the same length to the last bit in whatever batch it stands.
-            cell = graph.cell.index_select(0, assembly.system)  # (n_pairs, 3, 3)
+        edge_index, offsets = assembly.edge_index, assembly.cell_offsets
+        if assembly.xp is np:
+            lengths = pair_lengths(
+                here.pos, here.cell, edge_index, assembly.shifts, assembly.system
+            )
+            inside = np.flatnonzero(lengths < self.cutoff)
+            return MovingEdges(
+                torch.from_numpy(edge_index.take(inside, 1)),
+                torch.from_numpy(offsets.take(inside, 0)),
+                torch.from_numpy(lengths.take(inside)),
+                refused,
+            )
+        vectors = here.pos.index_select(0, edge_index[0]) - here.pos.index_select(0, edge_index[1])
+        if len(assembly.shifts):
+            # The arithmetic of pair_lengths, whose rounding does not depend on how many rows
+            # there are: a pair has the same length to the last bit in whatever batch it stands.
+            cell = here.cell.index_select(0, assembly.system)  # (n_pairs, 3, 3)
             for a in range(3):
-                vectors = vectors + assembly.cell_offsets[:, a, None] * cell[:, a]
+                vectors = vectors + assembly.shifts[a, :, None] * cell[:, a]
         squared = vectors.square()
         lengths = (squared[:, 0] + squared[:, 1] + squared[:, 2]).sqrt()
         inside = torch.nonzero(lengths < self.cutoff).flatten()
         return MovingEdges(
-            assembly.edge_index.index_select(1, inside),
-            assembly.cell_offsets.index_select(0, inside),
+            edge_index.index_select(1, inside),
+            offsets.index_select(0, inside),
             lengths.index_select(0, inside),
             refused,
         )
 
 
-def _rows(graph: AtomGraph, k: int) -> tuple[int, int]:
-    stop = int(graph.natoms[: k + 1].sum())
-    return stop - int(graph.natoms[k]), stop
+def _title(graph: AtomGraph, k: int) -> str:
+    return structure_name(k, graph.atomic_numbers[graph.batch == k].cpu().numpy())
 
 
-def _empty(pos: Tensor, cell: Tensor, pbc: Tensor) -> _Candidates:
+def _unknown(here: _Geometry, k: int) -> _Candidates:
     """Return a structure without pairs; its far positions make it be searched."""
-    eye = torch.eye(3, dtype=cell.dtype, device=cell.device)
-    none = torch.zeros(2, 0, dtype=torch.int64, device=pos.device)
-    return _Candidates(pos, eye, pbc.clone(), none, none.new_zeros(0, 3))
+    return _Candidates(
+        here.array(np.full((here.sizes[k], 3), _FAR)),
+        here.array(np.eye(3)),
+        here.array(here.structure(k)[2].copy()),
+        here.array(np.zeros((2, 0), np.int64)),
+        here.array(np.zeros((0, 3), np.int64)),
+    )
 
 
-def _all_pairs(pos: Tensor, pbc: Tensor) -> _Candidates:
+def _all_pairs(n_atoms: int) -> tuple[np.ndarray, np.ndarray]:
     """Return every pair of a molecule, in the order of a search: by target, then by source."""
-    pairs = torch.cartesian_prod(*[torch.arange(len(pos), device=pos.device)] * 2)  # (n², 2)
-    edge_index = pairs[pairs[:, 0] != pairs[:, 1]].T.flip(0).contiguous()
-    offsets = edge_index.new_zeros(edge_index.shape[1], 3)
-    eye = torch.eye(3, dtype=pos.dtype, device=pos.device)
-    return _Candidates(pos.clone(), eye, pbc.clone(), edge_index, offsets, complete=True)
+    target, source = np.nonzero(~np.eye(n_atoms, dtype=bool))
+    return np.stack([source, target]), np.zeros((len(source), 3), np.int64)
 
 
-def _complete_like(graph: AtomGraph, assembly: _Assembly) -> Tensor:
+def _complete_like(here: _Geometry, assembly: _Assembly) -> Array:
     """Return the present cells, completed as the reference cells are: (n_graphs, 3, 3)."""
-    cell = torch.where(graph.pbc[:, :, None], graph.cell, assembly.cell)
-    partial = graph.pbc.any(dim=1) & ~graph.pbc.all(dim=1)
-    for k in torch.nonzero(partial).flatten().tolist():
+    if assembly.crystals:
+        return here.cell
+    cell = assembly.xp.where(here.pbc[:, :, None], here.cell, assembly.cell)
+    for k in assembly.partial:
+        _, own, pbc = here.structure(k)
         try:
-            complete = complete_cell(graph.cell[k].cpu().numpy(), graph.pbc[k].cpu().numpy())
+            cell[k] = here.array(complete_cell(own, pbc))
         except ValueError:  # the search will say so
             continue
-        cell[k] = torch.from_numpy(complete).to(cell.device)
     return cell
 
 

@@ -1,6 +1,6 @@
-"""Neighbour lists of one structure: a fresh one, and one that is reused while atoms move little.
+"""The neighbour list of one structure: exact, and in one order; builders.py puts it into graphs.
 
-Both are exact and give the same edges in the same order; builders.py puts them into graphs.
+What is reused while atoms move is in moving.py, and gives the same edges to the last bit.
 """
 
 import math
@@ -99,96 +99,49 @@ def neighbor_list_with_lengths(
     return Edges(edge_index, offsets[order].astype(np.int64)), lengths[order]
 
 
-class SkinNeighborList:
-    """A neighbour list that is searched anew only after atoms have moved.
-
-    It keeps the pairs within ``cutoff + skin`` of a reference structure. While no atom has moved
-    more than half the skin since, they contain every pair within the cutoff, and measuring them is
-    all there is to do. A new cell, periodicity or number of atoms is searched anew. The result is
-    always that of :func:`neighbor_list`.
-
-    One instance may be used from several threads: the reference is exchanged as a whole.
-
-    Args:
-        cutoff: Å.
-        skin: Å; 0 searches every time.
-
-    Attributes:
-        n_searches: How often it had to search.
-    """
-
-    def __init__(self, cutoff: float, skin: float) -> None:
-        check_cutoff(cutoff)
-        if not (math.isfinite(skin) and skin >= 0):
-            raise ValueError(f"skin must be a finite length >= 0 Å, not {skin!r}")
-        self.cutoff = float(cutoff)
-        self.skin = float(skin)
-        self.n_searches = 0
-        self._reference: tuple[NDArray, NDArray, NDArray, Edges] | None = None
-
-    def __call__(
-        self, pos: NDArray[np.float64], cell: NDArray[np.float64], pbc: NDArray[np.bool_]
-    ) -> Edges:
-        """Return what :func:`neighbor_list` returns; same arguments, same errors."""
-        return self.with_lengths(pos, cell, pbc)[0]
-
-    def with_lengths(
-        self, pos: NDArray[np.float64], cell: NDArray[np.float64], pbc: NDArray[np.bool_]
-    ) -> tuple[Edges, NDArray[np.float64]]:
-        """Return what :func:`neighbor_list_with_lengths` returns."""
-        pos = np.asarray(pos, dtype=np.float64)
-        cell = np.asarray(cell, dtype=np.float64)
-        pbc = np.asarray(pbc, dtype=bool)
-        reference = self._reference
-        if reference is None or not self._holds(reference, pos, cell, pbc):
-            edges = neighbor_list(pos, cell, pbc, self.cutoff + self.skin)
-            reference = pos.copy(), cell.copy(), pbc.copy(), edges
-            self._reference = reference
-            self.n_searches += 1
-        edge_index, cell_offsets = reference[3]
-        lengths = edge_lengths(pos, cell, edge_index, cell_offsets)
-        inside = lengths < self.cutoff
-        return Edges(edge_index[:, inside], cell_offsets[inside]), lengths[inside]
-
-    def _holds(
-        self,
-        reference: tuple[NDArray, NDArray, NDArray, Edges],
-        pos: NDArray[np.float64],
-        cell: NDArray[np.float64],
-        pbc: NDArray[np.bool_],
-    ) -> bool:
-        old_pos, old_cell, old_pbc, _ = reference
-        if not (
-            old_pos.shape == pos.shape
-            and np.array_equal(old_cell, cell)
-            and np.array_equal(old_pbc, pbc)
-        ):
-            return False
-        # A hair less than half the skin, so that rounding cannot lose a pair; NaN never holds.
-        allowed = (0.5 * self.skin * (1 - 1e-9)) ** 2
-        moved = np.square(pos - old_pos).sum(axis=1)
-        return bool((moved <= allowed).all())
-
-
 def edge_lengths(
     pos: NDArray[np.float64],
     cell: NDArray[np.float64],
     edge_index: NDArray[np.int64],
     cell_offsets: NDArray[np.int64],
 ) -> NDArray[np.float64]:
-    """Measure edges of one structure: (n_edges,), Å.
+    """Measure edges of one structure: (n_edges,), Å."""
+    shifts = cell_offsets.T.astype(np.float64)
+    return pair_lengths(pos, cell[None], edge_index, shifts, edge_index[0])
+
+
+def pair_lengths(
+    pos: NDArray[np.float64],
+    cell: NDArray[np.float64],
+    edge_index: NDArray[np.int64],
+    shifts: NDArray[np.float64],
+    system: NDArray[np.int64],
+) -> NDArray[np.float64]:
+    """Measure pairs of a batch.
 
     Written per component, without a matrix product, whose rounding depends on how many rows it has:
-    an edge has the same length to the last bit in whatever list it stands.
+    a pair has the same length to the last bit in whatever list it stands.
+
+    Args:
+        pos: (n_atoms, 3), Å.
+        cell: (n_graphs, 3, 3), Å.
+        edge_index: (2, n_pairs), row 0 is j.
+        shifts: Image of j, (3, n_pairs), or (0, n_pairs) where nothing is periodic.
+        system: Structure of each pair, (n_pairs,); not looked at where there is one.
+
+    Returns:
+        (n_pairs,), Å.
     """
     source, target = edge_index
-    shifts = cell_offsets.T.astype(np.float64)  # (3, n_edges)
+    used = np.any(cell, axis=0)  # (3, 3)
     squared = np.zeros(len(source))
-    for k in range(3):
-        along = pos[:, k]
-        component = along[source] - along[target]
-        for a in np.flatnonzero(cell[:, k]):
-            component += shifts[a] * cell[a, k]
+    for k, along in enumerate(pos.T):
+        component = along[source]
+        component -= along[target]
+        for a, shift in enumerate(shifts):
+            if used[a, k]:
+                column = cell[:, a, k]
+                component += shift * (column if len(column) == 1 else column[system])
         component *= component
         squared += component
     return np.sqrt(squared, out=squared)

@@ -63,10 +63,9 @@ def test_edges_are_sorted_by_target_source_and_offset(builder):
     np.testing.assert_array_equal(keys, keys[np.lexsort(keys.T[::-1])])
 
 
-@pytest.mark.parametrize("skin", [0.0, 0.5])
-def test_a_batch_has_the_edges_of_its_structures(skin):
+def test_a_batch_has_the_edges_of_its_structures():
     structures = [slab(), molecule("H2O"), bulk("Cu"), Atoms("He")]
-    builder = RadiusGraph(3.9, skin=skin)
+    builder = RadiusGraph(3.9)
     batch = builder(structures)
     joined = AtomGraph.concatenate([RadiusGraph(3.9)(atoms) for atoms in structures])
     assert torch.equal(batch.edge_index, joined.edge_index)
@@ -141,18 +140,7 @@ def test_a_graph_keeps_its_dtype_gradient_and_labels_and_gets_new_edges():
     assert pos.grad is not None
 
 
-def test_a_skin_gives_the_same_graphs_along_a_walk():
-    rng = np.random.default_rng(0)
-    atoms = slab()
-    with_skin, without = RadiusGraph(4.0, skin=0.6), RadiusGraph(4.0)
-    for _ in range(12):
-        atoms.positions += rng.normal(0, 0.03, atoms.positions.shape)
-        one, other = with_skin([atoms, bulk("Cu")]), without([atoms, bulk("Cu")])
-        assert torch.equal(one.edge_index, other.edge_index)
-        assert torch.equal(one.cell_offsets, other.cell_offsets)
-
-
-@pytest.mark.parametrize("builder", [RadiusGraph(3.0, skin=0.4), NearestNeighborGraph(3.0, 5)])
+@pytest.mark.parametrize("builder", [RadiusGraph(3.0), NearestNeighborGraph(3.0, 5)])
 def test_builders_copy_and_pickle(builder):
     graph = builder(slab())
     for other in (copy.deepcopy(builder), pickle.loads(pickle.dumps(builder))):
@@ -167,8 +155,6 @@ def test_overlapping_atoms_are_refused_by_structure_and_pair():
         RadiusGraph(3.0)([bulk("Al"), atoms])
     assert caught.value.index == 1
     with pytest.raises(StructureError, match="apart"):
-        RadiusGraph(3.0, skin=0.5)(from_ase(atoms))
-    with pytest.raises(StructureError, match="apart"):
         NearestNeighborGraph(3.0, 2)(atoms)
 
 
@@ -182,8 +168,6 @@ def test_a_structure_that_cannot_be_searched_is_refused_by_name():
 def test_arguments_out_of_range_are_refused():
     with pytest.raises(ValueError, match="cutoff"):
         RadiusGraph(-1.0)
-    with pytest.raises(ValueError, match="skin"):
-        RadiusGraph(3.0, skin=float("nan"))
     with pytest.raises(ValueError, match="cutoff"):
         NearestNeighborGraph(float("inf"), 3)
     with pytest.raises(ValueError, match="max_neighbors"):

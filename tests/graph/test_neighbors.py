@@ -1,6 +1,4 @@
-"""Neighbour lists against ase.neighborlist, and the reused list against the fresh one."""
-
-import threading
+"""Neighbour lists against ase.neighborlist."""
 
 import numpy as np
 import pytest
@@ -9,7 +7,6 @@ from ase.neighborlist import neighbor_list as ase_neighbor_list
 from awkward import CUTOFFS, STRUCTURES, random_atoms, rattled
 
 from atomeq.graph.neighbors import (
-    SkinNeighborList,
     complete_cell,
     edge_lengths,
     neighbor_list,
@@ -97,11 +94,6 @@ def test_a_cutoff_that_is_no_length_is_refused(cutoff):
         neighbor_list(*arrays(bulk("Cu")), cutoff)
 
 
-def test_a_negative_skin_is_refused():
-    with pytest.raises(ValueError, match="skin must be"):
-        SkinNeighborList(3.0, -0.1)
-
-
 def test_a_periodic_direction_without_cell_vector_is_refused():
     with pytest.raises(ValueError, match=r"periodic in directions \[2\]"):
         complete_cell(np.diag([3.0, 3.0, 0.0]), np.array([False, False, True]))
@@ -140,82 +132,9 @@ def test_an_atom_too_far_from_the_others_is_refused(distance):
         neighbor_list(pos, np.zeros((3, 3)), np.zeros(3, bool), 2.0)
 
 
-def assert_same(edges, fresh):
-    np.testing.assert_array_equal(edges.edge_index, fresh.edge_index)
-    np.testing.assert_array_equal(edges.cell_offsets, fresh.cell_offsets)
-
-
-@pytest.mark.parametrize("pbc", [(1, 1, 1), (1, 0, 1), (0, 0, 0)])
-def test_reused_list_equals_fresh_list_on_a_random_walk(pbc):
-    rng = np.random.default_rng(11)
-    atoms = rattled(bulk("Cu", cubic=True) * (2, 2, 2))
-    atoms.pbc = pbc
-    reused = SkinNeighborList(4.1, 0.6)
-    n_steps = 60
-    for step in range(n_steps):
-        atoms.positions += rng.normal(0, 0.02, atoms.positions.shape)
-        if step % 15 == 14:
-            atoms.wrap()
-        if step == 40:
-            atoms.set_cell(atoms.cell.array * 1.01, scale_atoms=True)
-        assert_same(reused(*arrays(atoms)), neighbor_list(*arrays(atoms), 4.1))
-    assert 2 < reused.n_searches < n_steps / 2
-
-
-def test_reused_list_decides_pairs_on_the_border_like_the_fresh_one():
-    # A perfect crystal whose cutoff is a lattice length: every shell member sits on the border.
-    atoms = bulk("Cu", a=3.6, cubic=True) * (3, 3, 3)
-    reused = SkinNeighborList(3.6, 0.5)
-    reused(*arrays(atoms))
-    atoms.positions += [0.05, 0.11, -0.07]
-    assert_same(reused(*arrays(atoms)), neighbor_list(*arrays(atoms), 3.6))
-    assert reused.n_searches == 1
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda atoms: atoms.set_cell(atoms.cell.array * 1.001),
-        lambda atoms: atoms.set_pbc((True, True, False)),
-        lambda atoms: atoms.pop(),
-        lambda atoms: atoms.append("Cu"),
-        lambda atoms: atoms.positions.__setitem__((0, 0), 0.26),
-    ],
-    ids=["cell", "pbc", "fewer atoms", "more atoms", "half the skin"],
-)
-def test_reused_list_searches_anew_when_the_reference_does_not_hold(change):
-    atoms = bulk("Cu", cubic=True) * (2, 2, 2)
-    reused = SkinNeighborList(3.1, 0.5)
-    reused(*arrays(atoms))
-    change(atoms)
-    assert_same(reused(*arrays(atoms)), neighbor_list(*arrays(atoms), 3.1))
-    assert reused.n_searches == 2
-
-
-def test_reused_list_shared_by_threads_is_exact():
-    reused = SkinNeighborList(3.1, 0.5)
-    structures = [rattled(bulk(symbol, cubic=True) * (2, 2, 2)) for symbol in ("Cu", "Al", "Au")]
-    wrong = []
-
-    def work(atoms):
-        fresh = neighbor_list(*arrays(atoms), 3.1)
-        for _ in range(30):
-            edges = reused(*arrays(atoms))
-            if not np.array_equal(rows(edges), rows(fresh)):
-                wrong.append(atoms)
-
-    threads = [threading.Thread(target=work, args=(atoms,)) for atoms in structures]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
-
-
 def test_inputs_are_left_alone():
     atoms = STRUCTURES["slab with zero c"]()
     before = [array.copy() for array in arrays(atoms)]
     neighbor_list(*arrays(atoms), 4.0)
-    SkinNeighborList(4.0, 0.3)(*arrays(atoms))
     for array, old in zip(arrays(atoms), before, strict=True):
         np.testing.assert_array_equal(array, old)
