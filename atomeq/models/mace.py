@@ -367,6 +367,7 @@ class NonlinearInteraction(nn.Module):
             dim=1,
         )  # (n_edges, num_radial + 2 C)
         hidden, last = self.radial[:-1](known), self.radial[-1]
+        assert isinstance(last, nn.Linear)
         parts = zip(last.weight.split(self.n_weights), last.bias.split(self.n_weights), strict=True)
         weights = (nn.functional.linear(hidden, *part) for part in parts)
         if edges.envelope is not None:

@@ -4,11 +4,6 @@ import math
 from functools import partial
 from typing import Any
 
-from checkers import esen, oc20
-from checkers.cases import Case, FolderCase, Tensors, compare_all
-from checkers.oc20 import FIRST_EDGES
-from checkers.report import Report
-from checkers.taps import Taps, first_rows
 from torch import Tensor
 
 from atomeq.graph.atom_graph import AtomGraph
@@ -16,6 +11,11 @@ from atomeq.nn.attention import degree_rescale, relative_softmax
 from atomeq.ops.edge.wigner import build_edge_frame
 from atomeq.potential.official_equiformer_v3 import EQUIFORMER_V3
 from atomeq.potential.official_names import build_official, official_weights
+from checkers import esen, oc20
+from checkers.cases import Case, FolderCase, Tensors, compare_all
+from checkers.oc20 import FIRST_EDGES
+from checkers.report import Report
+from checkers.taps import Taps, first_rows
 
 
 def handles(case: Case) -> bool:

@@ -3,11 +3,6 @@
 from functools import partial
 from typing import Any
 
-from checkers import materials, oc20
-from checkers.cases import Case, FolderCase, Tensors, compare_all
-from checkers.oc20 import FIRST_EDGES
-from checkers.report import Report
-from checkers.taps import Taps, first_rows
 from torch import Tensor
 
 from atomeq.graph.atom_graph import AtomGraph
@@ -15,6 +10,11 @@ from atomeq.ops.segment.operations import segment_sum
 from atomeq.potential.derivatives import energy_and_gradients
 from atomeq.potential.official_esen import ESEN
 from atomeq.potential.official_names import build_official, official_weights
+from checkers import materials, oc20
+from checkers.cases import Case, FolderCase, Tensors, compare_all
+from checkers.oc20 import FIRST_EDGES
+from checkers.report import Report
+from checkers.taps import Taps, first_rows
 
 
 def handles(case: Case) -> bool:

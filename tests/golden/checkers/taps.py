@@ -4,8 +4,9 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
-from checkers.cases import Tensors
 from torch import Tensor, nn
+
+from checkers.cases import Tensors
 
 
 class Taps:
