@@ -27,7 +27,7 @@ from atomeq.cli.structures import versions
 from atomeq.cli.terminal import Meter, say
 from atomeq.files import refuse_unwritable, write_atomically
 from atomeq.graph.files import read_structures
-from atomeq.ops.dispatch import AUTO_ORDER, backends, chosen_backend, refusal
+from atomeq.ops.dispatch import AUTO_ORDER, backends, chosen_backend, distrust, refusal
 from atomeq.ops.explain import kernels_here
 from atomeq.ops.specification import OpSpec
 from atomeq.potential.checkpoint import load_potential, untrained_potential
@@ -213,11 +213,16 @@ def _backends() -> Iterator[str]:
 def _served(name: str, device: torch.device) -> str:
     """Say which operations a backend serves, or why none."""
     specs = [OpSpec(op, 2, 2, 64, 1000, torch.float32, device) for op in _OPERATIONS]
-    refusals = {spec.op: refusal(name, spec) for spec in specs}
+    refusals = {spec.op: refusal(name, spec) or _distrust(name, spec) for spec in specs}
     served = [op for op, reason in refusals.items() if reason is None]
     if len(served) == len(refusals):
         return "serves everything"
     return f"serves {', '.join(served)}" if served else f"{refusals['cg_conv']}"
+
+
+def _distrust(name: str, spec: OpSpec) -> str | None:
+    """Say what keeps auto from a backend that could serve."""
+    return distrust(name, spec) if name in AUTO_ORDER else None
 
 
 def _installed(module: str) -> str:

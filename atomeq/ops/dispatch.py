@@ -22,7 +22,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache, lru_cache, wraps
+from functools import cache, lru_cache, partial, wraps
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
@@ -30,6 +30,7 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 
+from atomeq.ops.self_check import Example, deviation
 from atomeq.ops.specification import OpSpec, Size
 from atomeq.ops.tables import constant_in_traces
 
@@ -50,7 +51,8 @@ BACKENDS: dict[str, str] = {
     "triton": "atomeq.ops.{family}.triton.kernels",
 }
 KERNELS = frozenset(name for name, path in BACKENDS.items() if "{family}" in path)  # our own
-AUTO_ORDER: tuple[str, ...] = ("cpu", "reference")  # the fastest first; others serve when named
+AUTO_ORDER: tuple[str, ...] = ("cpu", "triton", "reference")  # the fastest first; others if named
+PROVED = frozenset({"triton"})  # these serve unasked what they have proved themselves in
 ENVIRONMENT_VARIABLE = "ATOMEQ_BACKEND"
 _GROUP = "atomeq.backends"
 
@@ -64,25 +66,31 @@ class Operation(NamedTuple):
         reference: The function as it is written: the truth, in plain torch.
         by_kernels: The same in terms of what is registered with torch, with the name of the
             kernels as one argument more, ``kernels``; None if no kernels of ours have it.
+        example: A random problem by which kernels prove themselves, see self_check.
     """
 
     name: str
     family: str
     reference: Callable[..., Any]
     by_kernels: Callable[..., Any] | None
+    example: Callable[[Size], Example] | None
 
 
 OPERATIONS: dict[str, Operation] = {}
 
 
 def operation(
-    verify: Callable[P, Size], *, by_kernels: Callable[..., Any] | None = None
+    verify: Callable[P, Size],
+    *,
+    by_kernels: Callable[..., Any] | None = None,
+    example: Callable[[Size], Example] | None = None,
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Let backends serve a function that is written in plain torch.
 
     Args:
         verify: Refuses arguments that do not fit together; returns what the choice depends on.
         by_kernels: See :class:`Operation`.
+        example: See :class:`Operation`; without one no kernels serve unasked on a GPU.
 
     Returns:
         A decorator. The function verifies its arguments and hands them to whoever serves the call.
@@ -90,7 +98,7 @@ def operation(
 
     def decorate(reference: Callable[P, R]) -> Callable[P, R]:
         name, family = reference.__name__, reference.__module__.split(".")[-2]
-        OPERATIONS[name] = Operation(name, family, reference, by_kernels)
+        OPERATIONS[name] = Operation(name, family, reference, by_kernels, example)
 
         @wraps(reference)
         def served(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -235,6 +243,8 @@ def _serving(asked_for: str, order: tuple[str, ...], repeatable: bool, op: str, 
     reasons = []  # the reference refuses nothing, so auto finds somebody
     for name in order if asked_for == "auto" else (asked_for,):
         reason = _refusal(name, op, *size)
+        if reason is None and asked_for == "auto":
+            reason = _distrust(name, op, *size)
         if reason is None:
             return "reference" if _left(name, op, *size) else name
         reasons.append(reason)
@@ -255,6 +265,44 @@ def _refusal(name: str, op: str, *size: Any) -> str | None:
     if reason is None:
         _announce(op, name)
     return reason
+
+
+def distrust(name: str, spec: OpSpec) -> str | None:
+    """Return why ``auto`` passes over a backend that does not refuse a call, or None.
+
+    The first call of its degrees and dtype on a device compares value and gradients with the
+    reference on a small random problem; what deviates or does not compile is logged once.
+    """
+    if name not in PROVED or by_torch(name, spec):
+        return None
+    _, *size = spec._replace(n_edges=1)
+    return _proof(name, spec.op, torch.get_float32_matmul_precision(), *size)
+
+
+@cache
+def _proof(name: str, op: str, precision: str, *size: Any) -> str | None:
+    """Return what the self-check finds; it depends on how matrices are multiplied."""
+    known = OPERATIONS[op]
+    if known.example is None or known.by_kernels is None:
+        return "it has no self-check"
+    by_kernels = partial(known.by_kernels, kernels=name)
+    found = deviation(known.example, known.reference, by_kernels, Size(*size))
+    if found is None:
+        return None
+    logger.warning(
+        "the %s kernels of %s failed their self-check (%s) and plain torch serves it; "
+        "ATOMEQ_BACKEND=%s takes them nevertheless",
+        name,
+        op,
+        found,
+        name,
+    )
+    return f"its self-check failed: {found}"
+
+
+@constant_in_traces
+def _distrust(name: str, op: str, *size: Any) -> str | None:
+    return distrust(name, OpSpec(op, *size))
 
 
 @constant_in_traces

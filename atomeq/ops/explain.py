@@ -4,9 +4,16 @@ from dataclasses import dataclass
 
 import torch
 
+import atomeq.ops.coupling.operations
+import atomeq.ops.coupling.symmetric_contraction
+import atomeq.ops.edge.operations
+import atomeq.ops.harmonics.operations
+import atomeq.ops.segment.operations
+import atomeq.ops.sphere.gaunt
+import atomeq.ops.sphere.operations  # noqa: F401 - an operation is known once it is imported
 from atomeq.ops.c_compiler import unavailable
 from atomeq.ops.costs import MACHINES, Floor, cost
-from atomeq.ops.dispatch import AUTO_ORDER, backends, by_torch, chosen_backend, refusal
+from atomeq.ops.dispatch import AUTO_ORDER, backends, by_torch, chosen_backend, distrust, refusal
 from atomeq.ops.specification import Mode, OpSpec
 
 # Functions of atomeq.ops that call an operation of another name.
@@ -114,6 +121,9 @@ def explain(
     work = cost(spec)
     asked_for = chosen_backend()
     reasons = {name: refusal(name, spec) for name in backends()}
+    for name in AUTO_ORDER:
+        if reasons[name] is None and name != asked_for:
+            reasons[name] = distrust(name, spec)
     auto = next((name for name in AUTO_ORDER if reasons[name] is None), None)
     named = asked_for if asked_for != "auto" and reasons[asked_for] is None else None
     backend = auto if asked_for == "auto" else named

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from jaxtyping import Float
 from torch import Tensor
 
-from atomeq.ops.coupling import registered
+from atomeq.ops.coupling import examples, registered
 from atomeq.ops.coupling.clebsch_gordan import Form, form_of
 from atomeq.ops.coupling.radial import couple_radially
 from atomeq.ops.coupling.reference import coupled
@@ -60,7 +60,7 @@ def _product_by_kernels(
     return product.reshape(*batch, *product.shape[1:])
 
 
-@operation(_verified_product, by_kernels=_product_by_kernels)
+@operation(_verified_product, by_kernels=_product_by_kernels, example=examples.product)
 def tensor_product(
     x: Features,
     y: Float[Tensor, "..."],
@@ -139,7 +139,7 @@ def _conv_by_kernels(
     return registered.couple(x, y, weights, (source, target), n_atoms, form, kernels)
 
 
-@operation(_verified_conv, by_kernels=_conv_by_kernels)
+@operation(_verified_conv, by_kernels=_conv_by_kernels, example=examples.convolution)
 def cg_conv(
     x: NodeFeatures,
     y: Float[Tensor, "n_edges ..."],

@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from atomeq.ops.coupling import symmetric_contraction_registered as registered
+from atomeq.ops.coupling.examples import contraction
 from atomeq.ops.coupling.symmetric_contraction_basis import SymmetricForm, Term, form_of
 from atomeq.ops.dispatch import operation
 from atomeq.ops.specification import Size, size_of
@@ -34,7 +35,7 @@ def _verified(
     return size_of(x, len(x), lmax=form.lmax, channels=x.shape[2])
 
 
-@operation(_verified, by_kernels=registered.symmetric_contraction)
+@operation(_verified, by_kernels=registered.symmetric_contraction, example=contraction)
 def symmetric_contraction(
     x: NodeFeatures,
     weights: Float[Tensor, "n_species n_columns channels"],

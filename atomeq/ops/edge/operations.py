@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from atomeq.ops.dispatch import operation
-from atomeq.ops.edge import by_kernels, reference
+from atomeq.ops.edge import by_kernels, examples, reference
 from atomeq.ops.edge.frame import EdgeFrame, Side
 from atomeq.ops.edge.so2_shape import so2_shape
 from atomeq.ops.specification import Size, size_of
@@ -31,7 +31,7 @@ def _verified_in(x: NodeFeatures, frame: EdgeFrame, *, side: Side = "source") ->
     return _size(x, frame)
 
 
-@operation(_verified_in, by_kernels=by_kernels.rotate_to_edge)
+@operation(_verified_in, by_kernels=by_kernels.rotate_to_edge, example=examples.into_frame)
 def rotate_to_edge(
     x: NodeFeatures, frame: EdgeFrame, *, side: Side = "source"
 ) -> Float[Tensor, "n_edges n_rows c_out"]:
@@ -72,7 +72,7 @@ def _verified_out(
     return _size(y, frame)
 
 
-@operation(_verified_out, by_kernels=by_kernels.rotate_from_edge)
+@operation(_verified_out, by_kernels=by_kernels.rotate_from_edge, example=examples.out_of_frame)
 def rotate_from_edge(
     y: RowFeatures,
     frame: EdgeFrame,
@@ -162,7 +162,7 @@ def _verified_map(
     return size_of(x, x.shape[0], lmax=lmax, mmax=mmax, channels=x.shape[2])
 
 
-@operation(_verified_map, by_kernels=by_kernels.so2_linear_with_scalars)
+@operation(_verified_map, by_kernels=by_kernels.so2_linear_with_scalars, example=examples.so2_map)
 def so2_linear_with_scalars(
     x: RowFeatures,
     weights: Sequence[Tensor],
@@ -222,7 +222,7 @@ def _verified_layer(
     return _size(x, frame)
 
 
-@operation(_verified_layer, by_kernels=by_kernels.escn_conv)
+@operation(_verified_layer, by_kernels=by_kernels.escn_conv, example=examples.layer)
 def escn_conv(
     x: NodeFeatures,
     frame: EdgeFrame,

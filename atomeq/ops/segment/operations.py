@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from atomeq.ops.dispatch import operation
-from atomeq.ops.segment import registered
+from atomeq.ops.segment import examples, registered
 from atomeq.ops.specification import Size, size_of
 
 Members = Float[Tensor, "n_members *features"]
@@ -24,7 +24,7 @@ def _verified(x: Members, index: SegmentIndex, n_segments: int) -> Size:
     return size_of(x, x.shape[0], channels=math.prod(x.shape[1:]))
 
 
-@operation(_verified, by_kernels=registered.segment_sum)
+@operation(_verified, by_kernels=registered.segment_sum, example=examples.members)
 def segment_sum(
     x: Members, index: SegmentIndex, n_segments: int
 ) -> Float[Tensor, "n_segments *features"]:
@@ -64,7 +64,7 @@ def segment_mean(
     return segment_sum(x, index, n_segments) / counts.view(-1, *(1 for _ in x.shape[1:]))
 
 
-@operation(_verified, by_kernels=registered.segment_softmax)
+@operation(_verified, by_kernels=registered.segment_softmax, example=examples.members)
 def segment_softmax(
     x: Members, index: SegmentIndex, n_segments: int
 ) -> Float[Tensor, "n_members *features"]:

@@ -20,6 +20,7 @@ from torch import Tensor
 from atomeq.ops.dispatch import operation
 from atomeq.ops.harmonics.polynomials import harmonic_polynomials
 from atomeq.ops.specification import Size, size_of
+from atomeq.ops.sphere.examples import factors
 from atomeq.ops.sphere.pointwise import pointwise_product
 from atomeq.ops.sphere.registered import sphere_form
 from atomeq.ops.tables import constant_table, table_like
@@ -49,7 +50,7 @@ def _by_kernels(x: Tensor, y: Tensor, lmax: int, *, kernels: str) -> Tensor:
     return product.reshape(*x.shape[:-2], *product.shape[1:])
 
 
-@operation(_verified, by_kernels=_by_kernels)
+@operation(_verified, by_kernels=_by_kernels, example=factors)
 def gaunt_product(
     x: Float[Tensor, "*batch n1 channels"],
     y: Float[Tensor, "*batch n2 channels"],

@@ -15,7 +15,7 @@ from atomeq.ops.blocks import blocks
 from atomeq.ops.dispatch import operation
 from atomeq.ops.orders import coefficient_index
 from atomeq.ops.specification import Size, size_of
-from atomeq.ops.sphere import registered
+from atomeq.ops.sphere import examples, registered
 from atomeq.ops.sphere.grid import SphereGrid
 from atomeq.ops.sphere.silu import silu_on_grid
 
@@ -61,7 +61,7 @@ def sphere_pointwise(
     return torch.cat(results).reshape(*x.shape[:-2], -1, x.shape[-1])
 
 
-@operation(_verified, by_kernels=registered.sphere_silu)
+@operation(_verified, by_kernels=registered.sphere_silu, example=examples.features)
 def sphere_silu(
     x: Float[Tensor, "n n_rows channels"], grid: SphereGrid
 ) -> Float[Tensor, "n n_rows channels"]:
