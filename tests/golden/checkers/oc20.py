@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from atomeq.graph.atom_graph import AtomGraph
 from atomeq.models.base import AtomisticModel
-from atomeq.models.equiformer_v2 import EquiformerV2
 from atomeq.models.escn_published import ENERGY_SCALE, PublishedESCN
 from atomeq.ops.edge.wigner import build_edge_frame
 from atomeq.ops.orders import coefficient_index, m_primary_order
@@ -63,13 +62,11 @@ def compute(model: Any, graph: AtomGraph, rotation: Tensor) -> Tensors:
 
 def raw_energies(model: Any, graph: AtomGraph, energies: Tensor) -> Tensor:
     """Return the head's numbers before their scale and reference."""
-    if isinstance(model, EquiformerV2):
-        if model.linear_energies is not None:
-            energies = energies - model.linear_energies[graph.atomic_numbers]
-        return energies * model.energy_divisor
+    if getattr(model, "linear_energies", None) is not None:
+        energies = energies - model.linear_energies[graph.atomic_numbers]
     if model.energy_reduce == "mean":
         return energies * graph.natoms[graph.batch]
-    return energies / ENERGY_SCALE
+    return energies * getattr(model, "energy_divisor", 1 / ENERGY_SCALE)
 
 
 def full_wigner(model: Any, graph: AtomGraph, rotation: Tensor, n_sph: int) -> Tensor:
