@@ -34,6 +34,11 @@ _REMEMBERED = 8  # lists kept of structures that left, per structure that is her
 Array = Any  # np.ndarray on a CPU, else torch.Tensor
 
 
+def uses_numpy(device: torch.device) -> bool:
+    """Whether arrays of a device are NumPy's."""
+    return device.type == "cpu"
+
+
 class MovingEdges(NamedTuple):
     """The edges of a batch.
 
@@ -62,7 +67,7 @@ class _Geometry(NamedTuple):
     @classmethod
     def of(cls, graph: AtomGraph) -> "_Geometry":
         pos, cell, pbc = graph.pos.detach(), graph.cell.detach(), graph.pbc
-        if graph.pos.device.type == "cpu":
+        if uses_numpy(graph.pos.device):
             pos, cell, pbc = pos.numpy(), cell.numpy(), pbc.numpy()
         return cls(pos, cell, pbc, graph.natoms.tolist(), graph.pos.device)
 
@@ -75,11 +80,11 @@ class _Geometry(NamedTuple):
         """Return one structure's positions, cell and periodicity in NumPy's arrays."""
         stop = sum(self.sizes[: k + 1])
         arrays = self.pos[stop - self.sizes[k] : stop], self.cell[k], self.pbc[k]
-        return arrays if self.device.type == "cpu" else tuple(x.cpu().numpy() for x in arrays)
+        return arrays if uses_numpy(self.device) else tuple(x.cpu().numpy() for x in arrays)
 
     def array(self, value: Any) -> Array:
         """Return a NumPy array, a list or a tensor as an array of this device."""
-        if self.device.type == "cpu":
+        if uses_numpy(self.device):
             return np.asarray(value)
         return torch.as_tensor(value, device=self.device)
 
@@ -203,7 +208,7 @@ class MovingNeighbors:
 
     def _assemble(self, keys: list[int], here: _Geometry) -> _Assembly:
         parts = [self._known[key] for key in keys]
-        xp: Any = np if here.device.type == "cpu" else torch
+        xp: Any = np if uses_numpy(here.device) else torch
         starts = here.starts
         pbc = xp.stack([part.pbc for part in parts])
         offsets = xp.concatenate([part.cell_offsets for part in parts])

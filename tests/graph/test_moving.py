@@ -10,6 +10,7 @@ from awkward import STRUCTURES, rattled
 from structures import RATTLED
 
 from atomeq.dynamics.state import prepare
+from atomeq.graph import moving
 from atomeq.graph.builders import RadiusGraph
 from atomeq.graph.convert import StructureError, from_ase
 from atomeq.graph.moving import MovingNeighbors
@@ -24,6 +25,14 @@ def assert_fresh(neighbors, graph):
     assert torch.equal(edges.cell_offsets, fresh.cell_offsets)
 
 
+@pytest.fixture(params=["arrays", "tensors"])
+def kind(request, monkeypatch):
+    """What a CPU computes with, and what any other device does."""
+    if request.param == "tensors":
+        monkeypatch.setattr(moving, "uses_numpy", lambda device: False)
+
+
+@pytest.mark.usefixtures("kind")
 @pytest.mark.parametrize("deforming", [False, True])
 def test_edges_are_those_of_a_fresh_search(deforming):
     graph = prepare([make() for make in RATTLED.values()])
@@ -36,6 +45,7 @@ def test_edges_are_those_of_a_fresh_search(deforming):
     assert neighbors.n_searches < 3 * 8
 
 
+@pytest.mark.usefixtures("kind")
 def test_structures_that_leave_and_return_are_recognised():
     graph = prepare([make() for make in RATTLED.values()])
     neighbors = MovingNeighbors(CUTOFF, 0.8)
@@ -44,6 +54,7 @@ def test_structures_that_leave_and_return_are_recognised():
     assert neighbors.n_searches == 2  # the third is a molecule
 
 
+@pytest.mark.usefixtures("kind")
 def test_a_small_molecule_is_never_searched():
     graph = prepare([cluster(9, 1), cluster(3, 2)])
     neighbors = MovingNeighbors(CUTOFF, 0.0)
@@ -52,6 +63,7 @@ def test_a_small_molecule_is_never_searched():
     assert neighbors.n_searches == 0
 
 
+@pytest.mark.usefixtures("kind")
 def test_a_collapsed_cell_is_refused_before_it_is_searched():
     graph = prepare([make() for make in RATTLED.values()])
     cell = graph.cell.clone()
@@ -119,6 +131,7 @@ def test_a_structure_is_searched_anew_when_its_reference_does_not_hold(change, n
     assert neighbors.n_searches == n_searches
 
 
+@pytest.mark.usefixtures("kind")
 @pytest.mark.parametrize("name", sorted(set(STRUCTURES) - {"overlapping", "empty"}))
 def test_awkward_structures_have_their_edges_and_are_left_alone(name):
     graph = from_ase(STRUCTURES[name]())
