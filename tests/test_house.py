@@ -338,6 +338,20 @@ def test_nothing_imports_upward() -> None:
     assert result.returncode == 0, result.stdout + result.stderr
 
 
+@pytest.fixture(scope="module")
+def bare_house(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every file of the package, without what it imports: there the contracts hold."""
+    house = tmp_path_factory.mktemp("house")
+    for file in (ROOT / "atomeq").rglob("*.py"):
+        bare = house / file.relative_to(ROOT)
+        bare.parent.mkdir(parents=True, exist_ok=True)
+        bare.touch()
+    shutil.copy(ROOT / "atomeq/__init__.py", house / "atomeq/__init__.py")
+    shutil.copy(ROOT / "pyproject.toml", house)
+    assert lint_imports(house).returncode == 0
+    return house
+
+
 @pytest.mark.parametrize(
     ("path", "source"),
     [
@@ -348,19 +362,14 @@ def test_nothing_imports_upward() -> None:
         ("models/egnn.py", "from atomeq.models import escn\n"),
     ],
 )
-def test_floors_have_teeth(path: str, source: str, tmp_path: Path) -> None:
+def test_floors_have_teeth(path: str, source: str, bare_house: Path) -> None:
     """The contracts of pyproject.toml refuse an offending import in an otherwise bare house."""
-    for file in (ROOT / "atomeq").rglob("*.py"):
-        bare = tmp_path / file.relative_to(ROOT)
-        bare.parent.mkdir(parents=True, exist_ok=True)
-        bare.touch()
-    shutil.copy(ROOT / "atomeq/__init__.py", tmp_path / "atomeq/__init__.py")
-    shutil.copy(ROOT / "pyproject.toml", tmp_path)
-    offender = tmp_path / "atomeq" / path
-    assert offender.exists()
-    assert lint_imports(tmp_path).returncode == 0
+    offender = bare_house / "atomeq" / path
+    before = offender.read_text()
     offender.write_text(source)
-    assert lint_imports(tmp_path).returncode == 1
+    result = lint_imports(bare_house)
+    offender.write_text(before)
+    assert result.returncode == 1
 
 
 def test_every_room_has_a_floor() -> None:
