@@ -120,6 +120,9 @@ class TrainingCLI(LightningCLI):
     def __init__(self, args: list[str]) -> None:
         self.kind = TASKS[_task_name(args)]
         self.replaced: list[Path] = []
+        # A parser knows every argument of every class and is slow to build: that of this verb alone.
+        verbs = {verb: skipped for verb, skipped in self.subcommands().items() if verb in args[:1]}
+        self.subcommands = lambda: verbs
         super().__init__(
             self.kind.task,
             self.kind.data,
@@ -128,7 +131,7 @@ class TrainingCLI(LightningCLI):
             save_config_callback=SaveConfig,
             trainer_defaults={"callbacks": [LogEpochs(quiet=sys.stderr.isatty()), ModelCard()]},
             parser_class=TrainingParser,
-            parser_kwargs={"prog": "atomeq", **{k: {"description": v} for k, v in HELP.items()}},
+            parser_kwargs={"prog": "atomeq", **{v: {"description": HELP[v]} for v in verbs}},
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
             args=args,
