@@ -322,7 +322,7 @@ class Interaction(nn.Module):
         sums = convolve(sent, weights, edges.harmonics, edges.edge_index, self.paths)
         sums = self.mix(sums)
         if self.density is not None:
-            count = _density(self.density(edges.radial), edges, len(species))
+            count = _density(self.density(edges.radial), edges, species.shape[0])
             sums = {irrep: y / (count + 1.0) for irrep, y in sums.items()}
         if self.residual:
             return sums, self.skip(x, species)
@@ -372,7 +372,7 @@ class NonlinearInteraction(nn.Module):
         weights = (nn.functional.linear(hidden, *part) for part in parts)
         if edges.envelope is not None:
             weights = (weight * edges.envelope for weight in weights)
-        count = self.beta * _density(self.density(known), edges, len(species)) + self.alpha
+        count = self.beta * _density(self.density(known), edges, species.shape[0]) + self.alpha
         mixed = convolve(sent, weights, edges.harmonics, edges.edge_index, self.paths)
         mixed = self.mix(mixed)
         kept = self.keep(sent)

@@ -71,7 +71,7 @@ def convolve(
         own = weight.unflatten(1, (len(some), -1))  # (n_edges, n_paths, C)
         rows = nn.functional.pad(x[entry], (0, 0, entry.l**2, 0))  # degrees below are not read
         numbers = [path for path, _ in some]
-        sums = cg_conv(rows, harmonics, own, edge_index, len(rows), numbers, output="paths")
+        sums = cg_conv(rows, harmonics, own, edge_index, rows.shape[0], numbers, output="paths")
         sizes = [2 * path.l3 + 1 for path in numbers]
         for (_, irrep), part in zip(some, sums.split(sizes, dim=1), strict=True):
             parts.setdefault(irrep, []).append(part)

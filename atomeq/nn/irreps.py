@@ -135,7 +135,7 @@ class IrrepsLinear(nn.Module):
         for irrep, channels in self.outputs.items():
             if str(irrep) not in self.weights:
                 some = next(iter(x.values()))
-                result[irrep] = some.new_zeros(len(some), 2 * irrep.l + 1, channels)
+                result[irrep] = some.new_zeros(some.shape[0], 2 * irrep.l + 1, channels)
                 continue
             weight = self.weights[str(irrep)] / math.sqrt(self.fans[irrep])
             y = x[irrep] @ weight

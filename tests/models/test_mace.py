@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+from ase.build import bulk
 from structures import RATTLED
 
 from atomeq.models.mace import MACE
+from atomeq.potential.export import _exported, graph_fields
 from atomeq.potential.potential import Potential
+from atomeq.potential.references import AtomicReferences
 
 
 def test_forces_can_be_trained():
@@ -18,6 +21,22 @@ def test_forces_can_be_trained():
     forces.square().sum().backward()
     without = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
     assert without == []
+
+
+def test_a_trace_holds_for_every_size():
+    """What an export needs: no number of atoms, edges or graphs is bound to the example's."""
+    torch.manual_seed(0)
+    arguments = {"irreps": "4x0e+4x1o", "lmax_edge": 1, "correlation": 2, "radial_channels": [8]}
+    model = MACE(4.0, **arguments, readout_channels=4, elements=[8, 12])
+    potential = Potential(model, AtomicReferences({8: -1.0, 12: -2.0})).requires_grad_(False)
+    traced = _exported(potential.eval()).module()
+    atoms = bulk("MgO", "rocksalt", a=4.21, cubic=True)
+    atoms.rattle(0.1, seed=1)
+    graph = potential.build_graph(atoms)
+    energy, _, forces, _ = traced(*(graph[name] for name in graph_fields(model)))
+    expected = potential(graph, ("energy", "forces"))
+    torch.testing.assert_close(energy.to(expected["energy"]), expected["energy"])
+    torch.testing.assert_close(forces.to(expected["forces"]), expected["forces"])
 
 
 def test_soft_transform_leaves_long_distances_and_shortens_none_below_its_inner_radius():

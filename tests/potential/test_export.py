@@ -211,7 +211,9 @@ def test_the_verb_compiles_the_shipped_potential(tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["egnn", "escn", "segno", "equiformer_v2", "equihgnn"])
+@pytest.mark.parametrize(
+    "name", ["egnn", "escn", "segno", "equiformer_v2", "equihgnn", "mace", "nequip"]
+)
 def test_models_of_the_configurations_compile(name, tmp_path):
     potential = untrained_potential(CONFIGS / f"{name}.yaml")
     compiled = load_compiled(export_potential(potential, tmp_path / "x.pt2"))

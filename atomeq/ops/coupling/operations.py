@@ -240,7 +240,8 @@ def _check_weights(
     expected = (n_paths, channels1)
     if mode == "uvw":
         expected, shape = (*expected, channels2), shape[:-1]
-    if shape not in (expected, (*batch, *expected)):
+    # Lengths first: tuples are compared number by number, which would bind a trace to its sizes.
+    if shape != (expected if len(shape) == len(expected) else (*batch, *expected)):
         more = ", W" if mode == "uvw" else ""
         raise ValueError(
             f"weights are {tuple(weights.shape)}; mode {mode} with {n_paths} paths needs "

@@ -32,7 +32,7 @@ def _verified(
         )
     if species.shape != x.shape[:1]:
         raise ValueError(f"species are {tuple(species.shape)} for {len(x)} atoms")
-    return size_of(x, len(x), lmax=form.lmax, channels=x.shape[2])
+    return size_of(x, x.shape[0], lmax=form.lmax, channels=x.shape[2])
 
 
 @operation(_verified, by_kernels=registered.symmetric_contraction, example=contraction)
@@ -69,7 +69,7 @@ def symmetric_contraction(
     column, row = table_like(_pairs, form, like=x)
     coupled = table_like(_coefficients, form, like=x) @ monomials  # (n_atoms, n_pairs, C)
     weighted = coupled * weights.index_select(0, species)[:, column]
-    return x.new_zeros(len(x), form.n_rows, x.shape[2]).index_add(1, row, weighted)
+    return x.new_zeros(x.shape[0], form.n_rows, x.shape[2]).index_add(1, row, weighted)
 
 
 def _monomials_and_pairs(
