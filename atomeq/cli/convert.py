@@ -16,6 +16,7 @@ def convert(options: Namespace) -> int:
         grid_resolution=options.grid_resolution,
         modal=options.modal,
         head=options.head,
+        config=options.config,
     )
     potential = load_potential(folder)
     n_parameters = sum(parameter.numel() for parameter in potential.model.parameters())

@@ -8,6 +8,7 @@ from atomeq.potential.import_mace import convert_mace, is_module_file, mace_card
 from atomeq.potential.import_official import CARD_FILE, OfficialError, load_document
 from atomeq.potential.import_official import convert_checkpoint as convert_official
 from atomeq.potential.import_sevennet import convert_sevennet, is_sevennet, sevennet_card
+from atomeq.potential.mace_state import convert_mace_state, is_mace_state
 from atomeq.potential.potential import Potential
 
 
@@ -19,17 +20,19 @@ def convert_checkpoint(
     grid_resolution: int | None = None,
     modal: str | None = None,
     head: str | None = None,
+    config: Path | None = None,
 ) -> Path:
     """Write the potential folder of a published checkpoint, with a model card.
 
     Args:
-        checkpoint: A .pt file of fairchem 1.x (eSCN, EquiformerV2), a .pth file of SevenNet or a
-            .model file of MACE.
+        checkpoint: A .pt file of fairchem 1.x (eSCN, EquiformerV2), a .pth file of SevenNet, or a
+            .model file or a state dict of MACE.
         folder: Created if missing; its name is that of the potential.
         use_ema: Take the running average of the weights, of fairchem's files.
         grid_resolution: Replace that of fairchem's models.
         modal: Modality of a SevenNet of several.
         head: Head of a MACE of several.
+        config: What a state dict of MACE does not say, see mace_state.py.
 
     Returns:
         The folder.
@@ -39,14 +42,22 @@ def convert_checkpoint(
             option is given that its kind has not.
     """
     path, folder = Path(checkpoint), Path(folder)
-    if is_module_file(path):
+    module = is_module_file(path)
+    document = {} if module else load_document(path)
+    state = is_mace_state(document)
+    if config is not None and not state:
+        raise OfficialError(f"{path} is no state dict of MACE; leave out --config {config}")
+    if module or state:
         if use_ema or grid_resolution is not None or modal is not None:
             raise OfficialError(f"{path} is of MACE, which has no EMA weights, grids or modalities")
-        potential, origin = convert_mace(path, sha256(path), head=head)
+        digest = sha256(path)
+        if module:
+            potential, origin = convert_mace(path, digest, head=head)
+        else:
+            potential, origin = convert_mace_state(document, path, digest, config, head=head)
         return _write(potential, folder, origin, mace_card(folder.name, origin, potential))
     if head is not None:
         raise OfficialError(f"{path} has no heads to choose; leave out --head {head}")
-    document = load_document(path)
     if not is_sevennet(document):
         if modal is not None:
             raise OfficialError(f"{path} has no modalities; leave out --modal {modal}")

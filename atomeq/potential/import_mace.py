@@ -485,11 +485,13 @@ def convert_mace(
     """Return the potential of a .model file, and where it comes from."""
     options, state = read_mace(path)
     potential = mace_potential(options, state, head=head)
-    heads = list(options["heads"])
-    return potential, {
-        "file": path.name,
-        "sha256": digest,
-        "interactions": list(options["interactions"]),
-        "heads": heads,
-        "head": head or heads[0],
-    }
+    return potential, mace_origin(options, path, digest, head)
+
+
+def mace_origin(
+    options: Mapping[str, Any], path: Path, digest: str, head: str | None
+) -> dict[str, Any]:
+    """Return what a potential's metadata say of its file."""
+    heads = list(options.get("heads") or ["Default"])
+    origin = {"file": path.name, "sha256": digest, "interactions": list(options["interactions"])}
+    return {**origin, "heads": heads, "head": head or heads[0]}

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from golden_cases import case_graph
 from safetensors.torch import load_file
 
@@ -189,3 +190,27 @@ def test_options_of_other_files_are_refused(tmp_path, capsys):
         main(["convert", str(PUBLISHED), str(tmp_path / "made"), "--modal", "PBE"])
     assert "MACE" in capsys.readouterr().err
     assert not (tmp_path / "made").exists()
+
+
+def test_a_state_dict_converts_with_what_it_does_not_say(tmp_path, capsys):
+    options, state = read_mace(PUBLISHED)
+    torch.save(state, tmp_path / "state.pt")
+    made, config = tmp_path / "made", tmp_path / "options.yaml"
+    words = ["convert", str(tmp_path / "state.pt"), str(made)]
+    with pytest.raises(SystemExit, match="2"):
+        main(words)
+    assert "does not say its interactions" in capsys.readouterr().err
+    config.write_text(yaml.safe_dump({"interactions": options["interactions"], "layers": 2}))
+    with pytest.raises(SystemExit, match="2"):
+        main([*words, "--config", str(config)])
+    assert "layers is unknown" in capsys.readouterr().err
+    assert not made.exists()
+
+    config.write_text(yaml.safe_dump(options))
+    main([*words, "--config", str(config)])
+    graph = case_graph(OXIDE)
+    expected = mace_potential(options, state)(graph, ("energy",))["energy"]
+    assert torch.equal(load_potential(made)(graph, ("energy",))["energy"], expected)
+    with pytest.raises(SystemExit, match="2"):
+        main(["convert", str(PUBLISHED), str(tmp_path / "other"), "--config", str(config)])
+    assert "leave out --config" in capsys.readouterr().err

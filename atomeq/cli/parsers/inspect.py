@@ -50,6 +50,7 @@ card. Nothing in the file is executed; what is not known in it is refused by its
 examples:
   atomeq convert checkpoint_sevennet_0.pth my-sevennet
   atomeq convert mace-mh-1.model my-mace --head omat_pbe
+  atomeq convert mace_state.pt my-mace --config options.yaml    (a state dict)
   atomeq convert eq2_31M_ec4_allmd.pt potentials/eq2-31M --grid-resolution 32
 """
 _POTENTIALS = """\
@@ -171,7 +172,13 @@ def _convert_parser() -> Parser:
     parser.add_argument(
         "--head", type=str, default=None, help="head of a MACE of several: one level of theory"
     )
-    parser.door(checkpoint=existing_file)
+    parser.add_argument(
+        "--config",
+        type=Path,
+        default=None,
+        help="of a state dict of MACE: YAML that says its interactions and numbers of neighbours",
+    )
+    parser.door(checkpoint=existing_file, config=existing_file)
     return parser
 
 

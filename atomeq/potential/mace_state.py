@@ -1,0 +1,62 @@
+"""State dicts of MACE become potentials too, with a YAML file that says what they do not."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from atomeq.potential.import_mace import mace_origin, mace_potential
+from atomeq.potential.official_names import OfficialError
+from atomeq.potential.potential import Potential
+from atomeq.potential.untrusted import read_yaml
+
+_NEEDED = ("interactions", "avg_num_neighbors")
+_KNOWN = (*_NEEDED, "heads", "apply_cutoff", "distance_transform")
+_EXAMPLE = """\
+interactions: [RealAgnosticResidualInteractionBlock, RealAgnosticResidualInteractionBlock]
+avg_num_neighbors: 61.96
+heads: [Default]            # of several, their names in their order
+distance_transform: None    # or Agnesi, Soft
+apply_cutoff: true          # false where the cutoff multiplies the weights"""
+
+
+def is_mace_state(document: Mapping[str, Any]) -> bool:
+    """Say whether a file holds a state dict of MACE."""
+    return "node_embedding.linear.weight" in document
+
+
+def convert_mace_state(
+    state: Mapping[str, Tensor],
+    path: Path,
+    digest: str,
+    config: Path | None,
+    *,
+    head: str | None = None,
+) -> tuple[Potential, dict[str, Any]]:
+    """Return the potential of a state dict, and where it comes from.
+
+    Args:
+        state: Parameters and buffers.
+        path: The file they are of.
+        digest: Its SHA-256.
+        config: YAML with the options of :func:`~atomeq.potential.import_mace.mace_potential`.
+        head: Which head of several.
+
+    Raises:
+        OfficialError: The options are missing, not known, or do not fit the weights.
+    """
+    if config is None:
+        raise OfficialError(
+            f"{path} is a state dict of MACE, which does not say its interactions or its average "
+            f"number of neighbours; say them by --config FILE, a YAML such as\n{_EXAMPLE}"
+        )
+    options = read_yaml(config)
+    unknown = [name for name in options if name not in _KNOWN]
+    missing = [name for name in _NEEDED if name not in options]
+    if unknown or missing:
+        raise OfficialError(
+            f"{config}: {', '.join(map(str, unknown or missing))} "
+            f"{'is unknown' if unknown else 'is missing'}; it is to be like\n{_EXAMPLE}"
+        )
+    return mace_potential(options, state, head=head), mace_origin(options, path, digest, head)
