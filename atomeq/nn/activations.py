@@ -7,13 +7,14 @@ import math
 from collections.abc import Callable
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from atomeq.nn.so3 import Gate
 from atomeq.nn.sphere import GridResolution, SphereBlock, with_scalars
+from atomeq.ops.harmonics.polynomials import harmonic_polynomials
 from atomeq.ops.orders import coefficient_index, m_primary_order
-from atomeq.ops.sphere.gaunt import gaunt_product
 from atomeq.ops.sphere.grid import GridNormalization
 from atomeq.ops.sphere.grid import Order as RowOrder
 from atomeq.ops.sphere.operations import sphere_silu
@@ -166,25 +167,48 @@ class ScalarsAndSphere(SphereBlock):
         """Apply the function at every point, (n, n_rows, in_channels) to (n, n_rows, channels)."""
         if self.function is _SILU:
             return sphere_silu(x, self.grid)
-        if self.function is product and self.order == "l" and self._is_exact():
-            scale = table_like(_component_scale, self.lmax, self.normalization, like=x)
-            first, second = (x * scale).chunk(2, dim=-1)
-            return gaunt_product(first, second, self.lmax) / scale
-        to_grid, from_grid = self.grid.to_matrix(like=x), self.grid.from_matrix(like=x)
-        if self.function is product:  # of which nothing is kept but the coefficients
-            return pointwise_product(*x.chunk(2, dim=-1), to_grid, to_grid, from_grid.mT)
-        return from_grid @ self.function(to_grid @ x)
+        if self.function is not product:
+            to_grid, from_grid = self.grid.to_matrix(like=x), self.grid.from_matrix(like=x)
+            return from_grid @ self.function(to_grid @ x)
+        # of which nothing is kept but the coefficients
+        to_grid, back = self._product_tables(like=x)
+        return pointwise_product(*x.chunk(2, dim=-1), to_grid, to_grid, back)
 
-    def _is_exact(self) -> bool:
-        """Whether the grid resolves a product of functions of all orders, as any finer one does."""
+    def _product_tables(self, *, like: Tensor) -> Tensor:
+        """Return the way to a grid and, transposed, that back, (2, n_points, n_rows).
+
+        Where the grid resolves a product, the integral of three functions, any other that does
+        gives the same result: the least is Gauss and Legendre's.
+        """
         n_beta, n_alpha = self.grid.shape
-        return self.mmax == self.lmax and n_beta > 3 * self.lmax and n_alpha > 3 * self.lmax
+        if n_beta > 3 * self.lmax and n_alpha > 3 * self.mmax:
+            kind = (self.lmax, self.mmax, self.normalization, self.rescale, self.order)
+            return table_like(_gauss_legendre, *kind, like=like)
+        return torch.stack((self.grid.to_matrix(like=like), self.grid.from_matrix(like=like).mT))
 
 
 @constant_table
-def _component_scale(lmax: int, normalization: GridNormalization) -> Tensor:
-    """Return the factor of each coefficient that makes harmonics orthonormal, (n_sph, 1)."""
-    if normalization == "integral":
-        return torch.ones((lmax + 1) ** 2, 1, dtype=torch.float64)
-    degrees = torch.tensor([math.isqrt(i) for i in range((lmax + 1) ** 2)], dtype=torch.float64)
-    return torch.sqrt(4 * math.pi / ((2 * degrees + 1) * (lmax + 1)))[:, None]
+def _gauss_legendre(
+    lmax: int, mmax: int, normalization: GridNormalization, rescale: bool, order: RowOrder
+) -> Tensor:
+    """Return the matrices of :class:`~atomeq.ops.sphere.grid.SphereGrid` on the least exact grid.
+
+    Its heights integrate polynomials of degree 3 lmax, its azimuths orders up to 3 mmax.
+    """
+    heights, weights = np.polynomial.legendre.leggauss(3 * lmax // 2 + 1)
+    azimuths = 2 * math.pi * np.arange(3 * mmax + 1) / (3 * mmax + 1)
+    radii = np.sqrt(1 - heights**2)
+    y = np.broadcast_to(heights[:, None], (len(heights), len(azimuths)))
+    points = np.stack((np.outer(radii, np.sin(azimuths)), y, np.outer(radii, np.cos(azimuths))), -1)
+    numbers = (coefficient_index if order == "l" else m_primary_order)(lmax, mmax)
+    rows = torch.tensor(numbers)
+    harmonics = harmonic_polynomials(torch.from_numpy(points.reshape(-1, 3)), lmax)[:, rows]
+    degrees = torch.tensor([math.isqrt(number) for number in numbers], dtype=torch.float64)
+    # of a coefficient's value on the sphere, as the grid has it
+    scale = torch.full_like(degrees, (4 * math.pi) ** -0.5)
+    if normalization == "component":
+        scale = torch.rsqrt((2 * degrees + 1) * (lmax + 1))
+    amplified = torch.sqrt((2 * degrees + 1) / (2 * mmax + 1)).clamp(min=1.0)
+    amplified = amplified if rescale else torch.ones_like(scale)
+    share = torch.from_numpy(np.repeat(weights / 2 / len(azimuths), len(azimuths)))[:, None]
+    return torch.stack((harmonics * (scale * amplified), harmonics * (amplified / scale) * share))
