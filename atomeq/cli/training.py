@@ -120,7 +120,7 @@ class TrainingCLI(LightningCLI):
     def __init__(self, args: list[str]) -> None:
         self.kind = TASKS[_task_name(args)]
         self.replaced: list[Path] = []
-        # A parser knows every argument of every class and is slow to build: that of this verb alone.
+        # A parser knows all arguments of all classes and is slow to build: that of this verb alone.
         verbs = {verb: skipped for verb, skipped in self.subcommands().items() if verb in args[:1]}
         self.subcommands = lambda: verbs
         super().__init__(
