@@ -19,7 +19,7 @@ from atomeq.ops.edge.escn_conv import (
     escn_conv_second_gradient,
     layer_arguments,
 )
-from atomeq.ops.edge.rotation import gather_rotate, rotate_scatter, torque
+from atomeq.ops.edge.rotation import gather_rotate, rotate_scatter, torque, turning_wigner
 from atomeq.ops.edge.row_scale import row_products, scaled_rows
 from atomeq.ops.edge.so2_map import so2_forward, so2_transposed, so2_weight_gradient
 from atomeq.ops.edge.so2_shape import SO2Shape
@@ -106,6 +106,13 @@ def test_rotations_and_torque_pass_gradcheck_and_gradgradcheck(
     assert_gradients(back, rows, vectors, factor, *extra)
     if not turned:
         assert_gradients(turn, x, rows, vectors)
+
+
+def test_wigner_matrices_turn_with_their_edges(
+    vectors: Tensor, moving: Callable[[Tensor], Tensor]
+) -> None:
+    assert_gradients(lambda v: turning_wigner(v, moving(v)), vectors)
+    torch.library.opcheck(turning_wigner, (vectors, moving(vectors)))
 
 
 def so2_weights(chiral: bool) -> list[Tensor]:

@@ -21,7 +21,6 @@ if TYPE_CHECKING:  # which imports this module
 KERNELS: dict[str, str] = {
     "cpu": "atomeq.ops.edge.cpu.kernels:CPUEdgeKernels",
     "triton": "atomeq.ops.edge.triton.kernels:TritonEdgeKernels",
-    "reference": "atomeq.ops.edge.traced_rotation:ReferenceRotations",
 }
 
 

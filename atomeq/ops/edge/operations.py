@@ -54,7 +54,7 @@ def rotate_to_edge(
             unknown.
         TypeError: If the dtypes differ.
     """
-    return reference.rotate_to_edge(x, frame, frame.ends(side))
+    return reference.rotate_to_edge(x, frame, side)
 
 
 def _verified_out(

@@ -1,37 +1,43 @@
-"""The operations on edges in plain torch."""
+"""The operations on edges as one reads them: plain torch, differentiated by autograd.
+
+The one thing that torch can not know is how a Wigner matrix turns with its edge.
+"""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from atomeq.ops.edge import traced_rotation
-from atomeq.ops.edge.frame import EdgeFrame
-from atomeq.ops.edge.reference_rotation import gather_rotate, rotate_back, rotate_scatter
+from atomeq.ops.edge.frame import EdgeFrame, Side
+from atomeq.ops.edge.rotation import turning_wigner
 from atomeq.ops.edge.so2_shape import SO2Shape
 from atomeq.ops.orders import row_degrees
 from atomeq.ops.tables import table_like
 
 
-def rotate_to_edge(x: Tensor, frame: EdgeFrame, indices: tuple[Tensor, ...]) -> Tensor:
-    """Gather by each index, join the channels, rotate into the edge frames."""
-    if torch.compiler.is_compiling():
-        return traced_rotation.rotate_to_edge(x, frame, indices)
-    return gather_rotate(x, frame.vectors, frame.wigner, frame.lmax, indices)
+def rotate_to_edge(x: Tensor, frame: EdgeFrame, side: Side) -> Tensor:
+    """Gather the atoms of a side, join the channels, rotate into the edge frames."""
+    members = [x.index_select(0, index) for index in frame.ends(side)]
+    return _wigner(frame) @ torch.cat(members, dim=2)
 
 
 def rotate_from_edge(
     y: Tensor, frame: EdgeFrame, envelope: Tensor | None, *, total: bool
 ) -> Tensor:
     """Rotate back to the lab frame and, if total, sum on the targets."""
-    if torch.compiler.is_compiling():
-        return traced_rotation.rotate_from_edge(y, frame, envelope, total=total)
-    if total:
-        return rotate_scatter(
-            y, frame.vectors, envelope, frame.wigner, frame.lmax, frame.target, frame.n_atoms
-        )
-    lab = rotate_back(y, frame.vectors, frame.wigner, frame.lmax)
-    return lab if envelope is None else lab * envelope[:, None, None]
+    lab = _wigner(frame).mT @ y
+    if envelope is not None:
+        lab = lab * envelope[:, None, None]
+    if not total:
+        return lab
+    return lab.new_zeros(frame.n_atoms, *lab.shape[1:]).index_add(0, frame.target, lab)
+
+
+def _wigner(frame: EdgeFrame) -> Tensor:
+    """Return W, as a function of the edges if they have a gradient."""
+    if not frame.vectors.requires_grad:
+        return frame.wigner
+    return turning_wigner(frame.vectors, frame.wigner)
 
 
 def so2_map(

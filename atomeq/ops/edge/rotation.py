@@ -194,6 +194,26 @@ def turn_components(matrices: Tensor) -> Tensor:
     return matrices.flatten(1) @ generators
 
 
+def _fake_turning(call: SimpleNamespace) -> Tensor:
+    return torch.empty_like(call.wigner)
+
+
+def _turning_wigner_gradient(
+    saved: SimpleNamespace, wanted: set[str], grad: Tensor
+) -> dict[str, Tensor | None]:
+    turn = turn_components(turning_wigner(saved.vectors, saved.wigner).mT @ grad)
+    return {"vectors": turn_gradient(-turn, saved.vectors)}
+
+
+@registered(outputs=_fake_turning, gradient=_turning_wigner_gradient)
+def turning_wigner(vectors: Tensor, wigner: Tensor) -> Tensor:
+    """Return W as a function of the vectors: a turn by t makes it W (1 - T(t)).
+
+    This is all that the reference knows of a frame's derivative.
+    """
+    return wigner.clone()
+
+
 def turned_wigner(wigner: Tensor, omega: Tensor | None) -> Tensor:
     """Return W T(omega), a matrix of the same blocks as W."""
     return wigner if omega is None else torch.bmm(wigner, turning(omega, wigner.shape[2]))

@@ -19,8 +19,8 @@ from atomeq.ops.sphere.grid import SphereGrid
 def silu_on_grid(x: Tensor, grid: SphereGrid) -> Tensor:
     """Apply SiLU to the values of ``x`` (n, n_rows, channels) on every point of the sphere."""
     if torch.compiler.is_compiling():
-        # The compiler differentiates a Function once only, see traced_rotation; it need not keep
-        # what it can make again.
+        # The compiler differentiates a Function once only, and takes that for a constant of further
+        # derivatives; it need not keep what it can make again.
         return grid.from_matrix(like=x) @ silu(grid.to_matrix(like=x) @ x)
     return _SphereSiLU.apply(x, grid)  # type: ignore[no-any-return]
 
