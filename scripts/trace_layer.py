@@ -106,7 +106,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--potential", default=str(ROOT.parent / "potentials" / "cu-pbe"))
     options = parser.parse_args()
-    print(f"escn_conv to C:       {trace(layer(), until='_call')}")
+    print(f"escn_conv to C:       {trace(layer(), until='_call_layer')}")
     print(f"structure to forces:  {trace(forces(options.potential))}")
 
 

@@ -1,5 +1,8 @@
 """Which coefficients (l, m) there are and in which order: by degree, or by order in edge frames."""
 
+import functools
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -44,6 +47,13 @@ def radial_rows(lmax: int, mmax: int) -> Tensor:
         numbers += 2 * list(range(start, start + lmax - m + 1))
         start += lmax - m + 1
     return torch.from_numpy(np.array(numbers))
+
+
+@functools.cache
+def orders_of(n_rows: int, n_sph: int) -> tuple[int, int]:
+    """Return lmax and mmax of Wigner matrices with so many rows and columns."""
+    lmax = math.isqrt(n_sph) - 1
+    return lmax, next(m for m in range(lmax + 1) if len(m_primary_order(lmax, m)) == n_rows)
 
 
 def check_orders(lmax: int, mmax: int) -> None:

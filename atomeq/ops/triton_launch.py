@@ -95,6 +95,11 @@ def halved(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 and torch.get_float32_matmul_precision() == "medium"
 
 
+def operand_dtype(like: Tensor) -> torch.dtype:
+    """Return the dtype of what only a product of matrices reads."""
+    return torch.bfloat16 if halved(like.dtype) else like.dtype
+
+
 def refusal(spec: OpSpec, *, any_channels: bool = False) -> str | None:
     """Return why these kernels do not serve a call, or None.
 

@@ -97,7 +97,6 @@ def compile_all(lmax: int, mmax: int, channels: int, dtype: torch.dtype) -> None
     """Go through every kernel as the kernel sets call them."""
     shape = SO2Shape(lmax, mmax, channels, channels, lmax * channels)
     n_edges, n_atoms, n_sph = 100, 10, (lmax + 1) ** 2
-    size = {"lmax": lmax, "mmax": mmax}
 
     def zeros(*shape: int) -> torch.Tensor:
         return torch.zeros(*shape, dtype=dtype)
@@ -105,27 +104,25 @@ def compile_all(lmax: int, mmax: int, channels: int, dtype: torch.dtype) -> None
     index = torch.zeros(n_edges, dtype=torch.int64)
     wigner = zeros(n_edges, shape.n_rows, n_sph)
     x, rows = zeros(n_atoms, n_sph, channels), zeros(n_edges, shape.n_rows, channels)
-    rotation.gather_rotate(x, wigner, [index], scale=zeros(n_edges, shape.n_scales), **size)
-    rotation.rotate_scatter(
-        rows, wigner, [index], [index, index], n_atoms, factor=zeros(n_edges), **size
-    )
-    rotation.rotate_scatter(rows, wigner, [], [], n_atoms, **size)
-    rotation.torque(x, rows, wigner, [index], **size)
+    rotation.gather_rotate(x, wigner, [index], scale=zeros(n_edges, shape.n_scales))
+    rotation.rotate_scatter(rows, wigner, [index], [index, index], n_atoms, factor=zeros(n_edges))
+    rotation.rotate_scatter(rows, wigner, [], [], n_atoms)
+    rotation.torque(x, rows, wigner, [index])
     weights = []
     for block in shape.blocks:
         sizes = [part[0].stop - part[0].start for part in (block.outputs, block.inputs)]
         weights.append(zeros(*((2,) if block.order else ()), *sizes))
-    so2_map, y = so2.TritonSO2Map(weights, shape), zeros(n_edges, shape.width)
+    so2_map, y = so2.SO2Map(weights, shape), zeros(n_edges, shape.width)
     so2_map.forward(rows.flatten(1), y)
     so2_map.transposed(y, rows.flatten(1))
     so2_map.gated(rows.flatten(1), y, keep=True)
-    radial = row_scale.TritonRadialScale(zeros(n_edges, shape.n_scales), shape)
-    flat = rows.flatten(1)
-    radial.value(flat, flat, radial.scale)
-    radial.second_(flat, flat, flat, flat, radial.scale)
-    row_scale.scaled_rows(rows.flatten(1), zeros(n_edges, shape.n_scales), shape)
-    row_scale.row_products(rows.flatten(1), rows.flatten(1), shape)
-    gated = gate.TritonGate(y, lmax, mmax, channels)
+    flat, scale = rows.flatten(1), zeros(n_edges, shape.n_scales)
+    row_scale.scaled(flat, flat, scale, scale, shape)
+    row_scale.scaled_second_(flat, flat, flat, flat, scale, scale, shape)
+    row_scale.scale_gradient_(flat, flat, scale, shape)
+    row_scale.scaled_rows(flat, scale, shape)
+    row_scale.row_products(flat, flat, shape)
+    gated = gate.Gate(y, shape)
     gated.value()
     gated.gradient(rows.flatten(1))
     gated.second(y, rows.flatten(1))

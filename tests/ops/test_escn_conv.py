@@ -2,21 +2,15 @@ import pytest
 import torch
 from edge_layers import EdgeLayer, kept_bytes_of_an_edge, relative
 
-from atomeq.ops.c_compiler import BuildError
-from atomeq.ops.edge.cpu import native_edge, whole_layer
+from atomeq.ops.c_compiler import BuildError, unavailable
+from atomeq.ops.edge.cpu import kernels
 from atomeq.ops.edge.wigner import edge_quaternion, rotation_matrix
+
+pytestmark = pytest.mark.skipif(unavailable() is not None, reason=f"no C kernels: {unavailable()}")
 
 EXACT = 1e-12  # float64 rounding through second derivatives
 
 
-@pytest.fixture(params=["C", "torch"])
-def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run a test with the C kernels, and as on a machine without a compiler."""
-    if request.param == "torch":
-        monkeypatch.setattr(native_edge, "available", lambda: False)
-
-
-@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize(
     ("lmax", "mmax", "chiral", "radial", "recompute"),
     [
@@ -44,7 +38,6 @@ SINGLE = 2e-6  # float32
 KEPT, RECOMPUTED = {2: 11_000, 4: 23_000, 6: 35_000}, 500
 
 
-@pytest.mark.usefixtures("kernels")
 def test_single_precision_is_as_good_as_its_rounding() -> None:
     layer = EdgeLayer(4, 2, channels=16, hidden=16, n_edges=40)
     exact = layer("cpu")
@@ -131,12 +124,11 @@ def test_sigmoids_of_extreme_gates_are_those_of_torch() -> None:
             torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12, equal_nan=True)
 
 
-@pytest.mark.skipif(not native_edge.available(), reason="needs a C compiler")
 def test_the_arguments_of_c_are_held_to_its_struct(monkeypatch: pytest.MonkeyPatch) -> None:
-    build = whole_layer._library.__wrapped__
+    build = kernels._layer_library.__wrapped__
     build(torch.float64, 1, 1)
-    swapped = ("wigner", "x", *whole_layer._FIELDS[2:])
-    for fields in (swapped, swapped[1:], whole_layer._FIELDS[:-1]):
-        monkeypatch.setattr(whole_layer, "_FIELDS", fields)
+    swapped = ("wigner", "x", *kernels._FIELDS[2:])
+    for fields in (swapped, swapped[1:], kernels._FIELDS[:-1]):
+        monkeypatch.setattr(kernels, "_FIELDS", fields)
         with pytest.raises(BuildError, match=r"layer_t in layer\.c"):
             build(torch.float64, 1, 1)

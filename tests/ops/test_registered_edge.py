@@ -17,11 +17,15 @@ from atomeq.ops.edge.escn_conv import (
     escn_conv,
     escn_conv_gradient,
     escn_conv_second_gradient,
-    layer_arguments,
 )
 from atomeq.ops.edge.rotation import gather_rotate, rotate_scatter, torque, turning_wigner
-from atomeq.ops.edge.row_scale import row_products, scaled_rows
-from atomeq.ops.edge.so2_map import so2_forward, so2_transposed, so2_weight_gradient
+from atomeq.ops.edge.so2_map import (
+    row_products,
+    scaled_rows,
+    so2_forward,
+    so2_transposed,
+    so2_weight_gradient,
+)
 from atomeq.ops.edge.so2_shape import SO2Shape
 from atomeq.ops.edge.wigner import block_diagonal, build_edge_frame, wigner_matrices
 from atomeq.ops.orders import m_primary_order
@@ -29,7 +33,6 @@ from atomeq.potential.potential import Potential
 
 EXACT = 1e-12  # float64 rounding through second derivatives
 LMAX, MMAX, CHANNELS, N_ATOMS, N_EDGES = 1, 1, 1, 3, 3
-DEGREES = (LMAX, MMAX)
 N_SPH, N_ROWS = (LMAX + 1) ** 2, len(m_primary_order(LMAX, MMAX))
 SHAPE = SO2Shape(LMAX, MMAX, CHANNELS, 1, LMAX)
 
@@ -90,16 +93,14 @@ def test_rotations_and_torque_pass_gradcheck_and_gradgradcheck(
     none: list[Tensor] = []
 
     def into(x: Tensor, v: Tensor, omega: Tensor | None = None) -> Tensor:
-        return gather_rotate(x, v, moving(v), omega, indices, none, *DEGREES, "cpu")
+        return gather_rotate(x, omega, v, moving(v), indices, none, "cpu")
 
     def back(rows: Tensor, v: Tensor, factor: Tensor, omega: Tensor | None = None) -> Tensor:
-        wigner = moving(v)
-        return rotate_scatter(
-            *(rows, v, wigner, factor, omega, indices, none, N_ATOMS, *DEGREES, "cpu")
-        )
+        given = (rows, omega, factor, N_ATOMS, v, moving(v), indices, none, "cpu")
+        return rotate_scatter(*given)
 
     def turn(x: Tensor, rows: Tensor, v: Tensor) -> Tensor:
-        return torque(x, rows, v, moving(v), indices, none, *DEGREES, "cpu")
+        return torque(x, rows, v, moving(v), indices, none, "cpu")
 
     extra = [omega] if turned else []
     assert_gradients(into, x, vectors, *extra)
@@ -166,11 +167,11 @@ def test_layer_passes_gradcheck_and_gradgradcheck_at_the_poles_too(recompute: bo
 def layer_call(layer: EdgeLayer) -> dict[str, Any]:
     """Return what the three operations of a layer share, detached, by the names of arguments."""
     frame, leaves = layer.frame(), {name: leaf.detach() for name, leaf in layer.leaves.items()}
-    inputs, layout = layer_arguments(leaves, layer.lmax, layer.mmax)
+    inputs, given = [leaves[n] for n in INPUTS if n in leaves], [n in leaves for n in INPUTS]
     weights = [leaves[f"{name}.{m}"] for name in ("first", "second") for m in range(layer.mmax + 1)]
     edges = [frame.wigner, frame.source, frame.target]
     return {
-        **{"inputs": inputs, "weights": weights, "edges": edges, "layout": layout},
+        **{"inputs": inputs, "weights": weights, "edges": edges, "given": given},
         "kernels": "cpu",
     }
 
@@ -180,14 +181,11 @@ def test_operations_are_registered_as_torch_expects(
 ) -> None:
     indices, none, wigner = SIDES["both"], [], moving(vectors)
     x, rows = random(N_ATOMS, N_SPH, CHANNELS), random(N_EDGES, N_ROWS, 2 * CHANNELS)
-    last = (*DEGREES, "cpu")
+    last = (vectors, wigner, indices, none, "cpu")
     check = torch.library.opcheck
-    check(gather_rotate, (x, vectors, wigner, None, indices, none, *last))
-    check(
-        rotate_scatter,
-        (rows, vectors, wigner, random(N_EDGES), None, indices, none, N_ATOMS, *last),
-    )
-    check(torque, (x, rows, vectors, wigner, indices, none, *last))
+    check(gather_rotate, (x, None, *last))
+    check(rotate_scatter, (rows, None, random(N_EDGES), N_ATOMS, *last))
+    check(torque, (x, rows, *last))
     weights, sizes = so2_weights(True), list(SHAPE)
     rows, grad = random(2, SHAPE.n_rows * SHAPE.c_in), random(2, SHAPE.width)
     check(so2_forward, (rows, weights, random(SHAPE.n_biases), sizes, "cpu"))

@@ -13,7 +13,7 @@ from torch.profiler import profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from atomeq.ops.dispatch import serving, use_backend
-from atomeq.ops.edge.registered_wigner import edge_wigner
+from atomeq.ops.edge.wigner import wigner_rows
 from atomeq.ops.harmonics.registered import harmonics as any_harmonics
 from atomeq.ops.specification import size_of
 from atomeq.ops.tables import constant_in_traces
@@ -81,8 +81,8 @@ def test_function_transforms_meet_the_operation(vectors: Tensor) -> None:
 
 
 def test_an_operation_without_a_derivative_refuses_one(vectors: Tensor) -> None:
-    rows = edge_wigner(vectors.requires_grad_(), 1, 1, "cpu")
-    with pytest.raises(NotImplementedError, match="atomeq::edge_wigner has no derivative"):
+    rows = wigner_rows(vectors.requires_grad_(), 1, 1, "cpu")
+    with pytest.raises(NotImplementedError, match="atomeq::wigner_rows has no derivative"):
         rows.sum().backward()
 
 

@@ -15,6 +15,7 @@ from atomeq.ops.coupling.operations import cg_conv, tensor_product
 from atomeq.ops.dispatch import use_backend
 from atomeq.ops.edge.so2_shape import SO2Shape
 from atomeq.ops.paths import Path, tensor_product_paths
+from atomeq.ops.registration import kernels_of
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install atomeq[cuda]")
 
@@ -87,8 +88,6 @@ def test_recomputing_changes_no_bit() -> None:
 
 @pytest.mark.parametrize("lmax", [4, 6])
 def test_rotations_of_high_degree_agree_with_the_reference(lmax: int) -> None:
-    from atomeq.ops.edge.cpu.kernels import CPUEdgeKernels
-    from atomeq.ops.edge.triton.kernels import TritonEdgeKernels
     from atomeq.ops.edge.wigner import edge_wigner
 
     mmax, n_edges, channels = 2, 8, 16
@@ -97,21 +96,21 @@ def test_rotations_of_high_degree_agree_with_the_reference(lmax: int) -> None:
     rows = torch.randn(n_edges, wigner.shape[1], channels, dtype=torch.float64)
     target = torch.tensor([0, 2, 0, 2, 2, 0, 2, 2])  # the atom between has no edges
     segments = list(sorted_edges(target, 3))
-    size = {"lmax": lmax, "mmax": mmax}
 
-    def results(kernels, dtype: torch.dtype, device: str) -> list[torch.Tensor]:
+    def results(name: str, dtype: torch.dtype, device: str) -> list[torch.Tensor]:
         w, a, r = (t.to(device, dtype) for t in (wigner, x, rows))
         index, parts = [target.to(device)], [part.to(device) for part in segments]
+        kernels = kernels_of("edge", name)
         return [
-            kernels.gather_rotate(a, w, index, **size),
-            kernels.rotate_scatter(r, w, index, parts, 3, **size),
-            kernels.rotate_scatter(r, w, [], [], 3, **size),
-            kernels.torque(a, r, w, index, **size),
+            kernels.gather_rotate(a, w, index),
+            kernels.rotate_scatter(r, w, index, parts, 3),
+            kernels.rotate_scatter(r, w, [], [], 3),
+            kernels.torque(a, r, w, index),
         ]
 
-    expected = results(CPUEdgeKernels(), torch.float64, "cpu")
+    expected = results("cpu", torch.float64, "cpu")
     for dtype, bar in ((torch.float32, SINGLE), (torch.bfloat16, 2 * HALF)):
-        found = results(TritonEdgeKernels(), dtype, DEVICE)
+        found = results("triton", dtype, DEVICE)
         errors = [relative(f.cpu().double(), e) for f, e in zip(found, expected, strict=True)]
         assert max(errors) <= bar, (dtype, errors)
 
@@ -147,7 +146,7 @@ def test_so2_products_agree_with_one_dense_matrix(
                 dense[out, other] = (weight[1] if place else -weight[1]).double()
     rows = torch.randn(21, dense.shape[1], device=DEVICE).to(dtype)
     grad = torch.randn(21, dense.shape[0], device=DEVICE).to(dtype)
-    so2_map = so2.TritonSO2Map(weights, shape)
+    so2_map = so2.SO2Map(weights, shape)
     forward = so2_map.forward(rows, rows.new_empty(21, dense.shape[0]))
     back = so2_map.transposed(grad, rows.new_empty(21, dense.shape[1]))
     assert relative(forward.double(), rows.double() @ dense.T) <= bar
@@ -167,7 +166,7 @@ def test_gates_opened_while_writing_are_those_opened_afterwards(
     lmax: int, mmax: int, c_out: int, precision: str, keep: bool
 ) -> None:
     from atomeq.ops.edge.triton import so2
-    from atomeq.ops.edge.triton.gate import TritonGate
+    from atomeq.ops.edge.triton.gate import Gate
 
     shape = SO2Shape(lmax, mmax, 16, c_out, lmax * c_out)
     weights = [
@@ -175,7 +174,7 @@ def test_gates_opened_while_writing_are_those_opened_afterwards(
         for block in shape.blocks
     ]
     rows = torch.randn(21, shape.n_rows * shape.c_in, device=DEVICE)
-    so2_map = so2.TritonSO2Map(weights, shape)
+    so2_map = so2.SO2Map(weights, shape)
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
     try:
@@ -187,22 +186,19 @@ def test_gates_opened_while_writing_are_those_opened_afterwards(
     written = slice(None) if keep or lmax == 0 else slice(0, shape.n_scalars)
     assert relative(y[:, written], expected[:, written]) <= SINGLE
     assert keep or lmax == 0 or not y[:, shape.n_scalars :].any()
-    value = TritonGate(expected, lmax, mmax, c_out).value()
+    value = Gate(expected, shape).value()
     bar = SINGLE if found.dtype == torch.float32 else HALF
     assert (found.dtype == torch.bfloat16) == (precision == "medium" and lmax > 0)
     assert relative(found.float(), value) <= bar
 
 
 def test_radial_factors_meet_the_rows_of_both_signs() -> None:
-    from atomeq.ops.edge.cpu.kernels import CPUEdgeKernels
-    from atomeq.ops.edge.triton.kernels import TritonEdgeKernels
-
+    kernels, truth = kernels_of("edge", "triton"), kernels_of("edge", "cpu")
     for lmax, mmax in ((0, 0), (3, 2), (6, 6)):
         shape = SO2Shape(lmax, mmax, 16, 16, 0)
         rows, other = torch.randn(2, 9, shape.n_rows * 16)
         scale = torch.randn(9, shape.n_scales)
         given = [tensor.to(DEVICE) for tensor in (rows, other, scale)]
-        kernels, truth = TritonEdgeKernels(), CPUEdgeKernels()
         scaled = kernels.scaled_rows(given[0], given[2], shape).cpu()
         products = kernels.row_products(given[0], given[1], shape).cpu()
         assert relative(scaled, truth.scaled_rows(rows, scale, shape)) <= SINGLE
@@ -211,31 +207,23 @@ def test_radial_factors_meet_the_rows_of_both_signs() -> None:
 
 @pytest.mark.parametrize("moved_scale", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
-def test_radial_factors_and_their_derivatives_are_those_of_plain_torch(
+def test_radial_factors_and_their_derivatives_are_those_of_c(
     dtype: torch.dtype, moved_scale: bool
 ) -> None:
-    from atomeq.ops.edge.radial_scale import RadialScale
-    from atomeq.ops.edge.triton.row_scale import TritonRadialScale
-
     shape = SO2Shape(3, 2, 16, 16, 0)
     rows, moved, grad, moved_grad = torch.randn(4, 9, shape.n_rows * 16, dtype=dtype)
     scale, other = torch.randn(2, 9, shape.n_scales, dtype=dtype)
     bar = SINGLE if dtype == torch.float32 else DOUBLE
 
-    def results(kind: type, device: str) -> list[torch.Tensor]:
+    def results(name: str, device: str) -> list[torch.Tensor]:
         r, m, g, n, s, o = (
             tensor.to(device, copy=True) for tensor in (rows, moved, grad, moved_grad, scale, other)
         )
-        radial = kind(s, shape)
-        along = o if moved_scale else None
-        found = [*radial.value(r, m, along), *radial.second_(r, m, g, n, along), g, n]
-        again = grad.to(device, copy=True)
-        found += [radial.gradient_(r, again), again, radial.multiply_(m)]
-        return [tensor.cpu() for tensor in found]
+        by, along = kernels_of("edge", name), o if moved_scale else None
+        found = [*by.scaled(r, m, s, along, shape)]
+        return [t.cpu() for t in (*found, *by.scaled_second_(r, m, g, n, s, along, shape), g, n)]
 
-    for one, truth in zip(
-        results(TritonRadialScale, DEVICE), results(RadialScale, "cpu"), strict=True
-    ):
+    for one, truth in zip(results("triton", DEVICE), results("cpu", "cpu"), strict=True):
         assert relative(one, truth) <= bar
 
 
@@ -264,7 +252,7 @@ def test_medium_precision_rounds_the_operands_of_so2_products_and_nothing_else(
         return torch.block_diag(zero.double(), torch.cat((upper, lower)))
 
     exact, rounded = matrix(*weights), matrix(*(weight.bfloat16() for weight in weights))
-    so2_map = so2.TritonSO2Map(weights, shape)
+    so2_map = so2.SO2Map(weights, shape)
     forward = so2_map.forward(rows, torch.empty_like(rows)).double()
     back = so2_map.transposed(grad, torch.empty_like(grad)).double()
     assert relative(forward, to_half(rows).double() @ rounded.T) <= SINGLE

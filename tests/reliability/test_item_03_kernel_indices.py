@@ -52,18 +52,18 @@ def test_a_frame_has_no_edge_beyond_the_atoms(backend: str, atom: int, row: int)
 
 def raw_rotation(index: Tensor, wigner: Tensor) -> Tensor:
     x = torch.randn(N_ATOMS, (LMAX + 1) ** 2, CHANNELS)
-    return edge_rotation.gather_rotate(x, vectors(), wigner, None, [index], [], LMAX, LMAX, "cpu")
+    return edge_rotation.gather_rotate(x, None, vectors(), wigner, [index], [], "cpu")
 
 
 def raw_scatter(index: Tensor, wigner: Tensor) -> Tensor:
     rows = torch.randn(*wigner.shape[:2], CHANNELS)
-    given = (rows, vectors(), wigner, None, None, [index], [], N_ATOMS, LMAX, LMAX, "cpu")
+    given = (rows, None, None, N_ATOMS, vectors(), wigner, [index], [], "cpu")
     return edge_rotation.rotate_scatter(*given)
 
 
 def raw_torque(index: Tensor, wigner: Tensor) -> Tensor:
     x, rows = torch.randn(N_ATOMS, 9, CHANNELS), torch.randn(*wigner.shape[:2], CHANNELS)
-    return edge_rotation.torque(x, rows, vectors(), wigner, [index], [], LMAX, LMAX, "cpu")
+    return edge_rotation.torque(x, rows, vectors(), wigner, [index], [], "cpu")
 
 
 def raw_layer(index: Tensor, wigner: Tensor) -> Tensor:

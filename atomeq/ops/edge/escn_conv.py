@@ -1,20 +1,20 @@
 """The whole eSCN edge layer as one operation, differentiable twice, that keeps next to nothing.
 
 Forward, gradient and gradient of the gradient are three registered operations, over
-:mod:`atomeq.ops.edge.layer` and :mod:`atomeq.ops.edge.layer_second`. A third
-derivative is refused; the single operations rotate_to_edge, so2_linear and rotate_from_edge have
-derivatives of any order.
+:mod:`atomeq.ops.edge.layer`. A third derivative is refused; the single operations rotate_to_edge,
+so2_linear and rotate_from_edge have derivatives of any order.
 
 The three share their arguments:
 
     inputs   those of ``INPUTS`` that are given, in that order
     weights  of the first map, one for each order, and then of the second
     edges    wigner, source, target, and where the kernels want them the sorted edges
-    layout   lmax, mmax, and the places in ``INPUTS`` of what ``inputs`` has
+    given    which of ``INPUTS`` are
 
 A gradient has a place of its own: that of its input or, behind these, of its weight.
 """
 
+from collections.abc import Sequence
 from functools import cache
 from types import SimpleNamespace
 
@@ -22,65 +22,70 @@ import torch
 from torch import Tensor
 
 from atomeq.ops.edge import layer as escn_layer
-from atomeq.ops.edge import layer_second as escn_second
-from atomeq.ops.edge.kernel_sets import edge_kernels
+from atomeq.ops.edge.frame import EdgeFrame
+from atomeq.ops.edge.layer import EdgeLayer, layer_shapes
 from atomeq.ops.edge.rotation import turn_gradient
-from atomeq.ops.edge.so2_shape import SO2Shape
-from atomeq.ops.registration import registered
+from atomeq.ops.edge.so2_map import Gradients
+from atomeq.ops.edge.so2_shape import views
+from atomeq.ops.registration import kernels_of, registered
 
 INPUTS = ("x", "vectors", "radial", "radial_weight", "radial_bias", "envelope")
 _GRAD = "grad"  # what the second gradient can be of besides
 
 
-def layer_arguments(
-    inputs: dict[str, Tensor | None], lmax: int, mmax: int
-) -> tuple[list[Tensor], list[int]]:
-    """Return ``inputs`` and ``layout`` from the inputs by name, None for one that is not given."""
-    given = [(place, inputs.get(name)) for place, name in enumerate(INPUTS)]
-    present = [(place, value) for place, value in given if value is not None]
-    return [value for _, value in present], [lmax, mmax, *(place for place, _ in present)]
-
-
-def _names(layout: list[int]) -> tuple[str, ...]:
-    """Return the names of what has a gradient, in the order of the gradients."""
-    return _names_of(tuple(map(int, layout)))  # a trace may have symbols for them
-
-
-@cache
-def _names_of(layout: tuple[int, ...]) -> tuple[str, ...]:
-    _, mmax, *given = layout
-    weights = [f"{name}.{m}" for name in ("first", "second") for m in range(mmax + 1)]
-    return (*(INPUTS[place] for place in given), *weights)
-
-
-def _shapes(call: SimpleNamespace) -> tuple[SO2Shape, SO2Shape]:
-    """Return the sizes of the two maps: both atoms to the hidden channels and gates, and on."""
-    lmax, mmax = map(int, call.layout[:2])
-    c_out, hidden = (size // (lmax + 1) for size in call.weights[mmax + 1].shape)
-    return (
-        SO2Shape(lmax, mmax, 2 * call.inputs[0].shape[2], hidden, lmax * hidden),
-        SO2Shape(lmax, mmax, hidden, c_out, 0),
-    )
+def conv(
+    x: Tensor,
+    frame: EdgeFrame,
+    first: Sequence[Tensor],
+    second: Sequence[Tensor],
+    *,
+    radial: Tensor | None = None,
+    radial_map: tuple[Tensor, Tensor | None] | None = None,
+    envelope: Tensor | None = None,
+    recompute: bool = False,
+    kernels: str,
+) -> Tensor:
+    """Return the whole edge layer as one operation of some kernels."""
+    mapped: list[Tensor | None] = [None, None]
+    if radial_map is not None:
+        mapped = [leaf if leaf is None else views([leaf])[0] for leaf in radial_map]
+    inputs = [x, frame.vectors, radial, *mapped, envelope]
+    present = [tensor for tensor in inputs if tensor is not None]
+    given = [tensor is not None for tensor in inputs]
+    weights = views([*first, *second])
+    keep = torch.is_grad_enabled() and not recompute
+    keep = keep and any([tensor.requires_grad for tensor in (*present, *weights)])
+    ends = (frame.source, frame.target)
+    edges = [frame.wigner, *ends, *frame.segments_for(ends, kernels)]
+    total, _, _ = escn_conv(present, weights, edges, given, keep, kernels)
+    return total
 
 
 def _layer(
     inputs: list[Tensor],
     weights: list[Tensor],
     edges: list[Tensor],
-    layout: list[int],
+    given: list[bool],
     kernels: str,
-) -> escn_layer.EdgeLayer:
-    n_maps = layout[1] + 1
+) -> EdgeLayer:
     wigner, source, target, *segments = edges
-    tensors = dict(zip(_names(layout), inputs, strict=False))
-    tensors |= {"wigner": wigner, "source": source, "target": target}
-    return escn_layer.EdgeLayer(
-        edge_kernels(kernels),
-        *_shapes(SimpleNamespace(inputs=inputs, weights=weights, layout=layout)),
-        {name: tensor.detach().contiguous() for name, tensor in tensors.items()},
-        (weights[:n_maps], weights[n_maps:]),
-        segments,
-    )
+    tensors = {"wigner": wigner, "source": source, "target": target}
+    tensors |= zip(_names(given, weights), inputs, strict=False)  # weights have names too
+    del tensors["vectors"]  # what is made of them is the Wigner matrices
+    for name, tensor in tensors.items():
+        tensors[name] = tensor.detach().contiguous()
+    return EdgeLayer(kernels_of("edge", kernels), tensors, weights, segments)
+
+
+@cache
+def _names_of(given: tuple[bool, ...], n_maps: int) -> tuple[str, ...]:
+    inputs = [name for name, there in zip(INPUTS, given, strict=True) if there]
+    return (*inputs, *(f"{name}.{m}" for name in ("first", "second") for m in range(n_maps)))
+
+
+def _names(given: list[bool], weights: list[Tensor]) -> tuple[str, ...]:
+    """Return the names of what has a gradient, in the order of the gradients."""
+    return _names_of(tuple(given), len(weights) // 2)
 
 
 def _rows(call: SimpleNamespace, widths: list[int]) -> list[Tensor]:
@@ -90,23 +95,23 @@ def _rows(call: SimpleNamespace, widths: list[int]) -> list[Tensor]:
 
 
 def _fake_value(call: SimpleNamespace) -> tuple[Tensor, Tensor, Tensor]:
-    shapes, x = _shapes(call), call.inputs[0]
-    y, u = _rows(call, [shape.width for shape in shapes])
-    return x.new_empty(*x.shape[:2], shapes[1].c_out), y, u
+    x, (first, second) = call.inputs[0], layer_shapes(call.inputs[0], call.weights)
+    y, u = _rows(call, [first.width, second.width])
+    return x.new_empty(*x.shape[:2], second.c_out), y, u
 
 
 def _value_gradient(
     saved: SimpleNamespace, wanted: set[str], grad: Tensor | None, *_: Tensor | None
-) -> dict[str, list[Tensor | None]]:
-    names, places = _names(saved.layout), _places(saved, wanted)
+) -> Gradients:
+    names, places = _names(saved.given, saved.weights), _places(saved, wanted)
     # a gradient that is made with a graph is there to be differentiated
     inward = bool(_whole(names, places) & escn_layer.INWARD)
     keep = saved.keep and torch.is_grad_enabled() and inward
-    found = escn_conv_gradient(
-        *(grad, saved.inputs, saved.weights, saved.edges, saved.layout),
+    *found, _, _ = escn_conv_gradient(
+        *(grad, saved.inputs, saved.weights, saved.edges, saved.given),
         *(saved.outputs, places, keep, saved.kernels),
     )
-    return _by_argument(saved, places, list(found[:-2]))
+    return _by_argument(saved, places, found)
 
 
 @registered(outputs=_fake_value, gradient=_value_gradient, keeps=(1, 2))
@@ -114,36 +119,33 @@ def escn_conv(
     inputs: list[Tensor],
     weights: list[Tensor],
     edges: list[Tensor],
-    layout: list[int],
+    given: list[bool],
     keep: bool,
     kernels: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the sums on the atoms, and the outputs of both maps if they are to be kept."""
-    return escn_layer.value(_layer(inputs, weights, edges, layout, kernels), keep=keep)
+    return escn_layer.value(_layer(inputs, weights, edges, given, kernels), keep=keep)
 
 
 def _fake_gradient(call: SimpleNamespace) -> list[Tensor]:
-    widths = [shape.n_rows * shape.c_in for shape in reversed(_shapes(call))]
-    return [*_fake_gradients(call, call.wanted), *_rows(call, widths)]
+    first, second = layer_shapes(call.inputs[0], call.weights)
+    return [*_fake_gradients(call), *_rows(call, [second.width_in, first.width_in])]
 
 
 def _gradient_gradient(
     saved: SimpleNamespace, wanted: set[str], cotangents: list[Tensor | None]
-) -> dict[str, Tensor | list[Tensor | None] | None]:
+) -> Gradients:
     along = _along(saved, cotangents[:-2])
     if not along:
         return {}
     places = _places(saved, wanted)
     behind = len(cotangents) - 2  # the place of the gradient of ``grad``
-    found = escn_conv_second_gradient(
-        *(saved.grad, saved.inputs, saved.weights, saved.edges, saved.layout),
+    *found, to_grad = escn_conv_second_gradient(
+        *(saved.grad, saved.inputs, saved.weights, saved.edges, saved.given),
         *([*saved.kept, *saved.outputs], list(along.values()), list(along)),
         *([*places, behind] if _GRAD in wanted else places, saved.kernels),
     )
-    *found, to_grad = found
-    named: dict[str, Tensor | list[Tensor | None] | None] = {}
-    named |= _by_argument(saved, places, found)
-    return named | {_GRAD: to_grad if _GRAD in wanted else None}
+    return _by_argument(saved, places, found) | {_GRAD: to_grad if _GRAD in wanted else None}
 
 
 @registered(outputs=_fake_gradient, gradient=_gradient_gradient, keeps=(-2, -1))
@@ -152,7 +154,7 @@ def escn_conv_gradient(
     inputs: list[Tensor],
     weights: list[Tensor],
     edges: list[Tensor],
-    layout: list[int],
+    given: list[bool],
     kept: list[Tensor],
     wanted: list[int],
     keep: bool,
@@ -163,7 +165,7 @@ def escn_conv_gradient(
     The one of ``vectors`` is that with respect to a turn of each edge, (n_edges, 3). The last two
     are what the gradient of this wants kept.
     """
-    layer, names = _layer(inputs, weights, edges, layout, kernels), _names(layout)
+    layer, names = _layer(inputs, weights, edges, given, kernels), _names(given, weights)
     found, *rows = escn_layer.gradient(
         layer, grad.contiguous(), kept, _whole(names, wanted), keep=keep
     )
@@ -171,7 +173,7 @@ def escn_conv_gradient(
 
 
 def _fake_second(call: SimpleNamespace) -> list[Tensor]:
-    found = _fake_gradients(call, call.wanted)
+    found = _fake_gradients(call)
     to_grad = torch.empty_like(call.grad) if len(found) in call.wanted else call.grad.new_empty(0)
     return [*found, to_grad]
 
@@ -182,7 +184,7 @@ def escn_conv_second_gradient(
     inputs: list[Tensor],
     weights: list[Tensor],
     edges: list[Tensor],
-    layout: list[int],
+    given: list[bool],
     kept: list[Tensor],
     directions: list[Tensor],
     along: list[int],
@@ -190,10 +192,11 @@ def escn_conv_second_gradient(
     kernels: str,
 ) -> list[Tensor]:
     """Return the gradients of <directions, gradients at the places ``along``>, of ``grad`` last."""
-    layer, names = _layer(inputs, weights, edges, layout, kernels), (*_names(layout), _GRAD)
+    names = (*_names(given, weights), _GRAD)
     named = {names[place]: d.contiguous() for place, d in zip(along, directions, strict=True)}
-    found = escn_second.second_gradient(
-        layer, grad.contiguous(), kept, named, _whole(names, wanted)
+    found = escn_layer.second_gradient(
+        _layer(inputs, weights, edges, given, kernels),
+        *(grad.contiguous(), kept, named, _whole(names, wanted)),
     )
     return [found.get(name, grad.new_empty(0)) for name in names]
 
@@ -205,28 +208,25 @@ def _whole(names: tuple[str, ...], places: list[int]) -> set[str]:
 
 def _places(saved: SimpleNamespace, wanted: set[str]) -> list[int]:
     """Return the places of the wanted gradients; of a map's weights all or none."""
-    n_maps = saved.layout[1] + 1
-    places = [n for n in range(len(saved.inputs)) if f"inputs.{n}" in wanted]
-    for start in (0, n_maps):
-        some = range(start, start + n_maps)
+    n_inputs, n_maps = len(saved.inputs), len(saved.weights) // 2
+    places = [n for n in range(n_inputs) if f"inputs.{n}" in wanted]
+    for some in (range(n_maps), range(n_maps, 2 * n_maps)):
         if any(f"weights.{n}" in wanted for n in some):
-            places += [len(saved.inputs) + n for n in some]
+            places += [n_inputs + n for n in some]
     return places
 
 
-def _fake_gradients(call: SimpleNamespace, places: list[int]) -> list[Tensor]:
-    like = [*call.inputs, *call.weights]
+def _fake_gradients(call: SimpleNamespace) -> list[Tensor]:
     return [
-        torch.empty_like(t) if place in places else t.new_empty(0) for place, t in enumerate(like)
+        torch.empty_like(t) if place in call.wanted else t.new_empty(0)
+        for place, t in enumerate([*call.inputs, *call.weights])
     ]
 
 
-def _by_argument(
-    saved: SimpleNamespace, places: list[int], found: list[Tensor]
-) -> dict[str, list[Tensor | None]]:
+def _by_argument(saved: SimpleNamespace, places: list[int], found: list[Tensor]) -> Gradients:
     """Return the gradients by the arguments; that by a turn becomes one by ``vectors``."""
     own = [grad if place in places else None for place, grad in enumerate(found)]
-    turned = saved.layout[2:].index(INPUTS.index("vectors"))
+    turned = INPUTS.index("vectors")  # the first two are always given
     turn = own[turned]
     if turn is not None:
         own[turned] = turn_gradient(turn, saved.inputs[turned])
@@ -241,9 +241,8 @@ def _along(saved: SimpleNamespace, cotangents: list[Tensor | None]) -> dict[int,
         for place, direction in enumerate(cotangents)
         if direction is not None and place in saved.wanted
     }
-    n_inputs, n_maps = len(saved.inputs), saved.layout[1] + 1
-    for start in (0, n_maps):
-        some = range(start, start + n_maps)
+    n_inputs, n_maps = len(saved.inputs), len(saved.weights) // 2
+    for some in (range(n_maps), range(n_maps, 2 * n_maps)):
         if any(n_inputs + n in made for n in some):
             for n in some:
                 made.setdefault(n_inputs + n, torch.zeros_like(saved.weights[n]))

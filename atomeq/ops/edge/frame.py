@@ -1,5 +1,6 @@
 """The edges of a graph with the frames in which each of them points to +y, as layers see them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
@@ -9,6 +10,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from atomeq.ops.orders import check_orders, m_primary_order
+from atomeq.ops.registration import kernels_of
+from atomeq.ops.tables import constant_in_traces
 from atomeq.typing import EdgeIndex, EdgeLengths, EdgeVectors
 
 Side = Literal["source", "target", "both"]
@@ -67,6 +70,12 @@ class EdgeFrame:
             return segments_of(index, self.n_atoms)
         return self._by_source if index is self.source else self._by_target
 
+    def segments_for(self, ends: Sequence[Tensor], kernels: str) -> list[Tensor]:
+        """Return the segments of each of some ends, or none if the kernels want none."""
+        if not wants_segments(kernels):
+            return []
+        return [part for index in ends for part in self.segments(index)]
+
     @cached_property
     def _by_source(self) -> tuple[Tensor, Tensor]:
         return segments_of(self.source, self.n_atoms)
@@ -79,6 +88,12 @@ class EdgeFrame:
     def n_edges(self) -> int:
         """Number of edges."""
         return self.vectors.shape[0]
+
+
+@constant_in_traces
+def wants_segments(kernels: str) -> bool:
+    """Return whether these kernels want sorted edges; a constant of a traced graph."""
+    return kernels_of("edge", kernels).WANTS_SEGMENTS
 
 
 def checked_edges(edge_index: EdgeIndex, n_sources: int, n_targets: int) -> EdgeIndex:

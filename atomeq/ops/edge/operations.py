@@ -15,9 +15,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from atomeq.ops.dispatch import operation
-from atomeq.ops.edge import by_kernels, examples, reference
+from atomeq.ops.edge import escn_conv as layer
+from atomeq.ops.edge import examples, reference, rotation, so2_map
 from atomeq.ops.edge.frame import EdgeFrame, Side
 from atomeq.ops.edge.so2_shape import so2_shape
+from atomeq.ops.orders import check_orders, m_primary_order
 from atomeq.ops.specification import Size, size_of
 from atomeq.typing import NodeFeatures
 
@@ -31,7 +33,7 @@ def _verified_in(x: NodeFeatures, frame: EdgeFrame, *, side: Side = "source") ->
     return _size(x, frame)
 
 
-@operation(_verified_in, by_kernels=by_kernels.rotate_to_edge, example=examples.into_frame)
+@operation(_verified_in, by_kernels=rotation.to_edge, example=examples.into_frame)
 def rotate_to_edge(
     x: NodeFeatures, frame: EdgeFrame, *, side: Side = "source"
 ) -> Float[Tensor, "n_edges n_rows c_out"]:
@@ -72,7 +74,7 @@ def _verified_out(
     return _size(y, frame)
 
 
-@operation(_verified_out, by_kernels=by_kernels.rotate_from_edge, example=examples.out_of_frame)
+@operation(_verified_out, by_kernels=rotation.from_edge, example=examples.out_of_frame)
 def rotate_from_edge(
     y: RowFeatures,
     frame: EdgeFrame,
@@ -154,7 +156,11 @@ def _verified_map(
     scale: Float[Tensor, "n_edges scales"] | None = None,
     n_scalars: int | None = None,
 ) -> Size:
-    shape = so2_shape(x, weights, lmax, mmax, n_scalars)
+    check_orders(lmax, mmax)
+    n_rows = len(m_primary_order(lmax, mmax))
+    if x.ndim != 3 or x.shape[1] != n_rows:
+        raise ValueError(f"x is {tuple(x.shape)}; lmax={lmax}, mmax={mmax} need {n_rows} rows")
+    shape = so2_shape(x.shape[2], weights, lmax, mmax, n_scalars)
     if scale is not None and scale.shape != (x.shape[0], shape.n_scales):
         raise ValueError(
             f"scale is {tuple(scale.shape)}; expected ({x.shape[0]}, {shape.n_scales})"
@@ -162,7 +168,7 @@ def _verified_map(
     return size_of(x, x.shape[0], lmax=lmax, mmax=mmax, channels=x.shape[2])
 
 
-@operation(_verified_map, by_kernels=by_kernels.so2_linear_with_scalars, example=examples.so2_map)
+@operation(_verified_map, by_kernels=so2_map.linear, example=examples.so2_map)
 def so2_linear_with_scalars(
     x: RowFeatures,
     weights: Sequence[Tensor],
@@ -190,7 +196,7 @@ def so2_linear_with_scalars(
     Raises:
         ValueError: If the shapes do not fit together.
     """
-    shape = so2_shape(x, weights, lmax, mmax, n_scalars)
+    shape = so2_shape(x.shape[2], weights, lmax, mmax, n_scalars)
     return reference.so2_map(x, weights, shape, bias, scale)
 
 
@@ -206,8 +212,16 @@ def _verified_layer(
     recompute: bool = False,
 ) -> Size:
     _check_features(x, frame, (frame.n_atoms, (frame.lmax + 1) ** 2), "atoms")
-    _check_layer(x, frame, first, second)
-    n_scales = first[0].shape[1] + sum(weight.shape[-1] for weight in first[1:])
+    lmax, mmax = frame.lmax, frame.mmax
+    hidden = second[0].shape[-1] // (lmax + 1)
+    shape = so2_shape(2 * x.shape[2], first, lmax, mmax, lmax * hidden)
+    so2_shape(hidden, second, lmax, mmax, 0)
+    if shape.c_out != hidden:
+        raise ValueError(
+            f"weights[0] of the first map is {tuple(first[0].shape)}; with {hidden} hidden "
+            f"channels it has {lmax * hidden} rows of gates and {(lmax + 1) * hidden} others"
+        )
+    n_scales = shape.n_scales
     weight = None if radial_map is None else radial_map[0]
     width = n_scales if weight is None else weight.shape[-1]
     if radial is not None and radial.shape != (frame.n_edges, width):
@@ -222,7 +236,7 @@ def _verified_layer(
     return _size(x, frame)
 
 
-@operation(_verified_layer, by_kernels=by_kernels.escn_conv, example=examples.layer)
+@operation(_verified_layer, by_kernels=layer.conv, example=examples.layer)
 def escn_conv(
     x: NodeFeatures,
     frame: EdgeFrame,
@@ -272,22 +286,6 @@ def escn_conv(
     rows = reference.gated(rows, gates, lmax, mmax)
     rows = so2_linear(rows, second, lmax=lmax, mmax=mmax)
     return rotate_from_edge(rows, frame, envelope=envelope)
-
-
-def _check_layer(
-    x: Tensor, frame: EdgeFrame, first: Sequence[Tensor], second: Sequence[Tensor]
-) -> None:
-    """Refuse weights that do not fit the features or each other."""
-    lmax, mmax = frame.lmax, frame.mmax
-    hidden = second[0].shape[-1] // (lmax + 1)
-    rows = x.new_empty(0, frame.wigner.shape[1], 1)
-    so2_shape(rows.expand(-1, -1, 2 * x.shape[2]), first, lmax, mmax, lmax * hidden)
-    so2_shape(rows.expand(-1, -1, hidden), second, lmax, mmax, 0)
-    if first[0].shape[0] != (2 * lmax + 1) * hidden:
-        raise ValueError(
-            f"weights[0] of the first map is {tuple(first[0].shape)}; with {hidden} hidden "
-            f"channels it has {lmax * hidden} rows of gates and {(lmax + 1) * hidden} others"
-        )
 
 
 def _size(x: Tensor, frame: EdgeFrame) -> Size:

@@ -20,14 +20,45 @@ and no 1/sin(beta) appears.
 
 import math
 from types import SimpleNamespace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from atomeq.ops.edge.kernel_sets import edge_kernels
+from atomeq.ops.edge.frame import EdgeFrame, Side
 from atomeq.ops.edge.wigner import flat_generators
-from atomeq.ops.registration import registered
+from atomeq.ops.registration import kernels_of, registered
 from atomeq.ops.tables import table_like
+
+Gradients = dict[str, Tensor | list[Tensor] | list[Tensor | None] | None]
+
+
+def to_edge(x: Tensor, frame: EdgeFrame, *, side: Side = "source", kernels: str) -> Tensor:
+    """Gather, join the channels, rotate into the edge frames by some kernels."""
+    ends = list(frame.ends(side))
+    segments = frame.segments_for(ends, kernels)
+    return gather_rotate(x, None, frame.vectors, frame.wigner, ends, segments, kernels)
+
+
+def from_edge(
+    y: Tensor,
+    frame: EdgeFrame,
+    *,
+    envelope: Tensor | None = None,
+    reduce: Literal["sum", "none"] = "sum",
+    kernels: str,
+) -> Tensor:
+    """Rotate back to the lab frame and sum on the targets by some kernels."""
+    ends = [frame.target] if reduce == "sum" else []
+    segments = frame.segments_for(ends, kernels)
+    return rotate_scatter(
+        *(y, None, envelope, frame.n_atoms, frame.vectors, frame.wigner, ends, segments, kernels)
+    )
+
+
+def _same(saved: SimpleNamespace) -> tuple[Any, ...]:
+    """Return the arguments that all three operations have last."""
+    return (saved.vectors, saved.wigner, saved.indices, saved.segments, saved.kernels)
 
 
 def _fake_rotated(call: SimpleNamespace) -> Tensor:
@@ -35,31 +66,26 @@ def _fake_rotated(call: SimpleNamespace) -> Tensor:
     return call.x.new_empty(*call.wigner.shape[:2], channels)
 
 
-def _rotated_gradient(
-    saved: SimpleNamespace, wanted: set[str], grad: Tensor
-) -> dict[str, Tensor | None]:
-    found: dict[str, Tensor | None] = {}
+def _rotated_gradient(saved: SimpleNamespace, wanted: set[str], grad: Tensor) -> Gradients:
+    found = _turning_gradient(saved, wanted, saved.x, grad)
     if "x" in wanted:
-        found["x"] = _scatter(saved, grad, saved.x.shape[0], None, saved.omega)
-    found |= _turning_gradient(saved, wanted, saved.x, grad)
+        n_atoms = saved.x.shape[0]
+        found["x"] = rotate_scatter(grad, saved.omega, None, n_atoms, *_same(saved))
     return found
 
 
 @registered(outputs=_fake_rotated, gradient=_rotated_gradient)
 def gather_rotate(
     x: Tensor,
+    omega: Tensor | None,
     vectors: Tensor,
     wigner: Tensor,
-    omega: Tensor | None,
     indices: list[Tensor],
     segments: list[Tensor],
-    lmax: int,
-    mmax: int,
     kernels: str,
 ) -> Tensor:
     """Return A(x, omega), (n_edges, n_rows, S * channels); ``segments`` serve the gradient."""
-    turned = turned_wigner(wigner, omega)
-    return edge_kernels(kernels).gather_rotate(x, turned, indices, lmax=lmax, mmax=mmax)
+    return kernels_of("edge", kernels).gather_rotate(x, turned_wigner(wigner, omega), indices)
 
 
 def _fake_scattered(call: SimpleNamespace) -> Tensor:
@@ -69,19 +95,18 @@ def _fake_scattered(call: SimpleNamespace) -> Tensor:
     return rows.new_empty(n_results, call.wigner.shape[2], channels)
 
 
-def _scattered_gradient(
-    saved: SimpleNamespace, wanted: set[str], grad: Tensor
-) -> dict[str, Tensor | None]:
-    found: dict[str, Tensor | None] = {}
+def _scattered_gradient(saved: SimpleNamespace, wanted: set[str], grad: Tensor) -> Gradients:
+    found: Gradients = {}
+    factor = None if saved.factor is None else saved.factor[:, None, None]
+    if wanted & {"vectors", "omega"}:
+        rows = saved.rows if factor is None else saved.rows * factor
+        found = _turning_gradient(saved, wanted, grad, rows)
     if wanted & {"rows", "factor"}:
-        rows = _rotate(saved, grad, saved.omega)
+        rows = gather_rotate(grad, saved.omega, *_same(saved))
         if "factor" in wanted:
             found["factor"] = torch.linalg.vecdot(rows.flatten(1), saved.rows.flatten(1))
-        scaled = rows if saved.factor is None else rows * saved.factor[:, None, None]
-        found["rows"] = scaled if "rows" in wanted else None
-    if wanted & {"vectors", "omega"}:
-        rows = saved.rows if saved.factor is None else saved.rows * saved.factor[:, None, None]
-        found |= _turning_gradient(saved, wanted, grad, rows)
+        if "rows" in wanted:
+            found["rows"] = rows if factor is None else rows * factor
     return found
 
 
@@ -92,42 +117,31 @@ def _scattered_gradient(
 )
 def rotate_scatter(
     rows: Tensor,
+    omega: Tensor | None,
+    factor: Tensor | None,
+    n_atoms: int,
     vectors: Tensor,
     wigner: Tensor,
-    factor: Tensor | None,
-    omega: Tensor | None,
     indices: list[Tensor],
     segments: list[Tensor],
-    n_atoms: int,
-    lmax: int,
-    mmax: int,
     kernels: str,
 ) -> Tensor:
     """Return B(rows, omega), (n_atoms, n_sph, channels), or per edge without indices."""
-    return edge_kernels(kernels).rotate_scatter(
-        rows,
-        turned_wigner(wigner, omega),
-        indices,
-        segments,
-        n_atoms,
-        lmax=lmax,
-        mmax=mmax,
-        factor=factor,
-    )
+    turned = turned_wigner(wigner, omega)
+    by = kernels_of("edge", kernels)
+    return by.rotate_scatter(rows, turned, indices, segments, n_atoms, factor=factor)
 
 
 def _fake_torque(call: SimpleNamespace) -> Tensor:
     return call.x.new_empty(call.rows.shape[0], 3)
 
 
-def _torque_gradient(
-    saved: SimpleNamespace, wanted: set[str], grad: Tensor
-) -> dict[str, Tensor | None]:
-    found: dict[str, Tensor | None] = {}
+def _torque_gradient(saved: SimpleNamespace, wanted: set[str], grad: Tensor) -> Gradients:
+    found: Gradients = {}
     if "x" in wanted:
-        found["x"] = _scatter(saved, saved.rows, saved.x.shape[0], None, grad)
+        found["x"] = rotate_scatter(saved.rows, grad, None, saved.x.shape[0], *_same(saved))
     if "rows" in wanted:
-        found["rows"] = _rotate(saved, saved.x, grad)
+        found["rows"] = gather_rotate(saved.x, grad, *_same(saved))
     if "vectors" in wanted:
         turn = _turned_torque(saved, saved.x, saved.rows, grad)
         found["vectors"] = turn_gradient(-turn, saved.vectors)
@@ -142,12 +156,10 @@ def torque(
     wigner: Tensor,
     indices: list[Tensor],
     segments: list[Tensor],
-    lmax: int,
-    mmax: int,
     kernels: str,
 ) -> Tensor:
     """Return C(x, rows), (n_edges, 3)."""
-    return edge_kernels(kernels).torque(x, rows, wigner, indices, lmax=lmax, mmax=mmax)
+    return kernels_of("edge", kernels).torque(x, rows, wigner, indices)
 
 
 def turn_gradient(turn: Tensor, vectors: Tensor) -> Tensor:
@@ -165,9 +177,7 @@ def _fake_turns(call: SimpleNamespace) -> Tensor:
     return call.omega.new_empty(call.omega.shape[0], call.n_sph, call.n_sph)
 
 
-def _turns_gradient(
-    saved: SimpleNamespace, wanted: set[str], grad: Tensor
-) -> dict[str, Tensor | None]:
+def _turns_gradient(saved: SimpleNamespace, wanted: set[str], grad: Tensor) -> Gradients:
     return {"omega": turn_components(grad)}
 
 
@@ -181,9 +191,7 @@ def _fake_components(call: SimpleNamespace) -> Tensor:
     return call.matrices.new_empty(call.matrices.shape[0], 3)
 
 
-def _components_gradient(
-    saved: SimpleNamespace, wanted: set[str], grad: Tensor
-) -> dict[str, Tensor | None]:
+def _components_gradient(saved: SimpleNamespace, wanted: set[str], grad: Tensor) -> Gradients:
     return {"matrices": turn_matrices(grad, saved.matrices.shape[1])}
 
 
@@ -198,9 +206,7 @@ def _fake_turning(call: SimpleNamespace) -> Tensor:
     return torch.empty_like(call.wigner)
 
 
-def _turning_wigner_gradient(
-    saved: SimpleNamespace, wanted: set[str], grad: Tensor
-) -> dict[str, Tensor | None]:
+def _turning_wigner_gradient(saved: SimpleNamespace, wanted: set[str], grad: Tensor) -> Gradients:
     turn = turn_components(turning_wigner(saved.vectors, saved.wigner).mT @ grad)
     return {"vectors": turn_gradient(-turn, saved.vectors)}
 
@@ -219,81 +225,25 @@ def turned_wigner(wigner: Tensor, omega: Tensor | None) -> Tensor:
     return wigner if omega is None else torch.bmm(wigner, turning(omega, wigner.shape[2]))
 
 
-def gathered(x: Tensor, indices: list[Tensor]) -> Tensor:
-    """Return G x, (n_edges, n_sph, S * channels)."""
-    if not indices:
-        return x
-    parts = [x.index_select(0, index) for index in indices]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
-
-
 def _turning_gradient(
     saved: SimpleNamespace, wanted: set[str], x: Tensor, rows: Tensor
-) -> dict[str, Tensor | None]:
+) -> Gradients:
     """Return the gradients of <rows, W T(omega) G x> with respect to omega and the vectors."""
-    found: dict[str, Tensor | None] = {}
-    if saved.omega is None:
-        if "vectors" in wanted:
-            found["vectors"] = turn_gradient(-_torque(saved, x, rows), saved.vectors)
-        return found
+    found: Gradients = {}
     if "omega" in wanted:
-        found["omega"] = _torque(saved, x, rows)
+        found["omega"] = torque(x, rows, *_same(saved))
     if "vectors" in wanted:
-        turn = _turned_torque(saved, x, rows, saved.omega)
+        if saved.omega is None:
+            turn = torque(x, rows, *_same(saved))
+        else:
+            turn = _turned_torque(saved, x, rows, saved.omega)
         found["vectors"] = turn_gradient(-turn, saved.vectors)
     return found
 
 
 def _turned_torque(saved: SimpleNamespace, x: Tensor, rows: Tensor, omega: Tensor) -> Tensor:
     """Return <W^T rows, X_k T(omega) G x>, with T(omega) G x written out for each edge."""
-    lab = turn_matrices(omega, x.shape[1]) @ gathered(x, saved.indices)
+    members = [x.index_select(0, index) for index in saved.indices]
+    lab = turn_matrices(omega, x.shape[1]) @ (torch.cat(members, dim=2) if members else x)
     none: list[Tensor] = []
-    return torque(
-        lab, rows, saved.vectors, saved.wigner, none, none, saved.lmax, saved.mmax, saved.kernels
-    )
-
-
-def _torque(saved: SimpleNamespace, x: Tensor, rows: Tensor) -> Tensor:
-    return torque(
-        x,
-        rows,
-        saved.vectors,
-        saved.wigner,
-        saved.indices,
-        saved.segments,
-        saved.lmax,
-        saved.mmax,
-        saved.kernels,
-    )
-
-
-def _rotate(saved: SimpleNamespace, x: Tensor, omega: Tensor | None) -> Tensor:
-    return gather_rotate(
-        x,
-        saved.vectors,
-        saved.wigner,
-        omega,
-        saved.indices,
-        saved.segments,
-        saved.lmax,
-        saved.mmax,
-        saved.kernels,
-    )
-
-
-def _scatter(
-    saved: SimpleNamespace, rows: Tensor, n_atoms: int, factor: Tensor | None, omega: Tensor | None
-) -> Tensor:
-    return rotate_scatter(
-        rows,
-        saved.vectors,
-        saved.wigner,
-        factor,
-        omega,
-        saved.indices,
-        saved.segments,
-        n_atoms,
-        saved.lmax,
-        saved.mmax,
-        saved.kernels,
-    )
+    return torque(lab, rows, saved.vectors, saved.wigner, none, none, saved.kernels)

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 
@@ -29,12 +28,17 @@ class SO2Shape(NamedTuple):
     @property
     def n_rows(self) -> int:
         """Rows |m| <= mmax of an edge."""
-        return sum((self.lmax - m + 1) * (1 if m == 0 else 2) for m in range(self.mmax + 1))
+        return (2 * self.mmax + 1) * (self.lmax + 1) - self.mmax * (self.mmax + 1)
 
     @property
     def n_scales(self) -> int:
         """Factors of an edge's input, one for each (l, |m|, channel)."""
-        return sum(self.lmax - m + 1 for m in range(self.mmax + 1)) * self.c_in
+        return (self.n_rows + self.lmax + 1) // 2 * self.c_in  # m = 0 has but one sign
+
+    @property
+    def width_in(self) -> int:
+        """Numbers of an edge's input."""
+        return self.n_rows * self.c_in
 
     @property
     def width(self) -> int:
@@ -53,38 +57,42 @@ class SO2Shape(NamedTuple):
 
 
 def so2_shape(
-    x: Tensor, weights: Sequence[Tensor], lmax: int, mmax: int, n_scalars: int | None
+    c_in: int, weights: Sequence[Tensor], lmax: int, mmax: int, n_scalars: int | None
 ) -> SO2Shape:
     """Return the sizes of a map after checking every weight's shape against its input.
 
     Raises:
         ValueError: If the shapes do not fit together.
     """
-    n_rows = sum((lmax - m + 1) * (1 if m == 0 else 2) for m in range(mmax + 1))
-    if not 0 <= mmax <= lmax or x.ndim != 3 or x.shape[1] != n_rows:
-        raise ValueError(f"x is {tuple(x.shape)}; lmax={lmax}, mmax={mmax} need {n_rows} rows")
     if len(weights) != mmax + 1:
         raise ValueError(f"{len(weights)} weights given; mmax={mmax} needs one per order m")
-    c_in = x.shape[2]
     if mmax > 0 and weights[1].ndim >= 2:
         c_out = weights[1].shape[-2] // lmax
     else:
         c_out = (weights[0].shape[0] - (n_scalars or 0)) // (lmax + 1)
     if n_scalars is None:
         n_scalars = max(weights[0].shape[0] - (lmax + 1) * c_out, 0)
-    shapes = [tuple(weight.shape) for weight in weights]
-    expected = [(n_scalars + (lmax + 1) * c_out, (lmax + 1) * c_in)] + [
-        (2, (lmax - m + 1) * c_out, (lmax - m + 1) * c_in) for m in range(1, mmax + 1)
-    ]
-    real = [expected[0]] + [shape[1:] for shape in expected[1:]]
-    if any(shape not in fitting for shape, *fitting in zip(shapes, expected, real, strict=True)):
+    expected: list[tuple[int, ...]] = []
+    fits = True
+    for m, weight in enumerate(weights):
+        n, extra = lmax - m + 1, 0 if m else n_scalars
+        real, shape = (extra + n * c_out, n * c_in), tuple(weight.shape)
+        expected.append((2, *real) if m else real)
+        fits = fits and (shape == real or shape == expected[m])
+    if not fits:
+        shapes = [tuple(weight.shape) for weight in weights]
         raise ValueError(f"weights are {shapes}; expected {expected} ({n_scalars} scalars)")
     return SO2Shape(lmax, mmax, c_in, c_out, n_scalars)
 
 
 def shape_of(sizes: list[int]) -> SO2Shape:
     """Return the shape; a trace with symbolic sizes becomes one of these: they never change."""
-    return SO2Shape(*(int(size) for size in sizes))
+    return SO2Shape(*map(int, sizes))
+
+
+def views(weights: Sequence[Tensor]) -> list[Tensor]:
+    """Return views of the weights: of a leaf torch cannot tell whether its gradient is wanted."""
+    return [weight.view_as(weight) if weight.requires_grad else weight for weight in weights]
 
 
 @cache
@@ -100,30 +108,3 @@ def _blocks(shape: SO2Shape) -> list[Block]:
         found.append(Block(m, inputs, slice(scales, scales + step), outputs))
         start, scales, first = inputs[-1].stop, scales + step, outputs[-1].stop
     return found
-
-
-def scale_rows_(rows: Tensor, scale: Tensor, shape: SO2Shape) -> Tensor:
-    """Multiply rows (n_edges, n_rows * c_in) by the factors that +m and -m share, in place."""
-    for block in shape.blocks:
-        for columns in block.inputs:
-            rows[:, columns].mul_(scale[:, block.scales])
-    return rows
-
-
-def add_scaled_rows_(total: Tensor, rows: Tensor, scale: Tensor, shape: SO2Shape) -> Tensor:
-    """Add the scaled rows to ``total``, in place."""
-    for block in shape.blocks:
-        for columns in block.inputs:
-            total[:, columns].addcmul_(rows[:, columns], scale[:, block.scales])
-    return total
-
-
-def scale_gradient(grad: Tensor, rows: Tensor, shape: SO2Shape) -> Tensor:
-    """Return the gradient of the factors, (n_edges, n_scales)."""
-    result = rows.new_empty(len(rows), shape.n_scales)
-    for block in shape.blocks:
-        part = result[:, block.scales]
-        torch.mul(grad[:, block.inputs[0]], rows[:, block.inputs[0]], out=part)
-        for columns in block.inputs[1:]:
-            part.addcmul_(grad[:, columns], rows[:, columns])
-    return result

@@ -6,6 +6,7 @@ one matrix product. That is a polynomial in R: no Euler angle, so no singular gr
 """
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -13,10 +14,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from atomeq.ops.dispatch import operation
-from atomeq.ops.edge import registered_wigner
 from atomeq.ops.edge.frame import EdgeFrame, checked_edges
 from atomeq.ops.harmonics.polynomials import harmonic_polynomials
 from atomeq.ops.orders import check_orders, m_primary_order, m_primary_rows
+from atomeq.ops.registration import kernels_of, registered
 from atomeq.ops.specification import Size, size_of
 from atomeq.ops.tables import constant_table, table_like
 from atomeq.typing import EdgeIndex, EdgeVectors
@@ -242,11 +243,22 @@ def _y_rotation(angle: Tensor, l: int) -> Tensor:
     return torch.diag_embed(phases.cos()) + torch.diag_embed(-phases.sin()).flip(-1)
 
 
+def _fake_rows(call: SimpleNamespace) -> Tensor:
+    n_rows = len(m_primary_order(call.lmax, call.mmax))
+    return call.vectors.new_empty(call.vectors.shape[0], n_rows, (call.lmax + 1) ** 2)
+
+
+@registered(outputs=_fake_rows)
+def wigner_rows(vectors: Tensor, lmax: int, mmax: int, kernels: str) -> Tensor:
+    """Return :func:`edge_wigner` by some kernels, which is never differentiated."""
+    return kernels_of("edge", kernels).edge_wigner(vectors, lmax, mmax)
+
+
 def _verified(vectors: EdgeVectors, lmax: int, mmax: int) -> Size:
     return size_of(vectors, vectors.shape[0], lmax=lmax, mmax=mmax)
 
 
-@operation(_verified, by_kernels=registered_wigner.edge_wigner)
+@operation(_verified, by_kernels=wigner_rows)
 def edge_wigner(
     vectors: EdgeVectors, lmax: int, mmax: int
 ) -> Float[Tensor, "n_edges n_rows n_sph"]:

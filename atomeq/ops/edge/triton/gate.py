@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from atomeq.ops.edge.so2_shape import SO2Shape
 from atomeq.ops.edge.triton.rotation import _row
-from atomeq.ops.orders import m_primary_order
 from atomeq.ops.triton_launch import (
     accumulator,
     ceil_div,
@@ -22,49 +22,50 @@ from atomeq.ops.triton_launch import (
 )
 
 
-class TritonGate:
-    """See :class:`~atomeq.ops.edge.kernel_sets.GateKernel`."""
+class Gate:
+    """Value a(y), Jacobian J and second derivative.
 
-    def __init__(self, y: Tensor, lmax: int, mmax: int, channels: int) -> None:
+    Of y, (n_edges, lmax * channels + n_rows * channels), the gates of l = 1..lmax come first.
+    """
+
+    def __init__(self, y: Tensor, shape: SO2Shape) -> None:
         self.y = contiguous(y)
-        self.lmax, self.mmax = lmax, mmax
-        self.channels = channels
-        self.width = len(m_primary_order(lmax, mmax)) * channels
+        self.shape = shape
 
     def value(self) -> Tensor:
-        """Return SiLU of l = 0, and gated rows."""
-        value = self.y.new_empty(len(self.y), self.width)
+        """Return SiLU of l = 0, and gated rows, (n_edges, n_rows * channels)."""
+        value = self.y.new_empty(len(self.y), self.shape.n_rows * self.shape.c_out)
         self._launch(_gate, value)
         return value
 
     def gradient(self, grad: Tensor) -> Tensor:
-        """Return J^T grad."""
+        """Return J^T grad, like y."""
         result = torch.empty_like(self.y)
         self._launch(_gate_gradient, contiguous(grad), result)
         return result
 
     def second(self, moved: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-        """Return J moved and the gradient of <moved, J^T grad>."""
+        """Return J moved, like a, and the gradient of <moved, J^T grad> in y, like y."""
         grad = contiguous(grad)
         value, curved = torch.empty_like(grad), torch.empty_like(self.y)
         self._launch(_gate_second, contiguous(moved), grad, value, curved)
         return value, curved
 
     def _launch(self, kernel: object, *tensors: Tensor) -> None:
-        block_c = channel_tile(self.channels)
+        shape, n_edges = self.shape, len(self.y)
+        block_c = channel_tile(shape.c_out)
         block_e = max(1, 1024 // block_c)
-        n_edges = len(self.y)
         launch(
             kernel,
-            (ceil_div(n_edges, block_e), ceil_div(self.channels, block_c)),
+            (ceil_div(n_edges, block_e), ceil_div(shape.c_out, block_c)),
             self.y,
             *tensors,
             like=self.y,
             n_edges=n_edges,
-            CHANNELS=self.channels,
-            LMAX=self.lmax,
-            MMAX=self.mmax,
-            N_ROWS=self.width // self.channels,
+            CHANNELS=shape.c_out,
+            LMAX=shape.lmax,
+            MMAX=shape.mmax,
+            N_ROWS=shape.n_rows,
             SUM=accumulator(self.y.dtype),
             BLOCK_E=block_e,
             BLOCK_C=block_c,

@@ -1,17 +1,35 @@
-"""The Triton kernels of edge layers, as the registered operations call them."""
+"""The Triton kernels of edges, by the names under which the registered operations call them."""
 
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor
+from torch import Tensor, float64
 
-from atomeq.ops.edge.gather_gradient import GatherGradientBySteps
-from atomeq.ops.edge.layer import EdgeLayer
+from atomeq.ops.edge.layer import EdgeLayer, Named, WayIn
 from atomeq.ops.edge.so2_shape import SO2Shape
-from atomeq.ops.edge.triton import rotation, row_scale, so2
-from atomeq.ops.edge.triton.gate import TritonGate
+from atomeq.ops.edge.triton.gate import Gate
+from atomeq.ops.edge.triton.rotation import gather_rotate, rotate_scatter, torque
+from atomeq.ops.edge.triton.row_scale import (
+    row_products,
+    scale_gradient_,
+    scaled,
+    scaled_rows,
+    scaled_second_,
+)
+from atomeq.ops.edge.triton.so2 import SO2Map, add_weight_gradients
 from atomeq.ops.specification import OpSpec
 from atomeq.ops.triton_launch import refusal as launch_refusal
+
+__all__ = [
+    "Gate",
+    "SO2Map",
+    "add_weight_gradients",
+    "row_products",
+    "scaled",
+    "scaled_rows",
+    "scaled_second_",
+]
+
+WANTS_SEGMENTS = True
 
 _BYTES_AT_ONCE = 2**31  # of the widest tensor of a layer while it works on some of the edges
 
@@ -26,100 +44,44 @@ def by_torch(spec: OpSpec) -> bool:
     return spec.op == "edge_wigner"
 
 
-class TritonEdgeKernels(GatherGradientBySteps):
-    """See :class:`~atomeq.ops.edge.kernel_sets.EdgeKernels`."""
+def empty(size: tuple[int, ...], like: Tensor) -> Tensor:
+    """Return memory; torch keeps what is freed on a GPU."""
+    return like.new_empty(size)
 
-    wants_segments = True
 
-    def gather_rotate(
-        self,
-        x: Tensor,
-        wigner: Tensor,
-        indices: Sequence[Tensor],
-        *,
-        lmax: int,
-        mmax: int,
-        scale: Tensor | None = None,
-        operand: bool = False,
-    ) -> Tensor:
-        """Return scale * W G x."""
-        dtype = so2.operand_dtype(x) if operand else x.dtype
-        size = {"lmax": lmax, "mmax": mmax}
-        return rotation.gather_rotate(x, wigner, indices, **size, scale=scale, dtype=dtype)
+def gather_gradient(
+    x: Tensor,
+    wigner: Tensor,
+    indices: Sequence[Tensor],
+    segments: Sequence[Tensor],
+    grad: Tensor,
+    scale: Tensor | None,
+    shape: SO2Shape,
+    into: WayIn,
+) -> None:
+    """Give the gradients of <grad, s W G x> by one kernel after the other; grad may change."""
+    if scale is not None and into.scale is None:
+        grad = scaled_rows(grad, scale, shape, out=grad)
+    elif scale is not None and into.scale is not None:
+        rows = gather_rotate(x, wigner, indices).flatten(1)
+        into.scale.copy_(scale_gradient_(rows, grad, scale, shape))
+    rows = grad.unflatten(1, (shape.n_rows, -1))
+    if into.x is not None:
+        rotate_scatter(rows, wigner, indices, segments, len(x), total=into.x)
+    if into.turn is not None:
+        into.turn.copy_(torque(x, rows, wigner, indices))
 
-    def rotate_scatter(
-        self,
-        rows: Tensor,
-        wigner: Tensor,
-        indices: Sequence[Tensor],
-        segments: Sequence[Tensor],
-        n_atoms: int,
-        *,
-        lmax: int,
-        mmax: int,
-        factor: Tensor | None = None,
-        total: Tensor | None = None,
-    ) -> Tensor:
-        """Return G^T W^T (factor * rows), added to the total if there is one."""
-        return rotation.rotate_scatter(
-            rows,
-            wigner,
-            indices,
-            segments,
-            n_atoms,
-            lmax=lmax,
-            mmax=mmax,
-            factor=factor,
-            total=total,
-        )
 
-    def torque(
-        self,
-        x: Tensor,
-        rows: Tensor,
-        wigner: Tensor,
-        indices: Sequence[Tensor],
-        *,
-        lmax: int,
-        mmax: int,
-    ) -> Tensor:
-        """Return <W^T rows, X_k G x>."""
-        return rotation.torque(x, rows, wigner, indices, lmax=lmax, mmax=mmax)
+def edges_at_once(first: SO2Shape) -> int:
+    """Return how many edges a layer works on at a time: what fits, since a GPU wants all."""
+    return max(1, _BYTES_AT_ONCE // (max(first.width, first.width_in) * float64.itemsize))
 
-    def empty(self, size: tuple[int, ...], like: Tensor) -> Tensor:
-        """Return memory; torch keeps what is freed on a GPU."""
-        return like.new_empty(size)
 
-    def so2_map(self, weights: list[Tensor], shape: SO2Shape) -> so2.TritonSO2Map:
-        """Return the map of some weights."""
-        return so2.TritonSO2Map(weights, shape)
+def layer_value(layer: EdgeLayer, *, keep: bool) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Return None: a layer goes block by block, and these are as large as memory allows."""
 
-    def add_weight_gradients(
-        self, rows: Tensor, grad: Tensor, into: list[Tensor], shape: SO2Shape
-    ) -> None:
-        """Add the gradients of <grad, M rows> with respect to the weights to ``into``."""
-        so2.add_weight_gradients(rows, grad, into, shape)
 
-    def scaled_rows(self, rows: Tensor, scale: Tensor, shape: SO2Shape) -> Tensor:
-        """Return s rows."""
-        return row_scale.scaled_rows(rows, scale, shape)
-
-    def row_products(self, left: Tensor, right: Tensor, shape: SO2Shape) -> Tensor:
-        """Return the products of rows, summed over +m and -m."""
-        return row_scale.row_products(left, right, shape)
-
-    def gate(self, y: Tensor, lmax: int, mmax: int, channels: int) -> TritonGate:
-        """Return the gate of edges."""
-        return TritonGate(y, lmax, mmax, channels)
-
-    def radial_scale(self, scale: Tensor, shape: SO2Shape) -> row_scale.TritonRadialScale:
-        """Return the factors of the first map's inputs."""
-        return row_scale.TritonRadialScale(scale, shape)
-
-    def edges_at_once(self, first: SO2Shape) -> int:
-        """Return how many edges a layer works on at a time: what fits, since a GPU wants all."""
-        widest = max(first.width, first.n_rows * first.c_in)
-        return max(1, _BYTES_AT_ONCE // (widest * torch.float64.itemsize))
-
-    def whole_layer(self, layer: EdgeLayer) -> None:
-        """Return None: blocks are as large as memory allows."""
+def layer_gradient(
+    layer: EdgeLayer, grad: Tensor, kept: list[Tensor], wanted: set[str]
+) -> Named | None:
+    """Return None, as :func:`layer_value` does."""

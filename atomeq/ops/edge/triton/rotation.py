@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from atomeq.ops.edge.wigner import generators
+from atomeq.ops.orders import orders_of
 from atomeq.ops.tables import constant_table, table_like
 from atomeq.ops.triton_launch import (
     accumulator,
@@ -26,6 +27,7 @@ from atomeq.ops.triton_launch import (
     degrees,
     edge_tile,
     launch,
+    operand_dtype,
     slots,
 )
 
@@ -39,29 +41,24 @@ def gather_rotate(
     wigner: Tensor,
     indices: Sequence[Tensor],
     *,
-    lmax: int,
-    mmax: int,
     scale: Tensor | None = None,
-    dtype: torch.dtype | None = None,
+    operand: bool = False,
 ) -> Tensor:
-    """Return scale * W G x; see :class:`~atomeq.ops.edge.kernel_sets.EdgeKernels`.
+    """Return scale * W G x, (n_edges, n_rows, S * channels).
 
     Args:
         x: Features of atoms, (n_atoms, n_sph, channels), or of edges if there are no indices.
-        wigner: (n_edges, n_rows, n_sph).
+        wigner: (n_edges, n_rows, n_sph), in m-primary order and block diagonal in l.
         indices: Atoms of the edges, (n_edges,) each; joined along the channels.
-        lmax: Highest degree.
-        mmax: Highest order.
         scale: Factors shared by +m and -m, (n_edges, sum over m of (lmax - m + 1) * S * channels).
-        dtype: Of the result, where it is to be rounded.
-
-    Returns:
-        (n_edges, n_rows, S * channels).
+        operand: Whether the result is read by a map alone, and may have the precision of those.
     """
     x, wigner = contiguous(x), contiguous(wigner)
-    n_edges, n_rows, _ = wigner.shape
+    n_edges, n_rows, n_sph = wigner.shape
+    lmax, mmax = orders_of(n_rows, n_sph)
     channels = x.shape[2]
     width = max(1, len(indices)) * channels
+    dtype = operand_dtype(x) if operand else x.dtype
     result = x.new_empty(n_edges, n_rows, width, dtype=dtype)
     sizes = slots(lmax, mmax)
     block_c = channel_tile(channels)
@@ -101,12 +98,10 @@ def rotate_scatter(
     segments: Sequence[Tensor],
     n_atoms: int,
     *,
-    lmax: int,
-    mmax: int,
     factor: Tensor | None = None,
     total: Tensor | None = None,
 ) -> Tensor:
-    """Return G^T W^T (factor * rows); see :class:`~atomeq.ops.edge.kernel_sets.EdgeKernels`.
+    """Return G^T W^T (factor * rows).
 
     One program owns one degree of one atom and adds its edges in their order: no atomics, and the
     same bits every time.
@@ -118,8 +113,6 @@ def rotate_scatter(
         segments: For each index where the edges of every atom begin, (n_atoms + 1,), in the list
             of edges sorted by that atom, (n_edges,), which follows.
         n_atoms: Number of atoms.
-        lmax: Highest degree.
-        mmax: Highest order.
         factor: (n_edges,).
         total: The result is added to it, in place.
 
@@ -129,7 +122,8 @@ def rotate_scatter(
     rows, wigner = contiguous(rows), contiguous(wigner)
     factor = None if factor is None else contiguous(factor)
     if not indices:
-        return _rotate_back_into(rows, wigner, factor, total, (lmax, mmax))
+        return _rotate_back_into(rows, wigner, factor, total)
+    lmax, mmax = orders_of(wigner.shape[1], wigner.shape[2])
     channels = rows.shape[2] // len(indices)
     adding = total is not None
     result = rows.new_empty(n_atoms, (lmax + 1) ** 2, channels) if total is None else total
@@ -163,15 +157,11 @@ def rotate_scatter(
 
 
 def _rotate_back_into(
-    rows: Tensor,
-    wigner: Tensor,
-    factor: Tensor | None,
-    total: Tensor | None,
-    orders: tuple[int, int],
+    rows: Tensor, wigner: Tensor, factor: Tensor | None, total: Tensor | None
 ) -> Tensor:
     """Return W^T (factor * rows) of every edge, added to the total if there is one."""
     n_edges, n_rows, channels = rows.shape
-    lmax, mmax = orders
+    lmax, mmax = orders_of(n_rows, wigner.shape[2])
     result = rows.new_empty(n_edges, (lmax + 1) ** 2, channels) if total is None else total
     sizes = degrees(lmax)
     block_c = channel_tile(channels)
@@ -199,22 +189,15 @@ def _rotate_back_into(
     return result
 
 
-def torque(
-    x: Tensor,
-    rows: Tensor,
-    wigner: Tensor,
-    indices: Sequence[Tensor],
-    *,
-    lmax: int,
-    mmax: int,
-) -> Tensor:
+def torque(x: Tensor, rows: Tensor, wigner: Tensor, indices: Sequence[Tensor]) -> Tensor:
     """Return <W^T rows, X_k G x> of every edge for the three generators X_k, (n_edges, 3).
 
     Neither the gathered nor the rotated features are written. Arguments as in
     :func:`rotate_scatter` and :func:`gather_rotate`.
     """
     x, rows, wigner = contiguous(x), contiguous(rows), contiguous(wigner)
-    n_edges, channels = wigner.shape[0], x.shape[2]
+    (n_edges, n_rows, n_sph), channels = wigner.shape, x.shape[2]
+    lmax, mmax = orders_of(n_rows, n_sph)
     result = wigner.new_empty(n_edges, 3)
     sizes = degrees(lmax)
     block_c = channel_tile(channels)
@@ -237,7 +220,7 @@ def torque(
             CHANNELS=channels,
             LMAX=lmax,
             MMAX=mmax,
-            N_ROWS=wigner.shape[1],
+            N_ROWS=n_rows,
             DEGREES=sizes,
             TERMS=TERMS,
             GATHERED=index is not None,

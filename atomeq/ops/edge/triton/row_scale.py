@@ -8,16 +8,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from atomeq.ops.edge.radial_scale import RadialScale
 from atomeq.ops.edge.so2_shape import SO2Shape
 from atomeq.ops.triton_launch import ceil_div, channel_tile, contiguous, launch
 
 _NUMBERS = 2048  # of one row in a program
 
 
-def scaled_rows(rows: Tensor, scale: Tensor, shape: SO2Shape) -> Tensor:
+def scaled_rows(
+    rows: Tensor, scale: Tensor, shape: SO2Shape, *, out: Tensor | None = None
+) -> Tensor:
     """Return s rows, (n_edges, n_rows * c_in), for factors s (n_edges, n_scales)."""
-    result = rows.new_empty(rows.shape)
+    result = rows.new_empty(rows.shape) if out is None else out
     _launch(_scaled, shape, rows, None, scale, None, result, None)
     return result
 
@@ -29,43 +30,36 @@ def row_products(left: Tensor, right: Tensor, shape: SO2Shape) -> Tensor:
     return result
 
 
-class TritonRadialScale(RadialScale):
-    """See :class:`~atomeq.ops.edge.radial_scale.RadialScale`; one kernel for each step."""
+def scaled(
+    rows: Tensor, moved: Tensor, scale: Tensor, moved_scale: Tensor | None, shape: SO2Shape
+) -> tuple[Tensor, Tensor]:
+    """Return z = s r and its derivative z' = s r' + s' r along a direction."""
+    z, moved_z = rows.new_empty(rows.shape), rows.new_empty(rows.shape)
+    _launch(_scaled, shape, rows, moved, scale, moved_scale, z, moved_z)
+    return z, moved_z
 
-    def value(
-        self, rows: Tensor, moved: Tensor, moved_scale: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Return z = s r and z' = s r' + s' r."""
-        z, moved_z = rows.new_empty(rows.shape), rows.new_empty(rows.shape)
-        _launch(_scaled, self.shape, rows, moved, self.scale, moved_scale, z, moved_z)
-        return z, moved_z
 
-    def gradient_(self, rows: Tensor, grad: Tensor) -> Tensor:
-        """Return dE/ds from ``grad`` = dE/dz, which becomes dE/dr."""
-        through = rows.new_empty(self.scale.shape)
-        _launch(_pulled, self.shape, rows, None, grad, None, self.scale, None, through, None)
-        return through
+def scale_gradient_(rows: Tensor, grad: Tensor, scale: Tensor, shape: SO2Shape) -> Tensor:
+    """Return dE/ds from ``grad`` = dE/dz, which becomes dE/dr."""
+    through = rows.new_empty(scale.shape)
+    _launch(_pulled, shape, rows, None, grad, None, scale, None, through, None)
+    return through
 
-    def second_(
-        self,
-        rows: Tensor,
-        moved: Tensor,
-        grad: Tensor,
-        moved_grad: Tensor,
-        moved_scale: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        """Return dE/ds and its derivative; dE/dz and its derivative become those of dE/dr."""
-        through, moved_through = (rows.new_empty(self.scale.shape) for _ in range(2))
-        _launch(
-            *(_pulled, self.shape, rows, moved, grad, moved_grad, self.scale, moved_scale),
-            *(through, moved_through),
-        )
-        return through, moved_through
 
-    def multiply_(self, rows: Tensor) -> Tensor:
-        """Multiply rows by s, in place."""
-        _launch(_scaled, self.shape, rows, None, self.scale, None, rows, None)
-        return rows
+def scaled_second_(
+    rows: Tensor,
+    moved: Tensor,
+    grad: Tensor,
+    moved_grad: Tensor,
+    scale: Tensor,
+    moved_scale: Tensor | None,
+    shape: SO2Shape,
+) -> tuple[Tensor, Tensor]:
+    """Return dE/ds and its derivative; dE/dz and its derivative become those of dE/dr."""
+    through, moved_through = rows.new_empty(scale.shape), rows.new_empty(scale.shape)
+    given = (rows, moved, grad, moved_grad, scale, moved_scale)
+    _launch(_pulled, shape, *given, through, moved_through)
+    return through, moved_through
 
 
 def _launch(kernel: object, shape: SO2Shape, first: Tensor, *others: Tensor | None) -> None:

@@ -33,7 +33,7 @@ import triton.language as tl
 from torch import Tensor
 
 from atomeq.ops.edge.so2_shape import SO2Shape
-from atomeq.ops.edge.triton.gate import TritonGate
+from atomeq.ops.edge.triton.gate import Gate
 from atomeq.ops.triton_launch import (
     INTERPRETING,
     accumulator,
@@ -41,6 +41,7 @@ from atomeq.ops.triton_launch import (
     contiguous,
     halved,
     launch,
+    operand_dtype,
     product_precision,
 )
 
@@ -69,26 +70,26 @@ class _Group(NamedTuple):
         return self._replace(first_tile=first_tile, last_tile=last_tile)
 
 
-class TritonSO2Map:
-    """See :class:`~atomeq.ops.edge.kernel_sets.SO2Map`."""
+class SO2Map:
+    """The map M of some weights."""
 
     def __init__(self, weights: list[Tensor], shape: SO2Shape) -> None:
         self.weights = weights
         self.shape = shape
 
-    def forward(self, rows: Tensor, out: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Write M rows + bias to ``out``."""
+    def forward(
+        self, rows: Tensor, out: Tensor | None = None, bias: Tensor | None = None
+    ) -> Tensor:
+        """Return M rows + bias, (n_edges, n_rows * c_in) -> (n_edges, width).
+
+        The bias, if there is one, belongs to the first of the outputs, those of m = 0.
+        """
+        out = rows.new_empty(len(rows), self.shape.width) if out is None else out
         if _grouped(rows, out):
             groups, buffer = _groups(self.weights, self.shape, back=False)
             return _launch(rows, buffer, out, groups, bias=bias)
         for block, weight in zip(self.shape.blocks, self.weights, strict=True):
-            if weight.ndim == 3:
-                torch.mm(
-                    _joined(rows, block.inputs), _square(weight).T, out=_joined(out, block.outputs)
-                )
-                continue
-            for read, write in zip(block.inputs, block.outputs, strict=True):
-                torch.mm(rows[:, read], weight.T, out=out[:, write])
+            _multiply(rows, block.inputs, weight, out, block.outputs)
         if bias is not None:
             out[:, : len(bias)] += bias
         return out
@@ -100,8 +101,7 @@ class TritonSO2Map:
         """
         shape = self.shape
         if not _grouped(rows, out) or shape.lmax == 0:
-            y = self.forward(rows, out)
-            return TritonGate(y, shape.lmax, shape.mmax, shape.c_out).value()
+            return Gate(self.forward(rows, out), shape).value()
         gated = rows.new_empty(len(rows), shape.n_rows * shape.c_out, dtype=operand_dtype(out))
         groups, buffer = _groups(self.weights, shape, back=False, gated=True)
         for part in (groups[:1], groups[1:]):  # m = 0 makes the gates of all
@@ -109,20 +109,33 @@ class TritonSO2Map:
                 _launch(rows, buffer, out, part, gated=gated, keep=keep, shape=shape)
         return gated
 
-    def transposed(self, grad: Tensor, out: Tensor) -> Tensor:
-        """Write M^T grad to ``out``."""
+    def transposed(self, grad: Tensor, out: Tensor | None = None) -> Tensor:
+        """Return M^T grad, (n_edges, width) -> (n_edges, n_rows * c_in)."""
+        out = grad.new_empty(len(grad), self.shape.width_in) if out is None else out
         if _grouped(grad, out):
             groups, buffer = _groups(self.weights, self.shape, back=True)
             return _launch(grad, buffer, out, groups, back=True)
         for block, weight in zip(self.shape.blocks, self.weights, strict=True):
-            if weight.ndim == 3:
-                torch.mm(
-                    _joined(grad, block.outputs), _square(weight), out=_joined(out, block.inputs)
-                )
-                continue
-            for read, write in zip(block.outputs, block.inputs, strict=True):
-                torch.mm(grad[:, read], weight, out=out[:, write])
+            _multiply(grad, block.outputs, weight.mT, out, block.inputs, back=True)
         return out
+
+
+def _multiply(
+    rows: Tensor,
+    reads: tuple[slice, ...],
+    weight: Tensor,
+    out: Tensor,
+    writes: tuple[slice, ...],
+    *,
+    back: bool = False,
+) -> None:
+    """Write the products of one order."""
+    if weight.ndim == 3:
+        matrix = _square(weight.mT).T if back else _square(weight)
+        torch.mm(_joined(rows, reads), matrix.T, out=_joined(out, writes))
+        return
+    for read, write in zip(reads, writes, strict=True):
+        torch.mm(rows[:, read], weight.T, out=out[:, write])
 
 
 def add_weight_gradients(rows: Tensor, grad: Tensor, into: list[Tensor], shape: SO2Shape) -> None:
@@ -158,11 +171,6 @@ def _square(weight: Tensor) -> Tensor:
     real, imaginary = weight.unbind(0)
     upper, lower = torch.cat((real, -imaginary), 1), torch.cat((imaginary, real), 1)
     return torch.cat((upper, lower), 0)
-
-
-def operand_dtype(like: Tensor) -> torch.dtype:
-    """Return the dtype of what only a product of this kernel reads."""
-    return torch.bfloat16 if halved(like.dtype) else like.dtype
 
 
 def _launch(
