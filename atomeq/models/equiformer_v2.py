@@ -19,7 +19,6 @@ draws it at random; ``edge_rotation`` feeds one in.
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -30,14 +29,17 @@ from atomeq.graph.builders import GraphBuilder, NearestNeighborGraph, RadiusGrap
 from atomeq.models.base import AtomisticModel, outputs_of, refuse_nonpositive
 from atomeq.nn.activations import ActivationName
 from atomeq.nn.attention import (
-    DegreeEmbedding,
-    EdgeNetwork,
-    EdgeScalars,
-    ElementPair,
     EquivariantAttention,
     Weighing,
 )
 from atomeq.nn.dropout import EquivariantDropout, GraphDropPath
+from atomeq.nn.edge_network import (
+    DegreeEmbedding,
+    EdgeNetwork,
+    EdgeScalars,
+    ElementPair,
+    edge_scalars,
+)
 from atomeq.nn.feed_forward import FeedForward, Nonlinearity
 from atomeq.nn.norms import NormName, equivariant_norm
 from atomeq.nn.radial import BesselBasis, GaussianBasis, PolynomialEnvelope
@@ -255,21 +257,18 @@ class EquiformerV2(AtomisticModel):
             mmax=self.mmax,
             rotation=edge_rotation,
         )
-        edges = self._edge_scalars(frame, numbers)
-        x = self.degree_embedding(frame, edges)
+        edges = self._edge_scalars(graph, frame)
+        x = self.degree_embedding(frame, edges, edges.envelope)
         x = with_scalars(x, x[:, 0] + self.embedding(numbers))
         for block in self.blocks:
             x = block(x, frame, edges, graph.batch, graph.n_graphs)
         return self.norm_out(x), frame, edges
 
-    def _edge_scalars(self, frame: EdgeFrame, numbers: Tensor) -> EdgeScalars:
-        edges = EdgeScalars(
-            basis=self.basis(frame.lengths),
-            source_elements=numbers[frame.source],
-            target_elements=numbers[frame.target],
-            envelope=self.cut(frame.lengths) if self.cut is not None else None,
-        )
-        return replace(edges, basis=self.pairs(edges)) if self.pairs is not None else edges
+    def _edge_scalars(self, graph: AtomGraph, frame: EdgeFrame) -> EdgeScalars:
+        basis = self.basis(frame.lengths)
+        shared = None if self.pairs is None else self.pairs(graph.atomic_numbers)
+        cut = self.cut(frame.lengths) if self.cut is not None else None
+        return edge_scalars(basis, graph.atomic_numbers, graph.edge_index, cut, shared=shared)
 
     def _radial_basis(self) -> nn.Module:
         if self.radial_basis == "bessel":
@@ -293,11 +292,7 @@ class EquiformerV2(AtomisticModel):
             self._num_edge_scalars, self.edge_channels, n_weights, self._per_block
         )
         return DegreeEmbedding(
-            self.lmax,
-            self.mmax,
-            self.sphere_channels,
-            avg_degree=self.avg_degree,
-            network=network,
+            self.lmax, self.sphere_channels, network, mmax=self.mmax, avg_degree=self.avg_degree
         )
 
     def _block(self) -> "TransformerBlock":

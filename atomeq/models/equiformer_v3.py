@@ -30,13 +30,11 @@ from atomeq.graph.builders import GraphBuilder, NearestNeighborGraph, RadiusGrap
 from atomeq.models.base import AtomisticModel, outputs_of, refuse_nonpositive
 from atomeq.nn.activations import PAIRED, ActivationName, ScalarsAndSphere
 from atomeq.nn.attention import (
-    DegreeEmbedding,
-    EdgeNetwork,
-    EdgeScalars,
     EquivariantAttention,
     Weighing,
 )
 from atomeq.nn.dropout import EquivariantDropout, GraphDropPath
+from atomeq.nn.edge_network import DegreeEmbedding, EdgeNetwork, EdgeScalars, edge_scalars
 from atomeq.nn.feed_forward import FeedForward, Nonlinearity
 from atomeq.nn.mlp import MLP
 from atomeq.nn.norms import NormName, equivariant_norm
@@ -254,13 +252,9 @@ class EquiformerV3(AtomisticModel):
             mmax=self.mmax,
             rotation=edge_rotation,
         )
-        edges = EdgeScalars(
-            basis=self.basis(frame.lengths),
-            source_elements=numbers[frame.source],
-            target_elements=numbers[frame.target],
-            envelope=self.cut(frame.lengths) if self.cut is not None else None,
-        )
-        x = self.degree_embedding(frame, edges)
+        cut = self.cut(frame.lengths) if self.cut is not None else None
+        edges = edge_scalars(self.basis(frame.lengths), numbers, graph.edge_index, cut)
+        x = self.degree_embedding(frame, edges, edges.envelope)
         x = with_scalars(x, x[:, 0] + self.embedding(numbers))
         for block in self.blocks:
             x = block(x, frame, edges, graph.batch, graph.n_graphs)
@@ -272,12 +266,9 @@ class EquiformerV3(AtomisticModel):
 
     def _degree_embedding(self) -> DegreeEmbedding:
         n_weights = (self.lmax + 1) * self.sphere_channels
+        network = EdgeNetwork(self.num_radial, self.edge_channels, n_weights, self._elements)
         return DegreeEmbedding(
-            self.lmax,
-            self.mmax,
-            self.sphere_channels,
-            avg_degree=self.avg_degree,
-            network=EdgeNetwork(self.num_radial, self.edge_channels, n_weights, self._elements),
+            self.lmax, self.sphere_channels, network, mmax=self.mmax, avg_degree=self.avg_degree
         )
 
     def _block(self) -> "TransformerBlock":

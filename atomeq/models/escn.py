@@ -14,7 +14,7 @@ This is our default form. It differs from the paper on purpose:
   torque and no Wigner matrix is differentiated (see :mod:`atomeq.ops.edge.operations`);
 * atoms are updated by residuals after a normalisation, as in EquiformerV2 (arXiv:2306.12059), and
   the energy is a plain sum over atoms;
-* atoms start from their neighbourhood (:class:`NeighborhoodEmbedding`), not from scalars alone.
+* atoms start from their neighbourhood, EquiformerV2's degree embedding, not from scalars alone.
 """
 
 import math
@@ -26,12 +26,13 @@ from torch import Tensor, nn
 
 from atomeq.graph.atom_graph import AtomGraph
 from atomeq.models.base import AtomisticModel, refuse_nonpositive
-from atomeq.nn.edge_convolution import EdgeConvolution, NeighborhoodEmbedding
+from atomeq.nn.edge_convolution import EdgeConvolution
+from atomeq.nn.edge_network import DegreeEmbedding
 from atomeq.nn.feed_forward import FeedForward
 from atomeq.nn.gaunt import GauntProduct
 from atomeq.nn.mlp import MLP
 from atomeq.nn.norms import EquivariantRMSNorm
-from atomeq.nn.pair_mlp import PairFeatures
+from atomeq.nn.pair_mlp import PairFeatures, RadialMLP
 from atomeq.nn.radial import BesselBasis, PolynomialEnvelope
 from atomeq.nn.so3 import Gate, SO3Linear
 from atomeq.ops.edge.frame import EdgeFrame
@@ -97,9 +98,9 @@ class ESCN(AtomisticModel):
         self.basis = BesselBasis(num_radial, cutoff)
         self.envelope = PolynomialEnvelope(cutoff)
         n_edge_scalars = num_radial + 2 * edge_channels
-        self.neighborhood = NeighborhoodEmbedding(
-            lmax, sphere_channels, edge_channels, n_edge_scalars
-        )
+        sizes = (n_edge_scalars, edge_channels, edge_channels, (lmax + 1) * sphere_channels)
+        radial = RadialMLP(sizes, layer_norm=True)
+        self.neighborhood = DegreeEmbedding(lmax, sphere_channels, radial)
         self.layers = nn.ModuleList(
             ESCNLayer(
                 *(lmax, mmax, sphere_channels, hidden_channels, edge_channels, n_edge_scalars),

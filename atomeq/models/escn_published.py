@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from atomeq.graph.atom_graph import AtomGraph
 from atomeq.graph.builders import GraphBuilder, NearestNeighborGraph, RadiusGraph
 from atomeq.models.base import AtomisticModel
+from atomeq.nn.edge_network import ElementPair
+from atomeq.nn.pair_mlp import gathered
 from atomeq.nn.radial import GaussianBasis, LearnedBasis, SigmoidBasis
 from atomeq.nn.sphere import SphereActivation, SphereBlock, point_silu
 from atomeq.ops.edge.frame import EdgeFrame
@@ -31,7 +33,7 @@ from atomeq.ops.edge.wigner import build_edge_frame
 from atomeq.ops.harmonics.operations import spherical_harmonics
 from atomeq.ops.sphere.operations import sphere_pointwise
 from atomeq.ops.tables import constant_table, table_like
-from atomeq.typing import NodeFeatures, PropertyKey
+from atomeq.typing import AtomicNumbers, NodeFeatures, PropertyKey
 
 RadialBasis = Literal["gaussian", "sigmoid", "linearsigmoid", "silu"]
 ENERGY_SCALE = 0.001  # "helps balance numerical precision of energies and forces"
@@ -111,7 +113,7 @@ class PublishedESCN(AtomisticModel):
         self.layers = nn.ModuleList(
             PublishedESCNLayer(
                 resolutions, sphere_channels, hidden_channels,
-                EdgeNetwork(self.basis.num_radial, edge_channels, num_elements),
+                SumNetwork(self.basis.num_radial, edge_channels, num_elements),
                 grid_resolution,
             )
             for _ in range(num_layers)
@@ -204,7 +206,7 @@ class PublishedESCNLayer(nn.Module):
         resolutions: Sequence[tuple[int, int]],
         channels: int,
         hidden_channels: int,
-        edge_network: "EdgeNetwork",
+        edge_network: "SumNetwork",
         grid_resolution: int | None,
     ) -> None:
         super().__init__()
@@ -228,7 +230,7 @@ class PublishedESCNLayer(nn.Module):
         self, x: list[NodeFeatures], frames: list[EdgeFrame], basis: Tensor, numbers: Tensor
     ) -> list[NodeFeatures]:
         """Return the update of each resolution, (n_atoms, n_sph, channels)."""
-        scalars = self.edge_network(basis, numbers[frames[0].source], numbers[frames[0].target])
+        scalars = self.edge_network(numbers, basis, (frames[0].source, frames[0].target))
         source = [rotate_to_edge(p, f, side="source") for p, f in zip(x, frames, strict=True)]
         source = self.source(source, scalars)
         target = [rotate_to_edge(p, f, side="target") for p, f in zip(x, frames, strict=True)]
@@ -242,22 +244,20 @@ class PublishedESCNLayer(nn.Module):
         return self.update(x, total)
 
 
-class EdgeNetwork(nn.Module):
-    """Invariants of an edge from its length and the elements at both ends."""
+class SumNetwork(ElementPair):
+    """Invariants of an edge from its length and the elements at both ends, which are added."""
 
     def __init__(self, num_radial: int, out_channels: int, num_elements: int) -> None:
-        super().__init__()
+        super().__init__(num_elements, out_channels)
         self.out_channels = out_channels
-        self.source = nn.Embedding(num_elements, out_channels)
-        self.target = nn.Embedding(num_elements, out_channels)
-        for embedding in (self.source, self.target):
-            nn.init.uniform_(embedding.weight, -0.001, 0.001)  # first of all, distance decides
         self.first = nn.Linear(num_radial, out_channels)
         self.second = nn.Linear(out_channels, out_channels)
 
-    def forward(self, basis: Tensor, sources: Tensor, targets: Tensor) -> Tensor:
-        """Return (n_edges, out_channels) from the basis and atomic numbers of the ends."""
-        hidden = self.source(sources) + self.target(targets) + self.first(basis)
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride] - of edges, not of atoms
+        self, numbers: AtomicNumbers, basis: Tensor, ends: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        """Return (n_edges, out_channels) from the basis and the elements at both ends."""
+        hidden = gathered(*super().forward(numbers), ends) + self.first(basis)
         return nn.functional.silu(self.second(nn.functional.silu(hidden)))
 
 

@@ -30,11 +30,12 @@ from atomeq.graph.atom_graph import AtomGraph
 from atomeq.graph.builders import GraphBuilder, NearestNeighborGraph, RadiusGraph
 from atomeq.models.base import AtomisticModel, outputs_of
 from atomeq.nn.activations import ActivationName
-from atomeq.nn.edge_convolution import EdgeConvolution, NeighborhoodEmbedding
+from atomeq.nn.edge_convolution import EdgeConvolution
+from atomeq.nn.edge_network import DegreeEmbedding
 from atomeq.nn.feed_forward import FeedForward, Nonlinearity
 from atomeq.nn.mlp import MLP
 from atomeq.nn.norms import NormName, equivariant_norm
-from atomeq.nn.pair_mlp import PairFeatures
+from atomeq.nn.pair_mlp import PairFeatures, RadialMLP
 from atomeq.nn.radial import BesselBasis, GaussianBasis, PolynomialEnvelope
 from atomeq.nn.so3 import SO3Linear
 from atomeq.nn.sphere import SphereBlock, with_scalars
@@ -141,9 +142,9 @@ class ESEN(AtomisticModel):
         self.basis = _radial_basis(radial_basis, num_radial, cutoff)
         self.cut = PolynomialEnvelope(cutoff) if envelope else None
         n_edge_scalars = num_radial + 2 * edge_channels
-        self.neighborhood = NeighborhoodEmbedding(
-            lmax, sphere_channels, edge_channels, n_edge_scalars
-        )
+        sizes = (n_edge_scalars, edge_channels, edge_channels, (lmax + 1) * sphere_channels)
+        radial = RadialMLP(sizes, layer_norm=True)
+        self.neighborhood = DegreeEmbedding(lmax, sphere_channels, radial)
         self.blocks = nn.ModuleList(self._block(n_edge_scalars) for _ in range(num_layers))
         self.norm_out = equivariant_norm(norm, lmax, sphere_channels)
         self.energy = MLP((sphere_channels, hidden_channels, hidden_channels, 1))

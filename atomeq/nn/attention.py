@@ -9,75 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from atomeq.nn.activations import ActivationName, activation_of
-from atomeq.nn.mlp import MLP
+from atomeq.nn.edge_network import EdgeNetwork, EdgeScalars, degree_rescale
 from atomeq.nn.so3 import SO2Convolution, SO3Linear
 from atomeq.nn.sphere import GridResolution
 from atomeq.ops.edge.frame import EdgeFrame
 from atomeq.ops.edge.operations import rotate_from_edge, rotate_to_edge
 from atomeq.ops.orders import radial_rows
 from atomeq.ops.segment.operations import segment_softmax, segment_sum
-from atomeq.ops.tables import constant_table, table_like
+from atomeq.ops.tables import table_like
 from atomeq.typing import NodeFeatures
-
-
-@dataclass(frozen=True, slots=True)
-class EdgeScalars:
-    """What the networks of the edge length see.
-
-    Attributes:
-        basis: Radial basis, (n_edges, num_basis).
-        source_elements: Atomic numbers of the neighbours, (n_edges,).
-        target_elements: Atomic numbers of the centres, (n_edges,).
-        envelope: Goes to zero at the cutoff, (n_edges,); None leaves the cutoff sharp.
-    """
-
-    basis: Tensor
-    source_elements: Tensor
-    target_elements: Tensor
-    envelope: Tensor | None
-
-
-class ElementPair(nn.Module):
-    """Append embeddings of the elements at both ends of an edge to its radial basis."""
-
-    def __init__(self, num_elements: int, channels: int) -> None:
-        super().__init__()
-        self.source = nn.Embedding(num_elements, channels)
-        self.target = nn.Embedding(num_elements, channels)
-        for embedding in (self.source, self.target):
-            nn.init.uniform_(embedding.weight, -0.001, 0.001)  # first of all, distance decides
-
-    def forward(self, edges: EdgeScalars) -> Tensor:
-        """Return (n_edges, num_basis + 2 channels)."""
-        return torch.cat(
-            [edges.basis, self.source(edges.source_elements), self.target(edges.target_elements)],
-            dim=1,
-        )
-
-
-class EdgeNetwork(nn.Module):
-    """A perceptron of the edge length and, if asked, of the elements at its ends.
-
-    Args:
-        num_basis: Width of the radial basis.
-        edge_channels: Width of the hidden layers and of the embeddings.
-        out_channels: Numbers for each edge.
-        num_elements: Embeds atomic numbers below this; None leaves the elements out.
-    """
-
-    def __init__(
-        self, num_basis: int, edge_channels: int, out_channels: int, num_elements: int | None
-    ) -> None:
-        super().__init__()
-        self.elements = None
-        if num_elements is not None:
-            self.elements = ElementPair(num_elements, edge_channels)
-            num_basis += 2 * edge_channels
-        self.layers = MLP((num_basis, edge_channels, edge_channels, out_channels), layer_norm=True)
-
-    def forward(self, edges: EdgeScalars) -> Tensor:
-        """Return (n_edges, out_channels)."""
-        return self.layers(edges.basis if self.elements is None else self.elements(edges))
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,45 +54,6 @@ class Weighing:
 
 
 _WEIGHING = Weighing()
-
-
-@constant_table
-def degree_rescale(lmax: int, mmax: int) -> Tensor:
-    """Return the factor of each coefficient after the way back from the edge frame, (n_sph, 1).
-
-    Of the 2l + 1 orders of a degree only 2 mmax + 1 have come along; √((2l + 1)/(2 mmax + 1)) makes
-    up for their variance.
-    """
-    degrees = torch.tensor([math.isqrt(i) for i in range((lmax + 1) ** 2)], dtype=torch.float64)
-    return torch.sqrt((2 * degrees + 1) / (2 * mmax + 1)).clamp(min=1.0)[:, None]
-
-
-class DegreeEmbedding(nn.Module):
-    """The neighbours of each atom as a function on the sphere: one m = 0 message for each edge.
-
-    Args:
-        lmax: Highest degree of the features.
-        mmax: Highest order of the frames that messages use later.
-        channels: Channels of the features.
-        avg_degree: The sum over neighbours is divided by this.
-        network: Of the edge length, with (lmax + 1) · channels outputs.
-    """
-
-    def __init__(
-        self, lmax: int, mmax: int, channels: int, *, avg_degree: float, network: EdgeNetwork
-    ) -> None:
-        super().__init__()
-        self.shape = (lmax + 1, channels)
-        self.mmax = mmax
-        self.avg_degree = avg_degree
-        self.radial = network
-
-    def forward(self, frame: EdgeFrame, edges: EdgeScalars) -> NodeFeatures:
-        """Return (n_atoms, n_sph, channels)."""
-        polar = self.radial(edges).view(frame.n_edges, *self.shape)
-        total = rotate_from_edge(polar, frame.truncated(0), envelope=edges.envelope)
-        rescale = table_like(degree_rescale, frame.lmax, self.mmax, like=total)
-        return total * (rescale / self.avg_degree)
 
 
 class EquivariantAttention(nn.Module):

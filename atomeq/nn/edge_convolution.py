@@ -11,32 +11,6 @@ from atomeq.ops.edge.operations import escn_conv, rotate_from_edge, rotate_to_ed
 from atomeq.typing import NodeFeatures
 
 
-class NeighborhoodEmbedding(nn.Module):
-    """The density of neighbours around each atom, expanded in spherical harmonics.
-
-    Where the only features are scalars a message is a radial function on the polar axis of its
-    edge, m = 0, so the first convolution costs far less than a layer. It is the edge-degree
-    embedding of EquiformerV2.
-    """
-
-    def __init__(
-        self, lmax: int, sphere_channels: int, edge_channels: int, n_edge_scalars: int
-    ) -> None:
-        super().__init__()
-        self.shape = (lmax + 1, sphere_channels)
-        self.radial = RadialMLP(
-            (n_edge_scalars, edge_channels, edge_channels, (lmax + 1) * sphere_channels),
-            layer_norm=True,
-        )
-
-    def forward(
-        self, frame: EdgeFrame, edge_scalars: PairFeatures, envelope: Tensor | None
-    ) -> NodeFeatures:
-        """Return (n_atoms, n_sph, C)."""
-        polar = self.radial(edge_scalars).view(frame.n_edges, *self.shape)
-        return rotate_from_edge(polar, frame.truncated(0), envelope=envelope)
-
-
 class EdgeConvolution(nn.Module):
     """The eSCN convolution: rotate to the edge, SO(2) map, gate, SO(2) map, rotate back, sum.
 

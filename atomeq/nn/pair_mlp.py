@@ -42,8 +42,11 @@ class RadialMLP(MLP):
         assert isinstance(first, nn.Linear)
         sizes = [part.shape[1] for part in x[:3]]
         of_pair, of_source, of_target = first.weight.split(sizes, dim=1)
-        atoms = functional.linear(x.of_source, of_source), functional.linear(x.of_target, of_target)
-        hidden = functional.linear(x.of_pair, of_pair, first.bias) + _gathered(*atoms, x.edge_index)
+        hidden = functional.linear(x.of_pair, of_pair, first.bias)
+        if sizes[1] or sizes[2]:
+            source = functional.linear(x.of_source, of_source)
+            target = functional.linear(x.of_target, of_target)
+            hidden = hidden + gathered(source, target, x.edge_index)
         for layer in others:
             hidden = layer(hidden)
         return hidden
@@ -84,10 +87,13 @@ class PairMLP(nn.ModuleList):
         of_target = functional.linear(h, weight[:, :n], first.bias)  # (n_atoms, channels)
         of_source = functional.linear(h, weight[:, n : 2 * n])
         of_pair = functional.linear(pair_features, weight[:, 2 * n :])  # (n_edges, channels)
-        return final_act(second(act(of_pair + _gathered(of_source, of_target, edge_index))))
+        return final_act(second(act(of_pair + gathered(of_source, of_target, edge_index))))
 
 
-def _gathered(of_source: Tensor, of_target: Tensor, edge_index: EdgeIndex) -> Tensor:
+def gathered(
+    of_source: Tensor, of_target: Tensor, edge_index: EdgeIndex | tuple[Tensor, Tensor]
+) -> Tensor:
+    """Return b_i + a_j of each edge, (n_edges, C), from b and a of atoms, (n_atoms, C)."""
     # index_select, for the gradient of plain indexing is a much slower scatter on CPUs.
     source, target = edge_index
     return of_target.index_select(0, target) + of_source.index_select(0, source)

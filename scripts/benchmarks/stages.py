@@ -18,13 +18,13 @@ import atomeq.models.escn_published
 import atomeq.models.esen
 import atomeq.nn.attention
 import atomeq.nn.edge_convolution
+import atomeq.nn.edge_network
 from atomeq.models.equiformer_v2 import TransformerBlock
 from atomeq.models.escn import GatedUpdate
-from atomeq.models.escn_published import EdgeNetwork as PublishedEdgeNetwork
-from atomeq.models.escn_published import GridUpdate, PointNetwork, SO2Block
+from atomeq.models.escn_published import GridUpdate, PointNetwork, SO2Block, SumNetwork
 from atomeq.nn.activations import ScalarsAndSphere
-from atomeq.nn.attention import DegreeEmbedding, EdgeNetwork, EquivariantAttention
-from atomeq.nn.edge_convolution import NeighborhoodEmbedding
+from atomeq.nn.attention import EquivariantAttention
+from atomeq.nn.edge_network import DegreeEmbedding, EdgeNetwork
 from atomeq.nn.feed_forward import FeedForward
 from atomeq.nn.mlp import MLP
 from atomeq.nn.norms import EquivariantLayerNorm, EquivariantRMSNorm, SeparableLayerNorm
@@ -35,7 +35,7 @@ from atomeq.nn.sphere import SphereActivation
 #: What is inside a module of one of these stages belongs to it, whatever else it is.
 WHOLE: dict[str, tuple[type[nn.Module], ...]] = {
     "SO(2) maps": (SO2Convolution, SO2Block),
-    "radial networks": (EdgeNetwork, PublishedEdgeNetwork, BesselBasis, GaussianBasis, MLP),
+    "radial networks": (EdgeNetwork, SumNetwork, BesselBasis, GaussianBasis, MLP),
     "edge activation": (SphereActivation, ScalarsAndSphere, Gate),
     "atom update": (FeedForward, GridUpdate, GatedUpdate),
     "norms": (EquivariantLayerNorm, EquivariantRMSNorm, SeparableLayerNorm),
@@ -44,7 +44,7 @@ WHOLE: dict[str, tuple[type[nn.Module], ...]] = {
 #: These have stages inside.
 AROUND: dict[str, tuple[type[nn.Module], ...]] = {
     "attention": (EquivariantAttention,),
-    "embedding": (DegreeEmbedding, NeighborhoodEmbedding),
+    "embedding": (DegreeEmbedding,),
     "residuals": (TransformerBlock,),
 }
 #: Functions by the modules that call them.
@@ -54,6 +54,7 @@ FUNCTIONS = {
         (atomeq.nn.attention, "rotate_from_edge"),
         (atomeq.nn.edge_convolution, "rotate_to_edge"),
         (atomeq.nn.edge_convolution, "rotate_from_edge"),
+        (atomeq.nn.edge_network, "rotate_from_edge"),
         (atomeq.models.escn_published, "rotate_to_edge"),
         (atomeq.models.escn_published, "rotate_from_edge"),
     ],
