@@ -1,8 +1,8 @@
-"""EGNN as published: the generic form, the velocity form of n-body systems, the QM9 form.
+"""EGNN as published: the velocity form of n-body systems, and the QM9 form.
 
 Satorras, Hoogeboom and Welling, ICML 2021, arXiv:2102.09844; reference: vgsatorras/egnn, commit
-e9ca6c0. These take its weights (:func:`from_official` renames them) and give its numbers. What we
-use for energies is :class:`atomeq.models.egnn.EGNN`, which mends what is listed here:
+e9ca6c0. These take its weights and give its numbers. What we use for energies is
+:class:`atomeq.models.egnn.EGNN`, which mends what is listed here:
 
 * edges are given from outside and messages have no envelope: where edges come from a cutoff, the
   output jumps when a pair crosses it;
@@ -16,9 +16,8 @@ Edges are in the house's order (row 0 is j, row 1 is i and receives). The refere
 in row 0.
 """
 
-import re
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -33,59 +32,6 @@ from atomeq.typing import AtomicNumbers, BatchIndex, EdgeIndex, Positions, Prope
 #: How a direction is divided: not at all, by |r| (detached) + 1e-8, or by |r| + 1.
 Normalization = Literal["none", "length", "length_plus_one"]
 LARGEST_PULL = 100.0  # of one neighbour on one coordinate, in the velocity form
-
-
-class GenericEGNN(nn.Module):
-    """The generic form: features and coordinates in, features and coordinates out.
-
-    Args:
-        n_inputs: Input features of an atom.
-        n_outputs: Output features of an atom.
-        hidden_channels: Channels of atoms and messages.
-        n_edge_features: Features given with each edge.
-        num_layers: Message-passing layers.
-        residual: Add each layer's input to its output.
-        attention: Weigh each message by a sigmoid of itself (eq. 8).
-        normalize: Divide directions by their lengths.
-        tanh: Bound the pull of a neighbour by its distance.
-    """
-
-    def __init__(
-        self,
-        n_inputs: int,
-        n_outputs: int,
-        *,
-        hidden_channels: int = 64,
-        n_edge_features: int = 0,
-        num_layers: int = 4,
-        residual: bool = True,
-        attention: bool = False,
-        normalize: bool = False,
-        tanh: bool = False,
-    ) -> None:
-        super().__init__()
-        self.embedding_in = nn.Linear(n_inputs, hidden_channels)
-        self.layers = nn.ModuleList(
-            PublishedLayer(
-                hidden_channels,
-                n_edge_features,
-                residual=residual,
-                attention=attention,
-                normalization="length" if normalize else "none",
-                tanh=tanh,
-            )
-            for _ in range(num_layers)
-        )
-        self.embedding_out = nn.Linear(hidden_channels, n_outputs)
-
-    def forward(
-        self, h: Tensor, pos: Positions, edge_index: EdgeIndex, edge_features: Tensor | None = None
-    ) -> tuple[Tensor, Positions]:
-        """Return features (n_atoms, n_outputs) and moved coordinates (n_atoms, 3)."""
-        h = self.embedding_in(h)
-        for layer in self.layers:
-            h, pos = layer(h, pos, edge_index, edge_features)
-        return self.embedding_out(h), pos
 
 
 class VelocityEGNN(Propagator):
@@ -149,10 +95,11 @@ class VelocityEGNN(Propagator):
         return pos, None
 
 
-class QM9EGNN(nn.Module):
-    """The QM9 form: one number per molecule from all its pairs; coordinates stay.
+class MoleculeEGNN(AtomisticModel):
+    """The QM9 form: one scalar of each molecule from all its pairs; coordinates stay.
 
     Args:
+        cutoff: Å; all pairs within it are joined, and by default that is all of a molecule's.
         hidden_channels: Channels of atoms and messages.
         num_layers: Message-passing layers.
         attention: Weigh each message by a sigmoid of itself.
@@ -160,18 +107,26 @@ class QM9EGNN(nn.Module):
         elements: Atomic numbers that the one-hot input tells apart.
     """
 
+    outputs = frozenset({"scalar"})
+    checkpoint_version = 2
+
     def __init__(
         self,
-        hidden_channels: int = 128,
+        cutoff: float = 100.0,
         *,
+        hidden_channels: int = 128,
         num_layers: int = 7,
         attention: bool = True,
         repeat_inputs: bool = False,
-        elements: tuple[int, ...] = (1, 6, 7, 8, 9),
+        elements: Sequence[int] = (1, 6, 7, 8, 9),
     ) -> None:
         super().__init__()
-        self.elements = elements
+        self.cutoff = cutoff
+        self.hidden_channels = hidden_channels
+        self.num_layers = num_layers
+        self.attention = attention
         self.repeat_inputs = repeat_inputs
+        self.elements = list(elements)
         n_inputs = 3 * len(elements)
         self.embedding = nn.Linear(n_inputs, hidden_channels)
         self.layers = nn.ModuleList(
@@ -187,7 +142,21 @@ class QM9EGNN(nn.Module):
         self.node_dec = MLP((hidden_channels, hidden_channels, hidden_channels))
         self.graph_dec = MLP((hidden_channels, hidden_channels, 1))
 
-    def forward(
+    @classmethod
+    def upgrade(
+        cls, version: int, init_args: dict[str, Any], weights: dict[str, Tensor]
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Take weights of version 1, which were those of a network inside."""
+        return init_args, {name.removeprefix("network."): w for name, w in weights.items()}
+
+    def forward(self, graph: AtomGraph) -> dict[PropertyKey, Tensor]:
+        """Return ``scalar`` (n_graphs,), in the model's own scale."""
+        pos = graph.pos.to(self.dtype)
+        batch = graph.batch
+        scalar = self.predict(graph.atomic_numbers, pos, graph.edge_index, batch, graph.n_graphs)
+        return {"scalar": scalar}
+
+    def predict(
         self,
         atomic_numbers: AtomicNumbers,
         pos: Positions,
@@ -219,57 +188,6 @@ class QM9EGNN(nn.Module):
         charge = atomic_numbers.double() / max(self.elements)
         powers = torch.stack([charge**p for p in range(3)], dim=1)
         return (one_hot[:, :, None] * powers[:, None, :]).flatten(1)
-
-
-class MoleculeEGNN(AtomisticModel):
-    """The QM9 form as a model of the package: one scalar of each molecule, by a readout of its own.
-
-    Args:
-        cutoff: Å; all pairs within it are joined, and by default that is all of a molecule's.
-        hidden_channels: Channels of atoms and messages.
-        num_layers: Message-passing layers.
-        attention: Weigh each message by a sigmoid of itself.
-        repeat_inputs: Give every layer the input features again.
-        elements: Atomic numbers that are told apart.
-    """
-
-    outputs = frozenset({"scalar"})
-
-    def __init__(
-        self,
-        cutoff: float = 100.0,
-        *,
-        hidden_channels: int = 128,
-        num_layers: int = 7,
-        attention: bool = True,
-        repeat_inputs: bool = False,
-        elements: Sequence[int] = (1, 6, 7, 8, 9),
-    ) -> None:
-        super().__init__()
-        self.cutoff = cutoff
-        self.hidden_channels = hidden_channels
-        self.num_layers = num_layers
-        self.attention = attention
-        self.repeat_inputs = repeat_inputs
-        self.elements = list(elements)
-        self.network = QM9EGNN(
-            hidden_channels,
-            num_layers=num_layers,
-            attention=attention,
-            repeat_inputs=repeat_inputs,
-            elements=tuple(elements),
-        )
-
-    def forward(self, graph: AtomGraph) -> dict[PropertyKey, Tensor]:
-        """Return ``scalar`` (n_graphs,), in the model's own scale."""
-        scalar = self.network(
-            graph.atomic_numbers,
-            graph.pos.to(self.dtype),
-            graph.edge_index,
-            graph.batch,
-            graph.n_graphs,
-        )
-        return {"scalar": scalar}
 
 
 class PublishedLayer(nn.Module):
@@ -344,8 +262,3 @@ def _pull_mlp(channels: int, *, tanh: bool) -> nn.Sequential:
     nn.init.xavier_uniform_(final.weight, gain=1e-3)
     layers = [nn.Linear(channels, channels), nn.SiLU(), final]
     return nn.Sequential(*layers, nn.Tanh()) if tanh else nn.Sequential(*layers)
-
-
-def from_official(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the reference's weights: its layers are ``gcl_K``, ours ``layers.K``."""
-    return {re.sub(r"^gcl_(\d+)\.", r"layers.\1.", name): w for name, w in state_dict.items()}

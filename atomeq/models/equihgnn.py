@@ -3,8 +3,8 @@
 Dang et al., 2025, arXiv:2505.05650, on the layers of MHNN (arXiv:2312.13136). Hyperedges join the
 atoms of a bond, a conjugated system, a ring or a functional group.
 
-This is our default form, an energy potential. It differs from the paper on purpose (which is
-:class:`~atomeq.models.equihgnn_published.PublishedEquiHGNN`):
+This is our default form, an energy potential. It differs from the paper on purpose (whose
+form the golden tests hold the blocks to):
 
 * the encoder is any model of the package that offers ``node_features``, on the graph of each
   structure, so no molecule knows its batch mates; the published one takes the batch for one cloud;

@@ -6,8 +6,8 @@ symplectic scheme over a horizon. Two uses: :class:`SEGNOPropagator` carries par
 ahead, :class:`SEGNO` reads an energy from the features that the motion leaves behind.
 
 The reference (yliukj/SEGNO, commit 46e748b) has three code bases under this name; its N-body and
-MD22 forms are options of the propagator (:func:`nbody_form`, :func:`md22_form`), the Motion form is
-in segno_motion.py. What they do, and what our defaults do instead:
+MD22 forms are options of the propagator (:func:`nbody_form`, :func:`md22_form`); the Motion form,
+rigid sticks and hinges, stands beside its golden cases. What they do, and our defaults instead:
 
 * N-body: the time step is 1/8 whatever the number of steps, so that fewer steps silently shorten
   the horizon. Here the step is horizon / num_steps, and the features' own rate does not depend on

@@ -11,6 +11,7 @@ from ase import Atoms
 from ase.build import molecule
 from ase.calculators.emt import EMT
 from lightning.pytorch import Callback, Trainer
+from published.equihgnn import Molecules, PublishedEquiHGNN
 from scipy.spatial.transform import Rotation
 
 from atomeq.data.datamodule import AtomisticDataModule
@@ -20,7 +21,6 @@ from atomeq.models.base import AtomisticModel
 from atomeq.models.egnn import EGNN
 from atomeq.models.equiformer_v2 import EquiformerV2
 from atomeq.models.equihgnn import EquiHGNN
-from atomeq.models.equihgnn_published import Molecules, PublishedEquiHGNN
 from atomeq.models.escn import ESCN
 from atomeq.models.faenet import FAENet
 from atomeq.models.frame_averaged import FrameAveraged

@@ -4,12 +4,12 @@ from itertools import pairwise
 
 import pytest
 import torch
+from published.segno_motion import SEGNOMotion
 from torch import Tensor
 
 from atomeq.models.base import Propagator
-from atomeq.models.egnn_published import QM9EGNN, VelocityEGNN
+from atomeq.models.egnn_published import MoleculeEGNN, VelocityEGNN
 from atomeq.models.segno import Motion, SEGNOPropagator, md22_form, nbody_form
-from atomeq.models.segno_motion import SEGNOMotion
 from atomeq.ops.edge.wigner import rotation_matrix
 from atomeq.propagation.particles import fully_connected
 
@@ -119,7 +119,7 @@ def test_horizon_and_steps_must_be_positive() -> None:
 
 
 def test_qm9_form_refuses_elements_it_does_not_know() -> None:
-    model = QM9EGNN(8, num_layers=1)
+    model = MoleculeEGNN(hidden_channels=8, num_layers=1)
     with pytest.raises(ValueError, match=r"\[26\] are unknown"):
         model.input_features(torch.tensor([1, 26]))
 

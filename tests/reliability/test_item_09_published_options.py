@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from published.equihgnn import PublishedEquiHGNN
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import layer_norm, silu
 
-from atomeq.models.equihgnn_published import PublishedEquiHGNN
 from atomeq.nn.hypergraph import HypergraphMLP
 from checkers.cases import Case
 from checkers.faenet import in_their_order

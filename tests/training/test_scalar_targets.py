@@ -23,6 +23,7 @@ from atomeq.graph.builders import RadiusGraph
 from atomeq.models.egnn import EGNN
 from atomeq.models.egnn_published import MoleculeEGNN
 from atomeq.models.faenet import FAENet
+from atomeq.models.registry import MODELS, build
 from atomeq.potential.checkpoint import (
     CheckpointError,
     load_potential,
@@ -269,3 +270,13 @@ def test_gradient_target_draws_the_head_alone():
 
 def _first(model: FAENet) -> str:
     return next(name for name, _ in model.decoder.named_parameters())
+
+
+def test_weights_of_the_first_version_of_the_qm9_form_are_read() -> None:
+    """They had the names of a network inside."""
+    model = MoleculeEGNN(hidden_channels=8, num_layers=1)
+    node = model.config()
+    assert node.pop("checkpoint_version") == 2
+    weights = {f"model.network.{name}": w for name, w in model.state_dict().items()}
+    built = build(node, MODELS, weights, "model.")
+    built.load_state_dict({name.removeprefix("model."): w for name, w in weights.items()})

@@ -5,9 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from published.egnn import GenericEGNN, from_official
+from published.segno_motion import SEGNOMotion
+from published.segno_motion import from_official as motion_names
 from torch import Tensor, nn
 
-from atomeq.models import egnn_published, segno, segno_motion
+from atomeq.models import egnn_published, segno
 from atomeq.models.segno import Motion
 from checkers.cases import Case, FileCase, Tensors, compare_all, gradients, probe_loss
 from checkers.report import Report
@@ -90,7 +93,7 @@ def record_layers(layers: nn.ModuleList, found: Tensors) -> None:
 
 
 def build_generic(config: dict[str, Any]) -> nn.Module:
-    return egnn_published.GenericEGNN(
+    return GenericEGNN(
         config["in_node_nf"],
         config["out_node_nf"],
         hidden_channels=config["hidden_nf"],
@@ -144,8 +147,8 @@ def run_velocity(model: Any, inputs: Tensors) -> Tensors:
 
 
 def build_qm9(config: dict[str, Any]) -> nn.Module:
-    return egnn_published.QM9EGNN(
-        config["hidden_nf"],
+    return egnn_published.MoleculeEGNN(
+        hidden_channels=config["hidden_nf"],
         num_layers=config["n_layers"],
         attention=bool(config["attention"]),
         repeat_inputs=bool(config["node_attr"]),
@@ -163,7 +166,7 @@ def run_qm9(model: Any, inputs: Tensors) -> Tensors:
     edge_index = torch.stack([first + pairs[:, 2], first + pairs[:, 1]])
     batch = torch.arange(n_graphs).repeat_interleave(n_max).where(real, n_graphs)
     z, pos = inputs["z"].flatten(), inputs["pos"].view(-1, 3)
-    prediction = model(z, pos, edge_index, batch, n_graphs + 1)[:n_graphs]
+    prediction = model.predict(z, pos, edge_index, batch, n_graphs + 1)[:n_graphs]
     features = model.input_features(z).to(pos.dtype)
     return found | {"mid.h0": features, "out.pred": prediction}
 
@@ -222,7 +225,7 @@ def md22_features(inputs: Tensors) -> tuple[Tensor, Tensor]:
 def build_segno_motion(config: dict[str, Any]) -> nn.Module:
     if config.get("learnable"):
         raise ValueError("learnable sticks raise a NameError in the reference")
-    return segno_motion.SEGNOMotion(
+    return SEGNOMotion(
         config["in_node_nf"],
         config["in_edge_nf"],
         hidden_channels=config["hidden_nf"],
@@ -245,7 +248,7 @@ def run_segno_motion(model: Any, inputs: Tensors) -> Tensors:
 
 
 def egnn_names(weights: Tensors, _model: nn.Module) -> Tensors:
-    return egnn_published.from_official(weights)
+    return from_official(weights)
 
 
 VARIANTS = {
@@ -259,7 +262,7 @@ VARIANTS = {
     ),
     "segno_motion": Variant(
         build_segno_motion,
-        lambda weights, _model: segno_motion.from_official(weights),
+        lambda weights, _model: motion_names(weights),
         run_segno_motion,
     ),
     "segno_md22": Variant(

@@ -3,11 +3,11 @@
 from typing import Any
 
 import torch
+from published.equihgnn import Molecules, PublishedEquiHGNN
 from torch import nn
 
 from atomeq.graph.hyperedges import published_hypergraph, ring_features
 from atomeq.graph.perception import import_chem
-from atomeq.models.equihgnn_published import Molecules, PublishedEquiHGNN
 from checkers.cases import Case, FileCase, Tensors, compare_all, gradients, probe_loss
 from checkers.report import Report
 
