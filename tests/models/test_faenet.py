@@ -5,9 +5,10 @@ import pytest
 import torch
 from ase import Atoms
 from ase.build import molecule
+from published.faenet import published
 from structures import rattled_molecule, rattled_slab
 
-from atomeq.models.faenet import FAENet, published
+from atomeq.models.faenet import FAENet
 from atomeq.potential.potential import Potential
 
 SMALL = {"hidden_channels": 48, "num_filters": 24, "num_interactions": 2, "num_gaussians": 8}

@@ -1,10 +1,11 @@
 """Golden checks of FAENet as published, frame averages included."""
 
 import torch
+from published.faenet import published
 from torch import Tensor
 
 from atomeq.graph.atom_graph import AtomGraph
-from atomeq.models.faenet import FAENet, published
+from atomeq.models.faenet import FAENet
 from atomeq.models.frame_averaged import FrameAveraged
 from atomeq.ops.segment.operations import segment_sum
 from checkers.cases import Case, FileCase, Tensors, compare_all, gradients, probe_loss
