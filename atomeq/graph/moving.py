@@ -245,7 +245,7 @@ class MovingNeighbors:
             deformation = xp.linalg.solve(assembly.cell, cell)
             same = ~changed.reshape(n_graphs, 9).any(1)[:, None, None]
             deformation = xp.where(same, here.array(np.eye(3)), deformation)
-            stretched = xp.linalg.svdvals(deformation)[:, -1]
+            stretched = _singular_values(deformation)[:, -1]
             expected = (expected[:, :, None] * deformation[assembly.batch]).sum(1)
         moved = here.pos - expected
         moved *= moved
@@ -338,6 +338,12 @@ class MovingNeighbors:
             lengths.index_select(0, inside),
             refused,
         )
+
+
+def _singular_values(matrices: Array) -> Array:
+    if isinstance(matrices, np.ndarray):
+        return np.linalg.svd(matrices, compute_uv=False)  # svdvals is of NumPy 2
+    return torch.linalg.svdvals(matrices)
 
 
 def _title(graph: AtomGraph, k: int) -> str:

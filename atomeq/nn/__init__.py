@@ -1,1 +1,4 @@
-"""Blocks that own weights and take tensors; they never see a graph."""
+"""Blocks that own weights, of which models are made; they take tensors, never a graph.
+
+What has no weights is an operation (ops/); a block that one model alone has stands in its file.
+"""
