@@ -167,8 +167,9 @@ def test_convolution_passes_gradcheck_and_gradgradcheck(mode: str) -> None:
     def convolve(x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
         return cg_conv(x, y, weights, edge_index, 3, paths, mode=mode)
 
-    assert torch.autograd.gradcheck(convolve, (x, *edges))
-    assert torch.autograd.gradgradcheck(convolve, (x, *edges))
+    # Along random directions: test_cpu_kernels.py checks the same kernels entry by entry.
+    assert torch.autograd.gradcheck(convolve, (x, *edges), fast_mode=True)
+    assert torch.autograd.gradgradcheck(convolve, (x, *edges), fast_mode=True)
 
 
 def test_convolution_without_edges_gives_zeros() -> None:
