@@ -45,8 +45,9 @@ class SymmetricProduct(nn.Module):
 
     def forward(self, x: Features, species: Tensor) -> Features:
         """Map the sums of the atoms, whose elements are ``species`` (n_atoms,)."""
-        rows = torch.cat([x[irrep] for irrep in self.inputs], dim=1)  # (n_atoms, n_sph, C)
         weights = reduce_weights(self.weights, self.form) if self.all_couplings else self.weights
+        rows = torch.cat([x[irrep] for irrep in self.inputs], dim=1)  # (n_atoms, n_sph, C)
+        rows = rows.to(weights.dtype)  # autocast gives others
         if len(weights) == 1:
             species = torch.zeros_like(species)
         _, degrees, order = self.form

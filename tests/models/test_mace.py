@@ -23,6 +23,17 @@ def test_forces_can_be_trained():
     assert without == []
 
 
+def test_it_computes_under_autocast():
+    torch.manual_seed(0)
+    model = MACE(4.0, irreps="4x0e+4x1o", lmax_edge=1, radial_channels=[8], readout_channels=4)
+    potential = Potential(model)
+    graph = potential.build_graph(RATTLED["molecule"]())
+    expected = potential(graph, ("energy",))["energy"]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        energy = potential(graph, ("energy",))["energy"]
+    torch.testing.assert_close(energy, expected, rtol=0.1, atol=0.1)
+
+
 def test_a_trace_holds_for_every_size():
     """What an export needs: no number of atoms, edges or graphs is bound to the example's."""
     torch.manual_seed(0)

@@ -200,3 +200,7 @@ def test_wrong_weights_and_features_are_refused():
         contract(x[:, :5], weights, species, form)
     with pytest.raises(ValueError, match="3 independent couplings"):
         contract(x[:, :4], weights, species, form)
+    with pytest.raises(TypeError, match="cast one"):
+        contract(x.float(), weights, species, form)
+    with pytest.raises(ValueError, match="for 4 atoms"):
+        contract(x, weights, species[:3], form)

@@ -30,6 +30,11 @@ def _verified(
             f"{form.lmax} have {form.n_columns} independent couplings to degrees {degrees}, of "
             f"{x.shape[2]} channels each"
         )
+    if weights.dtype != x.dtype or weights.device != x.device:
+        raise TypeError(
+            f"weights are {weights.dtype} on {weights.device}, features {x.dtype} on {x.device}; "
+            f"cast one of them"
+        )
     if species.shape != x.shape[:1]:
         raise ValueError(f"species are {tuple(species.shape)} for {len(x)} atoms")
     return size_of(x, x.shape[0], lmax=form.lmax, channels=x.shape[2])
@@ -59,6 +64,7 @@ def symmetric_contraction(
 
     Raises:
         ValueError: The features are of no whole degrees, or weights are of another shape.
+        TypeError: Features and weights have different dtypes or devices.
     """
     form = form_of(x.shape[1], degrees, order)
     padded = torch.cat((torch.ones_like(x[:, :1]), x), dim=1)  # a factor of 1 where there is none
