@@ -178,13 +178,18 @@ class SpeciesLinear(nn.Module):
         return result
 
 
+def known_to_the_host(index: Tensor) -> bool:
+    """Whether a step may depend on the numbers of an index: on a CPU, and in no trace."""
+    return index.is_cpu and not torch.compiler.is_compiling() and type(index) is Tensor
+
+
 def _by_species(x: Tensor, weight: Tensor, species: Tensor) -> Tensor:
     """Multiply each row of x (n, m, C_in) by the matrix of its species, (C_in, n_species, C_out).
 
     On a CPU it is one product for each element that there is. A trace and a GPU, which should not
     wait for the host, take a matrix for each atom, which costs memory.
     """
-    if not x.is_cpu or torch.compiler.is_compiling() or type(species) is not Tensor:
+    if not known_to_the_host(species):
         return torch.bmm(x, weight.index_select(1, species).transpose(0, 1))
     order = species.argsort()
     counts = torch.bincount(species, minlength=weight.shape[1]).tolist()

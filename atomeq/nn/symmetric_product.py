@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from atomeq.nn.irreps import SCALAR, Features, Irrep, Irreps, IrrepsLinear
+from atomeq.nn.irreps import SCALAR, Features, Irrep, Irreps, IrrepsLinear, known_to_the_host
 from atomeq.ops.coupling.symmetric_contraction import symmetric_contraction
 from atomeq.ops.coupling.symmetric_contraction_basis import (
     SymmetricForm,
@@ -45,11 +45,16 @@ class SymmetricProduct(nn.Module):
 
     def forward(self, x: Features, species: Tensor) -> Features:
         """Map the sums of the atoms, whose elements are ``species`` (n_atoms,)."""
-        weights = reduce_weights(self.weights, self.form) if self.all_couplings else self.weights
+        if len(self.weights) == 1:
+            species = torch.zeros_like(species)
+        weights = self.weights
+        if self.all_couplings:
+            if known_to_the_host(species):  # of 89 elements a crystal has a few
+                present, species = species.unique(return_inverse=True)
+                weights = weights.index_select(0, present)
+            weights = reduce_weights(weights, self.form)
         rows = torch.cat([x[irrep] for irrep in self.inputs], dim=1)  # (n_atoms, n_sph, C)
         rows = rows.to(weights.dtype)  # autocast gives others
-        if len(weights) == 1:
-            species = torch.zeros_like(species)
         _, degrees, order = self.form
         products = symmetric_contraction(rows, weights, species, degrees=degrees, order=order)
         parts = products.split([2 * l + 1 for l in degrees], dim=1)
