@@ -37,7 +37,7 @@ def test_it_computes_under_autocast():
 def test_a_trace_holds_for_every_size():
     """What an export needs: no number of atoms, edges or graphs is bound to the example's."""
     torch.manual_seed(0)
-    arguments = {"irreps": "4x0e+4x1o", "lmax_edge": 1, "correlation": 2, "radial_channels": [8]}
+    arguments = {"irreps": "4x0e", "num_layers": 1, "lmax_edge": 1, "radial_channels": [8]}
     model = MACE(4.0, **arguments, readout_channels=4, elements=[8, 12])
     potential = Potential(model, AtomicReferences({8: -1.0, 12: -2.0})).requires_grad_(False)
     traced = _exported(potential.eval()).module()
