@@ -1,12 +1,12 @@
 r"""CPU seconds of MACE beside mace-torch 0.3.16: energy and forces, and a training step.
 
-``OMP_NUM_THREADS=1 PEER/bin/python scripts/benchmark_mace.py`` (some three minutes; ``--quick``
-takes the smallest crystal alone) prints a table and writes scripts/results/mace_cpu.json; the exit
-code is 1 where results differ or a bar is missed. The network is 128x0e+128x1o with products of
-three factors, two layers and a cutoff of 5 Å, with the same random weights on both sides, in
-float32 on one thread. Crystals are rattled MgO; graphs are made before the clock starts. A training
-step is energy and forces, a loss on both, and its gradient by all weights. The two are taken in
-turns, one call each, and a ratio is the median of the turns' ratios.
+``OMP_NUM_THREADS=1 PEER/bin/python scripts/benchmark.py mace`` (some three minutes; ``--quick``
+takes the smallest crystal alone) prints a table and writes results/mace_cpu.json; the exit code is
+1 where results differ or a bar is missed. The network is 128x0e+128x1o with products of three
+factors, two layers and a cutoff of 5 Å, with the same random weights on both sides, in float32 on
+one thread. Crystals are rattled MgO; graphs are made before the clock starts. A training step is
+energy and forces, a loss on both, and its gradient by all weights. The two are taken in turns, one
+call each, and a ratio is the median of the turns' ratios.
 
 The peer's Python needs what atomeq needs, mace-torch, and the e3nn that it is made for:
 
@@ -17,14 +17,10 @@ The peer's Python needs what atomeq needs, mace-torch, and the e3nn that it is m
 """
 
 import argparse
-import json
-import platform
 import statistics
-import subprocess
 import time
 import warnings
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +34,9 @@ from torch import Tensor
 
 from atomeq.potential.import_mace import mace_potential
 from atomeq.potential.potential import Potential
+from benchmarks.record import RESULTS, installed, machine, write
 
-FILE = Path(__file__).resolve().parent / "results" / "mace_cpu.json"
+FILE = RESULTS / "mace_cpu.json"
 BARS = {"energy and forces": 4.0, "training step": 3.0}
 TURNS = {8: 21, 64: 9, 216: 5}  # atoms: cubic cells of MgO, 1, 8 and 27
 CUTOFF, ELEMENTS, NEIGHBOURS = 5.0, (8, 12), 56.0
@@ -67,8 +64,8 @@ def main(argv: list[str] | None = None) -> int:
         if n_atoms == 8 or not arguments.quick
         for row in measured(ours, theirs, n_atoms, turns)
     ]
-    document = {"machine": machine(), "rows": rows}
-    arguments.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    peers = {package: installed(package) for package in ("mace-torch", "e3nn")}
+    write(arguments.out, {"machine": machine(), "peers": peers, "rows": rows})
     table = Table("work", "atoms", "edges", "atomeq, ms", "mace-torch, ms", "ratio", "asked")
     for row in rows:
         table.add_row(
@@ -176,23 +173,6 @@ def work(ours: Potential, theirs: Any, atoms: Atoms) -> tuple[int, dict[str, tup
     }
 
 
-def machine() -> dict[str, str]:
-    """Return what figures depend on besides the code, and the commit of the code."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    words = ["git", "describe", "--always", "--dirty"]
-    root = Path(__file__).resolve().parent
-    done = subprocess.run(words, cwd=root, capture_output=True, text=True, check=False)
-    return {
-        "device": names[0] if names else platform.machine(),
-        "threads": str(torch.get_num_threads()),
-        "torch": torch.__version__,
-        "mace-torch": version("mace-torch"),
-        "e3nn": version("e3nn"),
-        "commit": done.stdout.strip() or "unknown",
-    }
-
-
 def _gradient(module: torch.nn.Module) -> Tensor:
     (weight,) = (weight for weight in module.parameters() if weight.numel())
     assert weight.grad is not None
@@ -208,7 +188,3 @@ def _seconds(run: Work) -> float:
     start = time.process_time()
     run()
     return time.process_time() - start
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
