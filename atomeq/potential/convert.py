@@ -25,8 +25,8 @@ def convert_checkpoint(
     """Write the potential folder of a published checkpoint, with a model card.
 
     Args:
-        checkpoint: A .pt file of fairchem 1.x (eSCN, EquiformerV2), a .pth file of SevenNet, or a
-            .model file or a state dict of MACE.
+        checkpoint: A .pt file of fairchem 1.x (eSCN, EquiformerV2, eSEN) or of EquiformerV3, a .pth
+            file of SevenNet, or a .model file or a state dict of MACE.
         folder: Created if missing; its name is that of the potential.
         use_ema: Take the running average of the weights, of fairchem's files.
         grid_resolution: Replace that of fairchem's models.

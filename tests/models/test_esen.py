@@ -10,6 +10,8 @@ from structures import rattled_crystal, rattled_molecule
 from atomeq.models.esen import ESEN
 from atomeq.potential.checkpoint import scatter_weights
 from atomeq.potential.potential import Potential
+from checkers import esen
+from checkers.roll import reference_rotation
 
 SMALL = {
     "cutoff": 4.0, "lmax": 2, "mmax": 1, "num_layers": 1, "sphere_channels": 4,
@@ -124,3 +126,32 @@ def test_only_the_published_form_has_a_step_where_the_last_edge_goes():
 def test_unknown_options_are_refused_by_name(options, named):
     with pytest.raises(ValueError, match=named):
         ESEN(**{**SMALL, **options})
+
+
+def test_golden_checks_add_what_forces_of_the_reference_have_through_the_roll():
+    """With SiLU on a coarse grid the energy sees the roll, which the reference differentiates."""
+    coarse = {**GRID, "grid_resolution": None, "num_layers": 2, "lmax": 3, "mmax": 2}
+    model = potential_of(**coarse).model
+    for parameter in model.parameters():
+        parameter.data *= 1.5
+    maps = [(block.message.first, block.message.second) for block in model.blocks]
+    gauge, graph = (0.9, 0.2, 0.6), model.graph_builder()(rattled_molecule())
+    rotation = reference_rotation(graph.edge_vectors(), gauge)
+    turned = rotation @ torch.nn.functional.normalize(graph.edge_vectors(), dim=1)[:, :, None]
+    expected = torch.tensor([0.0, 1.0, 0.0], dtype=torch.float64)[:, None].expand_as(turned)
+    torch.testing.assert_close(turned, expected, atol=1e-12, rtol=0)
+    blind, seeing = (
+        esen.outputs(model, graph, rotation, maps, given)["out.forces"] for given in (None, gauge)
+    )
+    differences = torch.zeros_like(blind)
+    for index in np.ndindex(*blind.shape):
+        for sign, weight in ((2, 1), (1, -8), (-1, 8), (-2, -1)):
+            pos = graph.pos.clone()
+            pos[index] += sign * STEP
+            moved = graph.replace(pos=pos)
+            frames = reference_rotation(moved.edge_vectors(), gauge)
+            energy = model(moved, edge_rotation=frames)["energies"].sum().detach()
+            differences[index] += weight / (12 * STEP) * energy
+    missing = (blind - differences).abs().max()
+    assert missing > 1e-3 * differences.abs().max()
+    assert (seeing - differences).abs().max() < 1e-5 * missing

@@ -43,7 +43,7 @@ example:
   atomeq doctor
 """
 _CONVERT = """\
-Turn a published checkpoint of eSCN or EquiformerV2 (fairchem 1.x or older, OMat24's too, .pt), of
+Turn a published checkpoint of eSCN, EquiformerV2, eSEN or EquiformerV3 (fairchem 1.x, .pt), of
 SevenNet (.pth) or of MACE (.model) into a potential folder OUT with weights, options and a model
 card. Nothing in the file is executed; what is not known in it is refused by its name.
 

@@ -34,7 +34,9 @@ def check(case: FolderCase, report: Report) -> None:
         theirs = case.expected(dtype)
         rotation = theirs.get("in.edge_rot_mat", case.inputs["edge_rot_mat"])
         with taps(model.to(dtype), graph) as found:
-            ours = found | esen.outputs(model, graph, rotation)
+            maps = [(block.attention.first, block.attention.second) for block in model.blocks]
+            gauge = case.document.get("gauge_u")
+            ours = found | esen.outputs(model, graph, rotation, maps, gauge)
         ours["mid.node_energy_raw"] = ours.pop("energies") * model.energy_divisor
         ours |= wigner(model, graph, rotation)
         compare_all(case, report, esen.shaped(ours, theirs), dtype)
@@ -75,7 +77,8 @@ def taps(model: Any, graph: AtomGraph) -> Taps:
         taps.read(
             attention.first, partial(_shares, f"{name}.alpha_softmax", model, attention, graph)
         )
-        taps.read(attention.radial, partial(_radial, f"{name}.rad_func_out", degrees))
+        radial = partial(_radial, f"{name}.rad_func_out", degrees if model.shared_radial else None)
+        taps.read(attention.radial, radial)
     return taps
 
 
@@ -90,6 +93,7 @@ def _shares(
     return {name: relative_softmax(logits, envelope, target, graph.n_atoms, epsilon)}
 
 
-def _radial(name: str, degrees: list[int], _given: tuple, y: Tensor) -> Tensors:
-    """Return radial weights for every row of a degree."""
-    return {name: y[:FIRST_EDGES].unflatten(1, (degrees[-1] + 1, -1))[:, degrees]}
+def _radial(name: str, degrees: list[int] | None, _given: tuple, y: Tensor) -> Tensors:
+    """Return radial weights, for every row of a degree where its rows share them."""
+    y = y[:FIRST_EDGES]
+    return {name: y if degrees is None else y.unflatten(1, (degrees[-1] + 1, -1))[:, degrees]}

@@ -1,5 +1,6 @@
 """Golden checks of eSEN, direct and conservative."""
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -14,6 +15,7 @@ from checkers import materials, oc20
 from checkers.cases import Case, FolderCase, Tensors, compare_all
 from checkers.oc20 import FIRST_EDGES
 from checkers.report import Report
+from checkers.roll import Maps, reference_rotation, rolling
 from checkers.taps import Taps, first_rows
 
 
@@ -35,7 +37,8 @@ def check(case: FolderCase, report: Report) -> None:
         theirs = case.expected(dtype)
         rotation = theirs.get("in.edge_rot_mat", case.inputs["edge_rot_mat"])
         with taps(model.to(dtype)) as found, materials.watch_stress(model) as of_stress:
-            ours = outputs(model, graph, rotation)
+            maps = [(block.message.first, block.message.second) for block in model.blocks]
+            ours = outputs(model, graph, rotation, maps, case.document.get("gauge_u"))
         ours |= found | of_stress
         ours["mid.node_energy_raw"] = ours.pop("energies")
         if model.energy_reduce == "mean":
@@ -47,12 +50,27 @@ def check(case: FolderCase, report: Report) -> None:
     report.notes.append(oc20.compare_edges(model, graph))
 
 
-def outputs(model: Any, graph: AtomGraph, rotation: Tensor) -> Tensors:
-    """Return what the model gives, and derivatives of its energy where it has no head."""
+def outputs(
+    model: Any, graph: AtomGraph, rotation: Tensor, maps: Maps, gauge: Sequence[float] | None
+) -> Tensors:
+    """Return what the model gives, and derivatives of its energy where it has no head.
+
+    Args:
+        model: With its weights.
+        graph: The structures.
+        rotation: Of the edges, with the reference's roll.
+        maps: What is between them sees the roll, unless it is a gate or a product.
+        gauge: What the reference made the roll of, where the case says it.
+    """
     given: Tensors = {}
+    sees_roll = model.activation not in ("gate", "product") and gauge is not None
 
     def evaluate(deformed: AtomGraph) -> dict[Any, Tensor]:
-        given.update(model(deformed, edge_rotation=rotation.to(model.dtype)))
+        frames = rotation.to(model.dtype)
+        with rolling(maps if sees_roll else [], model.lmax, model.mmax) as follow:
+            if sees_roll:
+                follow(reference_rotation(deformed.edge_vectors().to(model.dtype), gauge))
+            given.update(model(deformed, edge_rotation=frames))
         return {"energy": segment_sum(given["energies"], graph.batch, graph.n_graphs)}
 
     if "forces" in model.outputs:
