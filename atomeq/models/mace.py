@@ -24,7 +24,7 @@ from atomeq.nn.convolution import (
     convolution_paths,
     convolve,
     coupled_irreps,
-    numbers_of_weights,
+    number_of_weights,
 )
 from atomeq.nn.irreps import (
     SCALAR,
@@ -297,9 +297,9 @@ class Interaction(nn.Module):
         super().__init__()
         self.residual = residual
         self.paths = convolution_paths(sent, model.target, model.lmax_edge, True)
-        self.n_weights = numbers_of_weights(sent, self.paths)
+        n_weights = number_of_weights(sent, self.paths)
         self.up = IrrepsLinear(inputs, sent)
-        widths = [model.num_radial, *model.radial_channels, sum(self.n_weights)]
+        widths = [model.num_radial, *model.radial_channels, n_weights]
         self.radial = NormalisedMLP(widths, "silu")
         self.mix = IrrepsLinear(coupled_irreps(sent, self.paths), model.target)
         self.density = NormalisedMLP([model.num_radial, 1], "silu") if density else None
@@ -316,8 +316,7 @@ class Interaction(nn.Module):
             hidden = hidden * edges.envelope
         n_neighbors = self.n_neighbors if self.density is None else 1.0
         last = last / (math.sqrt(last.shape[0]) * n_neighbors)
-        # One product for each irrep of x: parts of a common one would have to be copied.
-        weights = (hidden @ part for part in last.split(self.n_weights, dim=1))
+        weights = hidden @ last  # (n_edges, n_weights)
         sent = self.up(x)
         sums = convolve(sent, weights, edges.harmonics, edges.edge_index, self.paths)
         sums = self.mix(sums)
@@ -335,7 +334,7 @@ class NonlinearInteraction(nn.Module):
     def __init__(self, model: MACE, inputs: Irreps, outputs: Irreps, sent: Irreps) -> None:
         super().__init__()
         self.paths = convolution_paths(sent, model.target, model.lmax_edge, True)
-        self.n_weights = numbers_of_weights(sent, self.paths)
+        n_weights = number_of_weights(sent, self.paths)
         self.gate = IrrepsGate(model.target, scalars=("silu", "tanh"), gates=("sigmoid", "tanh"))
         species = {SCALAR: model.n_species}
         self.source = IrrepsLinear(species, {SCALAR: model.channels})
@@ -343,7 +342,7 @@ class NonlinearInteraction(nn.Module):
         self.up = IrrepsLinear(inputs, sent)
         self.keep = IrrepsLinear(sent, self.gate.inputs)
         n_inputs = model.num_radial + 2 * model.channels
-        self.radial = _radial_mlp([n_inputs, *model.radial_channels, sum(self.n_weights)])
+        self.radial = _radial_mlp([n_inputs, *model.radial_channels, n_weights])
         self.density = _radial_mlp([n_inputs, 64, 1])
         self.mix = IrrepsLinear(coupled_irreps(sent, self.paths), self.gate.inputs)
         self.out = IrrepsLinear(self.gate.outputs, model.target)
@@ -366,12 +365,9 @@ class NonlinearInteraction(nn.Module):
             ],
             dim=1,
         )  # (n_edges, num_radial + 2 C)
-        hidden, last = self.radial[:-1](known), self.radial[-1]
-        assert isinstance(last, nn.Linear)
-        parts = zip(last.weight.split(self.n_weights), last.bias.split(self.n_weights), strict=True)
-        weights = (nn.functional.linear(hidden, *part) for part in parts)
+        weights = self.radial(known)  # (n_edges, n_weights)
         if edges.envelope is not None:
-            weights = (weight * edges.envelope for weight in weights)
+            weights = weights * edges.envelope
         count = self.beta * _density(self.density(known), edges, species.shape[0]) + self.alpha
         mixed = convolve(sent, weights, edges.harmonics, edges.edge_index, self.paths)
         mixed = self.mix(mixed)

@@ -10,8 +10,9 @@ J. Chem. Theory Comput. 20 (2024), arXiv:2402.03789) is the same network in anot
 :class:`SevenNetForm` has what differs there.
 """
 
+import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +25,7 @@ from atomeq.nn.convolution import (
     convolution_paths,
     convolve,
     coupled_irreps,
-    numbers_of_weights,
+    number_of_weights,
 )
 from atomeq.nn.irreps import (
     SCALAR,
@@ -37,6 +38,8 @@ from atomeq.nn.irreps import (
     parse_irreps,
 )
 from atomeq.nn.radial import PolynomialEnvelope, TrainedBesselBasis, XPLOREnvelope
+from atomeq.nn.radial_tables import RadialTables
+from atomeq.ops.coupling.weight_table import WeightTable
 from atomeq.ops.harmonics.operations import spherical_harmonics
 from atomeq.typing import EdgeIndex, PropertyKey
 
@@ -165,6 +168,7 @@ class NequIP(AtomisticModel):
             for t in range(len(features) - 1)
         )
         self.readout = _readout(features[-1][SCALAR], form)
+        self._tables = RadialTables(cutoff, form.envelope_onset)
         self.element_scale = nn.Parameter(torch.ones(len(numbers))) if form.element_scale else None
 
     readouts = ("readout",)
@@ -195,17 +199,39 @@ class NequIP(AtomisticModel):
     def node_features(self, graph: AtomGraph) -> Tensor:
         """Return the scalars of the atoms after the last layer, (n_atoms, node_channels)."""
         vectors = graph.edge_vectors().to(self.dtype)  # (n_edges, 3)
-        lengths = torch.linalg.vector_norm(vectors, dim=1)
-        radial = self.basis(lengths) * self.envelope(lengths)[:, None]  # (n_edges, num_radial)
+        weights = self._edge_weights(torch.linalg.vector_norm(vectors, dim=1))
         harmonics = spherical_harmonics(
             vectors, self.lmax_edge, normalize=self.form.normalize_harmonics
         )
         species = self.index[graph.atomic_numbers]
         one_hot = nn.functional.one_hot(species, self.n_species).to(self.dtype)
         x = self.embedding({SCALAR: one_hot[:, None, :]})  # {irrep: (n_atoms, 2l + 1, C)}
-        for layer in self.layers:
-            x = layer(x, radial, harmonics, species, graph.edge_index)
+        for layer, own in zip(self.layers, weights, strict=True):
+            x = layer(x, own, harmonics, species, graph.edge_index)
         return x[SCALAR][:, 0]
+
+    def _edge_weights(self, lengths: Tensor) -> Sequence[Tensor | WeightTable]:
+        """Return the weights of the edges in each layer, (n_edges, n_weights), or tables."""
+        used = [self.basis.wave_numbers]
+        for layer in self.layers:
+            used += layer.radial_state()
+        if self._tables.serve(lengths, used):
+            return self._tables.at(lengths, used, self._radial_functions)
+        radial = self._radial(lengths)
+        return [layer.edge_weights(radial) for layer in self.layers]
+
+    def _radial(self, lengths: Tensor) -> Tensor:
+        """Return the functions of the edge length, (n_edges, num_radial)."""
+        return self.basis(lengths) * self.envelope(lengths)[:, None]
+
+    def _radial_functions(self) -> list[Callable[[Tensor], Tensor]]:
+        """Return the weights of each layer as functions of the edge length, in float64."""
+        twin = copy.deepcopy(self).double()
+
+        def of(layer: NequIPLayer) -> Callable[[Tensor], Tensor]:
+            return lambda lengths: layer.edge_weights(twin._radial(lengths))
+
+        return [of(layer) for layer in twin.layers]
 
 
 class NequIPLayer(nn.Module):
@@ -233,8 +259,8 @@ class NequIPLayer(nn.Module):
         self.outro = IrrepsLinear(
             coupled, self.gate.inputs, bias=form.linear_bias, folded=form.folded_in("outro")
         )
-        self.n_weights = numbers_of_weights(inputs, self.paths)
-        self.radial = NormalisedMLP([*widths, sum(self.n_weights)], form.radial_activation)
+        self.n_weights = number_of_weights(inputs, self.paths)
+        self.radial = NormalisedMLP([*widths, self.n_weights], form.radial_activation)
         if self_connection not in ("linear", "species"):
             raise ValueError(
                 f"self_connection {self_connection!r} is unknown; choose linear or species"
@@ -248,10 +274,23 @@ class NequIPLayer(nn.Module):
 
     denominator: Tensor
 
+    def radial_state(self) -> list[Tensor]:
+        """Return what :meth:`edge_weights` depends on."""
+        return [*self.radial.weights, self.denominator]
+
+    def edge_weights(self, radial: Tensor) -> Tensor:
+        """Return the weights of the edges, (n_edges, n_weights), divided for the sum over them.
+
+        Args:
+            radial: Functions of the edge length, (n_edges, num_radial).
+        """
+        last = self.radial.weights[-1]
+        return self.radial.hidden(radial) @ (last / (math.sqrt(last.shape[0]) * self.denominator))
+
     def forward(
         self,
         x: Features,
-        radial: Tensor,
+        weights: Tensor | WeightTable,
         harmonics: Tensor,
         species: Tensor,
         edge_index: EdgeIndex,
@@ -260,7 +299,7 @@ class NequIPLayer(nn.Module):
 
         Args:
             x: Features of the atoms, irrep -> (n_atoms, 2l + 1, channels).
-            radial: Functions of the edge length, (n_edges, num_radial).
+            weights: Of the edges, from :meth:`edge_weights`, or a table of them.
             harmonics: Spherical harmonics of the edges, (n_edges, n_sph).
             species: Index of each atom's element, (n_atoms,).
             edge_index: Row 0 is the source, row 1 the target.
@@ -269,10 +308,6 @@ class NequIPLayer(nn.Module):
             own = self.self_connection(x, species)
         else:
             own = self.self_connection(x)
-        hidden, last = self.radial.hidden(radial), self.radial.weights[-1]
-        last = last / (math.sqrt(last.shape[0]) * self.denominator)
-        # One product for each irrep of x: parts of a common one would have to be copied.
-        weights = (hidden @ part for part in last.split(self.n_weights, dim=1))
         mixed = self.outro(convolve(self.intro(x), weights, harmonics, edge_index, self.paths))
         return self.gate({k: y + own[k] if k in own else y for k, y in mixed.items()})
 

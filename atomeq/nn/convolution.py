@@ -1,12 +1,12 @@
 """The Clebsch-Gordan convolution of features by irreps, as NequIP and MACE send their messages."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from atomeq.nn.irreps import Features, Irrep, Irreps
-from atomeq.ops.coupling.operations import cg_conv
+from atomeq.ops.coupling.irreps_conv import irreps_conv
+from atomeq.ops.coupling.weight_table import WeightTable
 from atomeq.ops.paths import Path
 from atomeq.typing import EdgeIndex
 
@@ -42,23 +42,23 @@ def coupled_irreps(inputs: Irreps, paths: IrrepPaths) -> Irreps:
     return coupled
 
 
-def numbers_of_weights(inputs: Irreps, paths: IrrepPaths) -> list[int]:
-    """Return how many weights an edge has for each irrep of x."""
-    return [len(some) * inputs[entry] for entry, some in paths.items()]
+def number_of_weights(inputs: Irreps, paths: IrrepPaths) -> int:
+    """Return how many weights an edge has: those of each irrep of x, path after path."""
+    return sum(len(some) * inputs[entry] for entry, some in paths.items())
 
 
 def convolve(
     x: Features,
-    weights: Iterable[Tensor],
+    weights: Tensor | WeightTable,
     harmonics: Tensor,
     edge_index: EdgeIndex,
     paths: IrrepPaths,
 ) -> Features:
-    """Return sums of messages on the targets; one irrep of x at a time, so none is padded.
+    """Return sums of messages on the targets.
 
     Args:
         x: Features of the atoms, irrep -> (n_atoms, 2l + 1, channels).
-        weights: Of the edges for each irrep of x, (n_edges, n_paths * channels).
+        weights: Of the edges, (n_edges, n_weights), or a table of them.
         harmonics: Spherical harmonics of the edges, (n_edges, n_sph).
         edge_index: Row 0 is the source, row 1 the target.
         paths: Of each irrep of x.
@@ -66,13 +66,12 @@ def convolve(
     Returns:
         irrep -> (n_atoms, 2l + 1, channels); the channels are those of :func:`coupled_irreps`.
     """
-    parts: dict[Irrep, list[Tensor]] = {}
-    for (entry, some), weight in zip(paths.items(), weights, strict=True):
-        own = weight.unflatten(1, (len(some), -1))  # (n_edges, n_paths, C)
-        rows = nn.functional.pad(x[entry], (0, 0, entry.l**2, 0))  # degrees below are not read
-        numbers = [path for path, _ in some]
-        sums = cg_conv(rows, harmonics, own, edge_index, rows.shape[0], numbers, output="paths")
-        sizes = [2 * path.l3 + 1 for path in numbers]
-        for (_, irrep), part in zip(some, sums.split(sizes, dim=1), strict=True):
-            parts.setdefault(irrep, []).append(part)
-    return {irrep: torch.cat(some, dim=-1) for irrep, some in parts.items()}
+    sums = list(dict.fromkeys(irrep for some in paths.values() for _, irrep in some))
+    routes = [
+        (path, number, sums.index(irrep))
+        for number, some in enumerate(paths.values())
+        for path, irrep in some
+    ]
+    rows = [x[entry] for entry in paths]
+    found = irreps_conv(rows, harmonics, weights, edge_index, rows[0].shape[0], routes)
+    return dict(zip(sums, found, strict=True))
