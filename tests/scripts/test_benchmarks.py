@@ -1,6 +1,7 @@
 """The benchmarks run, add up and write what they print; the example data train an experiment."""
 
 import json
+import sys
 from pathlib import Path
 
 import benchmark
@@ -13,7 +14,7 @@ from atomeq.cli import main as command
 from atomeq.data.oc20 import open_frames
 from atomeq.potential.potential import Potential
 from atomeq.potential.references import AtomicReferences
-from benchmarks import bars, record, rollout, training
+from benchmarks import bars, potentials, record, rollout, training
 from benchmarks.judged import Judged, summary
 from benchmarks.models import slab
 from benchmarks.operation_bars import bars as operation_bars
@@ -198,3 +199,18 @@ def test_traffic_of_a_layer_is_counted():
     kilobytes = [float(line.partition(" kB")[0].split()[-1]) for line in lines]
     assert len(kilobytes) == 3  # forward, forces, a step of training on them
     assert all(amount > 0.1 for amount in kilobytes)
+
+
+def test_a_peer_that_is_missing_is_said():
+    request = {"do": "take", "checkpoint": "7net-0", "structure": "none"}
+    missing = pytest.raises(SystemExit, match="cannot run sevenn: ModuleNotFoundError")
+    with missing, potentials.Peer(sys.executable) as ask:
+        ask(**request)
+
+
+def test_potentials_are_held_to_their_bars():
+    row = {"potential": "sevennet-0", "atoms": 32, "cpu_s": 1.0, "ratio": 5.9}
+    document = {"pairs": [row], "labels": {"an_hour": 3e5}}
+    assert potentials.missed(document) == ["sevennet-0 at 32 atoms: 5.90x, not 6x"]
+    row |= {"ratio": 6.1, "force_difference": 1.0}
+    assert potentials.missed(document) == ["sevennet-0 at 32 atoms: forces differ by 1.0e+00 eV/Å"]
