@@ -14,7 +14,7 @@ import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -213,12 +213,17 @@ class NequIP(AtomisticModel):
     def _edge_weights(self, lengths: Tensor) -> Sequence[Tensor | WeightTable]:
         """Return the weights of the edges in each layer, (n_edges, n_weights), or tables."""
         used = [self.basis.wave_numbers]
-        for layer in self.layers:
+        for layer in self._blocks():
             used += layer.radial_state()
         if self._tables.serve(lengths, used):
             return self._tables.at(lengths, used, self._radial_functions)
         radial = self._radial(lengths)
-        return [layer.edge_weights(radial) for layer in self.layers]
+        return [layer.edge_weights(radial) for layer in self._blocks()]
+
+    def _blocks(self) -> list["NequIPLayer"]:
+        return cast(
+            "list[NequIPLayer]", list(self.layers)
+        )  # for type checkers: a ModuleList has none
 
     def _radial(self, lengths: Tensor) -> Tensor:
         """Return the functions of the edge length, (n_edges, num_radial)."""
@@ -231,7 +236,7 @@ class NequIP(AtomisticModel):
         def of(layer: NequIPLayer) -> Callable[[Tensor], Tensor]:
             return lambda lengths: layer.edge_weights(twin._radial(lengths))
 
-        return [of(layer) for layer in twin.layers]
+        return [of(layer) for layer in twin._blocks()]
 
 
 class NequIPLayer(nn.Module):
