@@ -36,6 +36,7 @@ from atomeq.potential.checkpoint import resolve_device, resolve_dtype, sha256
 from atomeq.potential.committee import Committee, frozen
 from atomeq.potential.folders import WEIGHTS_FILE, find_potential
 from atomeq.potential.potential import Potential
+from atomeq.potential.terms import EnergyTerm
 from atomeq.potential.untrusted import refuse_meta_device
 from atomeq.typing import PropertyKey
 
@@ -78,10 +79,13 @@ class AtomeqCalculator(Calculator):
         dtype: ``"float32"``, ``"float64"`` or the torch dtype the network computes in; by default
             the potential's own. Energies are summed in float64 in any case, and all arrays that are
             returned are float64, as ASE's integrators expect.
+        terms: Known physics to add to each potential, ``[ZBL(0.65)]`` say, the repulsion of nuclei
+            where they are closer than the data of published potentials.
 
     Raises:
         CheckpointError: The potential does not exist or is damaged.
-        ValueError: The device is not available, or the dtype is neither of the two.
+        ValueError: A potential takes no terms, the device is not available, or the dtype is neither
+            of the two.
 
     Example:
         >>> atoms = ase.build.bulk("Cu")  # doctest: +SKIP
@@ -101,6 +105,7 @@ class AtomeqCalculator(Calculator):
         *,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
+        terms: Sequence[EnergyTerm] = (),
     ) -> None:
         self._local = threading.local()  # first: ASE's constructor assigns atoms and results
         super().__init__()
@@ -108,7 +113,7 @@ class AtomeqCalculator(Calculator):
         members = [potential] if alone else list(potential)
         precision = resolve_dtype(dtype)
         self._committee = Committee(
-            [frozen(one, device=device, dtype=precision) for one in members]
+            [frozen(one, device=device, dtype=precision, terms=terms) for one in members]
         )
         hypergraphs = [one for one in self._committee.builders if isinstance(one, HyperGraph)]
         self.molecules_only = any(one.perceive for one in hypergraphs)  # crystals have no topology

@@ -17,6 +17,7 @@ def convert(options: Namespace) -> int:
         modal=options.modal,
         head=options.head,
         config=options.config,
+        zbl=options.zbl,
     )
     potential = load_potential(folder)
     n_parameters = sum(parameter.numel() for parameter in potential.model.parameters())

@@ -21,7 +21,11 @@ def potentials(options: Namespace) -> int:
         say((find_potential(options.name) / "README.md").read_text(encoding="utf-8"))
         return 0
     folder = install_potential(
-        options.name, file=options.file, modal=options.modal, overwrite=options.overwrite
+        options.name,
+        file=options.file,
+        modal=options.modal,
+        zbl=options.zbl,
+        overwrite=options.overwrite,
     )
     published = CATALOGUE[options.name]
     say(f"installed {folder.name} in {folder}")

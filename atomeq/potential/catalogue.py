@@ -137,6 +137,7 @@ class PublishedPotential:
         size: Of the file, where it is published.
         n_parameters: Of the network, where that is published; another number is another file.
         modalities: Of a potential of several, one of which has to be chosen.
+        outside: What these data do not hold.
     """
 
     source: Wheel | HubFile
@@ -147,6 +148,10 @@ class PublishedPotential:
     size: str = ""
     n_parameters: int | None = None
     modalities: tuple[str, ...] = ()
+    outside: str = (
+        "molecules, clusters, reactions, charged and excited states, pairs of elements that none of "
+        "its crystals holds; it answers for them, and only a calculation of your own says how well"
+    )
 
 
 _MPTRJ = "MPtrj: relaxations of the Materials Project, PBE and PBE+U"
@@ -262,6 +267,7 @@ def install_potential(
     *,
     file: str | Path | None = None,
     modal: str | None = None,
+    zbl: bool = False,
     overwrite: bool = False,
 ) -> Path:
     """Fetch, check and convert a published potential into the user's folder of potentials.
@@ -270,6 +276,8 @@ def install_potential(
         name: As in :data:`CATALOGUE`.
         file: The checkpoint on disk, or the wheel it is in; by default it is downloaded.
         modal: Which modality, of a potential of several; it becomes part of the name.
+        zbl: Add the repulsion of nuclei where atoms are closer than in the data; it becomes part of
+            the name, for there the numbers are no longer the published ones.
         overwrite: Replace what is there.
 
     Returns:
@@ -281,7 +289,7 @@ def install_potential(
         FileExistsError: It is installed already.
     """
     published = published_potential(name)
-    folder = user_root() / installed_name(name, modal)
+    folder = user_root() / (installed_name(name, modal) + ("-zbl" if zbl else ""))
     if (folder / CONFIG_FILE).is_file() and not overwrite:
         raise FileExistsError(f"{folder} is installed already; --overwrite replaces it")
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -290,7 +298,7 @@ def install_potential(
         checkpoint = published.source.fetch(given, Path(scratch))
         if published.sha256:
             _check(checkpoint, published.sha256, published.source)
-        made = _converted(published, checkpoint, Path(scratch) / folder.name, modal)
+        made = _converted(published, checkpoint, Path(scratch) / folder.name, modal, zbl=zbl)
         if folder.exists():
             folder.rename(Path(scratch) / "replaced")
         made.rename(folder)  # whole or not at all
@@ -334,13 +342,13 @@ def _check(path: Path, expected: str, what: object) -> None:
 
 
 def _converted(
-    published: PublishedPotential, checkpoint: Path, folder: Path, modal: str | None
+    published: PublishedPotential, checkpoint: Path, folder: Path, modal: str | None, *, zbl: bool
 ) -> Path:
     # Late: names and errors are told without waiting for torch.
     from atomeq.potential.checkpoint import load_potential
     from atomeq.potential.convert import convert_checkpoint
 
-    made = convert_checkpoint(checkpoint, folder, modal=modal)
+    made = convert_checkpoint(checkpoint, folder, modal=modal, zbl=zbl)
     expected = published.n_parameters
     if expected is not None:
         found = sum(parameter.numel() for parameter in load_potential(made).model.parameters())
@@ -358,6 +366,7 @@ def _converted(
 | from | {published.source}{f", {published.size}" if published.size else ""} |
 | SHA-256 | {published.sha256 or "none is published"} |
 | trained on | {published.trained_on} |
+| outside of it | {published.outside} |
 | licence | {published.licence} |
 | to be cited | {published.authors} |
 """

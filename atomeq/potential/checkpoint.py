@@ -22,6 +22,7 @@ from atomeq.data.targets import ScalarTarget
 from atomeq.files import write_atomically
 from atomeq.models.base import AtomisticModel
 from atomeq.models.registry import MODELS, build, refuse_unregistered
+from atomeq.potential.distances import KnownDistances
 from atomeq.potential.folders import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -85,6 +86,8 @@ def _description(predictor: Predictor) -> dict[str, Any]:
         document["target"] = dataclasses.asdict(predictor.target)
     if isinstance(predictor, Potential) and len(predictor.terms):
         document["terms"] = [saveable_node(term, TERMS) for term in predictor.terms]
+    if isinstance(predictor, Potential) and predictor.distances.shortest:
+        document["shortest_distances"] = predictor.distances.shortest
     return document
 
 
@@ -199,6 +202,8 @@ def load_predictor(
     try:
         scalar = "target" in document
         potential = _scalar(model, document["target"]) if scalar else Potential(model, terms=terms)
+        if isinstance(potential, Potential):
+            potential.distances = KnownDistances(_shortest(document))
     except (TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{folder / CONFIG_FILE}: {error}") from error
     potential.name = str(name_or_path)
@@ -365,6 +370,15 @@ def _terms(document: dict[str, Any], folder: Path) -> list[EnergyTerm]:
     if not isinstance(nodes, list):
         raise CheckpointError(f"{folder / CONFIG_FILE}: terms are a list of nodes, not {nodes!r}")
     return [build_term(node, named_in=folder / CONFIG_FILE) for node in nodes]
+
+
+def _shortest(document: dict[str, Any]) -> dict[str, float]:
+    node = document.get("shortest_distances", {})
+    if not isinstance(node, dict) or not all(
+        isinstance(pair, str) and type(d) in (int, float) for pair, d in node.items()
+    ):
+        raise ValueError(f"shortest_distances are Å by pairs of elements, not {node!r}")
+    return node
 
 
 def _scalar(model: AtomisticModel, target: Any) -> ScalarPredictor:

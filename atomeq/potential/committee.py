@@ -19,6 +19,7 @@ from atomeq.potential.checkpoint import load_potential, not_a_potential, resolve
 from atomeq.potential.derivatives import force_constants
 from atomeq.potential.potential import Potential
 from atomeq.potential.scalar import ScalarPredictor
+from atomeq.potential.terms import EnergyTerm
 from atomeq.typing import PropertyKey
 
 
@@ -142,6 +143,7 @@ def frozen(
     *,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
+    terms: Sequence[EnergyTerm] = (),
 ) -> Potential:
     """Return a potential of one's own, without gradients of its parameters; a given one stays.
 
@@ -149,10 +151,11 @@ def frozen(
         potential: Name of a shipped one, folder of a saved one, or a Potential, which is copied.
         device: By default that of the Potential, the CPU for a name or folder.
         dtype: Of the network; by default its own.
+        terms: Known physics to add.
 
     Raises:
         CheckpointError: There is no such potential, or it is damaged.
-        ValueError: It is no potential, or the device is not there.
+        ValueError: It takes no terms, is no potential, or the device is not there.
     """
     if isinstance(potential, ScalarPredictor):
         raise ValueError(not_a_potential(potential, "the model that was given"))
@@ -162,7 +165,10 @@ def frozen(
             "one in Potential(model); a propagator is for `atomeq rollout`"
         )
     if not isinstance(potential, Potential):
-        return load_potential(potential, device=device, dtype=dtype)
-    target = potential.device if device is None else resolve_device(device)
-    frozen = copy.deepcopy(potential).to(target).to(dtype if dtype is not None else potential.dtype)
-    return frozen.requires_grad_(False).eval()
+        own = load_potential(potential, device=device, dtype=dtype)
+    else:
+        target = potential.device if device is None else resolve_device(device)
+        own = copy.deepcopy(potential).to(target)
+        own = own.to(dtype if dtype is not None else potential.dtype).requires_grad_(False).eval()
+    own.add_terms([copy.deepcopy(term).to(own.device) for term in terms])
+    return own

@@ -22,8 +22,10 @@ from atomeq.graph.builders import HyperGraph
 from atomeq.models.base import AtomisticModel
 from atomeq.potential.checkpoint import CheckpointError, build_model
 from atomeq.potential.derivatives import refuse_flat_cells
+from atomeq.potential.distances import KnownDistances
 from atomeq.potential.potential import Potential, refuse_unknown_properties
 from atomeq.potential.references import AtomicReferences
+from atomeq.potential.terms import EnergyTerm
 from atomeq.typing import PropertyKey
 
 COMPILED_VERSION = 1
@@ -60,6 +62,7 @@ class CompiledPotential(Potential):
             model.to("meta"),  # its cutoff, graphs and exemptions; the weights are in the library
             AtomicReferences(dict.fromkeys(metadata["elements"], 0.0)),
         )
+        self.distances = KnownDistances(metadata.get("shortest_distances"))
         self.path = path
         self.name = str(path)
         self.metadata = metadata
@@ -99,6 +102,7 @@ class CompiledPotential(Potential):
         if missing or graph.pos.device.type != "cpu":
             fault = f"lacks {missing[0]}" if missing else f"is on {graph.pos.device}"
             raise ValueError(f"this graph {fault}; make it with build_graph()")
+        self.warn_of_distances(graph)
         computed = self._computed(graph)
         return {key: computed[key] for key in properties}
 
@@ -128,6 +132,11 @@ class CompiledPotential(Potential):
     def fingerprint(self) -> str:
         """Return the SHA-256 of the weights it was compiled from."""
         return self.metadata["sha256"]
+
+    def add_terms(self, terms: Sequence[EnergyTerm]) -> None:
+        """Refuse: what is compiled is compiled."""
+        if terms:
+            raise ValueError(f"{self.path} is compiled; add terms to what it was exported from")
 
     def term_configs(self) -> list[dict[str, Any]]:
         """Return the nodes of the terms that were compiled in."""

@@ -1,15 +1,19 @@
 """Published checkpoints become potential folders, whatever code wrote them."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from atomeq.models.mace import MACE
 from atomeq.potential.checkpoint import save_potential, sha256
+from atomeq.potential.distances import SHORTEST
 from atomeq.potential.import_mace import convert_mace, is_module_file, mace_card
 from atomeq.potential.import_official import CARD_FILE, OfficialError, load_document
 from atomeq.potential.import_official import convert_checkpoint as convert_official
 from atomeq.potential.import_sevennet import convert_sevennet, is_sevennet, sevennet_card
 from atomeq.potential.mace_state import convert_mace_state, is_mace_state
 from atomeq.potential.potential import Potential
+from atomeq.potential.repulsion import ZBL
 
 
 def convert_checkpoint(
@@ -21,6 +25,7 @@ def convert_checkpoint(
     modal: str | None = None,
     head: str | None = None,
     config: Path | None = None,
+    zbl: bool = False,
 ) -> Path:
     """Write the potential folder of a published checkpoint, with a model card.
 
@@ -33,6 +38,8 @@ def convert_checkpoint(
         modal: Modality of a SevenNet of several.
         head: Head of a MACE of several.
         config: What a state dict of MACE does not say, see mace_state.py.
+        zbl: Add the repulsion of nuclei where atoms are closer than in the data; not in MACE files
+            that have their own. Numbers of ordinary structures stay.
 
     Returns:
         The folder.
@@ -55,20 +62,36 @@ def convert_checkpoint(
             potential, origin = convert_mace(path, digest, head=head)
         else:
             potential, origin = convert_mace_state(document, path, digest, config, head=head)
-        return _write(potential, folder, origin, mace_card(folder.name, origin, potential))
+        if zbl and isinstance(potential.model, MACE) and potential.model.form.repulsion:
+            raise OfficialError(f"{path} has a ZBL repulsion of its own; leave out --zbl")
+        return _write(potential, folder, origin, mace_card, zbl=zbl)
     if head is not None:
         raise OfficialError(f"{path} has no heads to choose; leave out --head {head}")
     if not is_sevennet(document):
         if modal is not None:
             raise OfficialError(f"{path} has no modalities; leave out --modal {modal}")
+        if zbl:
+            raise OfficialError(
+                f"{path} is of fairchem, to which no repulsion is added; omit --zbl"
+            )
         return convert_official(path, folder, use_ema=use_ema, grid_resolution=grid_resolution)
     if use_ema or grid_resolution is not None:
         raise OfficialError(f"{path} is of SevenNet, which has neither EMA weights nor grids")
     potential, origin = convert_sevennet(document, path, sha256(path), modal=modal)
-    return _write(potential, folder, origin, sevennet_card(folder.name, origin, potential))
+    return _write(potential, folder, origin, sevennet_card, zbl=zbl)
 
 
-def _write(potential: Potential, folder: Path, origin: dict[str, Any], card: str) -> Path:
+def _write(
+    potential: Potential,
+    folder: Path,
+    origin: dict[str, Any],
+    card: Callable[[str, dict[str, Any], Potential], str],
+    *,
+    zbl: bool,
+) -> Path:
+    if zbl:
+        potential.add_terms([ZBL(SHORTEST)])
     save_potential(potential, folder, metadata={"origin": origin})
-    (folder / CARD_FILE).write_text(card, encoding="utf-8")
+    text = card(folder.name, origin, potential)
+    (folder / CARD_FILE).write_text(text, encoding="utf-8")
     return folder

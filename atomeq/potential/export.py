@@ -132,6 +132,7 @@ def _description(potential: Potential) -> dict[str, Any]:
         "compiled_version": COMPILED_VERSION,
         "model": potential.model.config(),
         "terms": potential.term_configs(),
+        "shortest_distances": potential.distances.shortest,
         "cutoff": potential.cutoff,
         "elements": list(potential.elements),
         "dtype": str(potential.dtype).removeprefix("torch."),

@@ -4,6 +4,7 @@ Weights keep their float32 values: what the reference computes from them on the 
 coupling, the order of columns, one modality of several) is undone here, never rounded.
 """
 
+import textwrap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from atomeq.graph.convert import element_symbols
 from atomeq.models.nequip import NequIP
 from atomeq.nn.convolution import convolution_paths
 from atomeq.nn.irreps import SCALAR, Irrep, Irreps, linear_blocks, parse_irreps, sorted_irreps
 from atomeq.ops.coupling.clebsch_gordan import clebsch_gordan
+from atomeq.potential.distances import SHORTEST
 from atomeq.potential.official_names import OfficialError
 from atomeq.potential.potential import Potential
 from atomeq.potential.references import AtomicReferences
@@ -402,8 +405,7 @@ J. Chem. Theory Comput. 20, 4857 (2024).
 | elements | {len(potential.elements)}, atomic numbers up to {max(potential.elements)} |
 | trained until | epoch {origin["epoch"]} |
 
-{mirror}Energies are total energies in the convention of the training data. Where atoms come closer
-than there, forces are far off: add a repulsion (ZBL) or keep away.
+{mirror}{_limits(potential)}
 
 ```python
 from atomeq import AtomeqCalculator
@@ -411,6 +413,26 @@ from atomeq import AtomeqCalculator
 atoms.calc = AtomeqCalculator("{name}")
 ```
 """
+
+
+def _limits(potential: Potential) -> str:
+    """Return what the card says of energies, elements and distances."""
+    heaviest = max(potential.elements)
+    missing = sorted(set(range(1, heaviest)) - set(potential.elements))
+    *symbols, last = element_symbols(torch.tensor([*missing, heaviest]))
+    there = (
+        "the repulsion of nuclei (ZBL) is added, and elsewhere the numbers are the published ones."
+        if len(potential.terms)
+        else "it knows nothing, warns once and may be off by thousands of eV: keep away, or add "
+        "the repulsion of nuclei (`--zbl` of `atomeq potentials install` and `atomeq convert`)."
+    )
+    return textwrap.fill(
+        "Energies are total energies in the convention of the training data. Structures with "
+        f"{', '.join([*symbols, f'anything beyond {last}'])} are refused. Where atoms are closer "
+        f"than {SHORTEST:g} of the sum of their covalent radii {there}",
+        100,
+        break_on_hyphens=False,
+    )
 
 
 def convert_sevennet(

@@ -5,6 +5,7 @@ The same object serves training, the ASE calculator, dynamics and screening.
 
 import hashlib
 import json
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,11 +16,18 @@ from atomeq.graph.atom_graph import AtomGraph
 from atomeq.models.base import AtomisticModel
 from atomeq.ops.segment.operations import segment_sum
 from atomeq.potential.derivatives import energy_and_derivatives, refuse_flat_cells
+from atomeq.potential.distances import SHORTEST, KnownDistances
 from atomeq.potential.predictor import Predictor, full_precision
 from atomeq.potential.references import AtomicReferences
 from atomeq.potential.terms import EnergyTerm
 from atomeq.typing import PropertyKey
 
+logger = logging.getLogger(__name__)
+
+_GUESS = (
+    "its numbers are guesses there and may be far off. Look at the structure, or add the repulsion "
+    f"of nuclei: `atomeq potentials install NAME --zbl`, AtomeqCalculator(terms=[ZBL({SHORTEST})])"
+)
 _PROPERTIES: tuple[PropertyKey, ...] = (
     "energy",
     "energies",
@@ -43,6 +51,9 @@ class Potential(Predictor):
         references: Shift per element and scale; none leaves the network's output as eV.
         terms: Known physics that is added, such as :class:`~atomeq.potential.repulsion.ZBL`.
 
+    Attributes:
+        distances: The shortest ones that it knows; a structure with a shorter one is told of once.
+
     Raises:
         ValueError: Terms beside a force head, which would not feel them.
 
@@ -60,13 +71,23 @@ class Potential(Predictor):
         terms: Sequence[EnergyTerm] = (),
     ) -> None:
         super().__init__(model, references)
-        heads = sorted({"forces", "stress"} & model.outputs)
+        self.terms = nn.ModuleList()
+        self.add_terms(terms)
+        self.distances = KnownDistances()
+
+    def add_terms(self, terms: Sequence[EnergyTerm]) -> None:
+        """Add known physics.
+
+        Raises:
+            ValueError: Beside a head for forces or stress, which would not feel it.
+        """
+        heads = sorted({"forces", "stress"} & self.model.outputs)
         if terms and heads:
             raise ValueError(
-                f"{type(model).__name__} has a {heads[0].replace('forces', 'force')} head, which "
+                f"{type(self.model).__name__} has a {heads[0].replace('forces', 'force')} head, which "
                 f"would not know of {type(terms[0]).__name__}; add terms to conservative models"
             )
-        self.terms = nn.ModuleList(terms)
+        self.terms.extend(terms)
 
     def forward(
         self,
@@ -92,6 +113,7 @@ class Potential(Predictor):
         """
         if self.training:  # in mixed precision perhaps
             return self._compute(graph, properties, create_graph)
+        self.warn_of_distances(graph)
         with full_precision(self.device):
             try:
                 return self._compute(graph, properties, create_graph)
@@ -99,6 +121,14 @@ class Potential(Predictor):
                 if not self._leave_inference_mode():
                     raise
                 return self._compute(graph, properties, create_graph)
+
+    def warn_of_distances(self, graph: AtomGraph) -> None:
+        """Warn of a structure with a distance that is not known, the first one that comes."""
+        found = self.distances.first_shorter(graph)
+        if found is not None:
+            repelled = any(node["class_path"].endswith(".ZBL") for node in self.term_configs())
+            advice = "only its repulsion of nuclei is to be trusted there" if repelled else _GUESS
+            logger.warning("%s; potential %r: %s (said once)", found, self.name, advice)
 
     def _compute(
         self, graph: AtomGraph, properties: Sequence[PropertyKey], create_graph: bool | None

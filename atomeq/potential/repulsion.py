@@ -1,7 +1,6 @@
 """ZBL: the universal screened repulsion of nuclei, for distances no training data reaches.
 
-J. F. Ziegler, J. P. Biersack and U. Littmark, The Stopping and Range of Ions in Matter (1985);
-covalent radii from Cordero et al., Dalton Trans. 2832 (2008).
+J. F. Ziegler, J. P. Biersack and U. Littmark, The Stopping and Range of Ions in Matter (1985).
 """
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 from atomeq.graph.atom_graph import AtomGraph
 from atomeq.nn.radial import PolynomialEnvelope
 from atomeq.ops.segment.operations import segment_sum
+from atomeq.potential.distances import COVALENT_RADII
 from atomeq.potential.terms import EnergyTerm
 
 _COULOMB = 14.399645478425668  # eV·Å, e²/(4πε₀)
@@ -18,104 +18,6 @@ _POWER = 0.23
 _AMPLITUDES = (0.18175, 0.50986, 0.28022, 0.02817)
 _DECAYS = (3.19980, 0.94229, 0.40290, 0.20162)
 _EXPONENT = 6
-_COVALENT_RADII = (  # Å, H to Cm
-    0.31,
-    0.28,
-    1.28,
-    0.96,
-    0.84,
-    0.76,
-    0.71,
-    0.66,
-    0.57,
-    0.58,
-    1.66,
-    1.41,
-    1.21,
-    1.11,
-    1.07,
-    1.05,
-    1.02,
-    1.06,
-    2.03,
-    1.76,
-    1.70,
-    1.60,
-    1.53,
-    1.39,
-    1.39,
-    1.32,
-    1.26,
-    1.24,
-    1.32,
-    1.22,
-    1.22,
-    1.20,
-    1.19,
-    1.20,
-    1.20,
-    1.16,
-    2.20,
-    1.95,
-    1.90,
-    1.75,
-    1.64,
-    1.54,
-    1.47,
-    1.46,
-    1.42,
-    1.39,
-    1.45,
-    1.44,
-    1.42,
-    1.39,
-    1.39,
-    1.38,
-    1.39,
-    1.40,
-    2.44,
-    2.15,
-    2.07,
-    2.04,
-    2.03,
-    2.01,
-    1.99,
-    1.98,
-    1.98,
-    1.96,
-    1.94,
-    1.92,
-    1.92,
-    1.89,
-    1.90,
-    1.87,
-    1.87,
-    1.75,
-    1.70,
-    1.62,
-    1.51,
-    1.44,
-    1.41,
-    1.36,
-    1.36,
-    1.32,
-    1.45,
-    1.46,
-    1.48,
-    1.40,
-    1.50,
-    1.50,
-    2.60,
-    2.21,
-    2.15,
-    2.06,
-    2.00,
-    1.96,
-    1.90,
-    1.87,
-    1.80,
-    1.69,
-)
 
 
 class ZBL(EnergyTerm):
@@ -140,7 +42,7 @@ class ZBL(EnergyTerm):
         if not radius_scale > 0:
             raise ValueError(f"radius_scale must be positive, not {radius_scale!r}")
         self.radius_scale = float(radius_scale)
-        table = torch.tensor((0.0, *_COVALENT_RADII), dtype=torch.float64)
+        table = torch.tensor(COVALENT_RADII, dtype=torch.float64)
         self.register_buffer("radii", table, persistent=False)
         self._switch = PolynomialEnvelope(1.0, exponent=_EXPONENT)
 

@@ -17,6 +17,7 @@ from atomeq.data.datamodule import DataFile
 from atomeq.data.targets import ScalarTarget
 from atomeq.potential.checkpoint import load_predictor
 from atomeq.potential.folders import shipped_potentials
+from atomeq.potential.potential import Potential
 from atomeq.potential.predictor import Predictor
 from atomeq.potential.references import AtomicReferences, least_squares_shift
 
@@ -138,6 +139,8 @@ def take_weights(potential: Predictor, source: str | Path) -> None:
             f"{type(potential.model).__name__} of this configuration: {error}"
         ) from error
     potential.references = other.references.train()
+    if isinstance(potential, Potential) and isinstance(other, Potential):
+        potential.distances = other.distances
 
 
 def _shift(

@@ -19,6 +19,7 @@ from atomeq.data.targets import ScalarTarget, known_target
 from atomeq.graph.atom_graph import AtomGraph
 from atomeq.graph.convert import Structures
 from atomeq.models.base import AtomisticModel
+from atomeq.potential.distances import KnownDistances, shortest_distances
 from atomeq.potential.potential import Potential
 from atomeq.potential.predictor import Predictor
 from atomeq.potential.references import AtomicReferences
@@ -133,6 +134,8 @@ class AtomisticTask(LightningModule):
             # A checkpoint, loaded after this, replaces what is fitted here.
             if self.start_from is None:
                 self.potential.references = self._fit_references(data.train_set)
+            if isinstance(self.potential, Potential):
+                self._set_known_distances(self.potential, data.train_set)
         sets = {"val": data.val_set, **{f"test/{n}": s for n, s in data.test_sets.items()}}
         for name, dataset in sets.items():
             if dataset is not None:
@@ -316,6 +319,13 @@ class AtomisticTask(LightningModule):
             labels.discard("stress")
         keys: tuple[PropertyKey, ...] = ("energy", "forces", "stress")
         return tuple(key for key in keys if key in labels)
+
+    def _set_known_distances(self, potential: Potential, dataset: GraphDataset) -> None:
+        found = shortest_distances(dataset.sample())
+        started = self.start_from is not None
+        potential.distances = (
+            potential.distances.widened(found) if started else KnownDistances(found)
+        )
 
     def _fit_references(self, dataset: GraphDataset) -> AtomicReferences:
         if self.target is None:

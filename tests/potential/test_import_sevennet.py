@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from atomeq.calculators.ase import AtomeqCalculator
 from atomeq.cli import main
+from atomeq.graph.convert import element_symbols
 from atomeq.potential import catalogue
 from atomeq.potential.catalogue import InstallError, install_potential
 from atomeq.potential.checkpoint import load_potential
@@ -138,6 +139,33 @@ def test_an_installed_potential_is_known_by_its_name(root, tmp_path, monkeypatch
         install_potential("sevennet-0", file=wheel)
     install_potential("sevennet-0", file=wheel, overwrite=True)
     assert [path.name for path in root.iterdir()] == ["sevennet-0"]
+
+
+def test_a_repulsion_is_installed_under_a_name_of_its_own(root, tmp_path, monkeypatch):
+    """Published numbers stay where distances are those of its data."""
+    wheel = fake_wheel(tmp_path / "sevenn.whl", monkeypatch)
+    main(["potentials", "install", "sevennet-0", "--from", str(wheel)])
+    main(["potentials", "install", "sevennet-0", "--zbl", "--from", str(wheel)])
+    card = (root / "sevennet-0-zbl" / "README.md").read_text()
+    assert "ZBL) is added" in card
+    assert "--zbl" in (root / "sevennet-0" / "README.md").read_text()
+    near = molecule()
+    near.positions *= 0.55
+    published, repelled = (
+        AtomeqCalculator(name, dtype="float64").evaluate([molecule(), near])
+        for name in ("sevennet-0", "sevennet-0-zbl")
+    )
+    assert repelled[0]["energy"] == published[0]["energy"]
+    assert repelled[1]["energy"] > published[1]["energy"] + 1.0
+
+
+def test_a_card_names_what_is_refused(tmp_path):
+    folder = convert_checkpoint(FAKE / "fake_new_0_13_0.pth", tmp_path / "converted")
+    card = (folder / "README.md").read_text()
+    elements = load_potential(folder).elements
+    missing = next(z for z in range(1, 119) if z not in elements)
+    assert f" {element_symbols(torch.tensor([missing]))[0]}," in card
+    assert "are refused" in card
 
 
 def test_a_wheel_with_other_content_installs_nothing(root, tmp_path, monkeypatch):

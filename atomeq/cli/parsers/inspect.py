@@ -63,6 +63,7 @@ given to those who agree to its terms you download yourself, and give by --from.
 examples:
   atomeq potentials list
   atomeq potentials install sevennet-0
+  atomeq potentials install sevennet-0 --zbl    (as sevennet-0-zbl)
   atomeq potentials install sevennet-mf-0 --modal PBE --from sevenn-0.13.0-py3-none-any.whl
   atomeq potentials install eqv2-31m-oam --from eqV2_31M_omat_mp_salex.pt
 """
@@ -164,11 +165,7 @@ def _convert_parser() -> Parser:
         default=None,
         help="finer grids on the sphere than the checkpoint's, 32 say: slower, more equivariant",
     )
-    parser.add_argument(
-        "--modal",
-        default=None,
-        help="modality of a SevenNet of several, PBE say: one level of theory",
-    )
+    _published_options(parser)
     parser.add_argument(
         "--head", type=str, default=None, help="head of a MACE of several: one level of theory"
     )
@@ -182,9 +179,14 @@ def _convert_parser() -> Parser:
     return parser
 
 
-def _modal_option(parser: Parser) -> None:
+def _published_options(parser: Parser) -> None:
     parser.add_argument(
         "--modal", type=str, default=None, help="level of theory, PBE say, of a SevenNet of several"
+    )
+    parser.add_argument(
+        "--zbl",
+        action="store_true",
+        help="add the repulsion of nuclei where atoms are closer than in the data",
     )
 
 
@@ -195,7 +197,7 @@ def _potentials_parser() -> Parser:
     parser.add_argument(
         "--from", dest="file", type=Path, default=None, help="the wheel or checkpoint on disk"
     )
-    _modal_option(parser)
+    _published_options(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace an installed one")
     return parser
 
