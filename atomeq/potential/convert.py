@@ -62,18 +62,13 @@ def convert_checkpoint(
             potential, origin = convert_mace(path, digest, head=head)
         else:
             potential, origin = convert_mace_state(document, path, digest, config, head=head)
-        if zbl and isinstance(potential.model, MACE) and potential.model.form.repulsion:
-            raise OfficialError(f"{path} has a ZBL repulsion of its own; leave out --zbl")
         return _write(potential, folder, origin, mace_card, zbl=zbl)
     if head is not None:
         raise OfficialError(f"{path} has no heads to choose; leave out --head {head}")
     if not is_sevennet(document):
-        if modal is not None:
-            raise OfficialError(f"{path} has no modalities; leave out --modal {modal}")
-        if zbl:
-            raise OfficialError(
-                f"{path} is of fairchem, to which no repulsion is added; omit --zbl"
-            )
+        if modal is not None or zbl:
+            lacks = "takes no repulsion; leave out --zbl" if zbl else f"has no modality {modal!r}"
+            raise OfficialError(f"{path} is of fairchem and {lacks}")
         return convert_official(path, folder, use_ema=use_ema, grid_resolution=grid_resolution)
     if use_ema or grid_resolution is not None:
         raise OfficialError(f"{path} is of SevenNet, which has neither EMA weights nor grids")
@@ -89,6 +84,8 @@ def _write(
     *,
     zbl: bool,
 ) -> Path:
+    if zbl and isinstance(potential.model, MACE) and potential.model.form.repulsion:
+        raise OfficialError(f"{origin['file']} has a ZBL repulsion of its own; leave out --zbl")
     if zbl:
         potential.add_terms([ZBL(SHORTEST)])
     save_potential(potential, folder, metadata={"origin": origin})

@@ -225,6 +225,7 @@ class SaveBest(Callback):
                 "epochs": checkpoint["epoch"] + 1,
                 "steps": checkpoint["global_step"],
                 "validation": checkpoint.get("validation", {}),
+                "validation_before": checkpoint.get("validation_before", {}),
             }
         try:
             self.save(pl_module, folder, metadata)

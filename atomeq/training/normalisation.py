@@ -4,7 +4,6 @@ import logging
 import math
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
@@ -15,8 +14,9 @@ from atomeq.data.ase_files import DataError, atomic_number, read_isolated_atoms
 from atomeq.data.batching import GraphDataset
 from atomeq.data.datamodule import DataFile
 from atomeq.data.targets import ScalarTarget
-from atomeq.potential.checkpoint import load_predictor
-from atomeq.potential.folders import shipped_potentials
+from atomeq.graph.atom_graph import AtomGraph
+from atomeq.graph.convert import element_symbols
+from atomeq.potential.folders import installed_potentials, shipped_potentials
 from atomeq.potential.potential import Potential
 from atomeq.potential.predictor import Predictor
 from atomeq.potential.references import AtomicReferences, least_squares_shift
@@ -28,13 +28,16 @@ if TYPE_CHECKING:
 else:
 
     class PotentialSource(str):
-        """The name of a shipped potential, or a folder as :class:`DataFile` has it."""
+        """The name of a known potential, or a folder as :class:`DataFile` has it."""
 
     def _source_from_yaml(value: Any) -> PotentialSource:
-        shipped = value in shipped_potentials() and not os.path.isdir(value)
-        return PotentialSource(value if shipped else DataFile.from_yaml(value))
+        known = value in (*shipped_potentials(), *installed_potentials())
+        by_name = known and not os.path.isdir(value)
+        return PotentialSource(value if by_name else DataFile.from_yaml(value))
 
     register_type(PotentialSource, str, _source_from_yaml)
+
+_ENOUGH = 200  # structures that the shift of energies is fitted to
 
 _PLURAL = {"energy": "energies", "scalar": "labels of the target"}
 
@@ -119,28 +122,83 @@ def fit_scalar_references(
     return AtomicReferences(table, scale=scale, offset=offset)
 
 
-def take_weights(potential: Predictor, source: str | Path) -> None:
-    """Give a potential the weights and references of another with the same model.
+def take_weights(potential: Predictor, other: Predictor) -> None:
+    """Give a potential what another with the same model has learned, and its references and terms.
 
     Args:
         potential: Changed in place.
-        source: Name or folder of the other.
+        other: Where to start from.
 
     Raises:
-        CheckpointError: There is no such potential.
         DataError: It has another model.
     """
-    other = load_predictor(source)
     try:
         potential.model.load_state_dict(other.model.state_dict())
     except RuntimeError as error:
         raise DataError(
-            f"{source} is a {type(other.model).__name__} whose weights do not fit the "
+            f"{other.name} is a {type(other.model).__name__} whose weights do not fit the "
             f"{type(potential.model).__name__} of this configuration: {error}"
         ) from error
     potential.references = other.references.train()
     if isinstance(potential, Potential) and isinstance(other, Potential):
-        potential.distances = other.distances
+        potential.terms, potential.distances = other.terms, other.distances
+
+
+def fit_shift(potential: Potential, dataset: GraphDataset) -> AtomicReferences:
+    """Return references that meet the zeros of other energies: those of other data of a potential.
+
+    Another code, pseudopotential or correction moves the energy of each element; the network would
+    spend its training on these constants. What it misses of the labels is fitted to them.
+
+    Args:
+        potential: Whose references they are; its network is asked, and stays.
+        dataset: The training structures.
+
+    Raises:
+        DataError: An element is not known, or no structure has an energy.
+    """
+    references = potential.references
+    unknown = [z for z in dataset.elements if z not in references.elements]
+    if unknown:
+        raise DataError(
+            f"the training structures hold Z={unknown[0]}, which {potential.name} does not know"
+        )
+    graphs = [g for g in _some(dataset) if bool(torch.isfinite(_label(g, "energy")).all())]
+    if not graphs:
+        raise DataError(
+            "the shift of energies needs energies, and none of the structures has one; set "
+            "references to 'none' to leave it out"
+        )
+    missed = []
+    with torch.no_grad():
+        for graph in graphs:
+            found = potential(graph.to(potential.device), ("energy",))["energy"]
+            missed.append(float(graph.energy) - float(found))
+    shift = least_squares_shift([graph.atomic_numbers for graph in graphs], missed)
+    symbols = element_symbols(torch.tensor(list(shift)))
+    shown = ", ".join(
+        f"{symbol} {e:+.4f}" for symbol, e in zip(symbols, shift.values(), strict=True)
+    )
+    logger.info("energies of elements moved to those of the data (eV): %s", shown)
+    table = {z: float(references.shift[z]) + shift.get(z, 0.0) for z in references.elements}
+    return AtomicReferences(
+        table,
+        scale=float(references.scale),
+        offset=float(references.offset),
+        force_scale=float(references.force_scale),
+    )
+
+
+def _some(dataset: GraphDataset) -> list[AtomGraph]:
+    """Return structures from everywhere in a set, and with each of its elements."""
+    graphs = dataset.sample()
+    chosen = dict.fromkeys(range(0, len(graphs), -(-len(graphs) // _ENOUGH)))
+    seen = {z for k in chosen for z in graphs[k].atomic_numbers.tolist()}
+    for k, graph in enumerate(graphs):
+        if further := set(graph.atomic_numbers.tolist()) - seen:
+            seen |= further
+            chosen[k] = None
+    return [graphs[k] for k in chosen]
 
 
 def _shift(

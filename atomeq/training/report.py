@@ -136,7 +136,8 @@ class ModelCard(Callback):
         document = yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         facts = _facts(saved, pl_module, data)
         settings = _settings(pl_module, trainer, data, document["metadata"])
-        errors = _errors(pl_module, data, document["metadata"].get("validation", {}))
+        errors = _errors(pl_module, data, document["metadata"])
+        _tell_progress(pl_module, document["metadata"])
         name = (
             Path(trainer.default_root_dir).resolve().name if saver.folder is None else folder.name
         )
@@ -222,20 +223,33 @@ def _data_facts(data: AtomisticDataModule) -> dict[str, str]:
     return facts
 
 
-def _errors(task: AtomisticTask, data: AtomisticDataModule, known: dict[str, float]) -> str:
+def _errors(task: AtomisticTask, data: AtomisticDataModule, saved: dict[str, Any]) -> str:
+    known, before = saved.get("validation", {}), saved.get("validation_before", {})
     if data.val_set is None or not known:
         return "None are known: the saved weights were not validated."
     rows = [
-        f"| {title} | {known[key]:.4g} | {unit} |"
+        f"| {title} | {f'{before[key]:.4g} | ' if before else ''}{known[key]:.4g} | {unit} |"
         for key, (title, unit) in task.metrics.columns.items()
         if key in known
     ]
-    table = "\n".join(["| error | | unit |", "|---|---|---|", *rows])
+    head = ("| error | before | after | unit |", "|---|---|---|---|")
+    table = "\n".join([*(head if before else ("| error | | unit |", "|---|---|---|")), *rows])
     return (
         f"On the {len(data.val_set)} validation structures, which chose the epoch: errors on "
         "structures that had no say in it tend to be larger. `atomeq test` measures those.\n\n"
         + table
     )
+
+
+def _tell_progress(task: AtomisticTask, saved: dict[str, Any]) -> None:
+    before, after = saved.get("validation_before", {}), saved.get("validation", {})
+    changes = [
+        f"{title} {before[key]:.4g} to {after[key]:.4g} {unit}"
+        for key, (title, unit) in task.metrics.columns.items()
+        if key in before and key in after
+    ]
+    if changes:
+        logger.info("training changed the validation errors: %s", ", ".join(changes))
 
 
 def _settings(

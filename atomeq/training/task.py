@@ -1,7 +1,9 @@
 """AtomisticTask: what Lightning trains, a predictor with its loss, optimizer and errors."""
 
+import copy
 import logging
 import random
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import numpy as np
@@ -19,6 +21,7 @@ from atomeq.data.targets import ScalarTarget, known_target
 from atomeq.graph.atom_graph import AtomGraph
 from atomeq.graph.convert import Structures
 from atomeq.models.base import AtomisticModel
+from atomeq.potential.checkpoint import load_predictor
 from atomeq.potential.distances import KnownDistances, shortest_distances
 from atomeq.potential.potential import Potential
 from atomeq.potential.predictor import Predictor
@@ -31,6 +34,7 @@ from atomeq.training.normalisation import (
     PotentialSource,
     fit_references,
     fit_scalar_references,
+    fit_shift,
     take_weights,
 )
 from atomeq.training.parameters import Decay, parameter_groups
@@ -44,7 +48,7 @@ class AtomisticTask(LightningModule):
     """Train an interatomic potential on energies, forces and stresses, or a scalar of molecules.
 
     Args:
-        model: The network.
+        model: The network; by default that of the potential it starts from.
         optimizer: Makes the optimizer from the parameters.
         scheduler: Makes the learning-rate schedule from the optimizer; stepped each epoch, or each
             step where it is a :class:`~atomeq.training.schedules.RunSchedule`, or at the end of
@@ -57,7 +61,9 @@ class AtomisticTask(LightningModule):
             spelled out with its unit and readout.
         references: Shift per element: fitted to the training labels by ``least_squares``, read
             from a file of isolated atoms, given by element symbol, ``none``, or, for a known
-            target, the published ``atoms``. By default least squares, and for a mean none.
+            target, the published ``atoms``. By default least squares, and for a mean none. Of a
+            potential that is started from, least squares of what it misses move its references to
+            the energies of the data; ``none`` keeps them.
         scale: eV per unit of the network's output: ``forces`` is the rms of the training force
             components, ``energy`` the rms per atom of what the shift leaves of the energies, a
             number is taken as it is. By default the forces; a target is scaled by its own spread.
@@ -65,9 +71,9 @@ class AtomisticTask(LightningModule):
             models are normalised. Not extensive, so zero for any other data.
         metrics: What validation and tests report; by default :class:`PotentialErrors`, or
             :class:`ScalarErrors` of a target.
-        start_from: Name or folder of a potential with the same model, whose weights and references
-            training starts from (fine-tuning); ``references``, ``scale`` and ``offset`` are not
-            looked at then.
+        start_from: Name or folder of a potential with the same model, whose weights, references and
+            terms training starts from (fine-tuning); its scale and offset stay. Validation errors
+            before the first step are told and kept beside those after the last.
 
     Example:
         >>> task = AtomisticTask(model, optimizer=torch.optim.AdamW)  # doctest: +SKIP
@@ -76,7 +82,7 @@ class AtomisticTask(LightningModule):
 
     def __init__(
         self,
-        model: AtomisticModel,
+        model: AtomisticModel | None = None,
         *,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         scheduler: LRSchedulerCallable | None = None,
@@ -95,12 +101,18 @@ class AtomisticTask(LightningModule):
     ) -> None:
         super().__init__()
         self.target = known_target(target) if target is not None else None
+        start = load_predictor(expand_data_path(start_from)) if start_from is not None else None
+        if model is None:
+            if start is None:
+                raise ValueError("there is neither a model nor a potential to start_from")
+            model = copy.deepcopy(start.model).requires_grad_(True).train()
         self.potential: Predictor = (
             Potential(model) if self.target is None else ScalarPredictor(model, self.target)
         )
         self.start_from = start_from
-        if start_from is not None:  # here, before the averaged weights are copied
-            take_weights(self.potential, expand_data_path(start_from))
+        if start is not None:  # here, before the averaged weights are copied
+            self.potential.name = start.name
+            take_weights(self.potential, start)
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.decay: Decay = decay
@@ -112,6 +124,7 @@ class AtomisticTask(LightningModule):
         self.errors = nn.ModuleDict({"val": self.metrics.clone()})
         self.test_results: dict[str, dict[str, float]] = {}
         self.val_results: dict[str, float] = {}
+        self.start_results: dict[str, float] = {}
         self.val_loss = MeanMetric()
         self._plateau: ReduceLROnPlateau | None = None
         self._plateau_state: dict[str, Any] | None = None
@@ -132,10 +145,9 @@ class AtomisticTask(LightningModule):
             assert data.train_set is not None
             self._refuse_missing_labels(data.train_set)
             # A checkpoint, loaded after this, replaces what is fitted here.
-            if self.start_from is None:
-                self.potential.references = self._fit_references(data.train_set)
             if isinstance(self.potential, Potential):
                 self._set_known_distances(self.potential, data.train_set)
+            self._set_references(data.train_set)
         sets = {"val": data.val_set, **{f"test/{n}": s for n, s in data.test_sets.items()}}
         for name, dataset in sets.items():
             if dataset is not None:
@@ -264,7 +276,10 @@ class AtomisticTask(LightningModule):
         self._refuse_untrained()
 
     def on_train_start(self) -> None:
-        """Restore the random state of the run that is continued."""
+        """Measure what is started from, and restore the random state of a run that goes on."""
+        data = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+        if self.start_from is not None and not self._loaded and data.val_set is not None:
+            self.start_results = self._errors_before_training(data.val_dataloader())
         if self._rng_state is not None:
             _set_rng_state(self._rng_state)
             self._rng_state = None
@@ -274,6 +289,7 @@ class AtomisticTask(LightningModule):
         checkpoint["rng_state"] = _get_rng_state()
         checkpoint["loss"] = repr(self.loss)
         checkpoint["validation"] = dict(self.val_results)
+        checkpoint["validation_before"] = dict(self.start_results)
         if self._plateau is not None:
             checkpoint["plateau"] = self._plateau.state_dict()
 
@@ -284,6 +300,7 @@ class AtomisticTask(LightningModule):
         if checkpoint.get("loss", repr(self.loss)) != repr(self.loss):
             logger.info("the loss is another one: the lowest val/loss so far no longer counts")
             forget_scores(checkpoint)
+        self.start_results = checkpoint.get("validation_before", {})
         self._rng_state = checkpoint.get("rng_state")
         self._plateau_state = checkpoint.get("plateau")
 
@@ -319,6 +336,30 @@ class AtomisticTask(LightningModule):
             labels.discard("stress")
         keys: tuple[PropertyKey, ...] = ("energy", "forces", "stress")
         return tuple(key for key in keys if key in labels)
+
+    def _set_references(self, dataset: GraphDataset) -> None:
+        if self.start_from is None:
+            self.potential.references = self._fit_references(dataset)
+        elif self.reference_source not in (None, "least_squares", "none"):
+            raise DataError(
+                f"references {self.reference_source!r} are of a training from the beginning; with "
+                "start_from they are 'least_squares', moved to the data, or 'none', kept"
+            )
+        elif isinstance(self.potential, Potential) and self.reference_source != "none":
+            self.potential.eval()
+            self.potential.references = fit_shift(self.potential, dataset)
+            self.potential.train()
+
+    def _errors_before_training(self, batches: Iterable[AtomGraph]) -> dict[str, float]:
+        self.eval()
+        for batch in batches:
+            self._evaluate(batch.to(self.device), "val")
+        self.train()
+        results = {name: float(value) for name, value in self._results("val").items()}
+        units = {name: unit for name, (_, unit) in self.metrics.columns.items()}
+        shown = ", ".join(f"{k} {v:.4g} {units[k]}" for k, v in results.items() if k in units)
+        logger.info("before training: %s", shown)
+        return results
 
     def _set_known_distances(self, potential: Potential, dataset: GraphDataset) -> None:
         found = shortest_distances(dataset.sample())

@@ -18,7 +18,10 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from qm9 import write_archive
 
 from atomeq.cli.training import main
-from atomeq.potential.checkpoint import load_predictor
+from atomeq.models.nequip import NequIP
+from atomeq.potential.checkpoint import load_predictor, save_potential
+from atomeq.potential.potential import Potential
+from atomeq.potential.references import AtomicReferences
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 EXPERIMENTS = sorted((CONFIGS / "experiment").glob("*.yaml"))
@@ -60,13 +63,18 @@ def labelled(atoms: Atoms, n_structures: int) -> list[Atoms]:
 def generated_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with the names of the public sets and small structures of the same elements."""
     folder = tmp_path / "data"
-    for name in ("acac", "mvl_snap", "qm7", "qm9", "pcqm4mv2"):
+    for name in ("acac", "ethanol_rmd17_pbe", "mvl_snap", "qm7", "qm9", "pcqm4mv2"):
         (folder / name).mkdir(parents=True)
     acid = labelled(molecule("CH3COOH"), 20)
     for name in ("train_300K", "test_MD_300K", "test_MD_600K"):
         ase.io.write(folder / "acac" / f"{name}.extxyz.gz", acid)
     isolated = [Atoms(symbol, info={"energy": -1.0}) for symbol in "HCO"]
-    ase.io.write(folder / "acac" / "isolated_atoms.extxyz", isolated)
+    for name in ("acac", "ethanol_rmd17_pbe"):
+        ase.io.write(folder / name / "isolated_atoms.extxyz", isolated)
+    for name in ("train.extxyz.gz", "test_MD.extxyz.gz", "test_H_removal.extxyz"):
+        ase.io.write(folder / "ethanol_rmd17_pbe" / name, acid)
+    for mode in (874, 3005):
+        ase.io.write(folder / "ethanol_rmd17_pbe" / f"test_norm_mode_{mode}.extxyz", acid)
     ase.io.write(folder / "mvl_snap" / "Cu.extxyz.gz", labelled(bulk("Cu", cubic=True), 30))
     for atoms in (energies_only := labelled(molecule("CH3COOH"), 30)):
         del atoms.calc.results["forces"]  # QM7 has none
@@ -77,6 +85,12 @@ def generated_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     parts = {"train": np.arange(16), "valid": np.arange(16, 18), "test-dev": np.arange(18, 20)}
     torch.save(parts, folder / "pcqm4mv2" / "split_dict.pt")
     monkeypatch.setenv("ATOMEQ_DATA", str(folder))
+    # As `atomeq potentials install sevennet-0` leaves it, but small.
+    monkeypatch.setenv("ATOMEQ_POTENTIALS", str(tmp_path / "potentials"))
+    irreps = ["8x0e", "8x0e+4x1e", "8x0e"]
+    model = NequIP(4.0, irreps=irreps, parity=False, elements=[8, 29], sevennet={})
+    references = AtomicReferences({8: -1.0, 29: -3.0})
+    save_potential(Potential(model, references), tmp_path / "potentials" / "sevennet-0")
     return folder
 
 
@@ -93,12 +107,13 @@ def test_oc20_experiments_are_read(experiment: Path, capsys):
 @pytest.mark.usefixtures("generated_data")
 def test_every_experiment_fits_a_batch(tmp_path: Path, monkeypatch, experiment: Path):
     monkeypatch.chdir(tmp_path)
-    few = FEW_MOLECULES if experiment.stem.startswith("qm9_") else []
+    few = FEW_MOLECULES if experiment.stem.startswith(("qm9_", "finetune_")) else []
     main(["fit", "-c", str(experiment), *ONE_BATCH, *few])
     run = tmp_path / "runs" / experiment.stem
     potential = load_predictor(run / "potential")
-    node = yaml.safe_load((run / "config.yaml").read_text())["model"]["model"]
-    assert potential.model.config()["class_path"] == node["class_path"]
+    node = yaml.safe_load((run / "config.yaml").read_text())["model"]
+    expected = node.get("model") or load_predictor(node["start_from"]).model.config()
+    assert potential.model.config()["class_path"] == expected["class_path"]
     # The saved configuration is complete: it runs again without the files it was made of.
     shutil.copy(run / "config.yaml", tmp_path / "again.yaml")
     main(["fit", "-c", str(tmp_path / "again.yaml"), "--trainer.default_root_dir=again"])

@@ -147,7 +147,7 @@ def test_what_callbacks_and_constructors_refuse_is_one_line(experiment, capsys, 
 def test_training_starts_from_a_shipped_potential_by_name(experiment, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.chdir(tmp_path)
     shipped = load_potential("cu-pbe")
-    node = {"model": shipped.model.config(), "start_from": "cu-pbe"}
+    node = {"model": shipped.model.config(), "start_from": "cu-pbe", "references": "none"}
     document = yaml.safe_load(experiment.read_text())
     document["model"] |= node
     document["model"]["optimizer"]["init_args"]["lr"] = 0.0

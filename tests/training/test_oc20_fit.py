@@ -82,7 +82,7 @@ def test_fine_tuning_starts_from_the_weights_it_is_given(experiment: Path, tmp_p
     main(["fit", "-c", str(experiment)])
     start = tmp_path / "run/potential"
     words = ["fit", "-c", str(experiment), f"--trainer.default_root_dir={tmp_path / 'tuned'}"]
-    tuning = [f"--model.start_from={start}", "--trainer.max_epochs=1"]
+    tuning = [f"--model.start_from={start}", "--trainer.max_epochs=1", "--model.references=none"]
     main([*words, *tuning, "--model.optimizer=torch.optim.SGD", "--model.optimizer.lr=0.0"])
     before, after = load_potential(start), load_potential(tmp_path / "tuned/potential")
     for name, weight in before.state_dict().items():
