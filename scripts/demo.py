@@ -1,7 +1,9 @@
-"""Copper in three minutes: what the shipped potential cu-pbe says, beside experiment and PBE.
+"""Copper, then five crystals: what two potentials say, beside experiment and PBE, in minutes.
 
-Run it as ``bash scripts/demo.sh``. Everything below is plain ASE; atomeq enters in one line,
-``AtomeqCalculator("cu-pbe")``. Tables go to the terminal, the figure to demo_out/demo.png.
+Run it as ``bash scripts/demo.sh``. Everything about copper, with the shipped cu-pbe, is plain ASE;
+atomeq enters in one line, ``AtomeqCalculator("cu-pbe")``. The crystals (demo_crystals.py) are of a
+universal potential that is installed by its name where the package index can be reached, or with
+``--wheel FILE``. Tables go to the terminal, figures to demo_out/demo.png and demo_out/crystals.png.
 """
 
 import argparse
@@ -9,6 +11,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import demo_crystals
 import matplotlib
 import numpy as np
 from ase import Atoms, units
@@ -225,10 +228,12 @@ def plot(eos: EquationOfState, relaxed: Relaxed, trajectory: Trajectory, path: P
 
 
 def main() -> None:
-    """Run the four parts and write the figure."""
-    parser = argparse.ArgumentParser(description="Copper with the potential cu-pbe, in minutes.")
-    parser.add_argument("--out", type=Path, default=Path("demo_out"), help="folder for the figure")
-    out: Path = parser.parse_args().out
+    """Run the parts and write the figures."""
+    parser = argparse.ArgumentParser(description="Copper, then five crystals, in minutes.")
+    parser.add_argument("--out", type=Path, default=Path("demo_out"), help="folder for the figures")
+    parser.add_argument("--wheel", type=Path, help="of sevenn 0.13.0, where there is no index")
+    options = parser.parse_args()
+    out: Path = options.out
 
     start = time.perf_counter()
     calculator = AtomeqCalculator("cu-pbe")
@@ -237,7 +242,11 @@ def main() -> None:
     eos, a0 = equation_of_state(calculator, relaxed.a0)
     trajectory = dynamics(calculator, a0)
     plot(eos, relaxed, trajectory, out / "demo.png")
-    console.print(f"Figure: {out / 'demo.png'}   ({time.perf_counter() - start:.0f} s in all)")
+    figures = [out / "demo.png"]
+    if demo_crystals.install(demo_crystals.wheel_at_hand(options.wheel)):
+        figures.append(demo_crystals.show(out))
+    names = ", ".join(map(str, figures))
+    console.print(f"Figures: {names}   ({time.perf_counter() - start:.0f} s in all)")
 
 
 if __name__ == "__main__":

@@ -149,8 +149,8 @@ class PublishedPotential:
     n_parameters: int | None = None
     modalities: tuple[str, ...] = ()
     outside: str = (
-        "molecules, clusters, reactions, charged and excited states, pairs of elements that none of "
-        "its crystals holds; it answers for them, and only a calculation of your own says how well"
+        "molecules, clusters, reactions, charged and excited states, pairs of elements that none "
+        "of its structures holds; it answers for them, and only a calculation of your own says how well"
     )
 
 

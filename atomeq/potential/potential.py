@@ -85,7 +85,8 @@ class Potential(Predictor):
         if terms and heads:
             raise ValueError(
                 f"{type(self.model).__name__} has a {heads[0].replace('forces', 'force')} head, "
-                f"which would not know of {type(terms[0]).__name__}; add terms to conservative models"
+                f"which would not know of {type(terms[0]).__name__}; add terms to conservative "
+                "models"
             )
         self.terms.extend(terms)
 
