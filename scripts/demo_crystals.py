@@ -24,16 +24,16 @@ from rich.console import Console
 from rich.table import Table
 
 from atomeq import AtomeqCalculator
-from atomeq.calculators.equation_of_state import (
-    EquationOfState,
-    fit_equation_of_state,
-    scaled_volumes,
-)
 from atomeq.dynamics.integrators import MDState, VelocityVerlet
 from atomeq.dynamics.kinetics import kinetic_energy
 from atomeq.dynamics.run import relax, simulate
 from atomeq.potential.catalogue import InstallError, install_potential
 from atomeq.potential.folders import installed_potentials
+from atomeq.properties.equation_of_state import (
+    EquationOfState,
+    fit_equation_of_state,
+    scaled_volumes,
+)
 from atomeq.screening.run import screen
 from atomeq.screening.sources import Found
 from atomeq.units import BOLTZMANN

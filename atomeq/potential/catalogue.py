@@ -150,7 +150,7 @@ class PublishedPotential:
     modalities: tuple[str, ...] = ()
     outside: str = (
         "molecules, clusters, reactions, charged and excited states, pairs of elements that none "
-        "of its structures holds; it answers for them, and only a calculation of your own says how well"
+        "of its structures holds; it answers for them, and nothing says how well"
     )
 
 

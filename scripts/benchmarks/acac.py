@@ -1,0 +1,98 @@
+"""Models trained on acetylacetone at equal cost: test errors of energies and forces.
+
+``atomeq fit`` and ``atomeq test`` on configs/experiment/acac_*.yaml, one model after another. Each
+fit gets as many epochs as go into ``--seconds`` of the CPU on one core, by what epochs cost in two
+short runs before, so that the schedule of the learning rate ends with it. ``--collect`` only reads
+runs that are finished.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from atomeq.cli.structures import versions
+from atomeq.potential.checkpoint import load_potential
+from benchmarks.record import RESULTS, ROOT, atomeq, children_cpu_seconds, commit, write
+
+FILE = RESULTS / "acac.json"
+MODELS = ("egnn", "escn", "equiformer_v2", "nequip", "mace")
+PILOT = (1, 4)  # epochs of the short runs; the difference leaves out what a start costs
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the runs")
+    parser.add_argument("--seconds", type=float, default=150.0, help="of the CPU, for each fit")
+    parser.add_argument("--collect", action="store_true", help="train nothing")
+    options = parser.parse_args(argv)
+    for model in options.models:
+        run = options.runs / f"acac_{model}"
+        if not options.collect and not (run / "test_errors.json").exists():
+            train(model, run, options.seconds)
+        write_results(options.runs, options.seconds)
+    return 0
+
+
+def train(model: str, run: Path, seconds: float) -> None:
+    """Fit and test a model, and keep what it cost beside its checkpoints."""
+    config = ["-c", str(ROOT / "configs" / "experiment" / f"acac_{model}.yaml")]
+    with tempfile.TemporaryDirectory() as scratch:
+        short, long = (cost_of_fit(config, Path(scratch) / str(n), n) for n in PILOT)
+    per_epoch = (long - short) / (PILOT[1] - PILOT[0])
+    n_epochs = max(1, round(seconds / per_epoch))
+    cost = cost_of_fit(config, run, n_epochs)
+    start = short - per_epoch * PILOT[0]
+    spent = {"epochs": n_epochs, "cpu_seconds": round(cost - start, 1), "commit": commit()}
+    (run / "cost.json").write_text(json.dumps(spent))
+    where = [f"--trainer.default_root_dir={run}", f"--ckpt_path={run}/checkpoints/best.ckpt"]
+    atomeq("test", *config, *where, "--overwrite", "--trainer.accelerator=cpu")
+
+
+def cost_of_fit(config: list[str], run: Path, n_epochs: int) -> float:
+    """Return the CPU seconds of a fit, the start of the process included."""
+    before = children_cpu_seconds()
+    where = [f"--trainer.default_root_dir={run}", f"--trainer.max_epochs={n_epochs}"]
+    atomeq("fit", *config, *where, "--overwrite", "--trainer.accelerator=cpu")
+    return children_cpu_seconds() - before
+
+
+def write_results(runs: Path, seconds: float) -> None:
+    """Write the table of all runs that have been tested, and show it."""
+    tested = [model for model in MODELS if (runs / f"acac_{model}" / "test_errors.json").exists()]
+    rows = {model: row_of(runs / f"acac_{model}") for model in tested}
+    document = {
+        "command": f"python scripts/benchmark.py acac --seconds {seconds:g}",
+        "what": "acetylacetone (BOTNet data): 450 frames at 300 K to train on, 50 choose the "
+        "epoch, tests of MD at 300 K and 600 K; mean absolute errors",
+        "unit": "energy meV/atom, forces meV/Å, cpu_seconds of the fit without its start",
+        "versions": versions(),
+        "models": rows,
+    }
+    write(FILE, document)
+    for model, row in rows.items():
+        errors = "  ".join(f"{key} {value:.1f}" for key, value in row.items() if key.endswith("K"))
+        sys.stdout.write(
+            f"{model:14} {errors}  {row['cpu_seconds']:.0f} CPU s  {row['epochs']} epochs\n"
+        )
+
+
+def row_of(run: Path) -> dict[str, Any]:
+    """Return errors, cost and size of a finished run."""
+    row: dict[str, Any] = {}
+    for name, found in json.loads((run / "test_errors.json").read_text()).items():
+        row[f"energy {name}"] = round(found["energy_per_atom_mae"], 3)
+        row[f"forces {name}"] = round(found["forces_mae"], 2)
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    model = load_potential(run / "potential").model
+    return {
+        **row,
+        **json.loads((run / "cost.json").read_text()),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "seed": config["seed_everything"],
+    }
