@@ -107,7 +107,7 @@ def install(wheel: Path) -> Row:
     after, wall = os.times(), time.monotonic() - start
     cpu = after.children_user + after.children_system
     cpu -= before.children_user + before.children_system
-    install_potential("sevennet-l3i5", wheel=wheel)
+    install_potential("sevennet-l3i5", file=wheel)
     return {"wall_s": wall, "cpu_s": cpu, "folder": folder}
 
 
