@@ -67,7 +67,9 @@ def irreps_conv(
             f"{tuple(given.shape)} weights, {y.shape[0]} harmonics and edge_index "
             f"{tuple(edge_index.shape)} are not those of edges with {n_weights} weights"
         )
-    if not reads_tables(y):
+    # Autocast mixes dtypes, of which C would read one as the other.
+    mixed = any(tensor.dtype != y.dtype for tensor in (*x, given))
+    if mixed or not reads_tables(y):
         return _one_by_one(x, y, weights, edge_index, n_atoms, layout)
     edge_index = checked_edges(edge_index, x[0].shape[0], n_atoms)
     edges = (None, *weights) if isinstance(weights, WeightTable) else (weights, None, None)
