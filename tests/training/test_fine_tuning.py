@@ -128,7 +128,7 @@ def test_references_may_be_kept(start, tmp_path):
     [
         ({"references": {"H": -1.0, "C": -2.0, "O": -3.0}}, "with start_from"),
         ({"start_from": None}, "neither a model nor a potential"),
-        ({"start_from": "smal"}, "smal"),
+        ({"start_from": "sevenet"}, "sevenet"),
         ({"model": {"class_path": "atomeq.models.nequip.NequIP"}}, "do not fit the NequIP"),
     ],
     ids=["references", "nothing", "misspelt", "another"],
