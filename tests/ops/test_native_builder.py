@@ -8,9 +8,15 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
 
 from atomeq.ops import c_compiler as builder
 from atomeq.ops.c_compiler import BuildError, load, source_of, unavailable
+from atomeq.ops.dispatch import refusal
+from atomeq.ops.edge.operations import escn_conv
+from atomeq.ops.edge.wigner import edge_wigner
+from atomeq.ops.segment.operations import segment_sum
+from atomeq.ops.specification import OpSpec
 
 SOURCE = "int number(void) { return %d; }"
 pytestmark = pytest.mark.skipif(unavailable() is not None, reason=f"no C kernels: {unavailable()}")
@@ -95,6 +101,9 @@ def test_no_compiler_is_a_reason_and_no_error(
     assert "no C compiler" in str(unavailable())
     monkeypatch.setenv("CC", "no-such-compiler")
     assert "no-such-compiler not found" in str(unavailable())
+    for op in (escn_conv, edge_wigner, segment_sum):  # nothing is served by halves
+        spec = OpSpec(op.__name__, 1, 1, 16, 1, torch.float32, torch.device("cpu"))
+        assert "no-such-compiler not found" in str(refusal("cpu", spec))
 
 
 def test_a_source_that_is_no_c_is_refused_with_the_compilers_words(folder: Path) -> None:
