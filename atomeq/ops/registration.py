@@ -6,7 +6,7 @@ its turn: force training needs the gradient of a gradient, in eager mode as in a
 
 import inspect
 from collections.abc import Callable, Mapping
-from functools import cache, partial
+from functools import cache, partial, wraps
 from importlib import import_module
 from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
@@ -70,7 +70,7 @@ def registered(
         schema = torch.library.infer_schema(function, mutates_args=())
         tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
         torch.library.define(operation, schema, tags=tags)
-        torch.library.impl(operation, "default", function)
+        torch.library.impl(operation, "default", _outside_autocast(function))
         torch.library.register_fake(operation, fake)
         tape = _Tape(function.__name__, names, only_for or {}, keeps)
         formula = tape.refuse if gradient is None else partial(tape.gradients, gradient)
@@ -79,6 +79,19 @@ def registered(
         return getattr(getattr(torch.ops, NAMESPACE), function.__name__).default
 
     return decorate
+
+
+def _outside_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Keep autocast out of an operation: kernels would read what it made half as whole numbers."""
+
+    @wraps(function)
+    def run(*values: Any) -> Any:
+        if not (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")):
+            return function(*values)
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            return function(*values)
+
+    return run
 
 
 class _Place(NamedTuple):

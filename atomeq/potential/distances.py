@@ -24,7 +24,7 @@ _RADII = """
 COVALENT_RADII = (0.0, *map(float, _RADII.split()))
 
 #: Of the sum of covalent radii: what counts as short where nobody says how short the data are. Of
-#: 1,000 random frames of MPtrj one has a shorter distance; triple bonds of N2 have 0.77.
+#: 400 sampled frames of MPtrj one has a shorter distance; triple bonds of N2 have 0.77.
 SHORTEST = 0.65
 
 _N = 119  # rows of tables by atomic number

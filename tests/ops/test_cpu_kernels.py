@@ -293,3 +293,21 @@ def test_segments_without_members_are_served() -> None:
     with use_backend("cpu"):
         assert torch.equal(segment_sum(torch.zeros(0, 3), none, 2), torch.zeros(2, 3))
         assert segment_softmax(torch.zeros(0, 3), none, 0).shape == (0, 3)
+
+
+def test_mixed_dtypes_are_refused_and_those_of_autocast_are_promoted() -> None:
+    """A C kernel would read bfloat16 as float32: NaN, and beyond the end of the memory."""
+    paths, edges = [Path(0, 1, 1), Path(1, 1, 0)], torch.tensor([[0, 1, 2], [1, 2, 0]])
+    x, y, h = torch.randn(3, 4, 16), torch.randn(3, 4), torch.randn(3, 8)
+    weights, weight, bias = torch.randn(3, 2, 16), torch.randn(2, 16, 8), torch.randn(2, 16)
+    with pytest.raises(TypeError, match="cast them to one dtype"):
+        cg_conv(x, y, weights.bfloat16(), edges, 3, paths)
+    with pytest.raises(TypeError, match="cast them to one dtype"):
+        tensor_product(x, y.double(), None, paths)
+    exact = cg_conv(x, y, weights, edges, 3, paths)
+    radial = cg_conv(x, y, h, edges, 3, paths, radial_map=(weight, bias))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = cg_conv(x, y, weights.bfloat16(), edges, 3, paths)
+        mixed_radial = cg_conv(x, y, h.bfloat16(), edges, 3, paths, radial_map=(weight, bias))
+    torch.testing.assert_close(mixed, exact, rtol=0.02, atol=0.05)
+    torch.testing.assert_close(mixed_radial.float(), radial, rtol=0.02, atol=0.3)

@@ -7,7 +7,10 @@ inputs and weights have unit variance, so does every component of the output.
 
 import math
 from collections.abc import Sequence
+from functools import reduce
+from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -48,6 +51,7 @@ def _product_by_kernels(
     output: Output = "sum",
     kernels: str,
 ) -> Tensor:
+    x, y, weights = _promoted(x, y, weights)
     batch = x.shape[:-2]
     n_edges = batch.numel()
     # By itself a batch has axes of any number; the form has edges.
@@ -133,9 +137,11 @@ def _conv_by_kernels(
 ) -> Tensor:
     source, target = edge_index.long().unbind()
     form = form_of(paths, mode, output)
-    if radial_map is not None and weights is not None:
-        ends = (source, target)
-        return couple_radially(x, y, weights, radial_map, ends, n_atoms, form, kernels)
+    weight, bias = radial_map or (None, None)
+    x, y, weights, weight, bias = _promoted(x, y, weights, weight, bias)
+    if weight is not None and weights is not None:
+        ends, layer = (source, target), (weight, bias)
+        return couple_radially(x, y, weights, layer, ends, n_atoms, form, kernels)
     return registered.couple(x, y, weights, (source, target), n_atoms, form, kernels)
 
 
@@ -203,11 +209,21 @@ def _check_radial(n_edges: int, radial: Tensor | None, radial_map: RadialMap) ->
     return weight[..., 0].expand(n_edges, *weight.shape[:-1])
 
 
+def _promoted(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """Return tensors in one dtype: autocast mixes them, and a kernel would read one as another."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    dtype = reduce(torch.promote_types, (tensor.dtype for tensor in given))
+    return tuple(None if tensor is None else tensor.to(dtype) for tensor in tensors)
+
+
 def _verified(
     batch: tuple[int, ...], x: Tensor, y: Tensor, weights: Tensor | None, form: Form
 ) -> Size:
     """Refuse what does not fit."""
     paths, mode = form.paths, form.mode
+    dtypes = [tensor.dtype for tensor in (x, y, weights) if tensor is not None]
+    if len(set(dtypes)) > 1 and not torch.is_autocast_enabled(x.device.type):
+        raise TypeError(f"x, y and the weights are {dtypes}; cast them to one dtype")
     n1 = (max(path.l1 for path in paths) + 1) ** 2
     n2 = (max(path.l2 for path in paths) + 1) ** 2
     rows2 = -1 if mode == "uvu" else -2
