@@ -212,7 +212,11 @@ def test_the_verb_compiles_the_shipped_potential(tmp_path, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["egnn", "escn", "segno", "equiformer_v2", "equihgnn", "mace", "nequip"]
+    "name",
+    [
+        *("egnn", "escn", "esen", "segno", "equiformer_v2", "equiformer_v3", "equihgnn", "mace"),
+        "nequip",
+    ],
 )
 def test_models_of_the_configurations_compile(name, tmp_path):
     potential = untrained_potential(CONFIGS / f"{name}.yaml")
