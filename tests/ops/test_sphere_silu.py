@@ -46,3 +46,13 @@ def test_nothing_in_nothing_out():
 def test_rows_must_fit_the_grid():
     with pytest.raises(ValueError, match="has 7 rows"):
         sphere_silu(torch.zeros(1, 9, 3), GRID)
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_a_pointwise_function_may_change_the_number_of_channels(wanted: bool) -> None:
+    grid = SphereGrid(2, 2)
+    x = torch.randn(3, 9, 6, requires_grad=wanted)
+    found = sphere_pointwise(x[:, None], lambda values: values[..., :4] * 2, grid)
+    assert found.shape == (3, 1, 9, 4)
+    expected = sphere_pointwise(x, lambda values: values * 2, grid)[..., :4]
+    torch.testing.assert_close(found[:, 0], expected)

@@ -58,7 +58,7 @@ def sphere_pointwise(
             return from_grid @ fn(to_grid @ x)
     if not results:
         return from_grid @ fn(to_grid @ x)
-    return torch.cat(results).reshape(*x.shape[:-2], -1, x.shape[-1])
+    return torch.cat(results).reshape(*x.shape[:-2], *results[0].shape[1:])
 
 
 @operation(_verified, by_kernels=registered.sphere_silu, example=examples.features)
