@@ -52,7 +52,8 @@ BACKENDS: dict[str, str] = {
 }
 KERNELS = frozenset(name for name, path in BACKENDS.items() if "{family}" in path)  # our own
 AUTO_ORDER: tuple[str, ...] = ("cpu", "triton", "reference")  # the fastest first; others if named
-PROVED = frozenset({"triton"})  # these serve unasked what they have proved themselves in
+# Where kernels serve unasked what they have proved themselves in; an interpreter only when named.
+PROVED: dict[str, frozenset[str]] = {"triton": frozenset({"cuda"})}
 ENVIRONMENT_VARIABLE = "ATOMEQ_BACKEND"
 _GROUP = "atomeq.backends"
 
@@ -273,7 +274,11 @@ def distrust(name: str, spec: OpSpec) -> str | None:
     The first call of its degrees and dtype on a device compares value and gradients with the
     reference on a small random problem; what deviates or does not compile is logged once.
     """
-    if name not in PROVED or by_torch(name, spec):
+    if name not in PROVED:
+        return None
+    if spec.device.type not in PROVED[name]:
+        return f"on {spec.device.type} it serves only when asked for by name"
+    if by_torch(name, spec):
         return None
     _, *size = spec._replace(n_edges=1)
     return _proof(name, spec.op, torch.get_float32_matmul_precision(), *size)

@@ -30,7 +30,9 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for module in ("dispatch", "explain"):
         order = ("triton", "reference")
         monkeypatch.setattr(f"atomeq.ops.{module}.AUTO_ORDER", order)
+    monkeypatch.setitem(dispatch.PROVED, "triton", frozenset({"cpu", "cuda"}))
     dispatch._proof.cache_clear()
+    dispatch._remembered.cache_clear()
     yield
     dispatch._proof.cache_clear()
     dispatch._remembered.cache_clear()
@@ -138,3 +140,12 @@ def test_every_operation_with_kernels_proves_itself(
     assert load_backend(backend, known.family) is not None
     by_kernels = partial(known.by_kernels, kernels=backend)
     assert deviation(known.example, known.reference, by_kernels, Size(*spec[1:])) is None
+
+
+def test_an_interpreter_serves_only_when_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    dispatch._remembered.cache_clear()
+    x = torch.ones(4, 16)
+    assert dispatch.serving("gaunt_product", Size(1, 1, 16, 1, x.dtype, x.device)) == "reference"
+    with use_backend("triton"):
+        assert dispatch.serving("gaunt_product", Size(1, 1, 16, 1, x.dtype, x.device)) == "triton"
