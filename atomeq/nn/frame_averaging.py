@@ -12,6 +12,7 @@ a cubic crystal have one energy each. What no set of finitely many frames can be
 everywhere (Dym et al., arXiv:2402.16077): the energy jumps where eigenvalues cross.
 """
 
+import math
 from itertools import product
 from typing import Any, Literal, NamedTuple
 
@@ -20,6 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from atomeq.ops.segment.operations import segment_sum
+from atomeq.ops.tables import constant_table, table_like
 
 FrameMethod = Literal["all", "stochastic", "det"]
 Vectors = Float[Tensor, "n_vectors 3"]
@@ -88,8 +90,8 @@ def principal_frames(
     if proper:
         mirror = torch.linalg.det(axes.detach()).sign()
         axes = torch.cat([axes[..., :-1], axes[..., -1:] * mirror[..., None, None]], dim=-1)
-    signs = [s for s in product((1.0, -1.0), repeat=dim) if not proper or _product(s) > 0]
-    frames = axes * axes.new_tensor(signs)[:, None, None, None, :]
+    signs = table_like(_signs, dim, proper, like=axes)
+    frames = axes * signs[:, None, None, None, :]
     frames = frames.reshape(-1, n_graphs, dim, dim)  # signs x ties
     shares = shares.repeat(len(signs), 1) / len(signs)
     frames = FrameSet(_embedded(frames), shares)
@@ -187,7 +189,10 @@ def _resolved(
     shares = values.new_ones(1, n_graphs)
     same = _coincide(values).diagonal(offset=1, dim1=1, dim2=2)  # (n_graphs, d - 1)
     found: dict[int, Tensor] = {}
-    for graph in torch.nonzero(same.any(dim=1)).flatten().tolist():
+    # How many frames there are is for the host to know: this is the one question to the device.
+    for graph, ties in enumerate(same.tolist()):
+        if not any(ties):
+            continue
         mine = index == graph
         label = labels[mine] if labels is not None else index[mine]
         free = same[graph].new_zeros(d)
@@ -238,8 +243,8 @@ def _embedded(frames: Tensor) -> Tensor:
     return z + torch.nn.functional.pad(frames, (0, 1, 0, 1))
 
 
-def _product(signs: tuple[float, ...]) -> float:
-    result = 1.0
-    for sign in signs:
-        result *= sign
-    return result
+@constant_table
+def _signs(dim: int, proper: bool) -> Tensor:
+    """Return the signs that axes can have, (n_signs, dim); if ``proper``, an even number of -1."""
+    signs = product((1.0, -1.0), repeat=dim)
+    return torch.tensor([s for s in signs if not proper or math.prod(s) > 0], dtype=torch.float64)

@@ -184,9 +184,9 @@ def _gradients(
 
 def refuse_flat_cells(graph: AtomGraph) -> None:
     """Raise ``ValueError`` naming the first structure whose cell has no volume."""
-    flat = torch.nonzero(graph.volume() < MIN_VOLUME).flatten().tolist()
-    if flat:
+    flat = (graph.volume() < MIN_VOLUME).tolist()  # a device is asked but once
+    if any(flat):
         raise ValueError(
-            f"stress needs a cell with a volume, and structure {flat[0]} of this batch has none; "
-            "give it three cell vectors or ask for energy and forces only"
+            f"stress needs a cell with a volume, and structure {flat.index(True)} of this batch "
+            "has none; give it three cell vectors or ask for energy and forces only"
         )

@@ -1,0 +1,112 @@
+"""Models on a device that has no memory: nothing waits for it, nothing is made on the host.
+
+What a model sends to the device is counted; a number of the table goes down, or it is said why not.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "model").glob("*.yaml"))
+SCRIPT = Path(__file__).parents[1] / "fake_device.py"
+WORK = ("forces", "stress", "training")
+ORDERS = ["reference"]
+if find_spec("triton"):
+    ORDERS.append("triton,reference")
+
+#: Operations sent to the device, at most: energy and forces, with stress, a step of training; in
+#: plain torch, then with kernels where there are some.
+MOST = {
+    "egnn": ((570, 600, 1490), (560, 590, 1480)),
+    "equiformer_v2": ((690, 720, 1900), (630, 660, 1760)),
+    "equiformer_v3": ((660, 690, 1850), (610, 640, 1710)),
+    "equihgnn": ((680, 710, 2410), (670, 700, 2400)),
+    "escn": ((560, 590, 1510), (460, 490, 1230)),
+    "esen": ((570, 600, 1550), (470, 500, 1270)),
+    "faenet": ((560, 590, 1420), (540, 580, 1360)),
+    "faenet_canonical": ((840, 870, 2380), (810, 840, 2310)),
+    "mace": ((560, 590, 1230), (450, 480, 880)),
+    "nequip": ((740, 770, 1750), (660, 690, 1490)),
+    "segno": ((620, 650, 1620), (620, 650, 1620)),
+}
+#: How many frames a structure has depends on its symmetry, which only the device knows.
+QUESTIONS = {"faenet": ["nn/frame_averaging.py"], "faenet_canonical": ["models/frame_averaged.py"]}
+#: Whether atoms are closer than in a potential's data is asked of what is not trained on.
+OF_DISTANCES = ["potential/distances.py"]
+#: A stress of a cell without volume is refused before anything is computed.
+OF_STRESS = ["potential/derivatives.py"]
+
+
+@pytest.fixture(scope="module", params=ORDERS)
+def found(request: pytest.FixtureRequest) -> tuple[int, dict[str, Any]]:
+    process = subprocess.run(
+        [sys.executable, str(SCRIPT), request.param, *map(str, CONFIGS)],
+        env=os.environ | {"TRITON_INTERPRET": "1"},  # kernels do not run, but may be chosen
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert process.returncode == 0, process.stderr[-3000:]
+    return ORDERS.index(request.param), json.loads(process.stdout)
+
+
+def test_every_model_is_in_the_table() -> None:
+    assert {path.stem for path in CONFIGS} == set(MOST)
+
+
+@pytest.mark.parametrize("model", MOST)
+def test_no_model_asks_the_device(found, model: str) -> None:
+    for work in WORK:
+        known = OF_DISTANCES * (work != "training") + OF_STRESS * (work == "stress")
+        known = known + QUESTIONS.get(model, [])
+        asked = [line.partition(":")[0] for line in found[1][model][work]["questions"]]
+        assert asked == known, (work, found[1][model][work]["questions"])
+
+
+@pytest.mark.parametrize("model", MOST)
+def test_no_model_makes_tensors_of_the_host(found, model: str) -> None:
+    assert [line for work in WORK for line in found[1][model][work]["on_host"]] == []
+
+
+@pytest.mark.parametrize("model", MOST)
+def test_no_model_sends_more_than_it_did(found, model: str) -> None:
+    order, rows = found
+    sent = [rows[model][work]["dispatches"] for work in WORK]
+    assert all(n <= most for n, most in zip(sent, MOST[model][order], strict=True)), sent
+
+
+def test_what_a_fake_device_is_asked_is_seen() -> None:
+    code = """
+import fake_device, torch
+fake_device._setup_privateuseone_for_python_backend(fake_device.DEVICE)
+fake_device.FakeTensor.tolist = fake_device.nested_zeros
+with fake_device.MODE:
+    x = torch.ones(4, device=fake_device.DEVICE)
+    for ask in (lambda: bool(x.any()), lambda: x.sum().item(), lambda: torch.nonzero(x),
+                lambda: x.tolist(), lambda: x[x > 0], lambda: x.cpu()):
+        with fake_device.Dispatches() as seen:
+            ask()
+        print(len(seen.questions), len(seen.on_host))
+    with fake_device.Dispatches() as seen:
+        torch.zeros(4)
+    print(len(seen.questions), len(seen.on_host))
+    try:
+        x + torch.zeros(4)
+    except RuntimeError:
+        print("refused")
+"""
+    paths = os.pathsep.join([str(SCRIPT.parent), *sys.path])
+    said = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split("\n")
+    assert said == ["1 0"] * 5 + ["0 1"] * 2 + ["refused", ""]
