@@ -172,7 +172,9 @@ class LangevinNPT(Langevin):
 
     def _thermalized_rate(self, state: PressureState, rate: Tensor) -> Tensor:
         keep = math.exp(-self.timestep / self.barostat_time)
-        noise = standard_normal(state.seeds, _CELL_DRAW + state.n_steps, [1] * len(rate), (3, 3))
+        noise = standard_normal(
+            state.seeds, _CELL_DRAW + state.n_steps, torch.ones_like(state.seeds), (3, 3)
+        )
         if self.barostat == "isotropic":
             noise = noise[:, :1, :1] * torch.eye(3, dtype=rate.dtype, device=rate.device)
         else:

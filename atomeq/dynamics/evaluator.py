@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from atomeq.dynamics.memory import keep_freed_memory
-from atomeq.dynamics.state import prepare
+from atomeq.dynamics.state import any_atom, prepare
 from atomeq.graph.atom_graph import MIN_VOLUME, AtomGraph
 from atomeq.graph.builders import HyperGraph, RadiusGraph
 from atomeq.graph.convert import MIN_DISTANCE, StructureError, Structures
-from atomeq.graph.moving import MovingNeighbors
+from atomeq.graph.moving import MovingEdges, MovingNeighbors
 from atomeq.graph.neighbors import SKIN
 from atomeq.potential.checkpoint import load_potential
 from atomeq.potential.committee import NotFiniteError
@@ -143,6 +143,9 @@ class Evaluator:
 
     def _connect(self, graph: AtomGraph, failure: Tensor) -> tuple[AtomGraph | None, Tensor]:
         """Return the structures that have not failed with their edges, and their numbers."""
+        if self._neighbors is not None and (edges := self._neighbors.settled(graph, failure == 0)):
+            everything = torch.arange(graph.n_graphs, device=failure.device)
+            return _with_edges(graph, edges), everything
         fine = torch.nonzero(failure == 0).flatten()
         while len(fine):
             part = graph if len(fine) == graph.n_graphs else graph.take(fine)
@@ -167,20 +170,25 @@ class Evaluator:
             failed |= dict.fromkeys(graph.batch[close].unique().tolist(), Failure.OVERLAP)
         if failed:
             return failed, None
-        return {}, graph.replace(edge_index=edges.edge_index, cell_offsets=edges.cell_offsets)
+        return {}, _with_edges(graph, edges)
+
+
+def marked(failure: Tensor, systems: Tensor, why: Failure) -> Tensor:
+    """Return the failures with some structures' (n_graphs,) added, where they had none."""
+    return torch.where(systems & (failure == 0), int(why), failure)
+
+
+def _with_edges(graph: AtomGraph, edges: MovingEdges) -> AtomGraph:
+    return graph.replace(edge_index=edges.edge_index, cell_offsets=edges.cell_offsets)
 
 
 def _geometry_failures(graph: AtomGraph, *, stress: bool) -> Tensor:
-    failure = graph["failure"].clone()
-    broken = torch.zeros_like(failure, dtype=torch.bool)
-    if not bool(torch.isfinite(graph.pos).all()):
-        broken[graph.batch[~torch.isfinite(graph.pos).all(dim=1)]] = True
-    if not bool(torch.isfinite(graph.cell).all()):
-        broken |= ~torch.isfinite(graph.cell).flatten(1).all(dim=1)
-    failure[broken & (failure == 0)] = Failure.NOT_FINITE
+    broken = any_atom(~torch.isfinite(graph.pos).all(dim=1), graph)
+    broken |= ~torch.isfinite(graph.cell).flatten(1).all(dim=1)
+    failure = marked(graph["failure"], broken, Failure.NOT_FINITE)
     if stress:
         flat = graph.volume().nan_to_num(0.0) < MIN_VOLUME
-        failure[flat & (failure == 0)] = Failure.NO_NEIGHBORS
+        failure = marked(failure, flat, Failure.NO_NEIGHBORS)
     return failure
 
 
@@ -201,26 +209,23 @@ def _with_results(
     if results:
         energy[fine] = results["energy"].to(energy.dtype)
         forces[atoms] = results["forces"].to(forces.dtype)
-    broken = ~torch.isfinite(energy)
-    if not bool(torch.isfinite(forces).all()):
-        broken[graph.batch[~torch.isfinite(forces).all(dim=1)]] = True
+    broken = ~torch.isfinite(energy) | any_atom(~torch.isfinite(forces).all(dim=1), graph)
     if stress:
         fields["stress"] = torch.zeros_like(graph.cell)
         if results:
             fields["stress"][fine] = results["stress"].to(graph.cell.dtype)
         broken |= ~torch.isfinite(fields["stress"]).flatten(1).all(dim=1)
-    if bool(broken.any()):
-        failure[broken & (failure == 0)] = Failure.NO_FORCES
-        energy[broken] = 0
-        forces[broken[graph.batch]] = 0
-        if stress:
-            fields["stress"][broken] = 0
-    forces[graph["fixed"]] = 0  # as ASE: what holds an atom takes up its force
-    return graph.replace(failure=failure, **fields)
+    for values in fields.values():
+        rows = broken[graph.batch] if values is forces else broken
+        values.masked_fill_(rows.view(-1, *[1] * (values.dim() - 1)), 0)
+    # As ASE: what holds an atom takes up its force.
+    forces.masked_fill_(graph["fixed"][:, None], 0)
+    return graph.replace(failure=marked(failure, broken, Failure.NO_FORCES), **fields)
 
 
 def _count_edges(graph: AtomGraph) -> Tensor:
-    return torch.bincount(graph.batch[graph.edge_index[1]], minlength=graph.n_graphs)
+    systems = graph.batch[graph.edge_index[1]]  # bincount would have to look for the largest
+    return torch.zeros_like(graph.natoms).index_add(0, systems, torch.ones_like(systems))
 
 
 def _spread(values: Tensor, systems: Tensor, n_graphs: int) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from atomeq.dynamics.evaluator import Evaluator, Failure
+from atomeq.dynamics.evaluator import Evaluator, Failure, marked
 from atomeq.dynamics.kinetics import (
     acceleration,
     degrees_of_freedom,
@@ -22,7 +22,7 @@ from atomeq.dynamics.kinetics import (
     without_drift,
 )
 from atomeq.dynamics.kinetics import temperature as kinetic_temperature
-from atomeq.dynamics.state import PER_SYSTEM, State
+from atomeq.dynamics.state import PER_SYSTEM, State, any_atom
 from atomeq.graph.atom_graph import AtomGraph
 from atomeq.graph.convert import StructureError
 from atomeq.typing import Energies, Positions
@@ -282,11 +282,13 @@ class Bussi(VelocityVerlet):
         """Return the factors of the velocities, eq. A7 with its square completed, (n_graphs,)."""
         keep = math.exp(-self.timestep / self.relaxation_time)
         share = (1 - keep) * self.kt(state)
-        noise = standard_normal(state.seeds, state.n_steps, state.degrees.tolist(), ())
+        noise = standard_normal(state.seeds, state.n_steps, state.degrees, ())
         first = torch.cumsum(state.degrees, dim=0) - state.degrees
         squares = torch.zeros_like(share).index_add(
             0,
-            torch.repeat_interleave(torch.arange(len(first), device=first.device), state.degrees),
+            torch.arange(len(first), device=first.device).repeat_interleave(
+                state.degrees, output_size=len(noise)
+            ),
             noise.square(),
         )
         kept = (keep * twice_kinetic).sqrt() + noise[first] * share.sqrt()
@@ -433,14 +435,8 @@ def drift(graph: AtomGraph, velocities: Positions, timestep: float) -> AtomGraph
     """Move atoms with constant velocities, and mark structures that fly apart."""
     move = timestep * velocities
     graph = graph.replace(pos=graph.pos + move)
-    too_far = move.abs().amax(dim=1) > _MAX_MOVE
-    if bool(too_far.any()):
-        failure = graph["failure"].clone()
-        exploded = torch.zeros_like(failure, dtype=torch.bool)
-        exploded[graph.batch[too_far]] = True
-        failure[exploded & (failure == 0)] = Failure.EXPLODED
-        graph = graph.replace(failure=failure)
-    return graph
+    exploded = any_atom(move.abs().amax(dim=1) > _MAX_MOVE, graph)
+    return graph.replace(failure=marked(graph["failure"], exploded, Failure.EXPLODED))
 
 
 def thermalized(state: MDState, velocities: Positions, bath: Langevin) -> Positions:
@@ -448,7 +444,7 @@ def thermalized(state: MDState, velocities: Positions, bath: Langevin) -> Positi
     graph = state.graph
     keep = math.exp(-bath.timestep / bath.friction_time)
     width = (1 - keep**2) * ACCELERATION * bath.kt(state)[graph.batch] / graph["masses"]
-    noise = standard_normal(state.seeds, state.n_steps, graph.natoms.tolist(), (3,))
+    noise = standard_normal(state.seeds, state.n_steps, graph.natoms, (3,))
     return torch.where(
         graph["fixed"][:, None], 0.0, keep * velocities + width.sqrt()[:, None] * noise
     )

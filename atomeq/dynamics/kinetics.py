@@ -3,8 +3,6 @@
 Velocities are Å/fs, masses amu, energies eV.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -79,14 +77,14 @@ def thermal_velocities(
         seeds: Of each structure, (n_graphs,).
         held: Whether the centre of mass stays at rest.
     """
-    noise = standard_normal(seeds, torch.full_like(seeds, -1), graph.natoms.tolist(), (3,))
+    noise = standard_normal(seeds, torch.full_like(seeds, -1), graph.natoms, (3,))
     width = (BOLTZMANN * temperature * ACCELERATION / graph["masses"]).sqrt()
     velocities = torch.where(graph["fixed"][:, None], 0.0, width[:, None] * noise)
     return without_drift(velocities, graph) if held else velocities
 
 
 def standard_normal(
-    seeds: Tensor, counters: Tensor, counts: Sequence[int], shape: tuple[int, ...]
+    seeds: Tensor, counters: Tensor, counts: Tensor, shape: tuple[int, ...]
 ) -> Tensor:
     """Draw normal numbers that depend on a structure's seed and counter and on nothing else.
 
@@ -97,16 +95,17 @@ def standard_normal(
     Args:
         seeds: (n_graphs,) int64.
         counters: Which draw of the structure it is, (n_graphs,) int64.
-        counts: How many rows each structure gets.
+        counts: How many rows each structure gets, (n_graphs,) int64.
         shape: Of a row.
 
     Returns:
         (sum of counts, *shape), float64, on the device of the seeds.
     """
     generator = torch.Generator()
-    rows = torch.empty(sum(counts), *shape, dtype=torch.float64)
+    draws = torch.stack([seeds, counters, counts], dim=1).tolist()  # a device is asked but once
+    rows = torch.empty(sum(count for *_, count in draws), *shape, dtype=torch.float64)
     start = 0
-    for seed, counter, count in zip(seeds.tolist(), counters.tolist(), counts, strict=True):
+    for seed, counter, count in draws:
         generator.manual_seed(mix(seed, counter))
         rows[start : start + count] = torch.randn(
             count, *shape, generator=generator, dtype=torch.float64

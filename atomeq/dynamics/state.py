@@ -78,9 +78,7 @@ class State:
         """
         failure = torch.where(self.failed, self.graph["failure"], after.graph["failure"])
         graph = after.graph.replace(failure=failure)
-        systems = failure != 0
-        if not bool(systems.any()):
-            return dataclasses.replace(after, graph=graph)
+        systems = failure != 0  # whether there are any is not asked: a device would be waited for
         atoms = systems[graph.batch]
         moved = {
             name: _where(atoms, self.graph[name], graph[name])
@@ -161,6 +159,11 @@ def largest(values: Tensor, graph: AtomGraph) -> Tensor:
     return values.new_zeros(graph.n_graphs).scatter_reduce(0, graph.batch, values, "amax")
 
 
+def any_atom(flags: Tensor, graph: AtomGraph) -> Tensor:
+    """Return whether a flag of any atom is set: (n_atoms,) bool to (n_graphs,) bool."""
+    return per_system(flags.to(torch.int64), graph) > 0
+
+
 def _refuse_other_constraints(structures: Structures) -> None:
     """Refuse what would move otherwise than its constraints say: only fixed atoms are kept."""
     for index, item in enumerate(structure_list(structures)):
@@ -177,4 +180,6 @@ def _refuse_other_constraints(structures: Structures) -> None:
 
 
 def _where(mask: Tensor, kept: Tensor, changed: Tensor) -> Tensor:
+    if changed is kept:  # so that who remembers a tensor, as neighbour lists do, knows it again
+        return kept
     return torch.where(mask.view(-1, *[1] * (changed.dim() - 1)), kept, changed)

@@ -152,6 +152,7 @@ class MovingNeighbors:
         self.n_searches = 0
         self._known: OrderedDict[int, _Candidates] = OrderedDict()
         self._assembly: _Assembly | None = None
+        self._settled: tuple[torch.Tensor | None, ...] = ()
 
     def __call__(self, graph: AtomGraph) -> MovingEdges:
         """Find the edges of every structure.
@@ -165,15 +166,49 @@ class MovingNeighbors:
         assembly = self._assembly
         if assembly is None or assembly[:3] != (keys, here.sizes, here.device):
             assembly = self._remembered(here, keys)
-        moved, allowed = self._moved(assembly, here)  # (n_graphs,)
+        self._settled = ()
+        moved, allowed, same = self._moved(assembly, here)  # (n_graphs,)
         refused: dict[int, str] = {}
         if not bool((moved <= allowed).all()):  # NaN never holds
             # One copy of the lists is made for all, so those that soon would ask are served too.
             stale = torch.as_tensor(2 * moved <= allowed).logical_not().nonzero().flatten().tolist()
             refused = self._search(here, stale, keys)
             assembly = self._assemble(keys, here)
+        elif same:
+            self._settled = _constants(graph)
         self._assembly = assembly
         return self._measure(assembly, here, refused)
+
+    def settled(self, graph: AtomGraph, fine: torch.Tensor) -> MovingEdges | None:
+        """Find the edges as long as only atoms move, and not too far, with one look at the device.
+
+        Cells, sizes and names are what they were where they are the same tensors, for a state's
+        are never changed in place.
+
+        Args:
+            graph: As for a call.
+            fine: Structures that can be searched, (n_graphs,) bool.
+
+        Returns:
+            What a call returns; None where that has to be made, because a structure is not fine or
+            atoms are close, where lists are stale, and on a CPU, where looking costs nothing.
+        """
+        known = zip(self._settled, _constants(graph), strict=False)
+        if not self._settled or not all(before is now for before, now in known):
+            return None
+        assembly = self._assembly
+        assert assembly is not None  # it was settled with
+        sizes, device = assembly.sizes, assembly.device
+        here = _Geometry(graph.pos.detach(), graph.cell.detach(), graph.pbc, sizes, device)
+        moved, allowed = self._allowed(assembly, here, assembly.pos, 1.0)
+        lengths = _lengths(assembly, here)
+        inside = lengths < self.cutoff
+        held = fine.all() & (moved <= allowed).all() & (lengths >= MIN_DISTANCE).all()
+        held, n_edges = torch.stack([held.to(torch.int64), inside.sum()]).tolist()
+        if not held:
+            return None
+        rows = torch.nonzero_static(inside, size=n_edges)[:, 0]
+        return _selected(assembly, lengths, rows, {})
 
     def connect(self, graph: AtomGraph) -> AtomGraph:
         """Return structures that were validated with their edges, as a graph builder does.
@@ -235,31 +270,38 @@ class MovingNeighbors:
             crystals=bool(pbc.all()),
         )
 
-    def _moved(self, assembly: _Assembly, here: _Geometry) -> tuple[Array, Array]:
-        """Return twice the largest move in each structure, and what its list allows, Å."""
+    def _moved(self, assembly: _Assembly, here: _Geometry) -> tuple[Array, Array, bool]:
+        """Return twice the largest moves, what the lists allow, Å, and whether no cell changed."""
         xp, n_graphs = assembly.xp, len(here.sizes)
         cell = _complete_like(here, assembly)
         expected, stretched = assembly.pos, 1.0
         changed = cell != assembly.cell
-        if bool(changed.any()):
+        deformed = bool(changed.any())
+        if deformed:
             deformation = xp.linalg.solve(assembly.cell, cell)
             same = ~changed.reshape(n_graphs, 9).any(1)[:, None, None]
             deformation = xp.where(same, here.array(np.eye(3)), deformation)
             stretched = _singular_values(deformation)[:, -1]
             expected = (expected[:, :, None] * deformation[assembly.batch]).sum(1)
+        moved, allowed = self._allowed(assembly, here, expected, stretched)
+        other = bool((here.pbc != assembly.pbc).any())
+        if other:
+            allowed = xp.where((here.pbc == assembly.pbc).all(1), allowed, -1.0)
+        return moved, allowed, not (deformed or other)
+
+    def _allowed(
+        self, assembly: _Assembly, here: _Geometry, expected: Array, stretched: Array | float
+    ) -> tuple[Array, Array]:
         moved = here.pos - expected
         moved *= moved
         moved = moved.sum(1)  # (n_atoms,)
-        if xp is np:
+        if assembly.xp is np:
             moved = np.maximum.reduceat(moved, assembly.starts)
         else:
-            largest = moved.new_zeros(n_graphs)
+            largest = moved.new_zeros(len(assembly.sizes))
             moved = largest.scatter_reduce(0, assembly.batch, moved, "amax")
         allowed = stretched * (self.cutoff + self.skin) * (1 - _ROUNDING) - self.cutoff
-        allowed = allowed + assembly.unlimited
-        if bool((here.pbc != assembly.pbc).any()):
-            allowed = xp.where((here.pbc == assembly.pbc).all(1), allowed, -1.0)
-        return 2 * moved**0.5, allowed
+        return 2 * moved**0.5, allowed + assembly.unlimited
 
     def _search(self, here: _Geometry, stale: list[int], keys: list[int]) -> dict[int, str]:
         """Renew the lists of some structures; return why the others of them have none."""
@@ -322,22 +364,40 @@ class MovingNeighbors:
                 torch.from_numpy(lengths.take(inside)),
                 refused,
             )
-        vectors = here.pos.index_select(0, edge_index[0]) - here.pos.index_select(0, edge_index[1])
-        if len(assembly.shifts):
-            # The arithmetic of pair_lengths, whose rounding does not depend on how many rows
-            # there are: a pair has the same length to the last bit in whatever batch it stands.
-            cell = here.cell.index_select(0, assembly.system)  # (n_pairs, 3, 3)
-            for a in range(3):
-                vectors = vectors + assembly.shifts[a, :, None] * cell[:, a]
-        squared = vectors.square()
-        lengths = (squared[:, 0] + squared[:, 1] + squared[:, 2]).sqrt()
-        inside = torch.nonzero(lengths < self.cutoff).flatten()
-        return MovingEdges(
-            edge_index.index_select(1, inside),
-            offsets.index_select(0, inside),
-            lengths.index_select(0, inside),
-            refused,
-        )
+        lengths = _lengths(assembly, here)
+        return _selected(assembly, lengths, torch.nonzero(lengths < self.cutoff)[:, 0], refused)
+
+
+def _constants(graph: AtomGraph) -> tuple[torch.Tensor | None, ...]:
+    """Return what does not change while only atoms move; nothing where arrays are NumPy's."""
+    if uses_numpy(graph.pos.device):
+        return ()
+    return graph.get("key"), graph.natoms, graph.pbc, graph.cell
+
+
+def _lengths(assembly: _Assembly, here: _Geometry) -> torch.Tensor:
+    """Return the lengths of all candidates, tensors, (n_pairs,), Å."""
+    source, target = assembly.edge_index
+    vectors = here.pos.index_select(0, source) - here.pos.index_select(0, target)
+    if len(assembly.shifts):
+        # The arithmetic of pair_lengths, whose rounding does not depend on how many rows there
+        # are: a pair has the same length to the last bit in whatever batch it stands.
+        cell = here.cell.index_select(0, assembly.system)  # (n_pairs, 3, 3)
+        for a in range(3):
+            vectors = vectors + assembly.shifts[a, :, None] * cell[:, a]
+    squared = vectors.square()
+    return (squared[:, 0] + squared[:, 1] + squared[:, 2]).sqrt()
+
+
+def _selected(
+    assembly: _Assembly, lengths: torch.Tensor, rows: torch.Tensor, refused: dict[int, str]
+) -> MovingEdges:
+    return MovingEdges(
+        assembly.edge_index.index_select(1, rows),
+        assembly.cell_offsets.index_select(0, rows),
+        lengths.index_select(0, rows),
+        refused,
+    )
 
 
 def _singular_values(matrices: Array) -> Array:

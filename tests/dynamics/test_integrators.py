@@ -250,8 +250,8 @@ def test_a_cell_in_a_full_barostat_shears_but_does_not_turn(pairs):
 
 def test_noise_depends_on_seed_and_step_alone():
     seeds, steps = torch.tensor([7, 8, 7]), torch.tensor([3, 3, 4])
-    noise = standard_normal(seeds, steps, [2, 40000, 2], (3,))
-    alone = standard_normal(seeds[2:], steps[2:], [2], (3,))
+    noise = standard_normal(seeds, steps, torch.tensor([2, 40000, 2]), (3,))
+    alone = standard_normal(seeds[2:], steps[2:], torch.tensor([2]), (3,))
     assert torch.equal(noise[-2:], alone)
     assert not torch.equal(noise[:2], noise[-2:])
     assert abs(float(noise.mean())) < 0.01
