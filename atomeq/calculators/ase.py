@@ -186,7 +186,7 @@ class AtomeqCalculator(Calculator):
     @property
     def device(self) -> torch.device:
         """Where the network computes."""
-        return self.potential.device
+        return next(self.potential.model.parameters()).device
 
     @property
     def elements(self) -> tuple[int, ...]:
@@ -363,22 +363,22 @@ class AtomeqCalculator(Calculator):
         """Return a valid structure without edges, labels and velocities, with its hyperedges."""
         refuse_meta_device()
         atoms = structure if isinstance(structure, Atoms) else to_ase(from_structures(structure))[0]
-        bare = bare_graph(atoms, name=f"structure {index}", known_elements=self.elements)
-        if (topology := self._topology(atoms, index)) is not None:
+        bare = bare_graph(atoms, name=f"structure {index}", known_elements=self._committee.elements)
+        if self._sees_topology and (topology := self._topology(atoms, index)) is not None:
             bare = bare.replace(**topology.fields(n_atoms=len(atoms)))
         return bare
 
     def _graphs(self, atoms: Atoms) -> list[AtomGraph]:
         """Return the graph of each builder, with the neighbours that this thread remembers."""
         bare, memory = self._bare(atoms), self._local.__dict__.setdefault("builders", {})
-        graphs = []
-        for builder in self._committee.builders:
+        device, graphs = self.device, []
+        for k, builder in enumerate(self._committee.builders):
             if type(builder) is RadiusGraph:
-                if builder not in memory:
-                    memory[builder] = MovingNeighbors(builder.cutoff, SKIN)
-                builder = memory[builder]
+                if k not in memory:
+                    memory[k] = MovingNeighbors(builder.cutoff, SKIN)
+                builder = memory[k]
             graph = builder.connect(bare)
-            graphs.append(graph if self.device.type == "cpu" else graph.to(self.device))
+            graphs.append(graph if device.type == "cpu" else graph.to(device))
         return graphs
 
     def _batches(

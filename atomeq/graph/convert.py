@@ -380,7 +380,7 @@ def refuse_overlap(
 
 def _as_atoms(item: object, index: int, name: str | None = None) -> Atoms:
     if isinstance(item, Atoms):
-        if why := partly_occupied_site(item.info):
+        if "occupancy" in item.info and (why := partly_occupied_site(item.info)):
             title = structure_name(index, item.numbers, name)
             way_out = "and remove atoms.info['occupancy']"
             raise StructureError(f"{title}: {why}, {way_out}", index=index)

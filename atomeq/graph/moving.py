@@ -161,8 +161,9 @@ class MovingNeighbors:
             graph: Finite positions and cells, float64. ``key`` (n_graphs,) int64 names structures,
                 so that one is recognised after others left; by default their order does.
         """
-        keys = graph["key"].tolist() if "key" in graph else list(range(graph.n_graphs))
         here = _Geometry.of(graph)
+        named = getattr(graph, "key", None)
+        keys = list(range(len(here.sizes))) if named is None else named.tolist()
         assembly = self._assembly
         if assembly is None or assembly[:3] != (keys, here.sizes, here.device):
             assembly = self._remembered(here, keys)

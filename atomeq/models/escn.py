@@ -124,9 +124,9 @@ class ESCN(AtomisticModel):
         """Return the scalars of the last layer, normalised, (n_atoms, sphere_channels)."""
         numbers = graph.atomic_numbers
         frame = build_edge_frame(
-            graph.edge_vectors().to(self.dtype),
+            graph.edge_vectors().to(self.embedding.weight.dtype),
             graph.edge_index,
-            n_atoms=graph.n_atoms,
+            n_atoms=numbers.shape[0],
             lmax=self.lmax,
             mmax=self.mmax,
         )

@@ -47,10 +47,3 @@ class MLP(nn.Sequential):
         for layer in list(self)[: self._last_linear]:
             x = layer(x)
         return x
-
-    @property
-    def last_linear(self) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias of the last linear layer."""
-        layer = self[self._last_linear]
-        assert isinstance(layer, nn.Linear)
-        return layer.weight, layer.bias

@@ -46,6 +46,7 @@ class EquivariantRMSNorm(nn.Module):
     """
 
     degree_of_row: Tensor
+    rows_of_degree: Tensor
 
     def __init__(
         self, lmax: int, channels: int, *, bare: bool = False, epsilon: float = 1e-5
@@ -56,6 +57,8 @@ class EquivariantRMSNorm(nn.Module):
         self.bias = None if bare else nn.Parameter(torch.zeros(channels))
         degrees = torch.tensor([math.isqrt(row) for row in range((lmax + 1) ** 2)])
         self.register_buffer("degree_of_row", degrees, persistent=False)
+        counts = (2 * degrees + 1).to(self.weight.dtype)
+        self.register_buffer("rows_of_degree", counts, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise ``x`` (n_atoms, n_sph, channels); returns the same shape."""
@@ -63,8 +66,8 @@ class EquivariantRMSNorm(nn.Module):
             scalars, higher = x.split([1, x.shape[1] - 1], dim=1)
             scalars = scalars - scalars.mean(dim=2, keepdim=True)
             x = torch.cat([scalars, higher], dim=1)
-        rows_of_degree = (2 * self.degree_of_row + 1).to(x.dtype)
-        mean_square = ((x * x).mean(dim=2) / rows_of_degree).sum(dim=1) / len(self.weight)
+        mean_square = (x * x).mean(dim=2) / self.rows_of_degree.to(x.dtype)
+        mean_square = mean_square.sum(dim=1) / len(self.weight)
         scale = torch.rsqrt(mean_square + self.epsilon)[:, None, None]
         x = x * scale * self.weight[self.degree_of_row]
         if self.bias is None:

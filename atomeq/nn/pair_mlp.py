@@ -33,8 +33,7 @@ class RadialMLP(MLP):
 
     def forward(self, input: PairFeatures) -> Tensor:  # named as in nn.Sequential
         """Return (n_edges, width of the output)."""
-        weight, bias = self.last_linear
-        return functional.linear(self.hidden(input), weight, bias)
+        return self[self._last_linear](self.hidden(input))
 
     def hidden(self, x: PairFeatures) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Return what the last linear layer is given, (n_edges, width of the last hidden layer)."""
@@ -50,6 +49,13 @@ class RadialMLP(MLP):
         for layer in others:
             hidden = layer(hidden)
         return hidden
+
+    @property
+    def last_linear(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of the last linear layer."""
+        layer = self[self._last_linear]
+        assert isinstance(layer, nn.Linear)
+        return layer.weight, layer.bias
 
 
 class PairMLP(nn.ModuleList):

@@ -88,12 +88,11 @@ def energy_and_gradients(
     with torch.inference_mode(False), torch.enable_grad():
         graph = _differentiable(graph)
         positions = graph.pos if graph.pos.requires_grad else graph.pos.detach().requires_grad_()
-        deformation = graph.cell.new_zeros(graph.n_graphs, 3, 3).requires_grad_(strain)
-        deformed = graph.replace(pos=positions)
+        deformed, inputs = graph.replace(pos=positions), [positions] * forces
         if strain:
-            deformed = deformed.strained(deformation)
+            inputs.append(torch.zeros_like(graph.cell).requires_grad_())
+            deformed = deformed.strained(inputs[-1])
         properties = evaluate(deformed)
-        inputs = [positions] * forces + [deformation] * strain
         gradients = _gradients(properties["energy"], inputs, graph, create_graph=create_graph)
     if not create_graph:
         for key, value in properties.items():
@@ -140,7 +139,7 @@ def force_constants(potential: ForceField, graph: AtomGraph, *, max_edges: int) 
 
 def _differentiable(graph: AtomGraph) -> AtomGraph:
     """Return a graph that autograd can use: clones in place of what inference mode made."""
-    made = {name: value.clone() for name, value in graph.to_dict().items() if value.is_inference()}
+    made = {name: value.clone() for name, value in vars(graph).items() if value.is_inference()}
     return graph.replace(**made) if made else graph
 
 
@@ -170,16 +169,17 @@ def _gradients(
             retain_graph=retain_graph,
             allow_unused=True,
         )
-    if any(gradient is None for gradient in gradients) and graph.n_edges:
+    found, unreached = [], False
+    for gradient, x in zip(gradients, inputs, strict=True):
+        unreached = unreached or gradient is None
+        found.append(torch.zeros_like(x) if gradient is None else gradient)
+    if unreached and graph.n_edges:
         raise ValueError(
             f"the model's energy does not depend on the positions of {graph.n_atoms} atoms with "
             f"{graph.n_edges} edges, so its derivatives would be zero without being so: somewhere "
             "it leaves autograd (detach, no_grad, numpy); keep it differentiable"
         )
-    return [
-        torch.zeros_like(x) if gradient is None else gradient
-        for gradient, x in zip(gradients, inputs, strict=True)
-    ]
+    return found
 
 
 def refuse_flat_cells(graph: AtomGraph) -> None:

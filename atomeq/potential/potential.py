@@ -115,7 +115,7 @@ class Potential(Predictor):
         if self.training:  # in mixed precision perhaps
             return self._compute(graph, properties, create_graph)
         self.warn_of_distances(graph)
-        with full_precision(self.device):
+        with full_precision(graph.pos.device):
             try:
                 return self._compute(graph, properties, create_graph)
             except RuntimeError:  # autograd refuses weights that were made inside inference mode
@@ -156,8 +156,8 @@ class Potential(Predictor):
                 stress="stress" in derived,
                 create_graph=create_graph,
             )
-            scaled = self.references.of_derivatives({key: computed[key] for key in derived})
-            computed.update(scaled)
+            for key in derived:
+                computed[key] = self.references.of_derivative(key, computed[key])
         return {key: computed[key] for key in properties}
 
     def _leave_inference_mode(self) -> bool:
@@ -204,10 +204,12 @@ class Potential(Predictor):
         offset = self.references.offset
         computed: dict[PropertyKey, Tensor] = {
             "energies": energies + (offset / graph.natoms)[graph.batch],  # they sum to the energy
-            "energy": segment_sum(energies, graph.batch, graph.n_graphs) + offset,
+            "energy": segment_sum(energies, graph.batch, graph.natoms.shape[0]) + offset,
         }
-        heads = self.references.of_heads(outputs.get("forces"), outputs.get("stress"))
-        return {**computed, **heads}
+        if len(outputs) > 1:
+            heads = self.references.of_heads(outputs.get("forces"), outputs.get("stress"))
+            computed.update(heads)
+        return computed
 
     @property
     def conservative(self) -> bool:

@@ -89,23 +89,19 @@ class AtomicReferences(nn.Module):
             found["stress"] = trace * mean + rest * (stress - mean) + offset
         return found
 
-    def of_derivatives(self, derived: dict[PropertyKey, Tensor]) -> dict[PropertyKey, Tensor]:
-        """Bring derivatives of the energy to the scales of forces and stress.
+    def of_derivative(self, key: PropertyKey, derivative: Tensor) -> Tensor:
+        """Bring a derivative of the energy to the scale of forces or of stress.
 
         Those are the energy's, so that nothing changes, but for published models whose files say
         something else of each.
         """
-        found = dict(derived)
-        if "forces" in derived:
-            found["forces"] = derived["forces"] * (self.force_scale / self.scale)
-        if "stress" in derived:
-            ratio = self.stress_scale[0] / self.scale
-            found["stress"] = derived["stress"] * ratio + self.stress_offset
-        return found
+        if key == "forces":
+            return derivative * (self.force_scale / self.scale)
+        return derivative * (self.stress_scale[0] / self.scale) + self.stress_offset
 
     @property
     def rescales_derivatives(self) -> bool:
-        """Whether :meth:`of_derivatives` changes anything: forces then belong to no energy."""
+        """Whether :meth:`of_derivative` changes anything: forces then belong to no energy."""
         scales = torch.cat([self.force_scale[None], self.stress_scale])
         return bool((scales != self.scale).any() or (self.stress_offset != 0).any())
 
