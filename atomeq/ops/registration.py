@@ -6,7 +6,7 @@ its turn: force training needs the gradient of a gradient, in eager mode as in a
 
 import inspect
 from collections.abc import Callable, Mapping
-from functools import cache, partial, wraps
+from functools import cache, partial
 from importlib import import_module
 from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 NAMESPACE = "atomeq"
+WANT_SEGMENTS = frozenset({"triton"})  # kernels that sum on sorted edges; the others add as they go
+_library = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 # From the saved inputs by name, the names whose gradient is wanted, and the gradients of the
 # outputs (None for one that nothing depends on), to the gradients by name; a missing name is zero.
@@ -70,24 +72,27 @@ def registered(
         schema = torch.library.infer_schema(function, mutates_args=())
         tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
         torch.library.define(operation, schema, tags=tags)
-        torch.library.impl(operation, "default", _outside_autocast(function))
+        torch.library.impl(operation, "default", function)
         torch.library.register_fake(operation, fake)
         tape = _Tape(function.__name__, names, only_for or {}, keeps)
         formula = tape.refuse if gradient is None else partial(tape.gradients, gradient)
         # Without a formula torch would give no gradient at all, and no more than a warning.
         torch.library.register_autograd(operation, formula, setup_context=tape.save)
-        return getattr(getattr(torch.ops, NAMESPACE), function.__name__).default
+        registered = getattr(getattr(torch.ops, NAMESPACE), function.__name__).default
+        for key in ("AutocastCPU", "AutocastCUDA"):
+            _library.impl(function.__name__, _outside_autocast(registered), key)
+        return registered
 
     return decorate
 
 
 def _outside_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Keep autocast out of an operation: kernels would read what it made half as whole numbers."""
+    """Keep autocast out of an operation: kernels would read what it made half as whole numbers.
 
-    @wraps(function)
+    Torch calls this where autocast is on, and nobody where it is off.
+    """
+
     def run(*values: Any) -> Any:
-        if not (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")):
-            return function(*values)
         with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
             return function(*values)
 
@@ -119,34 +124,28 @@ class _Tape:
 
     def save(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.set_materialize_grads(False)
-        # ctx.needs_input_grad counts the members of lists here, and the lists in the backward pass
-        required: set[str] = set()
-        for name, value in zip(self.names, inputs, strict=True):
-            if isinstance(value, Tensor) and value.requires_grad:
-                required.add(name)
-            elif isinstance(value, list | tuple) and _all_tensors(value):
-                members = [n for n, member in enumerate(value) if member.requires_grad]
-                required.update(name for _ in members)
-                required.update(f"{name}.{n}" for n in members)
+        required = _requiring_grad(self.names, inputs)
         tensors: list[Tensor] = []
-        ctx.layout, ctx.tensor_counts = {}, []
+        layout: dict[str, Any] = {}
+        counts: list[int] = []
         for name, value in zip(self.names, inputs, strict=True):
-            members = [value] if isinstance(value, Tensor) else value
-            if not isinstance(members, list | tuple) or not _all_tensors(members):
-                ctx.layout[name] = value
-                ctx.tensor_counts.append(0)
+            single = isinstance(value, Tensor)
+            if not single and not _is_list_of_tensors(value):
+                layout[name] = value
+                counts.append(0)
                 continue
-            ctx.tensor_counts.append(len(members))
+            members = [value] if single else value
+            counts.append(len(members))
             if name in self.only_for and not required.intersection(self.only_for[name]):
-                ctx.layout[name] = None
+                layout[name] = None
                 continue
-            ctx.layout[name] = _Place(isinstance(value, Tensor), len(tensors), len(members))
+            layout[name] = _Place(single, len(tensors), len(members))
             tensors += members
         if self.keeps:
             kept = [output[number] for number in self.keeps]
             ctx.mark_non_differentiable(*kept)
             tensors += kept
-        ctx.required = required
+        ctx.layout, ctx.tensor_counts, ctx.required = layout, counts, required
         ctx.save_for_backward(*tensors)
 
     def refuse(self, ctx: Any, *grads: Any) -> tuple[Any, ...]:
@@ -165,14 +164,30 @@ class _Tape:
                 value = members[0] if value.single else members
             setattr(saved, name, value)
         found: Mapping[str, Any] = {}
-        if any(grad is not None for grad in grads):
+        if any([grad is not None for grad in grads]):
             found = gradient(saved, ctx.required & _on_the_way(ctx, self.names), *grads)
-        return tuple(
-            found.get(name) or [None] * count
-            if isinstance(ctx.needs_input_grad[number], list | tuple)
-            else found.get(name)
-            for number, (name, count) in enumerate(zip(self.names, ctx.tensor_counts, strict=True))
-        )
+        results, needed = [], ctx.needs_input_grad
+        for name, count, need in zip(self.names, ctx.tensor_counts, needed, strict=True):
+            own = found.get(name)
+            results.append((own or [None] * count) if isinstance(need, list | tuple) else own)
+        return tuple(results)
+
+
+def _requiring_grad(names: tuple[str, ...], inputs: tuple[Any, ...]) -> set[str]:
+    """Return the inputs that require a gradient; of a list also its members, ``weights.0``.
+
+    ``ctx.needs_input_grad`` counts the members of lists here, and the lists in the backward pass.
+    """
+    required: set[str] = set()
+    for name, value in zip(names, inputs, strict=True):
+        if isinstance(value, Tensor):
+            if value.requires_grad:
+                required.add(name)
+        elif _is_list_of_tensors(value):
+            for n, member in enumerate(value):
+                if member.requires_grad:
+                    required |= {name, f"{name}.{n}"}
+    return required
 
 
 def _on_the_way(ctx: Any, names: tuple[str, ...]) -> set[str]:
@@ -187,9 +202,9 @@ def _on_the_way(ctx: Any, names: tuple[str, ...]) -> set[str]:
         return ctx.required
     nodes, found = iter(ctx.next_functions), set()
     for name, count in zip(names, ctx.tensor_counts, strict=True):
-        running = [n for n in range(count) if _will_run(next(nodes)[0])]
-        found.update(name for _ in running)
-        found.update(f"{name}.{n}" for n in running)
+        for n in range(count):
+            if _will_run(next(nodes)[0]):
+                found |= {name, f"{name}.{n}"}
     return found
 
 
@@ -206,5 +221,6 @@ def _will_run(node: Any) -> bool:
     return ask(node)
 
 
-def _all_tensors(values: list[Any] | tuple[Any, ...]) -> bool:
-    return all(isinstance(value, Tensor) for value in values)
+def _is_list_of_tensors(value: Any) -> bool:
+    """Say whether an input is a list of tensors, or empty: the schema mixes no kinds in a list."""
+    return isinstance(value, list | tuple) and (not value or isinstance(value[0], Tensor))

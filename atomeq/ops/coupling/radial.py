@@ -21,10 +21,9 @@ from atomeq.ops.coupling.registered import (
     FIXED,
     gradient_of_partials,
     sorted_edges,
-    wants_segments,
 )
 from atomeq.ops.edge.frame import segments_of
-from atomeq.ops.registration import kernels_of, registered
+from atomeq.ops.registration import WANT_SEGMENTS, kernels_of, registered
 
 _ARGUMENTS = ("x", "y", "radial", "weight", "bias", "z")
 _OF_WEIGHTS = ("radial", "weight", "bias")
@@ -187,7 +186,7 @@ class _Call:
         if part == slice(0, len(self.y)):
             return self.edges
         ends = [end[part] for end in self.edges[:2]]
-        if not wants_segments(self.kernels):
+        if self.kernels not in WANT_SEGMENTS:
             return ends
         return [*ends, *segments_of(ends[1], self.n_targets), *segments_of(ends[0], len(self.x))]
 

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from atomeq.ops.coupling.clebsch_gordan import Form, form_from
 from atomeq.ops.edge.frame import segments_of
-from atomeq.ops.registration import kernels_of, registered
-from atomeq.ops.tables import constant_in_traces
+from atomeq.ops.registration import WANT_SEGMENTS, kernels_of, registered
 
 ARGUMENTS = ("x", "y", "weights", "z")
 FIXED = ("edges", "n_targets", "form", "kernels")
@@ -58,18 +57,12 @@ def sorted_edges(x: Tensor, ends: Sequence[Tensor], n_targets: int, kernels: str
     all its derivatives.
     """
     edges = [end.contiguous() for end in ends]
-    if not edges or not wants_segments(kernels):
+    if not edges or kernels not in WANT_SEGMENTS:
         return edges
     edges += segments_of(edges[1], n_targets)
     if x.requires_grad:  # only the derivative by x sums on the sources
         edges += segments_of(edges[0], x.shape[0])
     return edges
-
-
-@constant_in_traces
-def wants_segments(kernels: str) -> bool:
-    """Return whether these kernels want sorted edges; a constant of a traced graph."""
-    return kernels_of("coupling", kernels).WANTS_SEGMENTS
 
 
 def gradient_of_partials(

@@ -27,7 +27,7 @@ from atomeq.ops.edge.layer import EdgeLayer, layer_shapes
 from atomeq.ops.edge.rotation import turn_gradient
 from atomeq.ops.edge.so2_map import Gradients
 from atomeq.ops.edge.so2_shape import views
-from atomeq.ops.registration import kernels_of, registered
+from atomeq.ops.registration import WANT_SEGMENTS, kernels_of, registered
 
 INPUTS = ("x", "vectors", "radial", "radial_weight", "radial_bias", "envelope")
 _GRAD = "grad"  # what the second gradient can be of besides
@@ -46,17 +46,19 @@ def conv(
     kernels: str,
 ) -> Tensor:
     """Return the whole edge layer as one operation of some kernels."""
-    mapped: list[Tensor | None] = [None, None]
-    if radial_map is not None:
-        mapped = [leaf if leaf is None else views([leaf])[0] for leaf in radial_map]
+    mapped: Sequence[Tensor | None] = (None, None) if radial_map is None else radial_map
+    weights = [*first, *second]
+    if any([leaf is not None and leaf.requires_grad for leaf in (*weights, *mapped)]):
+        weights = views(weights)
+        mapped = [leaf if leaf is None else views([leaf])[0] for leaf in mapped]
     inputs = [x, frame.vectors, radial, *mapped, envelope]
     present = [tensor for tensor in inputs if tensor is not None]
     given = [tensor is not None for tensor in inputs]
-    weights = views([*first, *second])
     keep = torch.is_grad_enabled() and not recompute
     keep = keep and any([tensor.requires_grad for tensor in (*present, *weights)])
-    ends = (frame.source, frame.target)
-    edges = [frame.wigner, *ends, *frame.segments_for(ends, kernels)]
+    edges = [frame.wigner, frame.source, frame.target]
+    if kernels in WANT_SEGMENTS:
+        edges += frame.segments_for(edges[1:])
     total, _, _ = escn_conv(present, weights, edges, given, keep, kernels)
     return total
 
@@ -165,10 +167,10 @@ def escn_conv_gradient(
     The one of ``vectors`` is that with respect to a turn of each edge, (n_edges, 3). The last two
     are what the gradient of this wants kept.
     """
-    layer, names = _layer(inputs, weights, edges, given, kernels), _names(given, weights)
-    found, *rows = escn_layer.gradient(
-        layer, grad.contiguous(), kept, _whole(names, wanted), keep=keep
-    )
+    names = _names(given, weights)
+    maps = _whole(names, wanted)
+    layer = _layer(inputs, weights, edges, given, kernels)
+    found, *rows = escn_layer.gradient(layer, grad.contiguous(), kept, maps, keep=keep)
     return [*(found.get(name, grad.new_empty(0)) for name in names), *rows]
 
 

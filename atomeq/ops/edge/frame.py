@@ -9,9 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from atomeq.ops.orders import check_orders, m_primary_order
-from atomeq.ops.registration import kernels_of
-from atomeq.ops.tables import constant_in_traces
+from atomeq.ops.orders import check_orders
 from atomeq.typing import EdgeIndex, EdgeLengths, EdgeVectors
 
 Side = Literal["source", "target", "both"]
@@ -53,8 +51,9 @@ class EdgeFrame:
 
     def truncated(self, mmax: int) -> "EdgeFrame":
         """Return the same frame with the orders up to ``mmax`` alone, the first of its rows."""
-        check_orders(self.mmax, mmax)
-        n_rows = len(m_primary_order(self.lmax, mmax))
+        if not 0 <= mmax <= self.mmax:
+            check_orders(self.mmax, mmax)  # raises
+        n_rows = (2 * mmax + 1) * (self.lmax + 1) - mmax * (mmax + 1)
         return replace(self, wigner=self.wigner[:, :n_rows], mmax=mmax)
 
     def segments(self, index: Tensor) -> tuple[Tensor, Tensor]:
@@ -70,10 +69,8 @@ class EdgeFrame:
             return segments_of(index, self.n_atoms)
         return self._by_source if index is self.source else self._by_target
 
-    def segments_for(self, ends: Sequence[Tensor], kernels: str) -> list[Tensor]:
-        """Return the segments of each of some ends, or none if the kernels want none."""
-        if not wants_segments(kernels):
-            return []
+    def segments_for(self, ends: Sequence[Tensor]) -> list[Tensor]:
+        """Return the segments of each of some ends."""
         return [part for index in ends for part in self.segments(index)]
 
     @cached_property
@@ -88,12 +85,6 @@ class EdgeFrame:
     def n_edges(self) -> int:
         """Number of edges."""
         return self.vectors.shape[0]
-
-
-@constant_in_traces
-def wants_segments(kernels: str) -> bool:
-    """Return whether these kernels want sorted edges; a constant of a traced graph."""
-    return kernels_of("edge", kernels).WANTS_SEGMENTS
 
 
 def checked_edges(edge_index: EdgeIndex, n_sources: int, n_targets: int) -> EdgeIndex:

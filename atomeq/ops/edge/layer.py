@@ -11,7 +11,7 @@ u, and for a second derivative dE/da and dE/dz, or not even these.
 
 import math
 from collections.abc import Iterator
-from functools import cached_property
+from functools import cache, cached_property
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -52,6 +52,12 @@ def layer_shapes(x: Tensor, weights: list[Tensor]) -> tuple[SO2Shape, SO2Shape]:
     )
 
 
+@cache
+def _widths(first: SO2Shape, second: SO2Shape) -> tuple[int, int, int, int]:
+    """Return the numbers of an edge that each map is given and gives."""
+    return first.width_in, first.width, second.width_in, second.width
+
+
 class EdgeLayer:
     """The inputs of the layer, and what is made of them block by block.
 
@@ -71,6 +77,7 @@ class EdgeLayer:
         self.tensors = tensors
         self.segments = segments
         self.shapes = layer_shapes(tensors["x"], weights)
+        self.widths = _widths(*self.shapes)
         n_maps = len(weights) // 2
         self.weights = {"first": weights[:n_maps], "second": weights[n_maps:]}
         self.n_edges = tensors["wigner"].shape[0]
@@ -215,12 +222,12 @@ def gradient(
     ``grad`` is dE/d(out). Of the results, ``vectors`` means dE/dt, (n_edges, 3). ``kept`` has y and
     u, both empty if they were not kept. To keep something, one of ``INWARD`` must be wanted.
     """
-    n_kept = layer.n_edges if keep else 0
-    gz, ga = (layer.by.empty((n_kept, shape.width_in), grad) for shape in layer.shapes)
-    found = None if keep else layer.by.layer_gradient(layer, grad, kept, wanted)
-    if found is not None:
-        return found, ga, gz
+    n_kept, (width, _, hidden, _) = layer.n_edges if keep else 0, layer.widths
+    sizes = [(n_kept, width), (n_kept, hidden)]
+    gz, ga = [layer.by.empty(size, grad) if keep else grad.new_empty(size) for size in sizes]
     found = empty_gradients(layer, wanted)
+    if not keep and layer.by.layer_gradient(layer, grad, kept, found):
+        return found, ga, gz
     for block in layer.blocks():
         into = (ga[block.part], gz[block.part]) if keep else None
         _block_gradient(block, grad, kept, found, into)

@@ -67,8 +67,8 @@ def _verified_out(
     reduce: Literal["sum", "none"] = "sum",
 ) -> Size:
     _check_features(y, frame, frame.wigner.shape[:2], "edges")
-    if envelope is not None and envelope.shape != (frame.n_edges,):
-        raise ValueError(f"envelope is {tuple(envelope.shape)}; expected ({frame.n_edges},)")
+    if envelope is not None and envelope.shape != y.shape[:1]:
+        raise ValueError(f"envelope is {tuple(envelope.shape)}; expected ({y.shape[0]},)")
     if reduce not in ("sum", "none"):
         raise ValueError(f"reduce {reduce!r} is unknown; choose sum or none")
     return _size(y, frame)
@@ -212,7 +212,7 @@ def _verified_layer(
     recompute: bool = False,
 ) -> Size:
     _check_features(x, frame, (frame.n_atoms, (frame.lmax + 1) ** 2), "atoms")
-    lmax, mmax = frame.lmax, frame.mmax
+    lmax, mmax, n_edges = frame.lmax, frame.mmax, frame.vectors.shape[0]
     hidden = second[0].shape[-1] // (lmax + 1)
     shape = so2_shape(2 * x.shape[2], first, lmax, mmax, lmax * hidden)
     so2_shape(hidden, second, lmax, mmax, 0)
@@ -224,16 +224,16 @@ def _verified_layer(
     n_scales = shape.n_scales
     weight = None if radial_map is None else radial_map[0]
     width = n_scales if weight is None else weight.shape[-1]
-    if radial is not None and radial.shape != (frame.n_edges, width):
-        raise ValueError(f"radial is {tuple(radial.shape)}; expected ({frame.n_edges}, {width})")
+    if radial is not None and radial.shape != (n_edges, width):
+        raise ValueError(f"radial is {tuple(radial.shape)}; expected ({n_edges}, {width})")
     if weight is not None and (radial is None or weight.shape[0] != n_scales):
         raise ValueError(
             f"the weight of radial_map is {tuple(weight.shape)}; expected ({n_scales}, n_radial), "
             f"and radial of that width"
         )
-    if envelope is not None and envelope.shape != (frame.n_edges,):
-        raise ValueError(f"envelope is {tuple(envelope.shape)}; expected ({frame.n_edges},)")
-    return _size(x, frame)
+    if envelope is not None and envelope.shape != (n_edges,):
+        raise ValueError(f"envelope is {tuple(envelope.shape)}; expected ({n_edges},)")
+    return size_of(x, n_edges, lmax=lmax, mmax=mmax, channels=x.shape[2])
 
 
 @operation(_verified_layer, by_kernels=layer.conv, example=examples.layer)
@@ -289,7 +289,7 @@ def escn_conv(
 
 
 def _size(x: Tensor, frame: EdgeFrame) -> Size:
-    return size_of(x, frame.n_edges, lmax=frame.lmax, mmax=frame.mmax, channels=x.shape[2])
+    return size_of(x, frame.vectors.shape[0], lmax=frame.lmax, mmax=frame.mmax, channels=x.shape[2])
 
 
 def _check_features(x: Tensor, frame: EdgeFrame, shape: Sequence[int], where: str) -> None:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from atomeq.ops.edge.frame import EdgeFrame, Side
 from atomeq.ops.edge.wigner import flat_generators
-from atomeq.ops.registration import kernels_of, registered
+from atomeq.ops.registration import WANT_SEGMENTS, kernels_of, registered
 from atomeq.ops.tables import table_like
 
 Gradients = dict[str, Tensor | list[Tensor] | list[Tensor | None] | None]
@@ -36,7 +36,7 @@ Gradients = dict[str, Tensor | list[Tensor] | list[Tensor | None] | None]
 def to_edge(x: Tensor, frame: EdgeFrame, *, side: Side = "source", kernels: str) -> Tensor:
     """Gather, join the channels, rotate into the edge frames by some kernels."""
     ends = list(frame.ends(side))
-    segments = frame.segments_for(ends, kernels)
+    segments = frame.segments_for(ends) if kernels in WANT_SEGMENTS else []
     return gather_rotate(x, None, frame.vectors, frame.wigner, ends, segments, kernels)
 
 
@@ -50,7 +50,7 @@ def from_edge(
 ) -> Tensor:
     """Rotate back to the lab frame and sum on the targets by some kernels."""
     ends = [frame.target] if reduce == "sum" else []
-    segments = frame.segments_for(ends, kernels)
+    segments = frame.segments_for(ends) if kernels in WANT_SEGMENTS else []
     return rotate_scatter(
         *(y, None, envelope, frame.n_atoms, frame.vectors, frame.wigner, ends, segments, kernels)
     )

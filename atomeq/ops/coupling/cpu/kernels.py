@@ -15,9 +15,8 @@ from atomeq.ops.coupling.cpu import cg
 from atomeq.ops.coupling.cpu.symmetric_contraction import symmetric_partials
 from atomeq.ops.tables import table_like
 
-__all__ = ["WANTS_SEGMENTS", "cg_partials", "refusal", "symmetric_partials"]
+__all__ = ["cg_partials", "refusal", "symmetric_partials"]
 
-WANTS_SEGMENTS = False
 # What each argument is indexed by: edge e, rows i, j and k of a path, channels u, v and w.
 _SUBSCRIPTS = {
     "uvu": {"x": "eiu", "y": "ej", "weights": "eu", "z": "eku"},

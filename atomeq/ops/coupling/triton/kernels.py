@@ -36,9 +36,7 @@ from atomeq.ops.triton_launch import (
 )
 from atomeq.ops.triton_launch import refusal as launch_refusal
 
-__all__ = ["WANTS_SEGMENTS", "by_torch", "cg_partials", "refusal", "symmetric_partials"]
-
-WANTS_SEGMENTS = True
+__all__ = ["by_torch", "cg_partials", "refusal", "symmetric_partials"]
 
 
 def refusal(spec: OpSpec) -> str | None:

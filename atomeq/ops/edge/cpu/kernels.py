@@ -14,15 +14,13 @@ from torch import Tensor
 
 from atomeq.ops.c_compiler import REALS, BuildError, load, n_threads, refusal, source_of
 from atomeq.ops.edge.cpu.memory import empty
-from atomeq.ops.edge.layer import EdgeLayer, Named, WayIn, empty_gradients
+from atomeq.ops.edge.layer import EdgeLayer, Named, WayIn
 from atomeq.ops.edge.so2_shape import SO2Shape
 from atomeq.ops.edge.wigner import generators, tilt_tables
 from atomeq.ops.orders import orders_of, row_degrees
-from atomeq.ops.tables import constant_table, table_like
+from atomeq.ops.tables import constant_table
 
 __all__ = ["empty", "refusal"]
-
-WANTS_SEGMENTS = False  # atoms are added to one after the other, in the order of the edges
 
 _LAYER_BLOCK = 2**18  # numbers of the widest rows of an edge layer
 _LEAST_EDGES, _MOST_EDGES = 400, 1024  # of a block; matrix products want some rows
@@ -213,8 +211,7 @@ def gather_gradient(
 
 def edge_wigner(vectors: Tensor, lmax: int, mmax: int) -> Tensor:
     """Return the rows that take edges to +y, (n_edges, n_rows, n_sph)."""
-    degrees = table_like(row_degrees, lmax, mmax, like=vectors)
-    tables = table_like(_dense_rows, lmax, mmax, like=vectors)
+    degrees, tables = _wigner_tables(vectors.dtype, lmax, mmax)
     vectors = vectors.contiguous()
     wigner = vectors.new_empty(len(vectors), len(degrees), (lmax + 1) ** 2)
     _library("wigner", vectors.dtype, lmax, 0).edge_wigner(
@@ -284,7 +281,7 @@ def _complex(weights: list[Tensor]) -> ctypes.Array:
 
 
 def _threads(n_edges: int, each: int) -> int:
-    return max(1, min(n_threads(), n_edges // each))
+    return min(n_threads(), n_edges // each) if n_edges >= 2 * each else 1
 
 
 class Gate:
@@ -383,26 +380,26 @@ def layer_value(layer: EdgeLayer, *, keep: bool) -> tuple[Tensor, Tensor, Tensor
     """Return the sums on the atoms, y and u in one call of C, or None where it does not serve."""
     if not _whole_layer_serves(layer):
         return None
-    x, (first, second) = layer.tensors["x"], layer.shapes
-    total = x.new_zeros(x.shape[0], x.shape[1], second.c_out)
-    n_kept = layer.n_edges if keep else 0
-    y, u = x.new_empty(n_kept, first.width), x.new_empty(n_kept, second.width)
+    x = layer.tensors["x"]
+    total = x.new_zeros(x.shape[0], x.shape[1], layer.shapes[1].c_out)
+    n_kept, (_, width, _, width_out) = layer.n_edges if keep else 0, layer.widths
+    y, u = x.new_empty(n_kept, width), x.new_empty(n_kept, width_out)
     _call_layer(layer, "layer_value", {"total": total} | ({"y": y, "u": u} if keep else {}))
     return total, y, u
 
 
-def layer_gradient(
-    layer: EdgeLayer, grad: Tensor, kept: list[Tensor], wanted: set[str]
-) -> Named | None:
-    """Return dE/de of the wanted inputs, or None if gradients of weights are among them."""
-    if not wanted <= _RESULTS.keys() or not _whole_layer_serves(layer):
-        return None
-    found = empty_gradients(layer, wanted)
+def layer_gradient(layer: EdgeLayer, grad: Tensor, kept: list[Tensor], found: Named) -> bool:
+    """Write dE/de of the inputs that are ``found``; False if gradients of weights are among them.
+
+    What is found comes as :func:`~atomeq.ops.edge.layer.empty_gradients` makes it.
+    """
+    if not found.keys() <= _RESULTS.keys() or not _whole_layer_serves(layer):
+        return False
     given = {_RESULTS[name]: tensor for name, tensor in found.items()} | {"grad": grad}
     if len(kept[0]):
         given |= {"y": kept[0], "u": kept[1]}
     _call_layer(layer, "layer_gradient", given)
-    return found
+    return True
 
 
 _RESULTS = {"x": "to_x", "vectors": "to_turn", "envelope": "to_envelope", "radial": "to_radial"}
@@ -467,6 +464,12 @@ def _layer_library(dtype: torch.dtype, lmax: int, mmax: int) -> tuple[ctypes.CDL
     if known != [name for name, _ in fields] or places != [*own, ctypes.sizeof(kind)]:
         raise BuildError("layer_t in layer.c is not what this module writes; see _SIZES, _FIELDS")
     return library, kind
+
+
+@functools.cache
+def _wigner_tables(dtype: torch.dtype, lmax: int, mmax: int) -> tuple[Tensor, Tensor]:
+    """Return the degree of each row, and the factors of its elements."""
+    return row_degrees(lmax, mmax), _dense_rows(lmax, mmax).to(dtype)
 
 
 @constant_table

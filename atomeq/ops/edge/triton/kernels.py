@@ -29,7 +29,6 @@ __all__ = [
     "scaled_second_",
 ]
 
-WANTS_SEGMENTS = True
 
 _BYTES_AT_ONCE = 2**31  # of the widest tensor of a layer while it works on some of the edges
 
@@ -81,7 +80,6 @@ def layer_value(layer: EdgeLayer, *, keep: bool) -> tuple[Tensor, Tensor, Tensor
     """Return None: a layer goes block by block, and these are as large as memory allows."""
 
 
-def layer_gradient(
-    layer: EdgeLayer, grad: Tensor, kept: list[Tensor], wanted: set[str]
-) -> Named | None:
-    """Return None, as :func:`layer_value` does."""
+def layer_gradient(layer: EdgeLayer, grad: Tensor, kept: list[Tensor], found: Named) -> bool:
+    """Return False: nothing is written, for the reason that :func:`layer_value` has."""
+    return False

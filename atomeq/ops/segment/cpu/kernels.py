@@ -60,4 +60,5 @@ def _library(dtype: torch.dtype) -> ctypes.CDLL:
 
 
 def _parts(x: Tensor) -> int:
-    return max(1, min(n_threads(), x.numel() // _NUMBERS_PER_THREAD))
+    n = x.numel() // _NUMBERS_PER_THREAD
+    return min(n_threads(), n) if n > 1 else 1
