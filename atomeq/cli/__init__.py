@@ -29,6 +29,7 @@ _PROPERTIES = "atomeq.cli.parsers.properties"
 _INSPECT = "atomeq.cli.parsers.inspect"
 _DATA = "atomeq.cli.parsers.data"
 _SCREEN = "atomeq.cli.parsers.screen"
+_BENCHMARK = "atomeq.cli.parsers.benchmark"
 _TRAINING = "atomeq.cli.parsers.training"
 
 VERBS = {
@@ -42,6 +43,7 @@ VERBS = {
     "neb": Verb(_SIMULATION, "reaction path and barrier between two structures"),
     "serve": Verb(_SIMULATION, "energies and forces for i-PI and codes that speak like it"),
     "screen": Verb(_SCREEN, "many structures to a ranked table; may be interrupted"),
+    "benchmark": Verb(_BENCHMARK, "write the prediction files of a public benchmark"),
     "check": Verb(_INSPECT, "hold a potential or any ASE calculator to the laws of physics"),
     "convert": Verb(_INSPECT, "turn a published checkpoint (.pt) into a potential"),
     "potentials": Verb(_INSPECT, "list, show and install published potentials"),

@@ -91,9 +91,9 @@ def _run(options: Namespace) -> int:
         "address": options.address,
     }
     found = read_sources(options.sources, working_directory=directory)
-    shard = _shard(options.shard)
+    shard = parse_shard(options.shard)
     meter = Meter("screen", 0, unit="structures")
-    observer = _Observer(meter, (count_structures(whole) or 0) // shard[1])
+    observer = Observer(meter, (count_structures(whole) or 0) // shard[1])
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as schedulers end jobs
     try:
         with meter.running():
@@ -108,7 +108,7 @@ def _run(options: Namespace) -> int:
                 device=options.device,
                 dtype=options.dtype,
                 shard=shard,
-                retry=_retry(options.retry),
+                retry=parse_retry(options.retry),
                 max_edges=options.max_edges,
                 id_key=options.id_key,
                 info=request["info"],
@@ -127,13 +127,14 @@ def _run(options: Namespace) -> int:
     return 0
 
 
-class _Observer:
+class Observer:
     """Moves the meter as rows come; what earlier runs did is not part of its total."""
 
     def __init__(self, meter: Meter, n_structures: int) -> None:
         self._meter, self._n_structures = meter, n_structures
 
     def __call__(self, seen: Seen, row: Row | None) -> None:
+        """Take a new row, or None at the end, and what has been seen so far."""
         known = max(self._n_structures, seen.structures) - seen.earlier
         # Sources that do not tell how many they hold have at least one more, until the end.
         self._meter.total = max(known, seen.rows + (self._n_structures == 0))
@@ -191,7 +192,8 @@ def _absolute(potential: str) -> str:
     return str(Path(potential).resolve()) if Path(potential).is_dir() else potential
 
 
-def _shard(text: str | None) -> tuple[int, int]:
+def parse_shard(text: str | None) -> tuple[int, int]:
+    """Return ``(k, n)`` of k/n, or that of this task of a SLURM array for auto."""
     if text is None:
         return 0, 1
     if text == "auto":
@@ -207,7 +209,8 @@ def _shard(text: str | None) -> tuple[int, int]:
     return int(k), int(n)
 
 
-def _retry(text: str | None) -> list[str] | bool:
+def parse_retry(text: str | None) -> list[str] | bool:
+    """Return the kinds of failures to compute again; True for all, False for none."""
     if text is None:
         return False
     return True if text == "all" else [kind.strip() for kind in text.split(",")]

@@ -19,7 +19,7 @@ _Item: TypeAlias = Atoms | ValueError
 
 
 # Where structures stand in documents that hold more than them.
-_WRAPPERS = ("structure", "final_structure", "molecule")
+_WRAPPERS = ("structure", "final_structure", "molecule", "initial_structure")
 
 
 def structures_of_document(document: Any) -> Iterator[_Item]:

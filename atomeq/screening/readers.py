@@ -11,6 +11,7 @@ import itertools
 import json
 import lzma
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO, TypeAlias
@@ -47,30 +48,29 @@ Reader: TypeAlias = Callable[[Path], Iterator[Atoms | Unreadable]]
 
 def read_extxyz(path: Path) -> Iterator[Atoms | Unreadable]:
     """Read extended XYZ frame by frame; a frame with nonsense in it does not hide the next."""
-    with _open_text(path) as stream:
-        while header := _next_line(stream):
-            try:
-                n_atoms = int(header)
-            except ValueError:
-                yield Unreadable(f"{header.strip()[:40]!r} stands where a number of atoms should")
-                return  # where the next frame begins nobody knows
-            lines = list(itertools.islice(stream, n_atoms + 1))
-            if len(lines) < n_atoms + 1:
-                yield Unreadable(f"a frame of {n_atoms} atoms is cut short")
-                return
-            yield from _attempt(io.StringIO(header + "".join(lines)), "extxyz")
+    with open_text(path) as stream:
+        yield from _extxyz_frames(stream)
+
+
+def read_zip(path: Path) -> Iterator[Atoms | Unreadable]:
+    """Read the extended XYZ files of a zip archive, in its order, without unpacking it."""
+    with zipfile.ZipFile(path) as archive:
+        for name in archive.namelist():
+            if name.lower().endswith((".extxyz", ".xyz")):
+                with archive.open(name) as member:
+                    yield from _extxyz_frames(io.TextIOWrapper(member, encoding="utf-8"))
 
 
 def read_cif(path: Path) -> Iterator[Atoms | Unreadable]:
     """Read the blocks of a CIF; sites that several elements share, or that are vacant, are told."""
-    with _open_text(path) as stream:
+    with open_text(path) as stream:
         text = stream.read()
     yield from _cif(text)
 
 
 def read_poscar(path: Path) -> Iterator[Atoms | Unreadable]:
     """Read a POSCAR or CONTCAR."""
-    with _open_text(path) as stream:
+    with open_text(path) as stream:
         text = stream.read()
     return _frames(io.StringIO(text), "vasp")
 
@@ -144,7 +144,7 @@ def read_parquet(path: Path) -> Iterator[Atoms | Unreadable]:
 
 def read_json(path: Path) -> Iterator[Atoms | Unreadable]:
     """Read a JSON document of pymatgen's structures or an OPTIMADE response."""
-    with _open_text(path) as stream:
+    with open_text(path) as stream:
         text = stream.read(_LARGEST_JSON + 1)
     if len(text) > _LARGEST_JSON:
         yield Unreadable("the document is larger than 2 GiB; write one structure per line (.jsonl)")
@@ -155,7 +155,7 @@ def read_json(path: Path) -> Iterator[Atoms | Unreadable]:
 
 def read_json_lines(path: Path) -> Iterator[Atoms | Unreadable]:
     """Read one JSON structure per line, of pymatgen or OPTIMADE."""
-    with _open_text(path) as stream:
+    with open_text(path) as stream:
         for item in structures_of_lines(stream):
             yield Unreadable.of(item) if isinstance(item, Exception) else item
 
@@ -163,6 +163,7 @@ def read_json_lines(path: Path) -> Iterator[Atoms | Unreadable]:
 #: Reader by kind.
 KINDS: dict[str, Reader] = {
     "extxyz": read_extxyz,
+    "zip of extxyz": read_zip,
     "CIF": read_cif,
     "POSCAR": read_poscar,
     "traj": read_trajectory,
@@ -197,6 +198,7 @@ _SUFFIXES = {
     ".parquet": "Parquet",
     ".json": "JSON",
     ".jsonl": "JSON lines",
+    ".zip": "zip of extxyz",
 }
 _TEXT = ("extxyz", "CIF", "POSCAR", "JSON", "JSON lines")
 _OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
@@ -219,7 +221,8 @@ def kind_of(path: Path) -> str | None:
     return kind if not packed or kind in _TEXT else None
 
 
-def _open_text(path: Path) -> TextIO:
+def open_text(path: Path) -> TextIO:
+    """Open a text that may be compressed, by its suffix."""
     opener = _OPENERS.get(path.suffix.lower(), open)
     return opener(path, "rt", encoding="utf-8")
 
@@ -227,6 +230,20 @@ def _open_text(path: Path) -> TextIO:
 def _next_line(stream: TextIO) -> str:
     """Return the next line that is not blank, or nothing at the end."""
     return next((line for line in stream if line.strip()), "")
+
+
+def _extxyz_frames(stream: TextIO) -> Iterator[Atoms | Unreadable]:
+    while header := _next_line(stream):
+        try:
+            n_atoms = int(header)
+        except ValueError:
+            yield Unreadable(f"{header.strip()[:40]!r} stands where a number of atoms should")
+            return  # where the next frame begins nobody knows
+        lines = list(itertools.islice(stream, n_atoms + 1))
+        if len(lines) < n_atoms + 1:
+            yield Unreadable(f"a frame of {n_atoms} atoms is cut short")
+            return
+        yield from _attempt(io.StringIO(header + "".join(lines)), "extxyz")
 
 
 def _frames(stream: TextIO, file_format: str) -> Iterator[Atoms | Unreadable]:
@@ -245,7 +262,7 @@ def _attempt(stream: TextIO, file_format: str) -> Iterator[Atoms | Unreadable]:
 
 def _count_extxyz(path: Path) -> int:
     count = 0
-    with _open_text(path) as stream:
+    with open_text(path) as stream:
         while (header := _next_line(stream)) and header.strip().isdigit():
             next(itertools.islice(stream, int(header), None), None)
             count += 1

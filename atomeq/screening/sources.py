@@ -41,9 +41,9 @@ def read_sources(
 ) -> Iterator[Found]:
     """Yield the structures of files and folders, in an order that is always the same.
 
-    In folders, at any depth, files of known names are read: CIF, POSCAR, extxyz, traj, ASE
-    databases, ASE-LMDB, LMDB of OC20, Parquet and JSON of pymatgen or OPTIMADE; others are passed
-    over, and so are names that begin with a dot.
+    In folders, at any depth, files of known names are read: CIF, POSCAR, extxyz and zips of it,
+    traj, ASE databases, ASE-LMDB, LMDB of OC20, Parquet and JSON of pymatgen or OPTIMADE; others
+    are passed over, and so are names that begin with a dot.
 
     Args:
         sources: Paths.

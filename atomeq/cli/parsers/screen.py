@@ -14,9 +14,10 @@ Screen structures: refuse bad ones, leave out copies, relax the rest in batches,
 filter and rank. OUT/results/*.parquet gets one row per structure, bad ones with their reason;
 OUT/ranking.parquet the best, OUT/report.html everything to look at.
 
-SOURCE is a file or folder of CIF, POSCAR, extxyz, traj, ASE databases, ASE-LMDB, LMDB of OC20,
-Parquet, JSON of pymatgen or OPTIMADE. The same command given again, after Ctrl-C, a kill or a
-crash, computes only what has no row yet; "atomeq screen --out OUT --resume" is short for it.
+SOURCE is a file or folder of CIF, POSCAR, extxyz or a zip of it, traj, ASE databases, ASE-LMDB,
+LMDB of OC20, Parquet, JSON of pymatgen or OPTIMADE. The same command given again, after Ctrl-C, a
+kill or a crash, computes only what has no row yet; "atomeq screen --out OUT --resume" is short for
+it.
 
 steps.yaml is a list of steps, of which these are the default:
   steps: [validate, dedupe, relax, properties, rank]
@@ -58,6 +59,33 @@ def build_parser() -> Parser:
     parser.add_argument(
         "--max-steps", type=PositiveInt, default=None, help="of the step relax; by default 500"
     )
+    add_work_options(parser)
+    parser.add_argument(
+        "--id-key", type=str, default=None, help="info key or column that holds the ids"
+    )
+    parser.add_argument(
+        "--info", type=str, default=None, help="keys to keep as columns: source,band_gap:number"
+    )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="take all that is not given from the run in OUT; make a damaged ledger anew",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="estimate time and memory only")
+    parser.add_argument("--export-db", type=str, default=None, help="also write an ASE database")
+    parser.add_argument("--export-chemiscope", type=str, default=None, help="also write its JSON")
+    parser.add_overwrite(refuse_old_files("export_db", "export_chemiscope"))
+    parser.door(
+        sources=existing_path,
+        potential=find_potential,
+        config=existing_file,
+        device=device_name,
+    )
+    return parser
+
+
+def add_work_options(parser: Parser) -> None:
+    """Add who computes a screening, and which part of it."""
     parser.add_argument(
         "--engine",
         type=Literal["local", "processes", "ray"],
@@ -72,30 +100,8 @@ def build_parser() -> Parser:
     )
     parser.add_argument("--max-edges", type=PositiveInt, default=None, help="computed at once")
     parser.add_argument(
-        "--id-key", type=str, default=None, help="info key or column that holds the ids"
-    )
-    parser.add_argument(
-        "--info", type=str, default=None, help="keys to keep as columns: source,band_gap:number"
-    )
-    parser.add_argument(
         "--shard", type=str, default=None, help="k/n: every n-th structure; in a SLURM array auto"
-    )
-    parser.add_argument(
-        "--resume",
-        action="store_true",
-        help="take all that is not given from the run in OUT; make a damaged ledger anew",
     )
     parser.add_argument(
         "--retry", type=str, default=None, help="failures to compute again: kinds with commas, all"
     )
-    parser.add_argument("--dry-run", action="store_true", help="estimate time and memory only")
-    parser.add_argument("--export-db", type=str, default=None, help="also write an ASE database")
-    parser.add_argument("--export-chemiscope", type=str, default=None, help="also write its JSON")
-    parser.add_overwrite(refuse_old_files("export_db", "export_chemiscope"))
-    parser.door(
-        sources=existing_path,
-        potential=find_potential,
-        config=existing_file,
-        device=device_name,
-    )
-    return parser

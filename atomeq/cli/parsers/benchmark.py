@@ -1,0 +1,62 @@
+"""The command line of ``atomeq benchmark``."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+from jsonargparse.typing import PositiveFloat, PositiveInt
+
+from atomeq.cli.door import device_name, existing_file
+from atomeq.cli.parsers.screen import add_work_options
+from atomeq.cli.terminal import Parser
+from atomeq.potential.folders import find_potential
+
+_DESCRIPTION = """\
+Write the prediction files of a public benchmark from its own input files.
+
+matbench-discovery: relax the initial structures (*-wbm-initial-atoms.extxyz.zip or
+*-wbm-init-structs.jsonl.gz, atoms and cells), correct the energies as the Materials Project did in
+2020, and write OUT/DATE-discovery.csv.gz with formation energies and OUT/DATE-geo-opt.jsonl.gz with
+relaxed structures. The files are linked from https://matbench-discovery.materialsproject.org/data.
+
+The same command given again, after Ctrl-C, a kill or a crash, computes only what is missing. With
+--shard k/n, several share OUT, and the one that ends last writes the files.
+
+example:
+  atomeq benchmark matbench-discovery wbm-initial-atoms.extxyz.zip --potential FOLDER --out mbd \\
+    --entries wbm-computed-structure-entries.jsonl.gz \\
+    --references mp-elemental-reference-entries.json.gz
+"""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Parse the verb and run it.
+
+    Args:
+        argv: The verb and its options.
+
+    Returns:
+        0; failures of structures are lines of the files, not an error.
+    """
+    return build_parser().serve(argv[1:], "atomeq.cli.benchmark:run")
+
+
+def build_parser() -> Parser:
+    """Return the parser of the verb."""
+    parser = Parser("atomeq benchmark", _DESCRIPTION)
+    parser.add_argument("benchmark", type=Literal["matbench-discovery"], help="which")
+    parser.add_argument("structures", type=str, help="file of initial structures")
+    parser.add_argument("--potential", required=True, type=str, help="name or folder")
+    parser.add_argument("--out", required=True, type=str, help="folder for the results")
+    parser.add_argument("--entries", required=True, type=str, help="computed structure entries")
+    parser.add_argument("--references", required=True, type=str, help="elemental references")
+    parser.add_argument("--fmax", type=PositiveFloat, default=0.05, help="of relaxations, eV/Å")
+    parser.add_argument("--max-steps", type=PositiveInt, default=500, help="of relaxations")
+    add_work_options(parser)
+    parser.door(
+        structures=existing_file,
+        potential=find_potential,
+        entries=existing_file,
+        references=existing_file,
+        device=device_name,
+    )
+    return parser
