@@ -37,7 +37,15 @@ from atomeq.screening.sources import Found, read_sources
 
 ID = "material_id"
 #: Columns of the discovery file; energies in eV.
-COLUMNS = (ID, "energy", "corrected_energy", "e_form_per_atom", "converged", "n_steps", "error")
+COLUMNS: tuple[str, ...] = (
+    ID,
+    "energy",
+    "corrected_energy",
+    "e_form_per_atom",
+    "converged",
+    "n_steps",
+    "error",
+)
 
 _USED = ("id", "energy", "converged", "n_steps", "reason", "numbers", "positions", "cell")
 _OF_AN_ENTRY = ("oxide_type", "sulfide_type", "oxidation_states")  # of data, what corrections read
