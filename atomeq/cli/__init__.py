@@ -40,6 +40,7 @@ VERBS = {
     "eos": Verb(_PROPERTIES, "equation of state: energy against volume, bulk modulus"),
     "elastic": Verb(_PROPERTIES, "elastic constants and moduli of a crystal"),
     "phonons": Verb(_PROPERTIES, "phonon bands, density of states, thermal properties"),
+    "kappa": Verb(_PROPERTIES, "lattice thermal conductivity of a crystal"),
     "neb": Verb(_SIMULATION, "reaction path and barrier between two structures"),
     "serve": Verb(_SIMULATION, "energies and forces for i-PI and codes that speak like it"),
     "screen": Verb(_SCREEN, "many structures to a ranked table; may be interrupted"),

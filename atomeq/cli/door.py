@@ -17,7 +17,13 @@ from atomeq.potential.folders import CONFIG_FILE, find_potential
 FORMATS = {".extxyz": "extxyz", ".xyz": "extxyz", ".traj": "traj"}
 
 #: What verbs keep beside their output, from which ``--restart`` goes on.
-_KEPT = {"md": ".restart", "relax": ".relax", "neb": ".band.traj", "phonons": ".forces.jsonl"}
+_KEPT = {
+    "md": ".restart",
+    "relax": ".relax",
+    "neb": ".band.traj",
+    "phonons": ".forces.jsonl",
+    "kappa": ".forces.jsonl",
+}
 
 _DEVICE = re.compile(r"(cpu|cuda|mps|xpu)(:\d+)?")
 

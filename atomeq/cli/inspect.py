@@ -46,6 +46,7 @@ _OPTIONAL = {
     "tblite": "xTB labels",
     "rdkit": "molecules",
     "torch_dftd": "dispersion",
+    "phono3py": "thermal conductivity",
 }
 
 #: One operation of each kind: what serves it serves its relatives.

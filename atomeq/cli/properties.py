@@ -1,4 +1,4 @@
-"""``atomeq eos``, ``atomeq elastic`` and ``atomeq phonons``: properties of a crystal."""
+"""``atomeq eos``, ``elastic``, ``phonons`` and ``kappa``: properties of a crystal."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -22,9 +22,11 @@ from atomeq.properties.elasticity import elastic_tensor
 from atomeq.properties.equation_of_state import equation_of_state
 from atomeq.properties.relaxation import relaxed
 from atomeq.properties.single_points import refuse_no_crystal
+from atomeq.properties.thermal_conductivity import phono3py_class, thermal_conductivity
 
 _FINE = 300  # points of a drawn curve
 _VOIGT = ("xx", "yy", "zz", "yz", "xz", "xy")
+_PLACES = ((0, 0), (1, 1), (2, 2), (1, 2), (0, 2), (0, 1))  # of the tensor
 
 
 def eos(options: Namespace) -> int:
@@ -117,12 +119,8 @@ def phonons(options: Namespace) -> int:
     """Compute phonons."""
     calculator, (atoms,) = prepare(options, index="-1:")
     refuse_no_crystal(atoms, calculator, "phonons")
-    journal = Journal(
-        kept_path("phonons", options.out),
-        identity(options, calculator, free=("path", "mesh", "temperature")),
-        restart=options.restart,
-    )
-    atoms = _start_of(journal, atoms, calculator, options)
+    free = ("path", "mesh", "temperature")
+    journal, atoms = _taken_up("phonons", atoms, calculator, options, free=free)
     with stages() as report:
         found = ph.phonons(
             atoms,
@@ -168,6 +166,76 @@ def phonons(options: Namespace) -> int:
             "the mesh; the structure is not at a minimum"
         )
     return 0
+
+
+def kappa(options: Namespace) -> int:
+    """Compute the lattice thermal conductivity."""
+    phono3py_class()  # before anything is computed: it may be missing
+    calculator, (atoms,) = prepare(options, index="-1:")
+    refuse_no_crystal(atoms, calculator, "thermal conductivity")
+    free = ("mesh", "temperatures", "isotopes")
+    journal, atoms = _taken_up("kappa", atoms, calculator, options, free=free)
+    with stages() as report:
+        found = thermal_conductivity(
+            atoms,
+            calculator,
+            supercell=options.supercell or options.min_length,
+            displacement=options.displacement,
+            mesh=options.mesh,
+            temperatures=options.temperatures,
+            isotopes=options.isotopes,
+            results=_Results(journal),
+            report=report,
+        )
+    _write(options.out, found.supercells)
+    formula = atoms.get_chemical_formula()
+    temperatures, average = found.temperatures.tolist(), found.average.tolist()
+    results: dict[str, Any] = {
+        "formula": formula,
+        "supercell": np.diag(found.phonon3.supercell_matrix).tolist(),
+        "n_displacements": len(found.supercells),
+        "mesh": list(found.mesh),
+        "conductivity": {
+            "temperature_K": temperatures,
+            "average_W_per_m_K": average,
+            "tensor_W_per_m_K": found.kappa.tolist(),
+        },
+    }
+    picture = plot_curve(
+        options.out,
+        (temperatures, average),
+        (temperatures, average),
+        labels=("temperature / K", "thermal conductivity / W/(m K)"),
+        title=formula,
+    )
+    kept = Path(options.out).with_suffix(".phono3py.yaml")
+    with write_atomically(kept) as partial:
+        found.phonon3.save(partial, settings={"force_sets": True})
+    rows = [
+        [f"{temperature:g}", *(f"{tensor[i, j]:.4g}" for i, j in _PLACES)]
+        for temperature, tensor in zip(temperatures, found.kappa, strict=True)
+    ]
+    show_table(["K", *(f"{name} / W/(m K)" for name in _VOIGT)], rows)
+    finish("kappa", options, calculator, results, [picture, kept])
+    journal.remove()
+    return 0
+
+
+def _taken_up(
+    verb: str,
+    atoms: Atoms,
+    calculator: AtomeqCalculator,
+    options: Namespace,
+    *,
+    free: tuple[str, ...],
+) -> tuple[Journal, Atoms]:
+    """Return the journal of a run and its relaxed crystal; ``free`` options may have changed."""
+    journal = Journal(
+        kept_path(verb, options.out),
+        identity(options, calculator, free=free),
+        restart=options.restart,
+    )
+    return journal, _start_of(journal, atoms, calculator, options)
 
 
 class _Results(list[dict[str, Any]]):

@@ -175,18 +175,13 @@ def displaced_supercells(
             f"supercell and displacement must be positive; got {list(supercell)}, {displacement:g}"
         )
     phonon = Phonopy(
-        PhonopyAtoms(
-            numbers=atoms.numbers,
-            cell=atoms.cell.array,
-            scaled_positions=atoms.get_scaled_positions(),
-            masses=atoms.get_masses(),
-        ),
+        structure_to_phonopy(atoms),
         supercell_matrix=np.diag(supercell),
         primitive_matrix="auto",
     )
     phonon.generate_displacements(distance=displacement)
     cells = phonon.supercells_with_displacements or []
-    return phonon, [_to_ase(cell) for cell in cells]
+    return phonon, [structure_from_phonopy(cell) for cell in cells]
 
 
 def set_forces(phonon: Phonopy, forces: Sequence[NDArray[np.float64]]) -> None:
@@ -206,7 +201,7 @@ def band_path(phonon: Phonopy, path: str | None = None) -> BandPath:
     Raises:
         ValueError: A point is not one of the lattice's.
     """
-    cell = _to_ase(phonon.primitive).cell
+    cell = structure_from_phonopy(phonon.primitive).cell
     points = cell.bandpath(npoints=0).special_points
     chosen = path if path is not None else cell.bandpath(npoints=0).path
     legs, ends = [], []
@@ -285,7 +280,18 @@ def thermal_properties(phonon: Phonopy, temperatures: Sequence[float]) -> list[d
     return [dict(zip(columns, row, strict=True)) for row in rows]
 
 
-def _to_ase(cell: PhonopyAtoms) -> Atoms:
+def structure_to_phonopy(atoms: Atoms) -> PhonopyAtoms:
+    """Return a crystal as phonopy takes it, with its masses."""
+    return PhonopyAtoms(
+        numbers=atoms.numbers,
+        cell=atoms.cell.array,
+        scaled_positions=atoms.get_scaled_positions(),
+        masses=atoms.get_masses(),
+    )
+
+
+def structure_from_phonopy(cell: PhonopyAtoms) -> Atoms:
+    """Return a crystal of phonopy as ASE's Atoms."""
     return Atoms(
         numbers=cell.numbers, scaled_positions=cell.scaled_positions, cell=cell.cell, pbc=True
     )

@@ -1,4 +1,4 @@
-"""Command lines of ``atomeq eos``, ``atomeq elastic`` and ``atomeq phonons``."""
+"""Command lines of ``atomeq eos``, ``elastic``, ``phonons`` and ``kappa``."""
 
 from collections.abc import Sequence
 
@@ -35,6 +35,16 @@ OUT.phonopy.yaml, which phonopy reads. A run that is interrupted leaves OUT.forc
 example:
   atomeq phonons cu.cif --potential cu-pbe --out phonons.extxyz --supercell 4 4 4
 """,
+    "kappa": """\
+Compute the lattice thermal conductivity of a crystal by finite displacements of a supercell
+(phono3py, pip install 'atomeq[kappa]'): three-phonon and isotope scattering, in the relaxation-time
+approximation. Raise --mesh until it no longer changes. Beside OUT.extxyz, the displaced supercells,
+stand OUT.summary.json, OUT.png and OUT.phono3py.yaml, which phono3py reads. A run that is
+interrupted leaves OUT.forces.jsonl, with which --restart does not compute again what was finished.
+
+example:
+  atomeq kappa si.cif --potential FOLDER --out kappa.extxyz --min-length 10 --mesh 80
+""",
 }
 
 
@@ -65,12 +75,16 @@ def build_parser(verb: str) -> Parser:
         parser.add_argument("--volumes", type=PositiveInt, default=11, help="how many")
     if verb == "elastic":
         parser.add_argument("--strain", type=PositiveFloat, default=0.005, help="the largest")
+    if verb in ("phonons", "kappa"):
+        _add_supercell_options(parser, displacement=0.01 if verb == "phonons" else 0.03)
     if verb == "phonons":
         _add_phonon_options(parser)
+    if verb == "kappa":
+        _add_kappa_options(parser)
     return parser
 
 
-def _add_phonon_options(parser: Parser) -> None:
+def _add_supercell_options(parser: Parser, *, displacement: float) -> None:
     parser.add_argument(
         "--supercell",
         type=PositiveInt,
@@ -84,7 +98,11 @@ def _add_phonon_options(parser: Parser) -> None:
         default=10.0,
         help="least distance between opposite faces of the supercell, Å",
     )
-    parser.add_argument("--displacement", type=PositiveFloat, default=0.01, help="Å")
+    parser.add_argument("--displacement", type=PositiveFloat, default=displacement, help="Å")
+    parser.add_argument("--restart", action="store_true", help=RESTART_HELP)
+
+
+def _add_phonon_options(parser: Parser) -> None:
     parser.add_argument(
         "--path", type=str, default=None, help="special points such as GXWKG,LU; by default all"
     )
@@ -94,4 +112,19 @@ def _add_phonon_options(parser: Parser) -> None:
     parser.add_argument(
         "--temperature", type=PositiveFloat, default=300.0, help="of the thermal properties, K"
     )
-    parser.add_argument("--restart", action="store_true", help=RESTART_HELP)
+
+
+def _add_kappa_options(parser: Parser) -> None:
+    parser.add_argument(
+        "--mesh", type=PositiveFloat, default=50.0, help="density of wave vectors, phonopy's length"
+    )
+    parser.add_argument(
+        "--temperatures",
+        type=PositiveFloat,
+        nargs="+",
+        default=[100.0 * k for k in range(1, 11)],
+        help="K; by default 100, 200 ... 1000",
+    )
+    parser.add_argument(
+        "--isotopes", type=bool, default=True, help="whether isotopes scatter; --isotopes false"
+    )
