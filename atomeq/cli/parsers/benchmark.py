@@ -16,7 +16,8 @@ Write the prediction files of a public benchmark from its own input files.
 matbench-discovery: relax the initial structures (*-wbm-initial-atoms.extxyz.zip or
 *-wbm-init-structs.jsonl.gz, atoms and cells), correct the energies as the Materials Project did in
 2020, and write OUT/DATE-discovery.csv.gz with formation energies and OUT/DATE-geo-opt.jsonl.gz with
-relaxed structures. The files are linked from https://matbench-discovery.materialsproject.org/data.
+relaxed structures. The files are in https://figshare.com/articles/dataset/22715158, by the names in
+data-files.yml of https://github.com/janosh/matbench-discovery.
 
 The same command given again, after Ctrl-C, a kill or a crash, computes only what is missing. With
 --shard k/n, several share OUT, and the one that ends last writes the files.
