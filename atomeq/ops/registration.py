@@ -87,9 +87,9 @@ def registered(
 
 
 def _outside_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Keep autocast out of an operation: kernels would read what it made half as whole numbers.
+    """Keep autocast out of an operation and its formula: kernels read no mixed numbers.
 
-    Torch calls this where autocast is on, and nobody where it is off.
+    Of an operation torch calls this where autocast is on, and nobody where it is off.
     """
 
     def run(*values: Any) -> Any:
@@ -165,7 +165,9 @@ class _Tape:
             setattr(saved, name, value)
         found: Mapping[str, Any] = {}
         if any([grad is not None for grad in grads]):
-            found = gradient(saved, ctx.required & _on_the_way(ctx, self.names), *grads)
+            wanted = ctx.required & _on_the_way(ctx, self.names)
+            mixed = torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
+            found = (_outside_autocast(gradient) if mixed else gradient)(saved, wanted, *grads)
         results, needed = [], ctx.needs_input_grad
         for name, count, need in zip(self.names, ctx.tensor_counts, needed, strict=True):
             own = found.get(name)

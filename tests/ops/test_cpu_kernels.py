@@ -9,8 +9,10 @@ from torch import Tensor
 from atomeq.ops.c_compiler import unavailable
 from atomeq.ops.coupling.operations import cg_conv, tensor_product
 from atomeq.ops.dispatch import use_backend
+from atomeq.ops.edge.operations import rotate_from_edge, rotate_to_edge
 from atomeq.ops.edge.wigner import (
     block_diagonal,
+    build_edge_frame,
     edge_wigner,
     rotation_matrix,
     wigner_from_matrix,
@@ -311,3 +313,23 @@ def test_mixed_dtypes_are_refused_and_those_of_autocast_are_promoted() -> None:
         mixed_radial = cg_conv(x, y, h.bfloat16(), edges, 3, paths, radial_map=(weight, bias))
     torch.testing.assert_close(mixed, exact, rtol=0.02, atol=0.05)
     torch.testing.assert_close(mixed_radial.float(), radial, rtol=0.02, atol=0.3)
+
+
+def test_autocast_does_not_reach_into_formulas_of_gradients() -> None:
+    """A formula multiplies matrices, and hands what it gets to a kernel that reads float32."""
+    x = torch.randn(3, 9, 4, requires_grad=True)
+    vectors = torch.randn(4, 3, requires_grad=True)
+    edges = torch.tensor([[0, 1, 2, 0], [1, 0, 1, 2]])
+
+    def gradients() -> tuple[Tensor, ...]:
+        frame = build_edge_frame(vectors, edges, n_atoms=3, lmax=2, mmax=2)
+        rows = rotate_to_edge(x, frame)
+        value = rotate_from_edge(rows * rows, frame).square().sum()
+        first = torch.autograd.grad(value, (x, vectors), create_graph=True)
+        return first + torch.autograd.grad(first[1].square().sum(), (x, vectors))
+
+    exact = gradients()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = gradients()
+    for found, expected in zip(mixed, exact, strict=True):
+        assert torch.equal(found, expected)

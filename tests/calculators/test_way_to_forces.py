@@ -1,0 +1,22 @@
+"""How much a reader must follow from a call to its arithmetic: frames, files, changes of file."""
+
+from pathlib import Path
+
+import pytest
+from trace_layer import forces, layer, trace
+
+from atomeq.ops.c_compiler import unavailable
+
+SHIPPED = Path(__file__).parents[2] / "potentials" / "cu-pbe"
+
+pytestmark = pytest.mark.skipif(unavailable() is not None, reason=f"no C kernels: {unavailable()}")
+
+
+def test_the_way_from_an_edge_layer_to_c_is_short() -> None:
+    way = trace(layer(), until="_call_layer")
+    assert 5 < len(way.files) <= 60
+    assert len(set(way.files)) <= 8
+
+
+def test_the_way_from_a_structure_to_its_forces_turns_few_pages() -> None:
+    assert 20 < trace(forces(str(SHIPPED))).n_changes <= 90
