@@ -69,7 +69,7 @@ class EquivariantRMSNorm(nn.Module):
         mean_square = (x * x).mean(dim=2) / self.rows_of_degree.to(x.dtype)
         mean_square = mean_square.sum(dim=1) / len(self.weight)
         scale = torch.rsqrt(mean_square + self.epsilon)[:, None, None]
-        x = x * scale * self.weight[self.degree_of_row]
+        x = x * scale * self.weight.index_select(0, self.degree_of_row)
         if self.bias is None:
             return x
         return x + nn.functional.pad(self.bias[None], (0, 0, 0, x.shape[1] - 1))

@@ -169,4 +169,4 @@ class Gate(nn.Module):
         if gates is None or not self.lmax:
             return scalars
         gates = torch.sigmoid(gates).view(x.shape[0], self.lmax, x.shape[2])
-        return torch.cat([scalars, higher * gates[:, self.gate_of_row]], dim=1)
+        return torch.cat([scalars, higher * gates.index_select(1, self.gate_of_row)], dim=1)
