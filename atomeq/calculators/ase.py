@@ -186,7 +186,7 @@ class AtomeqCalculator(Calculator):
     @property
     def device(self) -> torch.device:
         """Where the network computes."""
-        return next(self.potential.model.parameters()).device
+        return self.potential.device
 
     @property
     def elements(self) -> tuple[int, ...]:
