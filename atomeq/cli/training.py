@@ -60,6 +60,11 @@ from atomeq.typing import PropertyKey
 
 logger = logging.getLogger(__name__)
 
+# What a constructor refuses, where the parser tells it among the types that a model may be.
+_NO_MODEL = re.compile(
+    r"any of the Union subtypes.*?Errors:\s*- (.*?)\s*- Expected a <class 'NoneType'>", re.DOTALL
+)
+
 
 @dataclass(frozen=True)
 class TaskKind:
@@ -224,8 +229,13 @@ class TrainingCLI(LightningCLI):
             self.datamodule = self._get(self.config_init, "data")
             self.model = self._get(self.config_init, "model")
             self.trainer = self.instantiate_trainer()
-        except (ValueError, OSError, ImportError):
+        except (OSError, ImportError):
             raise
+        except ValueError as error:
+            reason = _NO_MODEL.search(str(error))
+            if reason is None:
+                raise
+            raise ValueError(f"the configuration cannot be built: {reason[1]}") from error
         except Exception as error:  # a constructor raises what it likes on values it cannot use
             raise ValueError(
                 f"the configuration cannot be built: {type(error).__name__}: {error}"

@@ -113,6 +113,7 @@ class AtomisticTask(LightningModule):
         if start is not None:  # here, before the averaged weights are copied
             self.potential.name = start.name
             take_weights(self.potential, start)
+            self.potential.train()  # what was taken over was loaded for inference
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.decay: Decay = decay

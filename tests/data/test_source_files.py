@@ -142,6 +142,9 @@ def test_the_public_copper_is_the_published_one(tmp_path: Path, data_folder: Pat
     assert download("mvl_snap", tmp_path, source="file:///nonexistent")
 
 
+RMD17 = {"ethanol_rmd17_pbe"}
+
+
 def test_every_set_that_a_configuration_names_can_be_downloaded():
     configs = Path(__file__).parents[2] / "configs"
     named = {
@@ -149,7 +152,7 @@ def test_every_set_that_a_configuration_names_can_be_downloaded():
         for path in configs.rglob("*.yaml")
         for part in path.read_text().split("${ATOMEQ_DATA}/")[1:]
     }
-    assert {"acac", "mvl_snap", "qm7", "qm9", "opv", "pcqm4mv2", "oc20"} == named
+    assert {"acac", "mvl_snap", "qm7", "qm9", "opv", "pcqm4mv2", "oc20", *RMD17} == named
     assert named - {"oc20"} <= {*DATA_SETS, *MOLECULE_SETS}
     parts = ("is2re", "s2ef-2m", "s2ef-all", "s2ef-md", "s2ef-val-id", "s2ef-val-ood-ads")
     assert {f"oc20-{part}" for part in parts} <= set(ARCHIVES)

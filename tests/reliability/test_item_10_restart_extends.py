@@ -79,8 +79,19 @@ WRITERS = {
     "data": "data nbody out.npz --num 1 --n-bodies 2 --frames 0",
     "screen": "screen cu.extxyz --potential small --out run --export-db out.db",
 }
-#: These write nothing that is named; training's verbs and potentials have tests of their own.
-OTHERS = {"serve", "doctor", "potentials", "fit", "validate", "test", "predict"}
+#: These write nothing that is named; training's verbs, potentials, kappa and benchmark, which
+#: resumes, have tests of their own.
+OTHERS = {
+    "serve",
+    "doctor",
+    "kappa",
+    "benchmark",
+    "potentials",
+    "fit",
+    "validate",
+    "test",
+    "predict",
+}
 
 
 @pytest.fixture
