@@ -328,3 +328,16 @@ def _connect(graph: AtomGraph, search: _Search) -> AtomGraph:
 
 def _title(graph: AtomGraph, k: int) -> str:
     return structure_name(k, graph.graph(k).atomic_numbers.cpu().numpy())
+
+
+def neighbor_graph(cutoff: float, max_neighbors: int | None, *, strict: bool) -> GraphBuilder:
+    """Return the builder of all pairs within the cutoff, or of the nearest neighbours.
+
+    Args:
+        cutoff: Å.
+        max_neighbors: Neighbours of an atom; None for all.
+        strict: As in :class:`NearestNeighborGraph`.
+    """
+    if max_neighbors is None:
+        return RadiusGraph(cutoff)
+    return NearestNeighborGraph(cutoff, max_neighbors, strict=strict)

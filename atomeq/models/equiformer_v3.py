@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from atomeq.graph.atom_graph import AtomGraph
-from atomeq.graph.builders import GraphBuilder, NearestNeighborGraph, RadiusGraph
+from atomeq.graph.builders import GraphBuilder, neighbor_graph
 from atomeq.models.base import AtomisticModel, outputs_of, refuse_nonpositive
 from atomeq.nn.activations import PAIRED, ActivationName, ScalarsAndSphere
 from atomeq.nn.attention import (
@@ -40,7 +40,7 @@ from atomeq.nn.mlp import MLP
 from atomeq.nn.norms import NormName, equivariant_norm
 from atomeq.nn.radial import BesselBasis, GaussianBasis, PolynomialEnvelope
 from atomeq.nn.so3 import SO3Linear, so3_linear
-from atomeq.nn.sphere import GridResolution, SphereBlock, with_scalars
+from atomeq.nn.sphere import GridResolution, set_resolution, with_scalars
 from atomeq.nn.stress import EquivariantStress
 from atomeq.ops.edge.frame import EdgeFrame
 from atomeq.ops.edge.wigner import build_edge_frame
@@ -195,16 +195,12 @@ class EquiformerV3(AtomisticModel):
 
     def graph_builder(self) -> GraphBuilder:
         """Return the builder of all pairs within the cutoff, or of the nearest neighbours."""
-        if self.max_neighbors is None:
-            return RadiusGraph(self.cutoff)
-        return NearestNeighborGraph(self.cutoff, self.max_neighbors, strict=self.strict_neighbors)
+        return neighbor_graph(self.cutoff, self.max_neighbors, strict=self.strict_neighbors)
 
     def set_grid_resolution(self, grid_resolution: int | None) -> None:
         """Compute on other grids; where products are exact, finer ones change nothing."""
         self.attn_grid = self.ffn_grid = grid_resolution
-        for module in self.modules():
-            if isinstance(module, SphereBlock):
-                module.set_resolution(grid_resolution)
+        set_resolution(self, grid_resolution)
 
     def forward(
         self, graph: AtomGraph, *, edge_rotation: Tensor | None = None

@@ -21,12 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from atomeq.graph.atom_graph import AtomGraph
-from atomeq.graph.builders import GraphBuilder, NearestNeighborGraph, RadiusGraph
+from atomeq.graph.builders import GraphBuilder, neighbor_graph
 from atomeq.models.base import AtomisticModel
 from atomeq.nn.edge_network import ElementPair
 from atomeq.nn.pair_mlp import gathered
 from atomeq.nn.radial import GaussianBasis, LearnedBasis, SigmoidBasis
-from atomeq.nn.sphere import SphereActivation, SphereBlock, point_silu
+from atomeq.nn.sphere import SphereActivation, SphereBlock, point_silu, set_resolution
 from atomeq.ops.edge.frame import EdgeFrame
 from atomeq.ops.edge.operations import rotate_from_edge, rotate_to_edge
 from atomeq.ops.edge.wigner import build_edge_frame
@@ -123,16 +123,12 @@ class PublishedESCN(AtomisticModel):
 
     def graph_builder(self) -> GraphBuilder:
         """Return the builder of the nearest neighbours within the cutoff."""
-        if self.max_neighbors is None:
-            return RadiusGraph(self.cutoff)
-        return NearestNeighborGraph(self.cutoff, self.max_neighbors, strict=self.strict_neighbors)
+        return neighbor_graph(self.cutoff, self.max_neighbors, strict=self.strict_neighbors)
 
     def set_grid_resolution(self, grid_resolution: int | None) -> None:
         """Compute on other grids from now on; the finer, the more equivariant and the slower."""
         self.grid_resolution = grid_resolution
-        for module in self.modules():
-            if isinstance(module, SphereBlock):
-                module.set_resolution(grid_resolution)
+        set_resolution(self, grid_resolution)
 
     def forward(
         self, graph: AtomGraph, *, edge_rotation: Tensor | None = None

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from atomeq.graph.atom_graph import AtomGraph
-from atomeq.graph.builders import GraphBuilder, NearestNeighborGraph, RadiusGraph
+from atomeq.graph.builders import GraphBuilder, neighbor_graph
 from atomeq.models.base import AtomisticModel, outputs_of
 from atomeq.nn.activations import ActivationName
 from atomeq.nn.edge_convolution import EdgeConvolution
@@ -38,7 +38,7 @@ from atomeq.nn.norms import NormName, equivariant_norm
 from atomeq.nn.pair_mlp import PairFeatures, RadialMLP
 from atomeq.nn.radial import BesselBasis, GaussianBasis, PolynomialEnvelope
 from atomeq.nn.so3 import SO3Linear
-from atomeq.nn.sphere import SphereBlock, with_scalars
+from atomeq.nn.sphere import set_resolution, with_scalars
 from atomeq.nn.stress import EquivariantStress, Rank2Stress
 from atomeq.ops.edge.frame import EdgeFrame
 from atomeq.ops.edge.wigner import build_edge_frame
@@ -153,16 +153,12 @@ class ESEN(AtomisticModel):
 
     def graph_builder(self) -> GraphBuilder:
         """Return the builder of all pairs within the cutoff, or of the nearest neighbours."""
-        if self.max_neighbors is None:
-            return RadiusGraph(self.cutoff)
-        return NearestNeighborGraph(self.cutoff, self.max_neighbors, strict=False)
+        return neighbor_graph(self.cutoff, self.max_neighbors, strict=False)
 
     def set_grid_resolution(self, grid_resolution: int | None) -> None:
         """Compute on other grids from now on; the finer, the more equivariant and the slower."""
         self.grid_resolution = grid_resolution
-        for module in self.modules():
-            if isinstance(module, SphereBlock):
-                module.set_resolution(grid_resolution)
+        set_resolution(self, grid_resolution)
 
     def forward(
         self, graph: AtomGraph, *, edge_rotation: Tensor | None = None

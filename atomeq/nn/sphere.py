@@ -115,3 +115,15 @@ def point_silu(values: Tensor) -> Tensor:
 def with_scalars(x: Tensor, scalars: Tensor) -> Tensor:
     """Exchange the first row of ``x`` (n, n_rows, channels) for ``scalars`` (n, channels)."""
     return torch.cat([scalars.unsqueeze(1), x[:, 1:]], dim=1)
+
+
+def set_resolution(model: nn.Module, grid_resolution: int | None) -> None:
+    """Let every block of a model that goes by a grid compute on another one.
+
+    Args:
+        model: The model.
+        grid_resolution: Polar angles and azimuths, as in :class:`SphereBlock`.
+    """
+    for module in model.modules():
+        if isinstance(module, SphereBlock):
+            module.set_resolution(grid_resolution)
