@@ -38,6 +38,9 @@ Stress: TypeAlias = Float[Tensor, "n_graphs 3 3"]  # eV/Å³, ASE's sign: positi
 
 Scalars: TypeAlias = Float[Tensor, " n_graphs"]  # a property that is no energy, in its own unit
 
+# How coarse the operands of matrix products may be: fp32, TF32, bfloat16; see ops/precision.py
+Precision: TypeAlias = Literal["highest", "high", "medium"]
+
 PropertyKey: TypeAlias = Literal[
     "energy", "energies", "forces", "gradient_forces", "stress", "scalar"
 ]

@@ -38,7 +38,7 @@ from atomeq.potential.folders import WEIGHTS_FILE, find_potential
 from atomeq.potential.potential import Potential
 from atomeq.potential.terms import EnergyTerm
 from atomeq.potential.untrusted import refuse_meta_device
-from atomeq.typing import PropertyKey
+from atomeq.typing import Precision, PropertyKey
 
 #: Asked of a committee, what its members' spread is called.
 SPREADS = ("energy_std", "energies_std", "forces_std", "stress_std")
@@ -79,6 +79,9 @@ class AtomeqCalculator(Calculator):
         dtype: ``"float32"``, ``"float64"`` or the torch dtype the network computes in; by default
             the potential's own. Energies are summed in float64 in any case, and all arrays that are
             returned are float64, as ASE's integrators expect.
+        precision: How coarse the operands of tensor products may be on a GPU: ``"highest"``,
+            ``"high"`` or ``"medium"``, fp32, TF32 or bfloat16; by default what the potential
+            recommends. Other calculators of the process keep theirs.
         terms: Known physics to add to each potential, ``[ZBL(0.65)]`` say, the repulsion of nuclei
             where they are closer than the data of published potentials.
 
@@ -105,16 +108,16 @@ class AtomeqCalculator(Calculator):
         *,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
+        precision: Precision | None = None,
         terms: Sequence[EnergyTerm] = (),
     ) -> None:
         self._local = threading.local()  # first: ASE's constructor assigns atoms and results
         super().__init__()
         alone = isinstance(potential, str | Path | torch.nn.Module)  # of modules, frozen() says it
         members = [potential] if alone else list(potential)
-        precision = resolve_dtype(dtype)
-        self._committee = Committee(
-            [frozen(one, device=device, dtype=precision, terms=terms) for one in members]
-        )
+        how: dict[str, Any] = {"device": device, "dtype": resolve_dtype(dtype)}
+        how |= {"terms": terms, "precision": precision}
+        self._committee = Committee([frozen(one, **how) for one in members])
         hypergraphs = [one for one in self._committee.builders if isinstance(one, HyperGraph)]
         self.molecules_only = any(one.perceive for one in hypergraphs)  # crystals have no topology
         self._topologies = KeptTopologies(perceive=self.molecules_only)
@@ -127,10 +130,12 @@ class AtomeqCalculator(Calculator):
             "dtype": str(self.dtype).removeprefix("torch."),
             "device": str(self.device),
         }
+        if self.potential.precision is not None:
+            self.parameters["precision"] = self.potential.precision
 
     def __repr__(self) -> str:
         """Name the potential, or those of a committee, the precision and the device."""
-        name, dtype, device = self.parameters.values()
+        name, dtype, device, *_ = self.parameters.values()
         return f"AtomeqCalculator({name!r}, device={device!r}, dtype={dtype!r})"
 
     def set(self, **parameters: Any) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """A potential as a model of torch-sim, for its batched optimizers and integrators."""
 
+import copy
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,10 @@ from torch import Tensor
 
 from atomeq.graph.atom_graph import MIN_VOLUME, AtomGraph
 from atomeq.graph.builders import HyperGraph
+from atomeq.ops.precision import checked_precision
 from atomeq.potential.checkpoint import load_potential, resolve_device
 from atomeq.potential.potential import Potential
-from atomeq.typing import PropertyKey
+from atomeq.typing import Precision, PropertyKey
 
 
 def torchsim_model(
@@ -19,6 +21,7 @@ def torchsim_model(
     *,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
+    precision: Precision | None = None,
     compute_stress: bool = True,
 ) -> Any:
     """Return a ``torch_sim.models.interface.ModelInterface`` that computes with a potential.
@@ -30,6 +33,7 @@ def torchsim_model(
         potential: Name of a shipped potential, folder of a saved one, or a :class:`Potential`.
         device: Where to compute; by default where the potential is, the CPU for a name or folder.
         dtype: Of the network and of what is returned; by default the potential's own.
+        precision: As of :func:`~atomeq.potential.checkpoint.load_potential`; by default its own.
         compute_stress: Compute the stress as well; a potential with a force head has none.
 
     Raises:
@@ -43,6 +47,9 @@ def torchsim_model(
     """
     if not isinstance(potential, Potential):
         potential = load_potential(potential, device=device, dtype=dtype)
+    if precision is not None:
+        potential = copy.copy(potential)  # its weights are shared, its precision is not
+        potential.precision = checked_precision(precision)
     builder = potential.model.graph_builder()
     if isinstance(builder, HyperGraph) and builder.perceive:
         raise ValueError(

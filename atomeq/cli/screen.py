@@ -41,6 +41,7 @@ def _take_up(options: Namespace) -> None:
         )
     for name in ("potential", "device", "dtype", "max_edges"):
         setattr(options, name, request[name])
+    options.precision = request.get("precision")  # runs of before it do not have it
     for name in ("engine", "workers", "address"):  # another one gives the same rows
         if options[name] is None:
             setattr(options, name, request[name])
@@ -83,6 +84,7 @@ def _run(options: Namespace) -> int:
         "steps": steps,
         "device": options.device,
         "dtype": options.dtype,
+        "precision": options.precision,
         "max_edges": options.max_edges,
         "id_key": options.id_key,
         "info": options.info.split(",") if options.info else [],
@@ -107,6 +109,7 @@ def _run(options: Namespace) -> int:
                 address=options.address,
                 device=options.device,
                 dtype=options.dtype,
+                precision=options.precision,
                 shard=shard,
                 retry=parse_retry(options.retry),
                 max_edges=options.max_edges,

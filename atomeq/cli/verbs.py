@@ -19,7 +19,8 @@ from atomeq.properties.single_points import Report
 def prepare(options: Namespace, *, index: str) -> tuple[AtomeqCalculator, list[Atoms]]:
     """Read the structures, load the potential and refuse what it cannot compute."""
     structures = read_structures(options.input, index=index)
-    calculator = AtomeqCalculator(options.potential, device=options.device, dtype=options.dtype)
+    how = {name: options[name] for name in ("device", "dtype", "precision")}
+    calculator = AtomeqCalculator(options.potential, **how)
     for number, atoms in enumerate(structures):
         validate_structure(
             atoms, name=f"{options.input}[{number}]", known_elements=calculator.elements

@@ -13,6 +13,7 @@ from atomeq.ops.coupling.clebsch_gordan import clebsch_gordan
 from atomeq.ops.coupling.symmetric_contraction_basis import SymmetricForm
 from atomeq.ops.orders import m_primary_order
 from atomeq.ops.paths import tensor_product_paths
+from atomeq.ops.precision import matmul_precision
 from atomeq.ops.specification import OpSpec
 from atomeq.ops.sphere.grid import SphereGrid
 
@@ -62,7 +63,7 @@ class Cost(NamedTuple):
     def floor(self, machine: Machine, dtype: torch.dtype) -> Floor:
         """Return the least time on a machine: the slower of arithmetic and traffic.
 
-        Matrices are multiplied as ``torch.set_float32_matmul_precision`` has it now.
+        Matrices are multiplied at the precision that holds here.
         """
         peak = machine.double if dtype == torch.float64 else machine.single
         arithmetic = (self.flops - self.matrix_flops) / peak
@@ -79,7 +80,7 @@ def _multiplication(dtype: torch.dtype) -> str:
     if dtype in (torch.bfloat16, torch.float16):
         return "bfloat16"
     ways = {"highest": "single", "high": "tf32", "medium": "bfloat16"}
-    return ways[torch.get_float32_matmul_precision()]
+    return ways[matmul_precision()]
 
 
 def cost(spec: OpSpec) -> Cost:

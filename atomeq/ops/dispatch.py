@@ -30,9 +30,11 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 
+from atomeq.ops.precision import matmul_precision, use_precision
 from atomeq.ops.self_check import Example, deviation
 from atomeq.ops.specification import OpSpec, Size
 from atomeq.ops.tables import constant_in_traces
+from atomeq.typing import Precision
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -107,12 +109,17 @@ def operation(
             if server == "reference":
                 return reference(*args, **kwargs)
             if by_kernels is not None and server in KERNELS:
-                return by_kernels(*args, **kwargs, kernels=server)
+                return by_kernels(*args, **kwargs, kernels=_with_precision(server))
             return getattr(_loaded[server, family], name)(*args, **kwargs)
 
         return served
 
     return decorate
+
+
+def _with_precision(server: str) -> str:
+    """Return what names kernels in a call and in its gradients: only tensor cores round."""
+    return server if server == "cpu" else f"{server}:{matmul_precision()}"
 
 
 class _Choice(threading.local):
@@ -175,8 +182,8 @@ def serving(op: str, size: Size) -> str:
     """
     find = _serving if torch.compiler.is_compiling() else _remembered
     return find(
-        *(chosen_backend(), AUTO_ORDER, torch.are_deterministic_algorithms_enabled(), op),
-        *size,
+        *(chosen_backend(), AUTO_ORDER, torch.are_deterministic_algorithms_enabled()),
+        *(matmul_precision(), op, *size),
     )
 
 
@@ -239,13 +246,20 @@ def _by_torch(backend: Any, spec: OpSpec) -> bool:
     return hasattr(backend, "by_torch") and backend.by_torch(spec)
 
 
-def _serving(asked_for: str, order: tuple[str, ...], repeatable: bool, op: str, *size: Any) -> str:
+def _serving(
+    asked_for: str,
+    order: tuple[str, ...],
+    repeatable: bool,
+    precision: Precision,
+    op: str,
+    *size: Any,
+) -> str:
     """Return who serves a call; ``repeatable`` is what torch is asked for."""
     reasons = []  # the reference refuses nothing, so auto finds somebody
     for name in order if asked_for == "auto" else (asked_for,):
         reason = _refusal(name, op, *size)
         if reason is None and asked_for == "auto":
-            reason = _distrust(name, op, *size)
+            reason = _distrust(name, precision, op, *size)
         if reason is None:
             return "reference" if _left(name, op, *size) else name
         reasons.append(reason)
@@ -281,17 +295,17 @@ def distrust(name: str, spec: OpSpec) -> str | None:
     if by_torch(name, spec):
         return None
     _, *size = spec._replace(n_edges=1)
-    return _proof(name, spec.op, torch.get_float32_matmul_precision(), *size)
+    return _proof(name, matmul_precision(), spec.op, *size)
 
 
 @cache
-def _proof(name: str, op: str, precision: str, *size: Any) -> str | None:
+def _proof(name: str, precision: Precision, op: str, *size: Any) -> str | None:
     """Return what the self-check finds; it depends on how matrices are multiplied."""
     known = OPERATIONS[op]
     if known.example is None or known.by_kernels is None:
         return "it has no self-check"
     by_kernels = partial(known.by_kernels, kernels=name)
-    found = deviation(known.example, known.reference, by_kernels, Size(*size))
+    found = deviation(known.example, known.reference, by_kernels, Size(*size), precision)
     if found is None:
         return None
     logger.warning(
@@ -306,8 +320,9 @@ def _proof(name: str, op: str, precision: str, *size: Any) -> str | None:
 
 
 @constant_in_traces
-def _distrust(name: str, op: str, *size: Any) -> str | None:
-    return distrust(name, OpSpec(op, *size))
+def _distrust(name: str, precision: Precision, op: str, *size: Any) -> str | None:
+    with use_precision(precision):
+        return distrust(name, OpSpec(op, *size))
 
 
 @constant_in_traces

@@ -6,7 +6,7 @@ its turn: force training needs the gradient of a gradient, in eager mode as in a
 
 import inspect
 from collections.abc import Callable, Mapping
-from functools import cache, partial
+from functools import cache, partial, wraps
 from importlib import import_module
 from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
@@ -14,8 +14,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from atomeq.ops.precision import PRECISIONS, use_precision
+
 NAMESPACE = "atomeq"
-WANT_SEGMENTS = frozenset({"triton"})  # kernels that sum on sorted edges; the others add as they go
+# Kernels that sum on sorted edges; the others add as they go.
+WANT_SEGMENTS = frozenset({"triton", *(f"triton:{one}" for one in PRECISIONS)})
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 # From the saved inputs by name, the names whose gradient is wanted, and the gradients of the
@@ -34,9 +37,10 @@ def kernels_of(family: str, name: str) -> ModuleType:
 
     Args:
         family: Folder of ops.
-        name: ``cpu`` or ``triton``, whose kernels need not have every operation of the family.
+        name: ``cpu`` or ``triton``, whose kernels need not have every operation of the family; a
+            precision may follow, ``triton:high``.
     """
-    return import_module(f"atomeq.ops.{family}.{name}.kernels")
+    return import_module(f"atomeq.ops.{family}.{name.partition(':')[0]}.kernels")
 
 
 def registered(
@@ -64,12 +68,14 @@ def registered(
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         names = tuple(inspect.signature(function).parameters)
         operation = f"{NAMESPACE}::{function.__name__}"
+        schema = torch.library.infer_schema(function, mutates_args=())
+        if "kernels" in names:
+            function = _with_its_precision(function, names.index("kernels"))
 
         def fake(*values: Any) -> Any:
             return outputs(SimpleNamespace(**dict(zip(names, values, strict=True))))
 
         functions[operation] = function
-        schema = torch.library.infer_schema(function, mutates_args=())
         tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
         torch.library.define(operation, schema, tags=tags)
         torch.library.impl(operation, "default", function)
@@ -84,6 +90,23 @@ def registered(
         return registered
 
     return decorate
+
+
+def _with_its_precision(function: Callable[..., Any], place: int) -> Callable[..., Any]:
+    """Run kernels at the precision that follows their name, in whichever thread that is.
+
+    Gradients run in threads of torch's own, which know nothing of what a caller asked for.
+    """
+
+    @wraps(function)
+    def run(*values: Any) -> Any:
+        _, named, precision = values[place].partition(":")
+        if not named:
+            return function(*values)
+        with use_precision(precision):
+            return function(*values)
+
+    return run
 
 
 def _outside_autocast(function: Callable[..., Any]) -> Callable[..., Any]:

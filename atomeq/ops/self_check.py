@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from atomeq.ops.precision import matmul_precision, use_precision
 from atomeq.ops.specification import Size
+from atomeq.typing import Precision
 
 # The tensors that are differentiated by, and what becomes of them with a function of the
 # operation's signature.
@@ -40,6 +42,7 @@ def deviation(
     reference: Callable[..., Any],
     by_kernels: Callable[..., Any],
     size: Size,
+    precision: Precision,
 ) -> str | None:
     """Say how far kernels are from the reference on a random problem, or None if they are right.
 
@@ -51,12 +54,14 @@ def deviation(
         reference: The operation in plain torch; it computes in double precision.
         by_kernels: The same by the kernels.
         size: Of the call that they are to serve.
+        precision: At which they are to serve it.
     """
     found: list[str | None] = []
 
     def check() -> None:
         try:
-            found.append(_deviation(example, reference, by_kernels, size))
+            with use_precision(precision):
+                found.append(_deviation(example, reference, by_kernels, size))
         except Exception as error:  # a compiler fails in its own ways, and none of them is ours
             found.append(f"{type(error).__name__}: {error}")
 
@@ -106,4 +111,4 @@ def _value_and_gradients(
 def _allowed(dtype: torch.dtype) -> float:
     if dtype == torch.float64:
         return _DOUBLE
-    return _ERRORS[torch.get_float32_matmul_precision()] if dtype == torch.float32 else _HALF
+    return _ERRORS[matmul_precision()] if dtype == torch.float32 else _HALF

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
+from atomeq.ops.precision import matmul_precision
 from atomeq.ops.specification import OpSpec
 
 # Fixed when the kernels are decorated, which is when their modules are imported.
@@ -81,18 +82,18 @@ def contiguous(tensor: Tensor) -> Tensor:
 
 
 def product_precision(dtype: torch.dtype) -> str:
-    """Return how the tensor cores multiply: as ``torch.set_float32_matmul_precision`` has it.
+    """Return how the tensor cores multiply at the precision that holds here.
 
     Three TF32 products make one as accurate as single precision, which tensor cores do not have.
     """
     if dtype != torch.float32 or INTERPRETING:
         return "ieee"
-    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return "tf32x3" if matmul_precision() == "highest" else "tf32"
 
 
 def halved(dtype: torch.dtype) -> bool:
-    """Whether operands in single precision are rounded to bfloat16: torch's ``medium``."""
-    return dtype == torch.float32 and torch.get_float32_matmul_precision() == "medium"
+    """Whether operands in single precision are rounded to bfloat16: ``medium``."""
+    return dtype == torch.float32 and matmul_precision() == "medium"
 
 
 def operand_dtype(like: Tensor) -> torch.dtype:

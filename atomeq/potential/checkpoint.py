@@ -22,6 +22,7 @@ from atomeq.data.targets import ScalarTarget
 from atomeq.files import write_atomically
 from atomeq.models.base import AtomisticModel
 from atomeq.models.registry import MODELS, build, refuse_unregistered
+from atomeq.ops.precision import checked_precision
 from atomeq.potential.distances import KnownDistances
 from atomeq.potential.folders import (
     CONFIG_FILE,
@@ -41,6 +42,7 @@ from atomeq.potential.untrusted import (
     refuse_unfit_weights,
 )
 from atomeq.registry import Registry, RegistryError
+from atomeq.typing import Precision
 
 CHECKPOINT_VERSION = 1
 
@@ -82,6 +84,8 @@ def _description(predictor: Predictor) -> dict[str, Any]:
     """Return what ``model.yaml`` says of a predictor, all of it registered."""
     dtype = str(predictor.dtype).removeprefix("torch.")
     document = {"model": saveable_node(predictor.model, MODELS), "dtype": dtype}
+    if predictor.precision is not None:
+        document["precision"] = predictor.precision
     if isinstance(predictor, ScalarPredictor):
         document["target"] = dataclasses.asdict(predictor.target)
     if isinstance(predictor, Potential) and len(predictor.terms):
@@ -155,6 +159,7 @@ def load_potential(
     *,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
+    precision: Precision | None = None,
 ) -> Potential:
     """Load a potential by the name of a shipped one or from a folder.
 
@@ -162,6 +167,9 @@ def load_potential(
         name_or_path: ``"cu-pbe"``, or a folder that :func:`save_potential` wrote.
         device: Where to put it; by default the CPU.
         dtype: The dtype the network computes in; by default the one it was saved with.
+        precision: How coarse the operands of tensor products may be on a GPU: ``highest`` (fp32),
+            ``high`` (TF32) or ``medium`` (bfloat16), added in fp32. By default what its folder
+            recommends, else torch's own setting.
 
     Returns:
         The potential in evaluation mode, its parameters frozen: a training task unfreezes them.
@@ -170,7 +178,7 @@ def load_potential(
         CheckpointError: Nothing there, a damaged file, a wrong hash, an unknown model or version,
             or what is there predicts something else than energies.
     """
-    loaded = load_predictor(name_or_path, device=device, dtype=dtype)
+    loaded = load_predictor(name_or_path, device=device, dtype=dtype, precision=precision)
     if isinstance(loaded, ScalarPredictor):
         raise CheckpointError(not_a_potential(loaded, str(name_or_path)))
     assert isinstance(loaded, Potential)
@@ -182,6 +190,7 @@ def load_predictor(
     *,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
+    precision: Precision | None = None,
 ) -> Predictor:
     """Load whatever a folder holds, a :class:`Potential` or a :class:`ScalarPredictor`.
 
@@ -200,13 +209,14 @@ def load_predictor(
     )
     terms = _terms(document, folder)
     try:
-        scalar = "target" in document
+        scalar, recommended = "target" in document, checked_precision(document.get("precision"))
         potential = _scalar(model, document["target"]) if scalar else Potential(model, terms=terms)
         if isinstance(potential, Potential):
             potential.distances = KnownDistances(_shortest(document))
     except (TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{folder / CONFIG_FILE}: {error}") from error
     potential.name = str(name_or_path)
+    potential.precision = checked_precision(precision) or recommended
     # Before the weights: copied into float32, those of a float64 potential would be rounded.
     potential = potential.to(getattr(torch, document["dtype"]))
     load_weights(potential, weights, folder)

@@ -15,12 +15,13 @@ from torch import Tensor
 from atomeq.graph.atom_graph import AtomGraph
 from atomeq.graph.builders import GraphBuilder
 from atomeq.graph.convert import structure_name
+from atomeq.ops.precision import checked_precision
 from atomeq.potential.checkpoint import load_potential, not_a_potential, resolve_device
 from atomeq.potential.derivatives import force_constants
 from atomeq.potential.potential import Potential
 from atomeq.potential.scalar import ScalarPredictor
 from atomeq.potential.terms import EnergyTerm
-from atomeq.typing import PropertyKey
+from atomeq.typing import Precision, PropertyKey
 
 
 class NotFiniteError(ValueError):
@@ -144,6 +145,7 @@ def frozen(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     terms: Sequence[EnergyTerm] = (),
+    precision: Precision | None = None,
 ) -> Potential:
     """Return a potential of one's own, without gradients of its parameters; a given one stays.
 
@@ -152,6 +154,7 @@ def frozen(
         device: By default that of the Potential, the CPU for a name or folder.
         dtype: Of the network; by default its own.
         terms: Known physics to add.
+        precision: As of :func:`~atomeq.potential.checkpoint.load_potential`; by default its own.
 
     Raises:
         CheckpointError: There is no such potential, or it is damaged.
@@ -165,10 +168,11 @@ def frozen(
             "one in Potential(model); a propagator is for `atomeq rollout`"
         )
     if not isinstance(potential, Potential):
-        own = load_potential(potential, device=device, dtype=dtype)
+        own = load_potential(potential, device=device, dtype=dtype, precision=precision)
     else:
         target = potential.device if device is None else resolve_device(device)
         own = copy.deepcopy(potential).to(target)
         own = own.to(dtype if dtype is not None else potential.dtype).requires_grad_(False).eval()
+        own.precision = checked_precision(precision) or own.precision
     own.add_terms([copy.deepcopy(term).to(own.device) for term in terms])
     return own

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from atomeq.graph.atom_graph import AtomGraph
 from atomeq.models.base import AtomisticModel
+from atomeq.ops.precision import use_precision
 from atomeq.ops.segment.operations import segment_sum
 from atomeq.potential.derivatives import energy_and_derivatives, refuse_flat_cells
 from atomeq.potential.distances import SHORTEST, KnownDistances
@@ -132,6 +133,12 @@ class Potential(Predictor):
             logger.warning("%s; potential %r: %s (said once)", found, self.name, advice)
 
     def _compute(
+        self, graph: AtomGraph, properties: Sequence[PropertyKey], create_graph: bool | None
+    ) -> dict[PropertyKey, Tensor]:
+        with use_precision(self.precision):
+            return self._at_its_precision(graph, properties, create_graph)
+
+    def _at_its_precision(
         self, graph: AtomGraph, properties: Sequence[PropertyKey], create_graph: bool | None
     ) -> dict[PropertyKey, Tensor]:
         refuse_unknown_properties(properties)

@@ -15,7 +15,7 @@ from atomeq.graph.atom_graph import AtomGraph
 from atomeq.models.base import AtomisticModel
 from atomeq.potential.references import AtomicReferences
 from atomeq.potential.untrusted import refuse_meta_device
-from atomeq.typing import PropertyKey
+from atomeq.typing import Precision, PropertyKey
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[object]:
@@ -34,6 +34,9 @@ class Predictor(nn.Module):
 
     Attributes:
         name: What messages call it: as it was given to what loaded it, or the class of its model.
+        precision: How coarse the operands of its tensor products may be on a GPU, see
+            :mod:`atomeq.ops.precision`; None leaves it to torch's own setting. It is this
+            predictor's alone, and goes with it to where it is saved.
     """
 
     def __init__(self, model: AtomisticModel, references: AtomicReferences | None = None) -> None:
@@ -41,6 +44,7 @@ class Predictor(nn.Module):
         self.model = model
         self.references = references if references is not None else AtomicReferences()
         self.name = type(model).__name__
+        self.precision: Precision | None = None
         self._builder = model.graph_builder()
 
     def build_graph(self, structures: Any) -> AtomGraph:

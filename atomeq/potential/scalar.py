@@ -11,6 +11,7 @@ from torch import Tensor
 from atomeq.data.targets import ScalarTarget
 from atomeq.graph.atom_graph import AtomGraph
 from atomeq.models.base import AtomisticModel
+from atomeq.ops.precision import use_precision
 from atomeq.ops.segment.operations import segment_mean, segment_sum
 from atomeq.potential.predictor import Predictor, full_precision
 from atomeq.potential.references import AtomicReferences
@@ -66,7 +67,8 @@ class ScalarPredictor(Predictor):
                 f"this predicts {self.target.name} [{self.target.unit}] as 'scalar' and is no "
                 f"potential: it has no {other[0]}"
             )
-        with nullcontext() if self.training else full_precision(self.device):
+        full = nullcontext() if self.training else full_precision(self.device)
+        with full, use_precision(self.precision):
             outputs = self.model(graph)
         batch, n_graphs = graph.batch, graph.n_graphs
         if "scalar" in outputs:

@@ -11,12 +11,14 @@ from typing import Any, Protocol
 
 import torch
 
+from atomeq.ops.precision import checked_precision
 from atomeq.potential.checkpoint import load_potential, resolve_device
 from atomeq.potential.potential import Potential
 from atomeq.screening.compute import Candidate, Computation
 from atomeq.screening.references import HullReferences
 from atomeq.screening.rows import Row
 from atomeq.screening.steps import Committee, Properties, parse_steps
+from atomeq.typing import Precision
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
@@ -31,6 +33,7 @@ class Job:
         device: Where to compute; ``cuda`` is spread over the GPUs there are.
         dtype: ``float32``, ``float64`` or None for the potential's own.
         max_edges: Edges computed at once.
+        precision: Of tensor products on a GPU, or None for the potential's own.
     """
 
     potential: str | Potential
@@ -38,14 +41,16 @@ class Job:
     device: str = "cpu"
     dtype: str | None = None
     max_edges: int | None = None
+    precision: Precision | None = None
 
     def load(self, potential: str | Potential, device: str | None = None) -> Potential:
         """Return a potential where and as this job computes; one that was given stays as it is."""
         device = self.device if device is None else device
         dtype = _DTYPES[self.dtype] if self.dtype else None
         if not isinstance(potential, Potential):
-            return load_potential(potential, device=device, dtype=dtype)
+            return load_potential(potential, device=device, dtype=dtype, precision=self.precision)
         own = copy.deepcopy(potential).to(resolve_device(device))
+        own.precision = checked_precision(self.precision) or own.precision
         return own.to(own.dtype if dtype is None else dtype)
 
     def device_of(self, worker: int) -> str:

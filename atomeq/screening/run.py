@@ -23,6 +23,7 @@ from atomeq.screening.results import Results
 from atomeq.screening.rows import Row
 from atomeq.screening.sources import Found, read_sources
 from atomeq.screening.steps import Rank, Step, describe_steps, parse_steps
+from atomeq.typing import Precision
 
 EngineName = Literal["local", "processes", "ray"]
 
@@ -63,6 +64,7 @@ def screen(
     address: str | None = None,
     device: str | None = None,
     dtype: Literal["float32", "float64"] | None = None,
+    precision: Precision | None = None,
     shard: tuple[int, int] = (0, 1),
     retry: Sequence[str] | bool = False,
     max_edges: int | None = None,
@@ -91,6 +93,7 @@ def screen(
         device: ``cpu`` or ``cuda``, which is spread over the GPUs by several workers; by default
             where a potential that is given is, and the CPU for a name.
         dtype: Precision of the network; by default that of the potential.
+        precision: Of tensor products on a GPU, as of load_potential(); by default the potential's.
         shard: ``(k, n)``: take every n-th structure, by hash; n such runs share the folder.
         retry: Compute failures again: True for all, or the kinds, such as ``["overlap"]``.
         max_edges: Edges computed at once by each worker.
@@ -120,10 +123,10 @@ def screen(
     parsed = parse_steps(steps)
     described = describe_steps(parsed)
     name = potential if isinstance(potential, Potential) else str(potential)
-    labels = Labels(id_key, info)
+    seen, labels = Seen(), Labels(id_key, info)
     if device is None:
         device = str(potential.device) if isinstance(potential, Potential) else "cpu"
-    job = Job(name, described, device, dtype, max_edges)
+    job = Job(name, described, device, dtype, max_edges, precision)
     loaded = job.load(name, job.device_of(0))
     provenance = provenance_of(name, loaded, described, columns=labels.settings)
     folder = Path(out)
@@ -135,7 +138,6 @@ def screen(
         results.filter_again(Filters(parsed))
         if retry:
             results.retry(None if retry is True else retry)
-        seen = Seen()
         take = partial(_take, results, seen, observe)
         intake = Intake(
             _stream(sources),

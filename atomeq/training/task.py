@@ -21,6 +21,7 @@ from atomeq.data.targets import ScalarTarget, known_target
 from atomeq.graph.atom_graph import AtomGraph
 from atomeq.graph.convert import Structures
 from atomeq.models.base import AtomisticModel
+from atomeq.ops.precision import checked_precision
 from atomeq.potential.checkpoint import load_predictor
 from atomeq.potential.distances import KnownDistances, shortest_distances
 from atomeq.potential.potential import Potential
@@ -39,7 +40,7 @@ from atomeq.training.normalisation import (
 )
 from atomeq.training.parameters import Decay, parameter_groups
 from atomeq.training.schedules import RunSchedule
-from atomeq.typing import PropertyKey
+from atomeq.typing import Precision, PropertyKey
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +75,9 @@ class AtomisticTask(LightningModule):
         start_from: Name or folder of a potential with the same model, whose weights, references and
             terms training starts from (fine-tuning); its scale and offset stay. Validation errors
             before the first step are told and kept beside those after the last.
+        precision: How coarse the operands of tensor products may be on a GPU: ``highest`` (fp32),
+            ``high`` (TF32), ``medium`` (bfloat16). The trained potential recommends it. Gradients
+            of weights, and what is plain torch, follow torch's own setting.
 
     Example:
         >>> task = AtomisticTask(model, optimizer=torch.optim.AdamW)  # doctest: +SKIP
@@ -98,6 +102,7 @@ class AtomisticTask(LightningModule):
         offset: float = 0.0,
         metrics: ErrorMetric | None = None,
         start_from: PotentialSource | None = None,
+        precision: Precision | None = None,
     ) -> None:
         super().__init__()
         self.target = known_target(target) if target is not None else None
@@ -114,6 +119,8 @@ class AtomisticTask(LightningModule):
             self.potential.name = start.name
             take_weights(self.potential, start)
             self.potential.train()  # what was taken over was loaded for inference
+            self.potential.precision = start.precision
+        self.potential.precision = checked_precision(precision) or self.potential.precision
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.decay: Decay = decay

@@ -139,7 +139,7 @@ def test_every_operation_with_kernels_proves_itself(
         return
     assert load_backend(backend, known.family) is not None
     by_kernels = partial(known.by_kernels, kernels=backend)
-    assert deviation(known.example, known.reference, by_kernels, Size(*spec[1:])) is None
+    assert deviation(known.example, known.reference, by_kernels, Size(*spec[1:]), "highest") is None
 
 
 def test_an_interpreter_serves_only_when_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

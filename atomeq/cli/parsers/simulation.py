@@ -128,8 +128,20 @@ def simulation_parser(
         default=dtype,
         help="precision of the network" + ("" if dtype else "; by default that of the potential"),
     )
+    add_precision_option(parser)
     parser.door(input=existing_file, potential=find_potential, device=device_name)
     return parser
+
+
+def add_precision_option(parser: Parser) -> None:
+    """Add how coarse products may be."""
+    parser.add_argument(
+        "--precision",
+        type=Literal["highest", "high", "medium"],
+        default=None,
+        help="operands of tensor products on a GPU: fp32, TF32 or bfloat16; by default what the "
+        "potential recommends",
+    )
 
 
 def _add_relax_options(parser: Parser) -> None:

@@ -15,7 +15,7 @@ The same kernel adds biases and, for an edge layer, opens the gates as it writes
 makes the rows of m = 0 beside their gates, a second one those of m > 0, and nobody reads them again
 to gate them.
 
-``torch.set_float32_matmul_precision("medium")`` asks for products of bfloat16: the kernel rounds
+The precision ``medium`` (ops/precision.py) asks for products of bfloat16: the kernel rounds
 features and weights as it reads them, at any number of edges, and adds in single precision. What
 enters and leaves it stays float32, but for gated rows, which only another product reads: they are
 rounded as they are written.
@@ -34,6 +34,7 @@ from torch import Tensor
 
 from atomeq.ops.edge.so2_shape import SO2Shape
 from atomeq.ops.edge.triton.gate import Gate
+from atomeq.ops.precision import matmul_precision, torch_precision
 from atomeq.ops.triton_launch import (
     INTERPRETING,
     accumulator,
@@ -153,9 +154,14 @@ def add_weight_gradients(rows: Tensor, grad: Tensor, into: list[Tensor], shape: 
 
 
 def _grouped(rows: Tensor, out: Tensor) -> bool:
-    """Whether the grouped kernel serves: double precision has no tensor cores worth a kernel."""
+    """Whether the grouped kernel serves: double precision has no tensor cores worth a kernel.
+
+    cuBLAS multiplies as torch's own setting has it, and that is the whole process's: where another
+    precision is asked for, the kernel serves at any number of edges.
+    """
     few = len(rows) <= _MANY_EDGES and rows.dtype != torch.float64
-    return few or halved(out.dtype)
+    other = rows.dtype == torch.float32 and matmul_precision() != torch_precision()
+    return few or other or halved(out.dtype)
 
 
 def _span(columns: tuple[slice, ...]) -> slice:
