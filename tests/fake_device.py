@@ -26,7 +26,9 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 from atomeq.graph.atom_graph import AtomGraph
 from atomeq.ops import dispatch, tables
 from atomeq.ops.dispatch import use_backend
+from atomeq.potential.captured import Padded, refusal
 from atomeq.potential.checkpoint import untrained_potential
+from atomeq.potential.compiled import graph_fields
 from atomeq.potential.potential import Potential
 
 DEVICE = "fakegpu"
@@ -147,12 +149,20 @@ def train(potential: Potential, graph: AtomGraph) -> None:
     torch.autograd.grad(loss, list(potential.parameters()), allow_unused=True)
 
 
-WORK = {"forces": evaluate, "stress": evaluate_stress, "training": train}
+def record(potential: Potential, graph: AtomGraph) -> None:
+    """Do what a CUDA graph records: energy, forces and stress of padded structures."""
+    if refusal(potential) is None:
+        padded = Padded(graph, graph_fields(potential.model), cutoff=potential.cutoff)
+        padded.write(graph)
+        potential.derive(padded.graph, ("energy", "forces", "stress"))
+
+
+WORK = {"forces": evaluate, "stress": evaluate_stress, "recorded": record, "training": train}
 
 
 def measured(config: Path) -> dict[str, dict[str, Any]]:
     """Return what a model's second calls send and ask; the first ones make its tables."""
-    potential = untrained_potential(config).requires_grad_()
+    potential = untrained_potential(config)
     graph = potential.build_graph([RATTLED[name]() for name in ("crystal", "slab")])
     with use_backend("reference"):
         evaluate(potential, graph)  # some tables are made of others, which have to be real
@@ -160,6 +170,7 @@ def measured(config: Path) -> dict[str, dict[str, Any]]:
     with MODE, use_backend("auto"):
         potential, graph = on_device(potential, graph)
         for name, work in WORK.items():
+            potential.requires_grad_(name != "recorded")
             with Dispatches():
                 work(potential, graph)
             with Dispatches() as seen:

@@ -82,6 +82,8 @@ class AtomeqCalculator(Calculator):
         precision: How coarse the operands of tensor products may be on a GPU: ``"highest"``,
             ``"high"`` or ``"medium"``, fp32, TF32 or bfloat16; by default what the potential
             recommends. Other calculators of the process keep theirs.
+        capture: On CUDA, replay the launches of a small moving system from a CUDA graph; False,
+            or ``ATOMEQ_CAPTURE=0`` in the environment, launches them one by one.
         terms: Known physics to add to each potential, ``[ZBL(0.65)]`` say, the repulsion of nuclei
             where they are closer than the data of published potentials.
 
@@ -109,6 +111,7 @@ class AtomeqCalculator(Calculator):
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
         precision: Precision | None = None,
+        capture: bool = True,
         terms: Sequence[EnergyTerm] = (),
     ) -> None:
         self._local = threading.local()  # first: ASE's constructor assigns atoms and results
@@ -117,7 +120,7 @@ class AtomeqCalculator(Calculator):
         members = [potential] if alone else list(potential)
         how: dict[str, Any] = {"device": device, "dtype": resolve_dtype(dtype)}
         how |= {"terms": terms, "precision": precision}
-        self._committee = Committee([frozen(one, **how) for one in members])
+        self._committee = Committee([frozen(one, **how) for one in members], capture=capture)
         hypergraphs = [one for one in self._committee.builders if isinstance(one, HyperGraph)]
         self.molecules_only = any(one.perceive for one in hypergraphs)  # crystals have no topology
         self._topologies = KeptTopologies(perceive=self.molecules_only)
@@ -410,7 +413,8 @@ class AtomeqCalculator(Calculator):
     def __getstate__(self) -> dict[str, Any]:
         state = {key: value for key, value in self.__dict__.items() if key != "_local"}
         # Weights travel by way of the CPU: the other side may have no such device.
-        state["_committee"] = Committee([copy.deepcopy(one).cpu() for one in self.potentials])
+        members = [copy.deepcopy(one).cpu() for one in self.potentials]
+        state["_committee"] = Committee(members, capture=self._committee.capture)
         return {**state, "device": str(self.device), "atoms": self.atoms, "results": self.results}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

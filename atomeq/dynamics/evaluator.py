@@ -18,6 +18,7 @@ from atomeq.graph.builders import HyperGraph, RadiusGraph
 from atomeq.graph.convert import MIN_DISTANCE, StructureError, Structures
 from atomeq.graph.moving import MovingEdges, MovingNeighbors
 from atomeq.graph.neighbors import SKIN
+from atomeq.potential.captured import Captured
 from atomeq.potential.checkpoint import load_potential
 from atomeq.potential.committee import NotFiniteError
 from atomeq.potential.potential import Potential
@@ -61,6 +62,8 @@ class Evaluator:
     Args:
         potential: A potential, or name or folder of one.
         skin: How much further than the cutoff neighbours are remembered, Å.
+        capture: On CUDA, replay the launches of a small system from a CUDA graph, see
+            :mod:`atomeq.potential.captured`.
 
     Attributes:
         n_edges: Edges of each structure in the last evaluation, (n_graphs,).
@@ -70,11 +73,14 @@ class Evaluator:
             is to blame, not they.
     """
 
-    def __init__(self, potential: Potential | str | Path, *, skin: float = SKIN) -> None:
+    def __init__(
+        self, potential: Potential | str | Path, *, skin: float = SKIN, capture: bool = True
+    ) -> None:
         loaded = potential if isinstance(potential, Potential) else load_potential(potential)
         if loaded.training or any(p.requires_grad for p in loaded.parameters()):
             loaded = copy.deepcopy(loaded).requires_grad_(False).eval()
         self.potential = loaded
+        self._answer = Captured(loaded, wanted=capture)
         self._has_answered = False
         if loaded.device.type == "cpu":
             keep_freed_memory()
@@ -119,7 +125,7 @@ class Evaluator:
             properties += ("stress",)
         if connected is None:
             return _with_results(graph, {}, fine, failure, stress=stress)
-        results = self.potential(connected, properties)
+        results = self._answer(connected, properties)
         if not self._has_answered:
             self._refuse_no_numbers(connected, results["energy"])
         self.n_edges = _spread(_count_edges(connected), fine, graph.n_graphs)

@@ -105,6 +105,9 @@ class AtomisticModel(ConfiguredModule):
         cutoff: Radius beyond which two atoms do not see each other, Å.
         outputs: What :meth:`forward` returns.
         readouts: Submodules that :meth:`node_features` has no use for.
+        recordable: Whether a CUDA graph can be recorded of :meth:`forward`: it waits for no answer
+            of a GPU, makes no tensor whose size depends on one, and lets no structure of a batch
+            see another.
         exempt_laws: Laws of physics the method cannot keep by construction, and why, by the names
             that ``atomeq check`` prints. A model that keeps such a law after all is refused by
             :func:`~atomeq.check.model.validate_model`.
@@ -113,6 +116,7 @@ class AtomisticModel(ConfiguredModule):
     cutoff: float
     outputs: frozenset[PropertyKey] = frozenset({"energies"})
     readouts: tuple[str, ...] = ("energy",)
+    recordable: bool = True
     exempt_laws: Mapping[str, str] = MappingProxyType({})
 
     def graph_builder(self) -> GraphBuilder:

@@ -144,6 +144,7 @@ class FAENet(AtomisticModel):
         self.energy_bias = energy_bias
         self.max_neighbors = max_neighbors
         self.remove_tag_0 = remove_tag_0
+        self.recordable = not remove_tag_0 and normalisation != "batch"
         self.out_dim = out_dim
         self.num_elements = num_elements
         if force_head is not None:

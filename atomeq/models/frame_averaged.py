@@ -50,6 +50,7 @@ class OverFrames(AtomisticModel, ABC):
             memory, and the only way for a model with statistics over its batch.
     """
 
+    recordable = False  # how many frames there are is asked
     exempt_laws: Mapping[str, str] = MappingProxyType(
         {
             "separated fragments add": "one frame belongs to the whole structure, and "

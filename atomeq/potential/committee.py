@@ -16,6 +16,7 @@ from atomeq.graph.atom_graph import AtomGraph
 from atomeq.graph.builders import GraphBuilder
 from atomeq.graph.convert import structure_name
 from atomeq.ops.precision import checked_precision
+from atomeq.potential.captured import Captured
 from atomeq.potential.checkpoint import load_potential, not_a_potential, resolve_device
 from atomeq.potential.derivatives import force_constants
 from atomeq.potential.potential import Potential
@@ -48,6 +49,7 @@ class Committee:
 
     Args:
         members: At least one.
+        capture: Record their launches where that helps, see :mod:`atomeq.potential.captured`.
 
     Attributes:
         builders: Builders of graphs that differ, in the order of the members that need them.
@@ -57,10 +59,11 @@ class Committee:
         ValueError: No members, or none of their elements in common.
     """
 
-    def __init__(self, members: Sequence[Potential]) -> None:
+    def __init__(self, members: Sequence[Potential], *, capture: bool = True) -> None:
         if not members:
             raise ValueError("a committee needs at least one potential, and none was given")
-        self.members = tuple(members)
+        self.members, self.capture = tuple(members), capture
+        self._answer = [Captured(one, wanted=capture) for one in self.members]
         builders = [one.model.graph_builder() for one in self.members]
         self.builders: tuple[GraphBuilder, ...] = tuple(dict.fromkeys(builders))
         self._seen = [self.builders.index(builder) for builder in builders]
@@ -107,7 +110,7 @@ class Committee:
         """
         each = [
             {key: value.detach().cpu().numpy() for key, value in one(graphs[k], properties).items()}
-            for one, k in zip(self.members, self._seen, strict=True)
+            for one, k in zip(self._answer, self._seen, strict=True)
         ]
         for one, results in zip(self.members, each, strict=True):
             for key, values in results.items():

@@ -42,18 +42,16 @@ def energy_and_derivatives(
         graph: The structures; not modified. Where ``graph.pos`` already requires grad it is
             differentiated itself (for Hessians), else a detached copy is.
         forces: Derive ``forces`` (n_atoms, 3), eV/Å.
-        stress: Derive ``stress`` (n_graphs, 3, 3), eV/Å³, ASE's sign.
+        stress: Derive ``stress`` (n_graphs, 3, 3), eV/Å³, ASE's sign; of cells with a volume, which
+            is for the caller to know (:func:`refuse_flat_cells`).
         create_graph: Keep the derivatives differentiable, as training on forces needs.
 
     Returns:
         The properties of ``evaluate`` with forces and stress beside them.
 
     Raises:
-        ValueError: Stress is asked of a structure whose cell has no volume, or the energy of
-            structures with edges does not depend on their positions.
+        ValueError: The energy of structures with edges does not depend on their positions.
     """
-    if stress:
-        refuse_flat_cells(graph)
     properties, gradients = energy_and_gradients(
         evaluate, graph, forces=forces, strain=stress, create_graph=create_graph
     )

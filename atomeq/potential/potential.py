@@ -135,36 +135,51 @@ class Potential(Predictor):
     def _compute(
         self, graph: AtomGraph, properties: Sequence[PropertyKey], create_graph: bool | None
     ) -> dict[PropertyKey, Tensor]:
-        with use_precision(self.precision):
-            return self._at_its_precision(graph, properties, create_graph)
-
-    def _at_its_precision(
-        self, graph: AtomGraph, properties: Sequence[PropertyKey], create_graph: bool | None
-    ) -> dict[PropertyKey, Tensor]:
         refuse_unknown_properties(properties)
+        if "stress" in properties:
+            if not self.gives_stress:
+                raise ValueError(
+                    "a model with a force head has no energy whose strain gives a stress"
+                )
+            refuse_flat_cells(graph)
+        return self.derive(graph, properties, create_graph=create_graph)
+
+    def derive(
+        self,
+        graph: AtomGraph,
+        properties: Sequence[PropertyKey],
+        *,
+        create_graph: bool | None = None,
+    ) -> dict[PropertyKey, Tensor]:
+        """Compute what :meth:`forward` does, which has refused, and look at no value on the way.
+
+        A CUDA graph can record it. A cell without a volume gives a stress that is no number.
+
+        Args:
+            graph: As of :meth:`forward`.
+            properties: Likewise.
+            create_graph: Likewise.
+        """
         derived: list[PropertyKey] = [
             key for key in _DERIVABLE if key in properties and key not in self.model.outputs
         ]
-        if "stress" in derived and not self.gives_stress:
-            raise ValueError("a model with a force head has no energy whose strain gives a stress")
-        if "stress" in properties and "stress" not in derived:
-            refuse_flat_cells(graph)
-        if "gradient_forces" in properties:
-            computed = self._evaluate_with_gradient(graph)
-        elif not derived:
-            computed = self.evaluate(graph)
-        else:
-            if create_graph is None:
-                create_graph = self.training and torch.is_grad_enabled()
-            computed = energy_and_derivatives(
-                self.evaluate,
-                graph,
-                forces="forces" in derived,
-                stress="stress" in derived,
-                create_graph=create_graph,
-            )
-            for key in derived:
-                computed[key] = self.references.of_derivative(key, computed[key])
+        if create_graph is None:
+            create_graph = self.training and torch.is_grad_enabled()
+        with use_precision(self.precision):
+            if "gradient_forces" in properties:
+                computed = self._evaluate_with_gradient(graph)
+            elif not derived:
+                computed = self.evaluate(graph)
+            else:
+                computed = energy_and_derivatives(
+                    self.evaluate,
+                    graph,
+                    forces="forces" in derived,
+                    stress="stress" in derived,
+                    create_graph=create_graph,
+                )
+        for key in derived:
+            computed[key] = self.references.of_derivative(key, computed[key])
         return {key: computed[key] for key in properties}
 
     def _leave_inference_mode(self) -> bool:

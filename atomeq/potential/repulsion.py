@@ -3,13 +3,17 @@
 J. F. Ziegler, J. P. Biersack and U. Littmark, The Stopping and Range of Ions in Matter (1985).
 """
 
+import math
+
 import torch
 from torch import Tensor
 
 from atomeq.graph.atom_graph import AtomGraph
+from atomeq.nn.irreps import known_to_the_host
 from atomeq.nn.radial import PolynomialEnvelope
 from atomeq.ops.segment.operations import segment_sum
 from atomeq.potential.distances import COVALENT_RADII
+from atomeq.potential.references import MAX_ATOMIC_NUMBER
 from atomeq.potential.terms import EnergyTerm
 
 _COULOMB = 14.399645478425668  # eV·Å, e²/(4πε₀)
@@ -35,6 +39,8 @@ class ZBL(EnergyTerm):
         ValueError: The scale is not positive.
     """
 
+    recordable = True
+
     radii: Tensor
 
     def __init__(self, radius_scale: float = 1.0) -> None:
@@ -42,7 +48,8 @@ class ZBL(EnergyTerm):
         if not radius_scale > 0:
             raise ValueError(f"radius_scale must be positive, not {radius_scale!r}")
         self.radius_scale = float(radius_scale)
-        table = torch.tensor(COVALENT_RADII, dtype=torch.float64)
+        table = torch.full((MAX_ATOMIC_NUMBER + 1,), math.nan, dtype=torch.float64)
+        table[: len(COVALENT_RADII)] = torch.tensor(COVALENT_RADII)
         self.register_buffer("radii", table, persistent=False)
         self._switch = PolynomialEnvelope(1.0, exponent=_EXPONENT)
 
@@ -51,7 +58,7 @@ class ZBL(EnergyTerm):
         numbers = graph.atomic_numbers
         source, target = graph.edge_index
         lengths = graph.edge_vectors().to(torch.float64).norm(dim=1)
-        if not isinstance(graph.n_edges, torch.SymInt):  # a trace knows no numbers: all of them
+        if known_to_the_host(source):  # else of all pairs: those that are far give zero
             self._refuse(numbers)
             near = self._reach(numbers[source], numbers[target]) > lengths
             source, target, lengths = source[near], target[near], lengths[near]
@@ -69,8 +76,8 @@ class ZBL(EnergyTerm):
         return self.radius_scale * (self.radii[numbers_j] + self.radii[numbers_i])
 
     def _refuse(self, numbers: Tensor) -> None:
-        if len(numbers) and int(numbers.max()) >= len(self.radii):
+        if len(numbers) and int(numbers.max()) >= len(COVALENT_RADII):
             raise ValueError(
-                f"ZBL knows elements up to {len(self.radii) - 1}, and the structure has "
+                f"ZBL knows elements up to {len(COVALENT_RADII) - 1}, and the structure has "
                 f"{int(numbers.max())}"
             )

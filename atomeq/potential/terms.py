@@ -14,7 +14,13 @@ class EnergyTerm(nn.Module):
 
     A subclass keeps each constructor argument under its name, computes in float64 from the graph's
     positions, and holds no persistent state: its arguments are all there is to save.
+
+    Attributes:
+        recordable: Whether a CUDA graph can be recorded of :meth:`forward`: it waits for no answer
+            of a GPU, makes no tensor whose size depends on one, and uses the graph's own edges.
     """
+
+    recordable: bool = False
 
     def forward(self, graph: AtomGraph) -> Tensor:
         """Return energies (n_atoms,), eV, float64, differentiable by positions and strain."""

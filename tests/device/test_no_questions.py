@@ -56,6 +56,15 @@ def found(request: pytest.FixtureRequest) -> tuple[int, dict[str, Any]]:
     return ORDERS.index(request.param), json.loads(process.stdout)
 
 
+@pytest.mark.parametrize("model", MOST)
+def test_what_a_cuda_graph_records_asks_nothing(found, model: str) -> None:
+    seen = found[1][model]["recorded"]
+    assert seen["questions"] == seen["on_host"] == []
+    # Frames ask, and hypergraphs are not padded; whatever else is in the table can be recorded.
+    recorded = model not in QUESTIONS and model != "equihgnn"
+    assert (seen["dispatches"] > 0) == recorded
+
+
 def test_every_model_is_in_the_table() -> None:
     assert {path.stem for path in CONFIGS} == set(MOST)
 
