@@ -34,20 +34,27 @@ def main(argv: list[str] | None = None) -> int:
     for model in options.models:
         run = options.runs / f"acac_{model}"
         if not options.collect and not (run / "test_errors.json").exists():
-            train(model, run, options.seconds)
+            experiment = ROOT / "configs" / "experiment" / f"acac_{model}.yaml"
+            train(["-c", str(experiment)], run, options.seconds)
         write_results(options.runs, options.seconds)
     return 0
 
 
-def train(model: str, run: Path, seconds: float) -> None:
-    """Fit and test a model, and keep what it cost beside its checkpoints."""
-    config = ["-c", str(ROOT / "configs" / "experiment" / f"acac_{model}.yaml")]
+def train(config: list[str], run: Path, seconds: float, pilot: tuple[int, int] = PILOT) -> None:
+    """Fit and test a model, and keep what it cost beside its checkpoints.
+
+    Args:
+        config: Words of ``atomeq fit`` that name the experiment and what differs.
+        run: Folder of the run.
+        seconds: Of the CPU, of all epochs.
+        pilot: Epochs of the two short runs that say what one costs.
+    """
     with tempfile.TemporaryDirectory() as scratch:
-        short, long = (cost_of_fit(config, Path(scratch) / str(n), n) for n in PILOT)
-    per_epoch = (long - short) / (PILOT[1] - PILOT[0])
+        short, long = (cost_of_fit(config, Path(scratch) / str(n), n) for n in pilot)
+    per_epoch = (long - short) / (pilot[1] - pilot[0])
     n_epochs = max(1, round(seconds / per_epoch))
     cost = cost_of_fit(config, run, n_epochs)
-    start = short - per_epoch * PILOT[0]
+    start = short - per_epoch * pilot[0]
     spent = {"epochs": n_epochs, "cpu_seconds": round(cost - start, 1), "commit": commit()}
     (run / "cost.json").write_text(json.dumps(spent))
     where = [f"--trainer.default_root_dir={run}", f"--ckpt_path={run}/checkpoints/best.ckpt"]
