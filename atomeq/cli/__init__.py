@@ -54,7 +54,7 @@ VERBS = {
     "validate": Verb(_TRAINING, "evaluate a checkpoint on the validation set"),
     "test": Verb(_TRAINING, "evaluate a checkpoint on the test set"),
     "predict": Verb(_TRAINING, "write a checkpoint's predictions"),
-    "data": Verb(_DATA, "list, download and convert public data sets"),
+    "data": Verb(_DATA, "look through, download and convert data sets"),
     "is2re": Verb(_DATA, "relax OC20's initial structures and compare with DFT"),
 }
 

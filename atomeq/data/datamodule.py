@@ -73,6 +73,10 @@ class Split:
     file: DataFile | None = None
 
 
+class NothingToTest(DataError):
+    """There is no test set."""
+
+
 class AtomisticDataModule(LightningDataModule):
     """Reads labelled structures, builds their graphs once and serves them in batches.
 
@@ -153,6 +157,17 @@ class AtomisticDataModule(LightningDataModule):
                 raise DataError("nothing to predict: give data.predict, a file of structures")
             self.predict_set = self._dataset(self._read(self.predict_files), "predict")
         self._divided = None
+
+    def structures(self) -> dict[str, list[Atoms]]:
+        """Return the structures of every set by its name, divided as a fit does it."""
+        found = {"train": self._training_part("train"), "val": self._validation_structures()}
+        try:
+            tests = self._test_structures()
+        except NothingToTest:
+            tests = {}
+        self._divided = None
+        named = {**found, **{f"test/{name}": some for name, some in tests.items()}}
+        return {name: some for name, some in named.items() if some}
 
     def use_builder(self, build: Callable[[Atoms], AtomGraph]) -> None:
         """Set what turns structures into graphs; with a trainer it is the task's potential."""
@@ -235,7 +250,7 @@ class AtomisticDataModule(LightningDataModule):
             if held_out:
                 sets["held_out"] = held_out
         if not sets:
-            raise DataError("nothing to test: give data.test, or data.split.test above 0")
+            raise NothingToTest("nothing to test: give data.test, or data.split.test above 0")
         return sets
 
     def _read(self, files: DataFiles) -> list[Atoms]:

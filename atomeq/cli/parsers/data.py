@@ -20,6 +20,7 @@ _DATA = """\
 Fetch public data sets and turn OC20's files into those that one trains on.
 
 commands:
+  stats     what is in a data set: ranges, copies, leaks between its parts, outliers
   list      the data sets, their licences and sources
   download  fetch a data set and check that it is what was published
   convert   rewrite data as lmdb, aselmdb or raw, from any of these
@@ -31,6 +32,18 @@ commands:
 
 _DESCRIPTIONS = {
     "list": "Show the data sets that can be downloaded, their licences and sources.\n",
+    "stats": """\
+Look through labelled structures before the first step: elements, ranges of energies, forces and
+stresses, copies (rotated, reflected, reordered or repeated cells too) within a set and between
+sets, outliers, sums of forces, energies of elements and the shortest distance of each pair. SOURCE
+is a file, a folder whose files are sets, the name of a folder in $ATOMEQ_DATA, or the YAML of a
+data set or an experiment, whose division it looks at.
+
+examples:
+  atomeq data stats acac
+  atomeq data stats train.extxyz test.extxyz --labels energy=REF_energy,forces=REF_forces
+  atomeq data stats configs/experiment/cu_pbe.yaml --json
+""",
     "download": """\
 Fetch a public data set and check that it is what was published; `atomeq data list` names them. A
 download that broke off goes on when the command is given again. The archives of OC20 are unpacked
@@ -89,11 +102,12 @@ examples:
 """
 
 _WORK = {
-    "list": "list_sets",
-    "download": "download_set",
-    "convert": "convert_files",
-    "metadata": "metadata",
-    "nbody": "nbody",
+    "stats": "data_stats:show_statistics",
+    "list": "data:list_sets",
+    "download": "data:download_set",
+    "convert": "data:convert_files",
+    "metadata": "data:metadata",
+    "nbody": "data:nbody",
 }
 
 
@@ -117,7 +131,7 @@ def main(argv: Sequence[str]) -> int:
     command, *words = words
     if command not in _DESCRIPTIONS:
         raise ValueError(f"there is no command {command!r}; there are {', '.join(_DESCRIPTIONS)}")
-    return _data_parser(command).serve(words, f"atomeq.cli.data:{_WORK[command]}")
+    return _data_parser(command).serve(words, f"atomeq.cli.{_WORK[command]}")
 
 
 def _data_parser(command: str) -> Parser:
@@ -135,6 +149,15 @@ def _data_parser(command: str) -> Parser:
         parser.add_argument("--keep-archive", action="store_true", help="keep OC20's tar file too")
         return parser
     if command == "list":
+        return parser
+    if command == "stats":
+        parser.add_argument(
+            "sources", metavar="SOURCE", type=str, nargs="+", help="file, folder, name or YAML"
+        )
+        parser.add_argument(
+            "--labels", type=str, default="", help="what the files call them: energy=KEY,forces=KEY"
+        )
+        parser.add_argument("--json", action="store_true", help="everything, as JSON")
         return parser
     if command == "nbody":
         return _add_nbody_options(parser)
