@@ -4,6 +4,7 @@ import json
 import logging
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,16 @@ from jsonargparse import Namespace
 
 from atomeq.calculators.ase import AtomeqCalculator
 from atomeq.cli.terminal import Meter, say, show_table
-from atomeq.data.ase_files import DATA_VARIABLE, DataError, expand_data_path
+from atomeq.data.ase_files import (
+    DATA_VARIABLE,
+    DataError,
+    LabelKeys,
+    expand_data_path,
+    read_structures,
+)
 from atomeq.data.download import DATA_SETS, download
 from atomeq.data.molecule_download import MOLECULE_SETS, download_molecules
+from atomeq.data.molecule_files import reader_of
 from atomeq.data.oc20 import open_frames
 from atomeq.data.oc20_download import ARCHIVES, Archive, fetch, unpack
 from atomeq.data.oc20_frame import EnergyKind
@@ -116,8 +124,40 @@ def _fetch_archive(archive: Archive, target: Path, *, keep: bool) -> None:
         file.unlink()
 
 
+def label_keys(text: str) -> LabelKeys:
+    """Return what files call their labels, from ``energy=KEY,forces=KEY``.
+
+    Raises:
+        ValueError: There is no such label, or no key.
+    """
+    allowed = ["energy", "forces", "stress", "scalar", "weight"]
+    given: dict[str, str] = {}
+    for word in filter(None, text.split(",")):
+        name, _, given[name] = word.partition("=")
+    wrong = [name for name, key in given.items() if name not in allowed or not key]
+    if wrong:
+        raise ValueError(
+            f"labels are given as energy=KEY,forces=KEY; {wrong[0]!r} is none of {allowed}"
+        )
+    return replace(LabelKeys(), **given)
+
+
+def _convert_to_hdf5(options: Namespace) -> int:
+    from atomeq.data.hdf5_files import write_hdf5  # brings h5py
+
+    refuse_existing(options.target, overwrite=options.overwrite)
+    source = expand_data_path(options.source)
+    labels = label_keys(options.labels)
+    structures = read_structures(source, labels=labels, reader=reader_of(source))
+    n_structures = write_hdf5(options.target, structures)
+    say(f"{n_structures} structures in {options.target}")
+    return 0
+
+
 def convert_files(options: Namespace) -> int:
     """Rewrite data in another format."""
+    if options.format == "hdf5":
+        return _convert_to_hdf5(options)
     meter: Meter | None = None
 
     def report(done: int, total: int) -> None:

@@ -10,6 +10,7 @@ import yaml
 from ase import Atoms
 from jsonargparse import Namespace
 
+from atomeq.cli.data import label_keys
 from atomeq.cli.terminal import say, show_table
 from atomeq.data.ase_files import (
     DATA_VARIABLE,
@@ -20,12 +21,13 @@ from atomeq.data.ase_files import (
     read_structures,
 )
 from atomeq.data.datamodule import AtomisticDataModule, Split
-from atomeq.data.molecule_files import reader_of
+from atomeq.data.hdf5_files import StoredStructures
+from atomeq.data.molecule_files import HDF5_SUFFIXES, reader_of
 from atomeq.graph.atom_graph import AtomGraph
 from atomeq.graph.builders import RadiusGraph
 from atomeq.training.statistics import RADIUS, data_statistics
 
-_SUFFIXES = (".extxyz", ".xyz", ".traj", *DATABASE_SUFFIXES)
+_SUFFIXES = (".extxyz", ".xyz", ".traj", *DATABASE_SUFFIXES, *HDF5_SUFFIXES)
 _COMPRESSED = (".gz", ".bz2", ".xz")
 _SHOWN = 10
 _COLUMNS = (
@@ -38,7 +40,7 @@ _DATA_CLASS = "atomeq.data.datamodule.AtomisticDataModule"
 
 def show_statistics(options: Namespace) -> int:
     """Show what is in data sets."""
-    labels = _label_keys(options.labels)
+    labels = label_keys(options.labels)
     sets: dict[str, Iterator[tuple[str, AtomGraph]]] = {}
     for source in options.sources:
         for name, structures in _sets_of(source, labels).items():
@@ -49,19 +51,6 @@ def show_statistics(options: Namespace) -> int:
         return 0
     _show(found)
     return 0
-
-
-def _label_keys(text: str) -> LabelKeys:
-    allowed = ["energy", "forces", "stress"]
-    given: dict[str, str] = {}
-    for word in filter(None, text.split(",")):
-        name, _, given[name] = word.partition("=")
-    wrong = [name for name, key in given.items() if name not in allowed or not key]
-    if wrong:
-        raise ValueError(
-            f"labels are given as energy=KEY,forces=KEY; {wrong[0]!r} is none of {allowed}"
-        )
-    return LabelKeys(**given)
 
 
 def _sets_of(source: str, labels: LabelKeys) -> dict[str, Iterator[tuple[str, AtomGraph]]]:
@@ -75,7 +64,7 @@ def _sets_of(source: str, labels: LabelKeys) -> dict[str, Iterator[tuple[str, At
         )
     if path.suffix in (".yaml", ".yml"):
         divided = _data_module(path).structures()
-        return {name: _graphs(name, iter(some)) for name, some in divided.items()}
+        return {name: _divided(some) for name, some in divided.items()}
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     readable = [file for file in files if path.is_file() or _plain_suffix(file) in _SUFFIXES]
     if not readable:
@@ -123,6 +112,13 @@ def _graphs(name: str, structures: Iterator[Atoms]) -> Iterator[tuple[str, AtomG
     build = RadiusGraph(RADIUS)
     for frame, atoms in enumerate(structures):
         yield f"{name}, frame {frame}", build(atoms)
+
+
+def _divided(structures: list[Atoms] | StoredStructures) -> Iterator[tuple[str, AtomGraph]]:
+    build = RadiusGraph(RADIUS)
+    for k, one in enumerate(structures):
+        stored = isinstance(structures, StoredStructures)
+        yield structures.place(k) if stored else one.info["place"], build(one)
 
 
 def _show(found: dict[str, Any]) -> None:

@@ -26,7 +26,10 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from ase.data import atomic_numbers
 from ase.io.formats import UnknownFileTypeError
 
+from atomeq.files import write_atomically
+from atomeq.graph.atom_graph import AtomGraph
 from atomeq.graph.convert import StructureError, validate_structure
+from atomeq.graph.to_structures import to_ase
 
 DATA_VARIABLE = "ATOMEQ_DATA"
 DATABASE_SUFFIXES = (".db", ".aselmdb")
@@ -159,6 +162,12 @@ def read_isolated_atoms(path: str | os.PathLike[str]) -> dict[int, float]:
             raise DataError(f"{path}, frame {frame}: {atoms.symbols[0]} occurs twice")
         energies[number] = float(atoms.calc.results["energy"])
     return energies
+
+
+def write_graph(path: str | os.PathLike[str], graph: AtomGraph) -> None:
+    """Write the structures of a graph with their labels as extended XYZ."""
+    with write_atomically(Path(path)) as partial:
+        ase.io.write(partial, to_ase(graph), format="extxyz")
 
 
 def atomic_number(symbol: str) -> int:

@@ -24,11 +24,15 @@ class GraphDataset(Dataset[AtomGraph]):
     Args:
         graphs: Single-structure graphs with the same fields.
         name: What errors call this set.
+        places: Where each structure came from.
     """
 
-    def __init__(self, graphs: Sequence[AtomGraph], *, name: str = "data") -> None:
+    def __init__(
+        self, graphs: Sequence[AtomGraph], *, name: str = "data", places: Sequence[str] = ()
+    ) -> None:
         self.graphs = list(graphs)
         self.name = name
+        self._places = list(places)
 
     @property
     def n_atoms(self) -> Sequence[int] | NDArray[np.int64]:
@@ -61,8 +65,18 @@ class GraphDataset(Dataset[AtomGraph]):
         return self.graphs[index]
 
     def __getitems__(self, indices: list[int]) -> AtomGraph:
-        """Return the batch of some structures; PyTorch's fetcher calls this with a whole batch."""
+        """Return the batch of some structures; PyTorch's fetcher calls this with a whole batch.
+
+        Its ``dataset_index`` (n_graphs,) says which they are.
+        """
+        return self._batch(indices).replace(dataset_index=torch.tensor(indices))
+
+    def _batch(self, indices: Sequence[int]) -> AtomGraph:
         return AtomGraph.concatenate([self.graphs[i] for i in indices])
+
+    def place(self, index: int) -> str:
+        """Return where a structure came from: file and frame, if they are known."""
+        return self._places[index] if self._places else f"structure {index} of {self.name}"
 
 
 class BudgetBatchSampler(Sampler[list[int]]):

@@ -7,7 +7,7 @@ configuration and nowhere else.
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
@@ -21,8 +21,10 @@ from lightning.pytorch import LightningDataModule
 
 from atomeq.data.ase_files import DataError, LabelKeys, read_structures, resolve_data_path
 from atomeq.data.batching import LABELS, BudgetBatchSampler, GraphDataset, ResumableLoader
+from atomeq.data.hdf5_files import HDF5_SUFFIXES, StoredDataset, StoredStructures
 from atomeq.data.molecule_files import reader_of
 from atomeq.graph.atom_graph import AtomGraph
+from atomeq.graph.builders import GraphBuilder
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +56,8 @@ else:
 
 DataFiles: TypeAlias = DataFile | list[DataFile]
 
+_Structures: TypeAlias = list[Atoms] | StoredStructures
+
 
 @dataclass(frozen=True)
 class Split:
@@ -81,7 +85,8 @@ class AtomisticDataModule(LightningDataModule):
     """Reads labelled structures, builds their graphs once and serves them in batches.
 
     Args:
-        train: File or files to train on.
+        train: File or files to train on. Those in HDF5 (``.h5``) stay on disk, and the graphs of a
+            batch are built when it is wanted; any others are read and built once, into memory.
         val: File or files to validate on; else ``split`` says which part of ``train`` is.
         test: Test sets by name; each gets its own line in the results.
         predict: File or files to predict.
@@ -135,7 +140,7 @@ class AtomisticDataModule(LightningDataModule):
         self.test_sets: dict[str, GraphDataset] = {}
         self.predict_set: GraphDataset | None = None
         self._build: Callable[[Atoms], AtomGraph] | None = None
-        self._divided: dict[str, list[Atoms]] | None = None
+        self._divided: dict[str, _Structures] | None = None
 
     def setup(self, stage: str) -> None:
         """Read the files a stage needs and build their graphs, once."""
@@ -158,8 +163,11 @@ class AtomisticDataModule(LightningDataModule):
             self.predict_set = self._dataset(self._read(self.predict_files), "predict")
         self._divided = None
 
-    def structures(self) -> dict[str, list[Atoms]]:
-        """Return the structures of every set by its name, divided as a fit does it."""
+    def structures(self) -> dict[str, _Structures]:
+        """Return the structures of every set by its name, divided as a fit does it.
+
+        They know where they came from: ``atoms.info["place"]`` or, of HDF5 files, ``place(k)``.
+        """
         found = {"train": self._training_part("train"), "val": self._validation_structures()}
         try:
             tests = self._test_structures()
@@ -224,7 +232,7 @@ class AtomisticDataModule(LightningDataModule):
             n_ranks=trainer.world_size if trainer is not None else 1,
         )
 
-    def _training_part(self, part: str) -> list[Atoms]:
+    def _training_part(self, part: str) -> _Structures:
         """Return the train, val or test part of the training files."""
         if self._divided is None:
             if self.train_files is None:
@@ -233,17 +241,15 @@ class AtomisticDataModule(LightningDataModule):
                 )
             structures = self._read(self.train_files)
             indices = split_indices(len(structures), self.split)
-            self._divided = {
-                key: [structures[i] for i in chosen] for key, chosen in indices.items()
-            }
+            self._divided = {key: _some(structures, chosen) for key, chosen in indices.items()}
         return self._divided[part]
 
-    def _validation_structures(self) -> list[Atoms]:
+    def _validation_structures(self) -> _Structures:
         if self.val_files is not None:
             return self._read(self.val_files)
         return self._training_part("val")
 
-    def _test_structures(self) -> dict[str, list[Atoms]]:
+    def _test_structures(self) -> dict[str, _Structures]:
         sets = {name: self._read(files) for name, files in self.test_files.items()}
         if self.split.test > 0 or self.split.file is not None:
             held_out = self._training_part("test")
@@ -253,14 +259,18 @@ class AtomisticDataModule(LightningDataModule):
             raise NothingToTest("nothing to test: give data.test, or data.split.test above 0")
         return sets
 
-    def _read(self, files: DataFiles) -> list[Atoms]:
+    def _read(self, files: DataFiles) -> _Structures:
         paths = files if isinstance(files, list) else [files]
-        labels = self.label_keys()
-        return [
-            atoms
-            for path in paths
-            for atoms in read_structures(path, labels=labels, reader=reader_of(Path(path)))
-        ]
+        stored = [Path(path).suffix in HDF5_SUFFIXES for path in paths]
+        if all(stored):
+            return StoredStructures([resolve_data_path(path) for path in paths])
+        labels, found = self.label_keys(), []
+        for path in paths:
+            structures = read_structures(path, labels=labels, reader=reader_of(Path(path)))
+            for frame, atoms in enumerate(structures):
+                atoms.info["place"] = f"{path}, frame {frame}"
+                found.append(atoms)
+        return found
 
     def label_keys(self) -> LabelKeys:
         """Return what files call their labels, the target of the task included."""
@@ -271,7 +281,9 @@ class AtomisticDataModule(LightningDataModule):
             return self.labels
         return replace(self.labels, scalar=target.name)
 
-    def _dataset(self, structures: Sequence[Atoms], name: str) -> GraphDataset:
+    def _dataset(self, structures: _Structures, name: str) -> GraphDataset:
+        if isinstance(structures, StoredStructures):
+            return StoredDataset(structures, self._graph_builder(), name=name)
         build = self._build
         if build is None:
             if self.trainer is None:
@@ -291,7 +303,20 @@ class AtomisticDataModule(LightningDataModule):
                 "the cutoff; raise the model's cutoff, or look whether the positions are in Å"
             )
         logger.info("%s: %d structures, %d edges", name, len(graphs), n_edges)
-        return GraphDataset(graphs, name=name)
+        return GraphDataset(graphs, name=name, places=[a.info["place"] for a in structures])
+
+    def _graph_builder(self) -> GraphBuilder:
+        if self.trainer is None:
+            raise DataError("no model to build graphs for: attach a trainer")
+        # The builder alone, not the task's method: a worker need not be sent the network.
+        model = self.trainer.lightning_module.potential.model  # pyright: ignore
+        return cast(GraphBuilder, model.graph_builder())  # pyright: ignore
+
+
+def _some(structures: _Structures, chosen: list[int]) -> _Structures:
+    if isinstance(structures, StoredStructures):
+        return structures.subset(chosen)
+    return [structures[k] for k in chosen]
 
 
 def split_indices(n_structures: int, split: Split) -> dict[str, list[int]]:

@@ -7,7 +7,6 @@ import bisect
 import logging
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from typing import cast
 
 import numpy as np
 import torch
@@ -65,14 +64,19 @@ class FrameDataset(GraphDataset):
     def __getitem__(self, index: int) -> AtomGraph:
         return self.__getitems__([index])
 
-    def __getitems__(self, indices: list[int]) -> AtomGraph:
+    def place(self, index: int) -> str:
+        """Return frame, system and step of a trajectory."""
+        frame = self.frames[index]
+        return f"frame {index} of {self.name} (sid {frame.sid}, fid {frame.fid})"
+
+    def _batch(self, indices: Sequence[int]) -> AtomGraph:
         """Return the batch of some frames, with edges."""
         frames = [self.frames[index] for index in indices]
         graph = graph_of_frames(frames, energy=self.energy, labels=self.labels)
         try:
             return self.builder(graph)
         except ValueError as error:
-            raise DataError(f"{self.name}, frames {indices}: {error}") from error
+            raise DataError(f"{self.name}, frames {list(indices)}: {error}") from error
 
     @cached_property
     def labels(self) -> set[str]:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -276,13 +280,6 @@ class OC20DataModule(AtomisticDataModule):
             n_atoms=np.concatenate(n_atoms) if len(n_atoms) == len(parts) else None,
             elements=sorted(set().union(*elements)) if len(elements) == len(parts) else None,
         )
-
-    def _graph_builder(self) -> GraphBuilder:
-        if self.trainer is None:
-            raise DataError("no model to build graphs for: attach a trainer")
-        # The builder alone, not the task's method: a worker need not be sent the network.
-        model = self.trainer.lightning_module.potential.model  # pyright: ignore
-        return cast(GraphBuilder, model.graph_builder())  # pyright: ignore
 
 
 def _metadata(path: DataFile, frames: Frames) -> tuple[NDArray[np.int64] | None, list[int] | None]:

@@ -31,9 +31,9 @@ MIN_VOLUME = 1e-6
 
 Level = Literal["atom", "edge", "graph", "hyperedge", "incidence"]
 
-# What a graph without the field holds for it once it stands in a batch with graphs that have it.
-# A label that nobody computed is NaN, so that it cannot pass for a number.
-_UNKNOWN: dict[str, float | bool] = {
+#: What a graph without the field holds for it once it stands in a batch with graphs that have it.
+#: A label that nobody computed is NaN, so that it cannot pass for a number.
+UNKNOWN: dict[str, float | bool] = {
     "tags": 0,
     "fixed": False,
     "velocities": 0.0,
@@ -43,31 +43,21 @@ _UNKNOWN: dict[str, float | bool] = {
     "stress": float("nan"),
     "scalar": float("nan"),
     "weight": 1.0,
+    "charge": 0,
+    "multiplicity": 0,
     "num_hyperedges": 0,
 }
 # In float32 the total of a large structure loses its meV.
 _ALWAYS_DOUBLE = ("energy", "scalar")
+_FIELDS: dict[Level, str] = {
+    "atom": "pos atomic_numbers batch tags fixed velocities masses forces",
+    "graph": "cell pbc natoms energy stress scalar weight charge multiplicity num_hyperedges",
+    "edge": "edge_index cell_offsets",
+    "incidence": "hyperedge_index",
+    "hyperedge": "hyperedge_type",
+}
 _LEVELS: dict[str, Level] = {
-    "pos": "atom",
-    "atomic_numbers": "atom",
-    "batch": "atom",
-    "tags": "atom",
-    "fixed": "atom",
-    "velocities": "atom",
-    "masses": "atom",
-    "forces": "atom",
-    "cell": "graph",
-    "pbc": "graph",
-    "natoms": "graph",
-    "energy": "graph",
-    "stress": "graph",
-    "scalar": "graph",
-    "weight": "graph",
-    "num_hyperedges": "graph",
-    "edge_index": "edge",
-    "cell_offsets": "edge",
-    "hyperedge_index": "incidence",
-    "hyperedge_type": "hyperedge",
+    name: level for level, names in _FIELDS.items() for name in names.split()
 }
 
 
@@ -92,7 +82,8 @@ class AtomGraph:
         kwargs: ``tags`` (n_atoms,), ``fixed`` (n_atoms,) bool, ``velocities`` (n_atoms, 3) Å/fs,
             ``masses`` (n_atoms,) amu, labels ``energy`` (n_graphs,) eV, ``forces`` (n_atoms, 3)
             eV/Å, ``stress`` (n_graphs, 3, 3) eV/Å³, ``scalar`` (n_graphs,) in the unit of the
-            property that is learned, ``weight`` (n_graphs,), ``hyperedge_index``
+            property that is learned, ``weight`` (n_graphs,), ``charge`` (n_graphs,) e and
+            ``multiplicity`` (n_graphs,), 0 where nobody said, ``hyperedge_index``
             (2, n_incidences) with ``num_hyperedges`` (n_graphs,) and ``hyperedge_type``
             (n_hyperedges,), and any other tensor: it belongs to the edges if its name starts with
             ``edge_``, else to the atoms or structures by its length.
@@ -322,7 +313,7 @@ class AtomGraph:
         Args:
             systems: Their numbers, (n_taken,).
         """
-        levels = {name: self._level(name, value) for name, value in self.__dict__.items()}
+        levels = {name: self.level(name) for name, value in self.__dict__.items()}
         if not set(levels.values()) <= {"atom", "graph"}:
             return AtomGraph.concatenate(self._select(systems.tolist()))
         rows = atom_rows(self.natoms, systems)
@@ -341,7 +332,7 @@ class AtomGraph:
         first_atom = _starts(self.natoms)
         pieces: dict[str, tuple[Tensor, list[int]]] = {}
         for name, value in self.__dict__.items():
-            level = self._level(name, value)
+            level = self.level(name)
             if level == "graph":
                 pieces[name] = value, list(range(self.n_graphs + 1))
             elif level == "atom":
@@ -371,9 +362,11 @@ class AtomGraph:
             value = value.index_select(_joined_along(name), owner.argsort(stable=True))
         return value, _starts(torch.bincount(owner, minlength=self.n_graphs))
 
-    def _level(self, name: str, value: Any) -> Level:
+    def level(self, name: str) -> Level:
+        """Return what each row of a field belongs to; ValueError where nothing tells."""
         if name in _LEVELS:
             return _LEVELS[name]
+        value = self[name]
         if isinstance(value, Tensor) and value.dim() > 0:
             if name.startswith("edge_") and value.shape[0] == self.n_edges:
                 return "edge"
@@ -471,13 +464,13 @@ def _field(graph: AtomGraph, name: str, graphs: Sequence[AtomGraph]) -> Tensor:
         return like.new_zeros(2, 0)
     if name == "hyperedge_type":
         return like.new_zeros(0)
-    if name not in _UNKNOWN:
+    if name not in UNKNOWN:
         raise ValueError(
             f"graph {graphs.index(graph)} has no {name!r} but others have; give it to all graphs, "
             f"or drop it with graph.replace({name}=None)"
         )
     n_rows = graph.n_atoms if _LEVELS[name] == "atom" else graph.n_graphs
-    return like.new_full((n_rows, *like.shape[1:]), _UNKNOWN[name])
+    return like.new_full((n_rows, *like.shape[1:]), UNKNOWN[name])
 
 
 def _increments(graphs: Sequence[AtomGraph], name: str, sizes: list[int]) -> Tensor:

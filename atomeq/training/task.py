@@ -4,7 +4,8 @@ import copy
 import logging
 import random
 from collections.abc import Iterable
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 import torch
@@ -38,6 +39,7 @@ from atomeq.training.normalisation import (
     fit_shift,
     take_weights,
 )
+from atomeq.training.not_finite import not_finite_loss
 from atomeq.training.parameters import Decay, parameter_groups
 from atomeq.training.schedules import RunSchedule
 from atomeq.typing import Precision, PropertyKey
@@ -166,6 +168,8 @@ class AtomisticTask(LightningModule):
         """Return the loss of a batch."""
         prediction = self.potential(batch, self.loss.properties, create_graph=True)
         terms = self.loss(prediction, batch)
+        if not bool(torch.isfinite(terms["loss"])):  # here, before the weights are lost as well
+            self._stop_at(batch)
         self.log_dict(
             {f"train/{name}": term.detach() for name, term in terms.items()},
             on_step=False,
@@ -173,6 +177,18 @@ class AtomisticTask(LightningModule):
             batch_size=batch.n_graphs,
         )
         return terms["loss"]
+
+    def _stop_at(self, batch: AtomGraph) -> NoReturn:
+        """Raise what is known of a loss that is NaN or infinite, with its structures written."""
+        trainer: Any = self.trainer
+        raise not_finite_loss(
+            self.potential,
+            self.loss,
+            batch,
+            step=trainer.global_step,
+            place=trainer.datamodule.train_set.place,
+            path=Path(trainer.default_root_dir) / f"not_finite_{trainer.global_rank}.extxyz",
+        )
 
     def validation_step(self, batch: AtomGraph, batch_idx: int) -> None:
         """Add a batch to the validation errors."""

@@ -57,8 +57,12 @@ examples:
 Rewrite OC20 data in another format, with metadata.npz. The source may be raw S2EF (*.extxyz[.xz]
 with *.txt[.xz]), an LMDB of pickled records, which are read without executing them, or an ASE-LMDB.
 
-example:
+With --format hdf5 the source is any file of structures, and TARGET.h5 one file from which training
+reads what it wants, whether it fits into memory or not.
+
+examples:
   atomeq data convert data/oc20/oc20-s2ef-200k data/oc20/s2ef_200k --format lmdb
+  atomeq data convert train.extxyz.gz train.h5 --format hdf5 --labels energy=REF_energy
 """,
     "metadata": """\
 Read a folder of OC20 data once and write metadata.npz into it: the number of atoms of each frame
@@ -154,9 +158,7 @@ def _data_parser(command: str) -> Parser:
         parser.add_argument(
             "sources", metavar="SOURCE", type=str, nargs="+", help="file, folder, name or YAML"
         )
-        parser.add_argument(
-            "--labels", type=str, default="", help="what the files call them: energy=KEY,forces=KEY"
-        )
+        _add_labels(parser)
         parser.add_argument("--json", action="store_true", help="everything, as JSON")
         return parser
     if command == "nbody":
@@ -166,12 +168,12 @@ def _data_parser(command: str) -> Parser:
     if command == "metadata":
         parser.add_overwrite()
     if command == "convert":
-        parser.add_argument("target", metavar="TARGET", type=str, help="new folder")
+        parser.add_argument("target", metavar="TARGET", type=str, help="new folder or .h5")
         parser.add_argument(
             "--format",
-            type=Literal["lmdb", "aselmdb", "raw"],
+            type=Literal["lmdb", "aselmdb", "raw", "hdf5"],
             default="lmdb",
-            help="lmdb, aselmdb, raw",
+            help="lmdb, aselmdb, raw, hdf5",
         )
         parser.add_argument(
             "--energy",
@@ -182,7 +184,14 @@ def _data_parser(command: str) -> Parser:
         parser.add_argument(
             "--frames-per-file", type=PositiveInt, default=50_000, help="frames in one shard"
         )
+        _add_labels(parser)
+        parser.add_overwrite()
     return parser
+
+
+def _add_labels(parser: Parser) -> None:
+    text = "what the files call them: energy=KEY,forces=KEY,stress=KEY,scalar=KEY"
+    parser.add_argument("--labels", type=str, default="", help=text)
 
 
 def _add_nbody_options(parser: Parser) -> Parser:

@@ -1,0 +1,288 @@
+"""Structures in one HDF5 file, for sets larger than memory: whichever are wanted are read.
+
+Fields of atoms and of structures stand in one data set each, one structure after another, under the
+names of :class:`~atomeq.graph.atom_graph.AtomGraph` and in its units: ``pos`` (n_atoms, 3) Å,
+``atomic_numbers``, ``cell`` (n_structures, 3, 3) Å, ``pbc``, ``natoms``, labels ``energy`` eV,
+``forces`` eV/Å, ``stress`` eV/Å³ in ASE's sign, ``scalar``, ``weight``, and whatever else the
+structures had. NaN marks a label that is not known.
+"""
+
+import itertools
+import os
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import h5py
+import numpy as np
+import torch
+from ase import Atoms
+from numpy.typing import ArrayLike, NDArray
+
+from atomeq.data.ase_files import DataError
+from atomeq.data.batching import LABELS, GraphDataset
+from atomeq.data.molecule_files import HDF5_SUFFIXES
+from atomeq.files import write_atomically
+from atomeq.graph.atom_graph import UNKNOWN, AtomGraph
+from atomeq.graph.builders import GraphBuilder
+from atomeq.graph.convert import from_ase
+from atomeq.graph.to_structures import to_ase
+
+_File: TypeAlias = Any  # h5py's own types tell groups from data sets at run time alone
+_FORMAT = "atomeq structures"
+_AT_ONCE = 1000  # structures written together
+_CHUNK = 1024  # rows that are compressed together, and read together
+# Structures that references and scales are fitted to, evenly spread.
+_N_SAMPLED = 1000
+
+
+def write_hdf5(
+    path: str | os.PathLike[str],
+    structures: Iterator[Atoms],
+    *,
+    report: Callable[[int], None] | None = None,
+) -> int:
+    """Write structures with their labels into one file.
+
+    Args:
+        path: ``.h5`` or ``.hdf5``.
+        structures: As :func:`~atomeq.data.ase_files.read_structures` yields them.
+        report: Called with the number of structures done.
+
+    Returns:
+        How many there are.
+
+    Raises:
+        DataError: The suffix is another, or there are no structures.
+    """
+    if Path(path).suffix not in HDF5_SUFFIXES:
+        raise DataError(f"cannot write {path}: give it a suffix of {', '.join(HDF5_SUFFIXES)}")
+    n_done = 0
+    with write_atomically(Path(path)) as partial, h5py.File(partial, "w") as file:
+        file.attrs.update({"format": _FORMAT, "version": 1})
+        while some := list(itertools.islice(structures, _AT_ONCE)):
+            graph = AtomGraph.concatenate([_labelled(atoms) for atoms in some])
+            _append(file, graph.replace(batch=None), n_done)
+            n_done += len(some)
+            if report is not None:
+                report(n_done)
+        if not n_done:
+            raise DataError(f"there are no structures to write into {path}")
+    return n_done
+
+
+def _labelled(atoms: Atoms) -> AtomGraph:
+    scalar = atoms.info.get("scalar")
+    graph = from_ase(atoms)
+    if scalar is None:
+        return graph
+    return graph.replace(scalar=torch.tensor([scalar], dtype=torch.float64))
+
+
+def _append(file: _File, graph: AtomGraph, n_before: int) -> None:
+    """Add structures; a field that only some have holds for the others what says that it lacks."""
+    n_atoms_before = file["pos"].shape[0] if "pos" in file else 0
+    for name in dict.fromkeys([*graph.keys(), *file]):
+        n_rows = graph.n_atoms if _of_atoms(name, graph, file) else graph.n_graphs
+        start = n_atoms_before if n_rows == graph.n_atoms else n_before
+        if name not in file:
+            values = graph[name].numpy()
+            file.create_dataset(
+                name,
+                shape=(start, *values.shape[1:]),
+                maxshape=(None, *values.shape[1:]),
+                dtype=values.dtype,
+                chunks=(_CHUNK, *values.shape[1:]),
+                fillvalue=UNKNOWN.get(name),
+                compression="gzip",
+                shuffle=True,
+            )
+            file[name].attrs["of"] = "atoms" if n_rows == graph.n_atoms else "structures"
+        data: Any = file[name]
+        data.resize(start + n_rows, axis=0)
+        if name in graph:
+            data[start:] = graph[name].numpy()
+
+
+def _of_atoms(name: str, graph: AtomGraph, file: _File) -> bool:
+    if name in file:
+        return file[name].attrs["of"] == "atoms"
+    return graph.level(name) == "atom"
+
+
+class StoredStructures(Sequence[AtomGraph]):
+    """Structures of HDF5 files, one after another, or some of them; each is read when asked for.
+
+    Every process opens the files for itself: a handle must not pass a fork.
+
+    Args:
+        paths: The files.
+        chosen: Numbers of the structures that count, all by default.
+
+    Raises:
+        DataError: A file is missing or is not of this format.
+    """
+
+    def __init__(
+        self, paths: Sequence[str | os.PathLike[str]], chosen: ArrayLike | None = None
+    ) -> None:
+        self.paths = [Path(path) for path in paths]
+        self._handles: tuple[int, list[_File]] = (-1, [])
+        sizes = [np.asarray(file["natoms"]) for file in self._files()]
+        self._first = [np.concatenate(([0], np.cumsum(some))) for some in sizes]
+        self._ends = np.cumsum([len(some) for some in sizes])
+        self._sizes = np.concatenate(sizes).astype(np.int64)
+        self._chosen = np.arange(len(self._sizes)) if chosen is None else np.asarray(chosen)
+
+    def subset(self, chosen: ArrayLike) -> "StoredStructures":
+        """Return some of these, by their numbers here."""
+        return StoredStructures(self.paths, self._chosen[np.asarray(chosen, dtype=np.int64)])
+
+    @property
+    def n_atoms(self) -> NDArray[np.int64]:
+        """Atoms of each structure."""
+        return self._sizes[self._chosen]
+
+    @cached_property
+    def elements(self) -> list[int]:
+        """The atomic numbers that occur in the files, ascending."""
+        found = [np.unique(file["atomic_numbers"]) for file in self._files()]
+        return np.unique(np.concatenate(found)).tolist()
+
+    @cached_property
+    def labels(self) -> set[str]:
+        """The labels that at least one structure of the files has."""
+        return {name for name in LABELS if any(_known(file, name) for file in self._files())}
+
+    def place(self, index: int) -> str:
+        """Return where a structure stands: file and frame."""
+        part, frame = self._locate(index)
+        return f"{self.paths[part]}, frame {frame}"
+
+    def __len__(self) -> int:
+        return len(self._chosen)
+
+    def __getitem__(self, index: Any) -> Any:
+        """Return a structure without edges; the labels of the files are all there, perhaps NaN."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"structure {index} of {len(self)}")
+        part, frame = self._locate(index)
+        atoms = slice(self._first[part][frame], self._first[part][frame + 1])
+        fields: dict[str, torch.Tensor] = {}
+        for name, data in self._files()[part].items():
+            rows = atoms if data.attrs["of"] == "atoms" else slice(frame, frame + 1)
+            fields[name] = torch.from_numpy(np.asarray(data[rows]))
+        return AtomGraph(**fields)
+
+    def _locate(self, index: int) -> tuple[int, int]:
+        number = int(self._chosen[index])
+        part = int(np.searchsorted(self._ends, number, side="right"))
+        return part, number - (int(self._ends[part - 1]) if part else 0)
+
+    def _files(self) -> list[_File]:
+        if self._handles[0] != os.getpid():
+            self._handles = os.getpid(), [_open(path) for path in self.paths]
+        return self._handles[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_handles": (-1, [])}
+
+
+class StoredDataset(GraphDataset):
+    """Structures of HDF5 files as graphs; the edges of a batch are built when it is asked for.
+
+    Args:
+        structures: Which.
+        builder: Makes the edges.
+        name: What errors call this set.
+    """
+
+    def __init__(
+        self, structures: StoredStructures, builder: GraphBuilder, *, name: str = "data"
+    ) -> None:
+        self.structures = structures
+        self.builder = builder
+        self.name = name
+
+    def __len__(self) -> int:
+        return len(self.structures)
+
+    def __getitem__(self, index: int) -> AtomGraph:
+        return self.__getitems__([index])
+
+    def _batch(self, indices: Sequence[int]) -> AtomGraph:
+        graph = AtomGraph.concatenate([self.structures[index] for index in indices])
+        if "weight" not in graph:
+            graph = graph.replace(weight=torch.ones(graph.n_graphs, dtype=torch.float64))
+        try:
+            return self.builder(graph)
+        except ValueError as error:
+            places = ", ".join(map(self.place, indices))
+            raise DataError(f"{places}: {error}") from error
+
+    def place(self, index: int) -> str:
+        """Return file and frame of a structure."""
+        return self.structures.place(index)
+
+    @property
+    def labels(self) -> set[str]:
+        """The labels that at least one of the structures has."""
+        return self.structures.labels
+
+    @property
+    def n_atoms(self) -> NDArray[np.int64]:
+        """Atoms of each structure."""
+        return self.structures.n_atoms
+
+    @property
+    def n_edges(self) -> NDArray[np.int64]:
+        """Not known before the graphs are built.
+
+        Raises:
+            DataError: Always.
+        """
+        raise DataError(
+            f"{self.name}: the edges of structures in HDF5 are not known before a batch is built; "
+            "bound batches with data.max_atoms instead of data.max_edges"
+        )
+
+    @property
+    def elements(self) -> list[int]:
+        """The atomic numbers that occur."""
+        return self.structures.elements
+
+    def sample(self) -> Sequence[AtomGraph]:
+        """Return up to 1,000 structures, evenly spread, with their edges."""
+        chosen = np.unique(np.linspace(0, len(self) - 1, _N_SAMPLED).round().astype(int))
+        return [self._batch([int(k)]) for k in chosen]
+
+
+def read_hdf5(path: Path) -> Iterator[Atoms]:
+    """Yield the structures of a file with their labels, as ASE's Atoms."""
+    for graph in StoredStructures([path]):
+        (atoms,) = to_ase(graph)
+        if "scalar" in graph and bool(torch.isfinite(graph["scalar"]).all()):
+            atoms.info["scalar"] = float(graph["scalar"][0])
+        yield atoms
+
+
+def _open(path: Path) -> _File:
+    try:
+        file = h5py.File(path, "r")
+    except OSError as error:
+        raise DataError(f"{path} is no HDF5 file, or is cut short ({error})") from error
+    if file.attrs.get("format") != _FORMAT:
+        raise DataError(
+            f"{path} is HDF5 of another layout; `atomeq data convert SOURCE {path.name} --format "
+            "hdf5` writes ours from any structures that ASE reads"
+        )
+    return file
+
+
+def _known(file: _File, name: str) -> bool:
+    if name not in file:
+        return False
+    data: Any = file[name]
+    starts = range(0, data.shape[0], 100 * _CHUNK)
+    return any(np.isfinite(data[start : start + 100 * _CHUNK]).any() for start in starts)
