@@ -42,5 +42,14 @@ Scalars: TypeAlias = Float[Tensor, " n_graphs"]  # a property that is no energy,
 Precision: TypeAlias = Literal["highest", "high", "medium"]
 
 PropertyKey: TypeAlias = Literal[
-    "energy", "energies", "forces", "gradient_forces", "stress", "scalar"
+    "energy",
+    "energies",
+    "forces",
+    "gradient_forces",
+    "stress",
+    "scalar",
+    "features",
+    "energy_uncertainty",
+    "forces_uncertainty",
+    "extrapolation",
 ]

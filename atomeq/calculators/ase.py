@@ -37,6 +37,7 @@ from atomeq.potential.committee import Committee, frozen
 from atomeq.potential.folders import WEIGHTS_FILE, find_potential
 from atomeq.potential.potential import Potential
 from atomeq.potential.terms import EnergyTerm
+from atomeq.potential.uncertainty import UNCERTAINTIES
 from atomeq.potential.untrusted import refuse_meta_device
 from atomeq.typing import Precision, PropertyKey
 
@@ -53,6 +54,11 @@ _NOT_GIVEN = {
         "a potential gives no stresses of atoms: an energy that depends on many atoms at once can "
         "be divided between them in many ways, all with the same sum; take 'stress', the sum"
     ),
+    **dict.fromkeys(
+        UNCERTAINTIES,
+        "only a potential alone that was calibrated gives an uncertainty: `atomeq calibrate` does; "
+        "of a committee ask for energy_std and forces_std",
+    ),
 }
 
 
@@ -61,6 +67,9 @@ class AtomeqCalculator(Calculator):
 
     Given several potentials it is their committee: every result is their mean, and ``energy_std``,
     ``energies_std``, ``forces_std`` and ``stress_std`` are their standard deviation (of n - 1).
+    A potential that was calibrated (`atomeq calibrate`) gives ``energy_uncertainty``, eV,
+    ``forces_uncertainty`` (n_atoms,), eV/Å, and ``extrapolation`` (n_atoms,); see
+    :class:`~atomeq.potential.uncertainty.LastLayerUncertainty`.
 
     One instance may be shared by threads, pickled and copied. It holds a frozen copy of the
     potential it was given: training that potential further does not change it.
@@ -438,6 +447,8 @@ def _properties(committee: Committee) -> list[str]:
         names.append("stress")
     if committee.twice_differentiable:
         names.append("hessian")
+    if committee.members[0].uncertainty is not None and len(committee.members) == 1:
+        names += UNCERTAINTIES
     if len(committee.members) > 1:
         names += [name for name in SPREADS if name.removesuffix("_std") in names]
     return names
@@ -451,7 +462,7 @@ def _keys(names: Iterable[str]) -> tuple[PropertyKey, ...]:
         keys.append("forces")
     if "stress" in wanted:
         keys.append("stress")
-    return tuple(keys)
+    return (*keys, *(name for name in UNCERTAINTIES if name in wanted))
 
 
 def _of_structure(results: Mapping[str, NDArray], k: int, atoms: slice) -> dict[str, NDArray]:
@@ -467,7 +478,7 @@ def _in_ase_form(results: Mapping[str, NDArray]) -> dict[str, Any]:
     converted: dict[str, Any] = {}
     for key, value in results.items():
         name = key.removesuffix("_std")
-        if name == "energy":
+        if name in ("energy", "energy_uncertainty"):
             converted[key] = float(value[0])
         elif name == "stress":
             converted[key] = full_3x3_to_voigt_6_stress(value[0].astype(np.float64))

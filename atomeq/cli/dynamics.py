@@ -123,7 +123,7 @@ def _refuse(
     options: Namespace,
 ) -> None:
     """Refuse what cannot be integrated before anything is computed."""
-    evaluate = Evaluator(calculator.potential)
+    evaluate = Evaluator(calculator.potential, max_uncertainty=options.max_uncertainty)
     for k, atoms in enumerate(structures):
         try:
             integrator.check(evaluate.prepare(atoms))
@@ -174,7 +174,7 @@ def _simulated(
     with folder.kept(), meter.running():
         for outcome in simulate(
             structures,
-            calculator.potential,
+            Evaluator(calculator.potential, max_uncertainty=options.max_uncertainty),
             integrator,
             n_steps=options.steps,
             seed=options.seed,

@@ -13,6 +13,7 @@ from atomeq.cli.plots import Panel, plot_lines
 from atomeq.cli.restart import RunFolder
 from atomeq.cli.terminal import Meter
 from atomeq.dynamics.cell import FrechetCell
+from atomeq.dynamics.evaluator import Evaluator
 from atomeq.dynamics.in_flight import Outcome
 from atomeq.dynamics.optimizers import OptimizerState
 from atomeq.dynamics.run import relax
@@ -48,7 +49,7 @@ def relaxed_in(
     with folder.kept(), meter.running():
         for outcome in relax(
             structures,
-            calculator.potential,
+            Evaluator(calculator.potential, max_uncertainty=options.max_uncertainty),
             optimizer=options.optimizer,
             cell=FrechetCell(pressure=options.pressure * GPA) if options.cell else False,
             fmax=options.fmax,

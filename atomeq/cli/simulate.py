@@ -97,6 +97,9 @@ def _row(atoms: Atoms) -> dict[str, Any]:
         "energy_per_atom_eV": float(atoms.get_potential_energy()) / len(atoms),
         "max_force_eV_per_A": float(np.linalg.norm(atoms.get_forces(), axis=1).max()),
     }
+    if "energy_uncertainty" in atoms.info:
+        row["energy_uncertainty_eV"] = atoms.info["energy_uncertainty"]
+        row["max_force_uncertainty_eV_per_A"] = float(atoms.arrays["forces_uncertainty"].max())
     if atoms.calc is not None and "stress" in atoms.calc.results:
         row["volume_A3"] = float(atoms.get_volume())
         row["pressure_GPa"] = -float(np.trace(atoms.get_stress(voigt=False))) / 3 / GPA
@@ -109,6 +112,8 @@ _COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "energy_eV": ("energy / eV", lambda x: f"{x:.6f}"),
     "energy_per_atom_eV": ("per atom / eV", lambda x: f"{x:.6f}"),
     "max_force_eV_per_A": ("max force / eV/Å", lambda x: f"{x:.5f}"),
+    "energy_uncertainty_eV": ("± energy / eV", lambda x: f"{x:.4f}"),
+    "max_force_uncertainty_eV_per_A": ("± force / eV/Å", lambda x: f"{x:.3f}"),
     "volume_A3": ("volume / Å³", lambda x: f"{x:.4f}"),
     "pressure_GPa": ("pressure / GPa", lambda x: f"{x:.4f}"),
     "steps": ("steps", str),

@@ -86,13 +86,17 @@ def structure_output(path: str | Path) -> Iterator[StructureWriter]:
 
 
 def with_results(atoms: Atoms, calculator: AtomeqCalculator) -> Atoms:
-    """Return a copy of a structure with energy, forces and, where there is one, stress."""
+    """Return a copy of a structure with energy, forces and, where there are, stress and σ."""
     names = ["energy", "free_energy", "forces"]
     if has_volume(atoms) and "stress" in calculator.implemented_properties:
         names.insert(0, "stress")  # the rest comes along
     results = {name: calculator.get_property(name, atoms) for name in names}
     frozen = atoms.copy()
     frozen.calc = SinglePointCalculator(frozen, **results)
+    if "energy_uncertainty" in calculator.implemented_properties:
+        frozen.info["energy_uncertainty"] = calculator.get_property("energy_uncertainty", atoms)
+        of_forces = calculator.get_property("forces_uncertainty", atoms)
+        frozen.set_array("forces_uncertainty", of_forces)
     return frozen
 
 

@@ -5,6 +5,7 @@ they would get without it.
 """
 
 import copy
+from collections.abc import Sequence
 from enum import IntEnum
 from pathlib import Path
 
@@ -34,6 +35,7 @@ class Failure(IntEnum):
     NO_NEIGHBORS = 3
     NO_FORCES = 4
     EXPLODED = 5
+    UNCERTAIN = 6
 
     @property
     def reason(self) -> str:
@@ -48,6 +50,7 @@ _REASONS = {
     Failure.NO_NEIGHBORS: "atoms flew apart or the cell collapsed: neighbours cannot be found",
     Failure.NO_FORCES: "the potential's energy, forces or stress are NaN or infinite",
     Failure.EXPLODED: "it exploded: an atom or the cell moved further in a step than matter does",
+    Failure.UNCERTAIN: "a force became less certain than asked for (max_uncertainty)",
 }
 
 
@@ -64,22 +67,35 @@ class Evaluator:
         skin: How much further than the cutoff neighbours are remembered, Å.
         capture: On CUDA, replay the launches of a small system from a CUDA graph, see
             :mod:`atomeq.potential.captured`.
+        max_uncertainty: Standard deviation of the forces, eV/Å, beyond which a structure fails;
+            with infinity it is computed and never fails. By default it is not asked for.
 
     Attributes:
         n_edges: Edges of each structure in the last evaluation, (n_graphs,).
 
     Raises:
+        ValueError: An uncertainty is asked of a potential that does not know it.
         NotFiniteError: When called, if the potential has never given a number for any structure: it
             is to blame, not they.
     """
 
     def __init__(
-        self, potential: Potential | str | Path, *, skin: float = SKIN, capture: bool = True
+        self,
+        potential: Potential | str | Path,
+        *,
+        skin: float = SKIN,
+        capture: bool = True,
+        max_uncertainty: float | None = None,
     ) -> None:
         loaded = potential if isinstance(potential, Potential) else load_potential(potential)
         if loaded.training or any(p.requires_grad for p in loaded.parameters()):
             loaded = copy.deepcopy(loaded).requires_grad_(False).eval()
         self.potential = loaded
+        if max_uncertainty is not None:
+            loaded.refuse_uncalibrated()
+            if not max_uncertainty > 0:
+                raise ValueError(f"max_uncertainty is a positive eV/Å, not {max_uncertainty}")
+        self.max_uncertainty = max_uncertainty
         self._answer = Captured(loaded, wanted=capture)
         self._has_answered = False
         if loaded.device.type == "cpu":
@@ -116,20 +132,30 @@ class Evaluator:
 
         Returns:
             The graph with ``energy`` (n_graphs,), ``forces`` (n_atoms, 3), ``stress``
-            (n_graphs, 3, 3) and ``failure`` (n_graphs,). Numbers of failed structures are zero.
+            (n_graphs, 3, 3) and ``failure`` (n_graphs,), and where asked for
+            ``energy_uncertainty`` (n_graphs,) and ``forces_uncertainty`` (n_atoms,). Numbers of
+            failed structures are zero.
         """
         failure = _geometry_failures(graph, stress=stress)
         connected, fine = self._connect(graph, failure)
         properties: tuple[PropertyKey, ...] = ("energy", "forces")
         if stress:
             properties += ("stress",)
+        if self.max_uncertainty is not None:
+            properties += ("energy_uncertainty", "forces_uncertainty")
         if connected is None:
-            return _with_results(graph, {}, fine, failure, stress=stress)
+            return _with_results(graph, {}, fine, failure, properties)
         results = self._answer(connected, properties)
         if not self._has_answered:
             self._refuse_no_numbers(connected, results["energy"])
         self.n_edges = _spread(_count_edges(connected), fine, graph.n_graphs)
-        return _with_results(graph, results, fine, failure, stress=stress)
+        found = _with_results(graph, results, fine, failure, properties)
+        return found if self.max_uncertainty is None else self._certain(found)
+
+    def _certain(self, graph: AtomGraph) -> AtomGraph:
+        """Return the graph with structures marked whose forces are less certain than asked for."""
+        uncertain = any_atom(graph["forces_uncertainty"] > self.max_uncertainty, graph)
+        return graph.replace(failure=marked(graph["failure"], uncertain, Failure.UNCERTAIN))
 
     def _refuse_no_numbers(self, graph: AtomGraph, energy: Tensor) -> None:
         self._has_answered = bool(torch.isfinite(energy).any())
@@ -203,29 +229,32 @@ def _with_results(
     results: dict[PropertyKey, Tensor],
     fine: Tensor,
     failure: Tensor,
-    *,
-    stress: bool,
+    properties: Sequence[PropertyKey],
 ) -> AtomGraph:
     """Put results back where they belong, and mark structures whose results are no numbers."""
     everything = len(fine) == graph.n_graphs
     atoms = slice(None) if everything else torch.isin(graph.batch, fine)
-    energy = graph.pos.new_zeros(graph.n_graphs)
-    forces = torch.zeros_like(graph.pos)
-    fields = {"energy": energy, "forces": forces}
-    if results:
-        energy[fine] = results["energy"].to(energy.dtype)
-        forces[atoms] = results["forces"].to(forces.dtype)
-    broken = ~torch.isfinite(energy) | any_atom(~torch.isfinite(forces).all(dim=1), graph)
-    if stress:
-        fields["stress"] = torch.zeros_like(graph.cell)
+    likes = {
+        "energy": graph.cell[:, 0, 0],
+        "forces": graph.pos,
+        "stress": graph.cell,
+        "energy_uncertainty": graph.cell[:, 0, 0],
+        "forces_uncertainty": graph.pos[:, 0],
+    }
+    fields, broken = {}, torch.zeros_like(failure, dtype=torch.bool)
+    for name in properties:
+        values = torch.zeros_like(likes[name])
+        of_atoms = name.startswith("forces")
         if results:
-            fields["stress"][fine] = results["stress"].to(graph.cell.dtype)
-        broken |= ~torch.isfinite(fields["stress"]).flatten(1).all(dim=1)
-    for values in fields.values():
-        rows = broken[graph.batch] if values is forces else broken
+            values[atoms if of_atoms else fine] = results[name].to(values.dtype)
+        bad = ~torch.isfinite(values.reshape(len(values), -1)).all(dim=1)
+        broken |= any_atom(bad, graph) if of_atoms else bad
+        fields[name] = values
+    for name, values in fields.items():
+        rows = broken[graph.batch] if name.startswith("forces") else broken
         values.masked_fill_(rows.view(-1, *[1] * (values.dim() - 1)), 0)
     # As ASE: what holds an atom takes up its force.
-    forces.masked_fill_(graph["fixed"][:, None], 0)
+    fields["forces"].masked_fill_(graph["fixed"][:, None], 0)
     return graph.replace(failure=marked(failure, broken, Failure.NO_FORCES), **fields)
 
 

@@ -82,12 +82,12 @@ class State:
         atoms = systems[graph.batch]
         moved = {
             name: _where(atoms, self.graph[name], graph[name])
-            for name in ("pos", "velocities", "forces")
+            for name in ("pos", "velocities", "forces", "forces_uncertainty")
             if name in graph
         }
         moved |= {
             name: _where(systems, self.graph[name], graph[name])
-            for name in ("cell", "energy", "stress")
+            for name in ("cell", "energy", "stress", "energy_uncertainty")
             if name in graph
         }
         kept = {

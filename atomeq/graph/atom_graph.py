@@ -41,6 +41,8 @@ UNKNOWN: dict[str, float | bool] = {
     "energy": float("nan"),
     "forces": float("nan"),
     "stress": float("nan"),
+    "energy_uncertainty": float("nan"),
+    "forces_uncertainty": float("nan"),
     "scalar": float("nan"),
     "weight": 1.0,
     "charge": 0,
@@ -50,8 +52,11 @@ UNKNOWN: dict[str, float | bool] = {
 # In float32 the total of a large structure loses its meV.
 _ALWAYS_DOUBLE = ("energy", "scalar")
 _FIELDS: dict[Level, str] = {
-    "atom": "pos atomic_numbers batch tags fixed velocities masses forces",
-    "graph": "cell pbc natoms energy stress scalar weight charge multiplicity num_hyperedges",
+    "atom": "pos atomic_numbers batch tags fixed velocities masses forces forces_uncertainty",
+    "graph": (
+        "cell pbc natoms energy energy_uncertainty stress scalar weight charge multiplicity "
+        "num_hyperedges"
+    ),
     "edge": "edge_index cell_offsets",
     "incidence": "hyperedge_index",
     "hyperedge": "hyperedge_type",

@@ -104,6 +104,8 @@ def _atoms_of_graph(graph: AtomGraph) -> Atoms:
         atoms.set_velocities(array("velocities") / units.fs)
     if "fixed" in graph and bool(graph["fixed"].any()):
         atoms.set_constraint(FixAtoms(mask=graph["fixed"].numpy()))
+    if "forces_uncertainty" in graph:
+        atoms.set_array("forces_uncertainty", array("forces_uncertainty"))
     atoms.info.update(_info_of_graph(graph))
     results: dict[str, Any] = {
         name: array(name)
@@ -120,7 +122,9 @@ def _atoms_of_graph(graph: AtomGraph) -> Atoms:
 
 
 def _info_of_graph(graph: AtomGraph) -> dict[str, Any]:
-    weight = {"weight": float(graph["weight"][0])} if "weight" in graph else {}
-    if "num_hyperedges" not in graph:
-        return weight
-    return {**weight, INFO_KEY: Hyperedges.of_graph(graph).to_info()}
+    info: dict[str, Any] = {
+        name: float(graph[name][0]) for name in ("weight", "energy_uncertainty") if name in graph
+    }
+    if "num_hyperedges" in graph:
+        info[INFO_KEY] = Hyperedges.of_graph(graph).to_info()
+    return info

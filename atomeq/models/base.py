@@ -131,7 +131,9 @@ class AtomisticModel(ConfiguredModule):
                 are float64; the model casts what it derives from them to its own dtype.
 
         Returns:
-            ``energies`` (n_atoms,) and whatever else ``outputs`` names.
+            ``energies`` (n_atoms,) and whatever else ``outputs`` names; and, where uncertainties
+            are wanted of the model, ``features`` (n_atoms, any): invariants that its last map makes
+            the energies of, or the nearest thing to them.
         """
         raise NotImplementedError(f"{type(self).__name__} does not define forward()")
 

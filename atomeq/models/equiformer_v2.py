@@ -211,15 +211,16 @@ class EquiformerV2(AtomisticModel):
                 by default a rule without randomness.
 
         Returns:
-            ``energies`` (n_atoms,); ``forces`` (n_atoms, 3) and ``stress`` (n_graphs, 3, 3) if they
-            have a head.
+            ``energies`` (n_atoms,) and ``features``; ``forces`` (n_atoms, 3) and ``stress``
+            (n_graphs, 3, 3) if they have a head.
         """
         x, frame, edges = self._transform(graph, edge_rotation)
         divisor = graph.natoms[graph.batch] if self.energy_reduce == "mean" else self.energy_divisor
-        energies = self.energy.invariants(x)[:, 0] / divisor
+        energies, features = self.energy.invariants(x)
+        energies = energies[:, 0] / divisor
         if self.linear_energies is not None:
             energies = energies + self.linear_energies[graph.atomic_numbers]
-        outputs: dict[PropertyKey, Tensor] = {"energies": energies}
+        outputs: dict[PropertyKey, Tensor] = {"energies": energies, "features": features}
         if self.forces is not None:
             outputs["forces"] = self.forces(x, frame, edges)[:, 1:4, 0]  # l = 1 is (x, y, z)
         if isinstance(self.stress, EquivariantStress):

@@ -213,12 +213,14 @@ class EquiformerV3(AtomisticModel):
                 by default a rule without randomness.
 
         Returns:
-            ``energies`` (n_atoms,); ``forces`` (n_atoms, 3) and ``stress`` (n_graphs, 3, 3) if they
-            have a head.
+            ``energies`` (n_atoms,) and ``features``; ``forces`` (n_atoms, 3) and ``stress``
+            (n_graphs, 3, 3) if they have a head.
         """
         x, frame, edges = self._transform(graph, edge_rotation)
+        energies, features = self.energy.with_hidden(x[:, 0])
         outputs: dict[PropertyKey, Tensor] = {
-            "energies": self.energy(x[:, 0])[:, 0] / self.energy_divisor
+            "energies": energies[:, 0] / self.energy_divisor,
+            "features": features,
         }
         if self.forces is not None:
             outputs["forces"] = self.forces(x, frame, edges)[:, 1:4, 0]  # l = 1 is (x, y, z)

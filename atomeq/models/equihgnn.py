@@ -114,20 +114,22 @@ class EquiHGNN(AtomisticModel):
         return self._convolve(graph)[0]
 
     def forward(self, graph: AtomGraph) -> dict[PropertyKey, Tensor]:
-        """Return per-atom ``energies`` (n_atoms,), in the model's own scale.
+        """Return per-atom ``energies`` (n_atoms,), in the model's own scale, and ``features``.
 
         Raises:
             ValueError: The graph was made without hyperedges.
         """
         x, e = self._convolve(graph)
-        energies = self.energy(x)[:, 0]
+        energies, features = self.energy.with_hidden(x)
+        energies = energies[:, 0]
         if e is None:
-            return {"energies": energies}
+            return {"energies": energies, "features": features}
         # The energy of a hyperedge is shared out among its atoms.
         atom, edge = graph.hyperedge_index
         orders = segment_sum(torch.ones_like(edge, dtype=x.dtype), edge, e.shape[0])
         shares = self.hyperedge_energy(e)[:, 0] / orders.clamp(min=1)
-        return {"energies": energies + segment_sum(shares[edge], atom, x.shape[0])}
+        energies = energies + segment_sum(shares[edge], atom, x.shape[0])
+        return {"energies": energies, "features": features}
 
     def _convolve(self, graph: AtomGraph) -> tuple[Tensor, Tensor | None]:
         if "num_hyperedges" not in graph:

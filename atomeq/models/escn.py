@@ -112,8 +112,9 @@ class ESCN(AtomisticModel):
         self.energy = MLP((sphere_channels, hidden_channels, 1), zero_output=True)
 
     def forward(self, graph: AtomGraph) -> dict[PropertyKey, Tensor]:
-        """Return per-atom ``energies`` (n_atoms,), in the model's own scale."""
-        return {"energies": self.energy(self.node_features(graph))[:, 0]}
+        """Return per-atom ``energies`` (n_atoms,), in the model's own scale, and ``features``."""
+        energies, features = self.energy.with_hidden(self.node_features(graph))
+        return {"energies": energies[:, 0], "features": features}
 
     @property
     def node_channels(self) -> int:

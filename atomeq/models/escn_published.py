@@ -141,7 +141,7 @@ class PublishedESCN(AtomisticModel):
                 by default a rule without randomness.
 
         Returns:
-            ``energies`` (n_atoms,), and ``forces`` (n_atoms, 3) if they have a head.
+            ``energies`` (n_atoms,) and ``features``, and ``forces`` (n_atoms, 3) with a head.
         """
         numbers = graph.atomic_numbers
         vectors = graph.edge_vectors().to(self.dtype)
@@ -171,12 +171,16 @@ class PublishedESCN(AtomisticModel):
             for part, l in zip(x, self.lmax, strict=True)
         ]
         samples = torch.cat(values, dim=2)  # (n_atoms, n_samples, all channels)
-        energies = self.energy(samples).mean(dim=1)[:, 0]
+        features = self.energy.hidden(samples)
+        energies = self.energy.third(features).mean(dim=1)[:, 0]
         if self.energy_reduce == "mean":
             energies = energies / graph.natoms[graph.batch]
         else:
             energies = energies * ENERGY_SCALE
-        outputs: dict[PropertyKey, Tensor] = {"energies": energies}
+        outputs: dict[PropertyKey, Tensor] = {
+            "energies": energies,
+            "features": features.mean(dim=1),
+        }
         if self.forces is not None:
             points = table_like(sphere_points, n_samples, like=samples)
             outputs["forces"] = (self.forces(samples) * points).mean(dim=1)
@@ -391,7 +395,11 @@ class PointNetwork(nn.Module):
 
     def forward(self, values: Tensor) -> Tensor:
         """Map ``values`` (n_atoms, n_samples, channels) to (n_atoms, n_samples, 1)."""
-        return self.third(point_silu(self.second(point_silu(self.first(values)))))
+        return self.third(self.hidden(values))
+
+    def hidden(self, values: Tensor) -> Tensor:
+        """Return what the last map is given, (n_atoms, n_samples, channels)."""
+        return point_silu(self.second(point_silu(self.first(values))))
 
 
 def joined(parts: list[Tensor]) -> Tensor:

@@ -171,14 +171,15 @@ class ESEN(AtomisticModel):
                 by default a rule without randomness.
 
         Returns:
-            ``energies`` (n_atoms,); ``forces`` (n_atoms, 3) and ``stress`` (n_graphs, 3, 3) if they
-            have a head.
+            ``energies`` (n_atoms,) and ``features``; ``forces`` (n_atoms, 3) and ``stress``
+            (n_graphs, 3, 3) if they have a head.
         """
         x = self._transform(graph, edge_rotation)  # (n_atoms, n_sph, C)
-        energies = self.energy(x[:, 0])[:, 0]
+        energies, features = self.energy.with_hidden(x[:, 0])
+        energies = energies[:, 0]
         if self.energy_reduce == "mean":
             energies = energies / graph.natoms[graph.batch]
-        outputs: dict[PropertyKey, Tensor] = {"energies": energies}
+        outputs: dict[PropertyKey, Tensor] = {"energies": energies, "features": features}
         if self.forces is not None:
             outputs["forces"] = self.forces(x[:, :4])[:, 1:, 0]  # l = 1 is (x, y, z)
         if isinstance(self.stress, EquivariantStress):

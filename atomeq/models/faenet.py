@@ -186,14 +186,14 @@ class FAENet(AtomisticModel):
         return NearestNeighborGraph(self.cutoff, self.max_neighbors)
 
     def forward(self, graph: AtomGraph) -> dict[PropertyKey, Tensor]:
-        """Return per-atom ``energies`` (n_atoms,), and ``forces`` (n_atoms, 3) with a force head.
+        """Return ``energies`` (n_atoms,), ``features``, and ``forces`` (n_atoms, 3) with a head.
 
         With an ``out_dim`` above 1, energies are (n_atoms, out_dim).
         """
         smaller, kept = without_tag_0(graph) if self.remove_tag_0 else (graph, None)
         atoms = self.atomwise(smaller)
         energies = atoms.energies[:, 0] if self.out_dim == 1 else atoms.energies
-        outputs: dict[PropertyKey, Tensor] = {"energies": energies}
+        outputs: dict[PropertyKey, Tensor] = {"energies": energies, "features": atoms.hidden}
         if atoms.forces is not None:
             outputs["forces"] = atoms.forces
         if kept is None:

@@ -185,11 +185,13 @@ class MACE(AtomisticModel):
     avg_num_neighbors: float
 
     def forward(self, graph: AtomGraph) -> dict[PropertyKey, Tensor]:
-        """Return per-atom ``energies`` (n_atoms,), in the model's own scale."""
+        """Return per-atom ``energies`` (n_atoms,), in the model's own scale, and ``features``."""
         features = self._features(graph)[-len(self.energy) :]
         parts = [read(x) for read, x in zip(self.energy, features, strict=True)]
         energies = torch.stack(parts).sum(dim=0)  # (n_atoms,)
-        return {"energies": energies + self.repulsion(graph) if self.form.repulsion else energies}
+        if self.form.repulsion:
+            energies = energies + self.repulsion(graph)
+        return {"energies": energies, "features": torch.cat(features, dim=1)}
 
     @property
     def node_channels(self) -> int:

@@ -178,18 +178,18 @@ class NequIP(AtomisticModel):
     avg_num_neighbors: float
 
     def forward(self, graph: AtomGraph) -> dict[PropertyKey, Tensor]:
-        """Return per-atom ``energies`` (n_atoms,), in the model's own scale."""
+        """Return per-atom ``energies`` (n_atoms,), in the model's own scale, and ``features``."""
         x = self.node_features(graph)
         if isinstance(self.readout, NormalisedMLP):
             energies = self.readout(x)[:, 0]
         else:
-            features = {SCALAR: x[:, None, :]}
+            scalars = {SCALAR: x[:, None, :]}
             for linear in self.readout.children():
-                features = linear(features)
-            energies = features[SCALAR][:, 0, 0]
+                scalars = linear(scalars)
+            energies = scalars[SCALAR][:, 0, 0]
         if self.element_scale is not None:
             energies = energies * self.element_scale[self.index[graph.atomic_numbers]]
-        return {"energies": energies}
+        return {"energies": energies, "features": x}
 
     @property
     def node_channels(self) -> int:

@@ -71,23 +71,29 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x`` (n_atoms, n_sph, in_channels) to (n_atoms, n_sph, out_channels)."""
+        return self.second(self._hidden(x))
+
+    def _hidden(self, x: Tensor) -> Tensor:
         scalars = self.scalars(x[:, 0]) if self.scalars is not None else None
         if scalars is not None and self.silu_gates:
             scalars = nn.functional.silu(scalars)
         y = self.first(x)
         if not isinstance(self.activation, GridMLP):
-            return self.second(self.activation(y, scalars))
+            return self.activation(y, scalars)
         y = self.activation(y)
-        if scalars is not None:
-            y = with_scalars(y, nn.functional.silu(scalars))
-        return self.second(y)
+        return y if scalars is None else with_scalars(y, nn.functional.silu(scalars))
 
-    def invariants(self, x: Tensor) -> Tensor:
-        """Return the l = 0 outputs, (n_atoms, out_channels), without what they do not depend on."""
+    def invariants(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what is invariant, without computing what it does not depend on.
+
+        Returns:
+            The l = 0 outputs, (n_atoms, out_channels), and what the last map makes them of,
+            (n_atoms, hidden_channels).
+        """
         hidden = self._separate_scalars(x)
         if hidden is None:
-            return self.forward(x)[:, 0]
-        return nn.functional.linear(hidden, self.second.weight[0], self.second.bias)
+            hidden = self._hidden(x)[:, 0]
+        return nn.functional.linear(hidden, self.second.weight[0], self.second.bias), hidden
 
     def _separate_scalars(self, x: Tensor) -> Tensor | None:
         """Return l = 0 in front of the second map where it is made from scalars alone."""

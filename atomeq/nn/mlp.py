@@ -42,6 +42,13 @@ class MLP(nn.Sequential):
         super().__init__(*layers)
         self._last_linear = max(i for i, layer in enumerate(layers) if isinstance(layer, nn.Linear))
 
+    def with_hidden(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the output, and what the last linear layer is given."""
+        y = hidden = self.hidden(x)
+        for layer in list(self)[self._last_linear :]:
+            y = layer(y)
+        return y, hidden
+
     def hidden(self, x: Tensor) -> Tensor:
         """Return what the last linear layer is given."""
         for layer in list(self)[: self._last_linear]:

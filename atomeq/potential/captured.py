@@ -285,7 +285,7 @@ def _versions(weights: Sequence[Tensor]) -> list[Any]:
 
 def _of_the_real(results: Results, graph: AtomGraph) -> Results:
     """Return copies of what belongs to the structures: the next replay writes over the results."""
-    sizes = {"energy": graph.n_graphs, "stress": graph.n_graphs}
+    sizes = dict.fromkeys(("energy", "energy_uncertainty", "stress"), graph.n_graphs)
     return {key: value[: sizes.get(key, graph.n_atoms)].clone() for key, value in results.items()}
 
 

@@ -35,6 +35,7 @@ from atomeq.potential.predictor import Predictor
 from atomeq.potential.references import AtomicReferences
 from atomeq.potential.scalar import ScalarPredictor
 from atomeq.potential.terms import TERMS, EnergyTerm
+from atomeq.potential.uncertainty import LastLayerUncertainty
 from atomeq.potential.untrusted import (
     FitsWeights,
     read_yaml,
@@ -213,6 +214,8 @@ def load_predictor(
         potential = _scalar(model, document["target"]) if scalar else Potential(model, terms=terms)
         if isinstance(potential, Potential):
             potential.distances = KnownDistances(_shortest(document))
+            if (factor := weights.get("uncertainty.energy")) is not None:
+                potential.uncertainty = LastLayerUncertainty(factor.shape[-1])
     except (TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{folder / CONFIG_FILE}: {error}") from error
     potential.name = str(name_or_path)

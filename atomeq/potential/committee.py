@@ -116,7 +116,7 @@ class Committee:
             for key, values in results.items():
                 if not np.isfinite(values).all():
                     row = int(np.nonzero(~np.isfinite(values))[0][0])
-                    k = int(graphs[0].batch[row]) if key in ("energies", "forces") else row
+                    k = row if key.startswith(("energy", "stress")) else int(graphs[0].batch[row])
                     numbers = graphs[0].atomic_numbers[graphs[0].batch == k]
                     raise NotFiniteError(one.name, key, first + k, numbers)
         if len(each) == 1:

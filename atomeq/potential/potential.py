@@ -6,7 +6,8 @@ The same object serves training, the ASE calculator, dynamics and screening.
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from atomeq.potential.distances import SHORTEST, KnownDistances
 from atomeq.potential.predictor import Predictor, full_precision
 from atomeq.potential.references import AtomicReferences
 from atomeq.potential.terms import EnergyTerm
+from atomeq.potential.uncertainty import UNCERTAINTIES, LastLayerUncertainty
 from atomeq.typing import PropertyKey
 
 logger = logging.getLogger(__name__)
@@ -35,6 +37,7 @@ _PROPERTIES: tuple[PropertyKey, ...] = (
     "forces",
     "gradient_forces",
     "stress",
+    *UNCERTAINTIES,
 )
 
 
@@ -54,6 +57,7 @@ class Potential(Predictor):
 
     Attributes:
         distances: The shortest ones that it knows; a structure with a shorter one is told of once.
+        uncertainty: What says how far off it may be, where it was calibrated.
 
     Raises:
         ValueError: Terms beside a force head, which would not feel them.
@@ -75,6 +79,7 @@ class Potential(Predictor):
         self.terms = nn.ModuleList()
         self.add_terms(terms)
         self.distances = KnownDistances()
+        self.uncertainty: LastLayerUncertainty | None = None
 
     def add_terms(self, terms: Sequence[EnergyTerm]) -> None:
         """Add known physics.
@@ -108,10 +113,13 @@ class Potential(Predictor):
         Returns:
             ``energy`` (n_graphs,) eV and ``energies`` (n_atoms,) eV in float64; ``forces``
             (n_atoms, 3) eV/Å; ``stress`` (n_graphs, 3, 3) eV/Å³, positive when stretched; of a
-            model with a force head also ``gradient_forces``, what -dE/dx is, without a gradient.
+            model with a force head also ``gradient_forces``, what -dE/dx is, without a gradient;
+            of a calibrated one what :class:`~atomeq.potential.uncertainty.LastLayerUncertainty`
+            gives.
 
         Raises:
-            ValueError: An unknown property, or the stress of a structure without volume.
+            ValueError: An unknown property, the stress of a structure without volume, or an
+                uncertainty of a potential that was not calibrated.
         """
         if self.training:  # in mixed precision perhaps
             return self._compute(graph, properties, create_graph)
@@ -142,6 +150,8 @@ class Potential(Predictor):
                     "a model with a force head has no energy whose strain gives a stress"
                 )
             refuse_flat_cells(graph)
+        if not set(UNCERTAINTIES).isdisjoint(properties):
+            self.refuse_uncalibrated()
         return self.derive(graph, properties, create_graph=create_graph)
 
     def derive(
@@ -163,16 +173,19 @@ class Potential(Predictor):
         derived: list[PropertyKey] = [
             key for key in _DERIVABLE if key in properties and key not in self.model.outputs
         ]
+        evaluate = self.evaluate
+        if not set(UNCERTAINTIES).isdisjoint(properties):
+            evaluate = partial(self.evaluate, uncertainty=self.uncertainty)
         if create_graph is None:
             create_graph = self.training and torch.is_grad_enabled()
         with use_precision(self.precision):
             if "gradient_forces" in properties:
-                computed = self._evaluate_with_gradient(graph)
+                computed = self._evaluate_with_gradient(evaluate, graph)
             elif not derived:
-                computed = self.evaluate(graph)
+                computed = evaluate(graph)
             else:
                 computed = energy_and_derivatives(
-                    self.evaluate,
+                    evaluate,
                     graph,
                     forces="forces" in derived,
                     stress="stress" in derived,
@@ -199,7 +212,17 @@ class Potential(Predictor):
                     setattr(module, name, clone)
         return bool(normal)
 
-    def _evaluate_with_gradient(self, graph: AtomGraph) -> dict[PropertyKey, Tensor]:
+    def refuse_uncalibrated(self) -> None:
+        """Raise ``ValueError`` where it does not know its uncertainty."""
+        if self.uncertainty is None:
+            raise ValueError(
+                f"potential {self.name!r} does not know its uncertainty; calibrate it with `atomeq "
+                "calibrate` on its training set and on structures it was not trained on"
+            )
+
+    def _evaluate_with_gradient(
+        self, evaluate_head: Callable[[AtomGraph], dict[PropertyKey, Tensor]], graph: AtomGraph
+    ) -> dict[PropertyKey, Tensor]:
         if self.conservative:
             raise ValueError(
                 "gradient_forces are for models with a force head; here the forces are -dE/dx"
@@ -207,7 +230,7 @@ class Potential(Predictor):
         heads: list[Tensor] = []
 
         def evaluate(deformed: AtomGraph) -> dict[PropertyKey, Tensor]:
-            computed = self.evaluate(deformed)
+            computed = evaluate_head(deformed)
             heads.append(computed.pop("forces"))
             return computed
 
@@ -217,8 +240,10 @@ class Potential(Predictor):
         computed["forces"] = heads[0]
         return computed
 
-    def evaluate(self, graph: AtomGraph) -> dict[PropertyKey, Tensor]:
-        """Return what needs no derivative: energy, energies, and forces and stress of heads."""
+    def evaluate(
+        self, graph: AtomGraph, *, uncertainty: LastLayerUncertainty | None = None
+    ) -> dict[PropertyKey, Tensor]:
+        """Return what needs no derivative: energy, energies, forces and stress of heads, and σ."""
         outputs = self.model(graph)
         energies = self.references(outputs["energies"], graph.atomic_numbers)
         for term in self.terms:
@@ -228,7 +253,9 @@ class Potential(Predictor):
             "energies": energies + (offset / graph.natoms)[graph.batch],  # they sum to the energy
             "energy": segment_sum(energies, graph.batch, graph.natoms.shape[0]) + offset,
         }
-        if len(outputs) > 1:
+        if uncertainty is not None:
+            computed.update(uncertainty(outputs["features"], graph))
+        if "forces" in outputs or "stress" in outputs:
             heads = self.references.of_heads(outputs.get("forces"), outputs.get("stress"))
             computed.update(heads)
         return computed

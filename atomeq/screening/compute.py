@@ -5,6 +5,7 @@ end. It knows nothing of files and ledgers.
 """
 
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -123,7 +124,8 @@ class Computation:
     ) -> None:
         self._steps = {type(step): step for step in steps}
         self._filtered = Filters(steps)
-        self._evaluate = Evaluator(potential)
+        known = potential.uncertainty is not None
+        self._evaluate = Evaluator(potential, max_uncertainty=math.inf if known else None)
         self._members = [Evaluator(member) for member in members]
         self._hull, self._max_edges = hull, max_edges
         properties = self._steps.get(Properties)
@@ -341,6 +343,10 @@ def _row_of(candidate: Candidate, outcome: Outcome, step: Step) -> Row:
         "energy_per_atom": energy / len(candidate.atoms),
         "max_force": float(outcome.graph.forces.norm(dim=1).max()),
     }
+    if "energy_uncertainty" in outcome.graph:
+        of_energy = float(outcome.graph["energy_uncertainty"][0])
+        columns["energy_uncertainty"] = of_energy / len(candidate.atoms)
+        columns["force_uncertainty"] = float(outcome.graph["forces_uncertainty"].max())
     if isinstance(step, Relax):
         columns["converged"] = outcome.converged
         columns["n_steps"] = outcome.n_steps

@@ -25,6 +25,8 @@ UNITS = {
     "energy_std": "eV per atom",
     "max_force": "eV/Å",
     "force_std": "eV/Å",
+    "energy_uncertainty": "eV per atom",
+    "force_uncertainty": "eV/Å",
     "volume": "Å³",
     "density": "g/cm³",
 }

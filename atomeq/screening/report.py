@@ -45,6 +45,8 @@ _SHOWN: dict[str, int | None] = {
     "n_steps": None,
     "energy_std": 4,
     "force_std": 4,
+    "energy_uncertainty": 4,
+    "force_uncertainty": 4,
     "volume": 2,
     "density": 3,
     "space_group": None,

@@ -42,6 +42,8 @@ SCHEMA = pa.schema(
         ("cell_kept", pa.bool_()),  # cells were to relax, and this one cannot: see pbc
         ("energy_std", pa.float64()),  # eV per atom, over a committee
         ("force_std", pa.float64()),  # eV/Å, largest of an atom
+        ("energy_uncertainty", pa.float64()),  # eV per atom, of a potential that was calibrated
+        ("force_uncertainty", pa.float64()),  # eV/Å, largest of an atom
         ("volume", pa.float64()),  # Å³
         ("density", pa.float64()),  # g/cm³
         ("space_group", pa.string()),

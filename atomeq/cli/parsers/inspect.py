@@ -1,4 +1,4 @@
-"""Command lines of ``atomeq check``, ``doctor``, ``convert``, ``potentials`` and ``export``."""
+"""Command lines of ``atomeq check``, ``doctor``, ``convert``, ``calibrate`` and their like."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -67,6 +67,17 @@ examples:
   atomeq potentials install sevennet-mf-0 --modal PBE --from sevenn-0.13.0-py3-none-any.whl
   atomeq potentials install eqv2-31m-oam --from eqV2_31M_omat_mp_salex.pt
 """
+_CALIBRATE = """\
+Teach a potential how far off it may be: the covariance of its last layer on its training set,
+scaled so that 68 % of the errors of structures that it was not trained on lie within one standard
+deviation. One pass over the files, no training. The potential in OUT gives the same energies and
+forces, and beside them energy_uncertainty and forces_uncertainty: calculators, single-point and
+screen tell them, relax and md stop by --max-uncertainty. Structures far from the training set are
+told apart (extrapolation above 1), but how far off they are is not promised.
+
+example:
+  atomeq calibrate cu-pbe --train train.extxyz --held-out held_out.extxyz --out my-cu
+"""
 _EXPORT = """\
 Compile a potential for the processor of this machine: OUT.pt2 computes energy, forces and stress of
 structures of any size without the package's operations, faster for small structures. It takes about
@@ -93,6 +104,7 @@ def main(argv: Sequence[str]) -> int:
         "doctor": (_doctor_parser, "atomeq.cli.inspect:doctor"),
         "convert": (_convert_parser, "atomeq.cli.convert:convert"),
         "potentials": (_potentials_parser, "atomeq.cli.potentials:potentials"),
+        "calibrate": (_calibrate_parser, "atomeq.cli.calibrate:calibrate"),
         "export": (_export_parser, "atomeq.cli.export:export"),
     }[verb]
     return parser().serve(words, work)
@@ -199,6 +211,28 @@ def _potentials_parser() -> Parser:
     )
     _published_options(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace an installed one")
+    return parser
+
+
+def _calibrate_parser() -> Parser:
+    parser = Parser("atomeq calibrate", _CALIBRATE)
+    parser.add_argument(
+        "potential", metavar="POTENTIAL", type=str, help="name or folder of a potential"
+    )
+    parser.add_argument(
+        "--train", required=True, nargs="+", type=str, help="files of what it was trained on"
+    )
+    parser.add_argument(
+        "--held-out",
+        required=True,
+        nargs="+",
+        type=str,
+        help="files with energies and forces that it was not trained on",
+    )
+    parser.add_argument("--out", required=True, type=Path, help="folder of the new potential")
+    parser.add_overwrite(refuse_old_potential)
+    parser.add_argument("--device", type=str, default="cpu", help="cpu or cuda")
+    parser.door(potential=find_potential, device=device_name)
     return parser
 
 

@@ -17,6 +17,10 @@ _WORK = {
     "serve": "atomeq.cli.serve:serve",
 }
 
+UNCERTAINTY_HELP = (
+    "give up on a structure where a force may be off by more, eV/Å; of a potential that was "
+    "calibrated (atomeq calibrate)"
+)
 RESTART_HELP = "go on where an interrupted run left off; from the start where there is none"
 
 _DESCRIPTIONS = {
@@ -157,6 +161,9 @@ def _add_relax_options(parser: Parser) -> None:
     parser.add_argument(
         "--checkpoint-interval", type=PositiveInt, default=20, help="steps between checkpoints"
     )
+    parser.add_argument(
+        "--max-uncertainty", type=PositiveFloat, default=None, help=UNCERTAINTY_HELP
+    )
     parser.add_argument("--restart", action="store_true", help=RESTART_HELP)
 
 
@@ -182,6 +189,7 @@ def _add_md_options(parser: Parser) -> None:
     add("--barostat-time", type=PositiveFloat, default=1000.0, help="its relaxation time, fs")
     add("--interval", type=PositiveInt, default=10, help="steps between frames and log lines")
     add("--checkpoint-interval", type=PositiveInt, default=100, help="steps between checkpoints")
+    add("--max-uncertainty", type=PositiveFloat, default=None, help=UNCERTAINTY_HELP)
     add("--restart", action="store_true", help=RESTART_HELP)
     add("--new-velocities", action="store_true", help="ignore those of the file")
     add("--seed", type=NonNegativeInt, default=0, help="of velocities and noise")
