@@ -56,8 +56,7 @@ _NOT_GIVEN = {
     ),
     **dict.fromkeys(
         UNCERTAINTIES,
-        "only a potential alone that was calibrated gives an uncertainty: `atomeq calibrate` does; "
-        "of a committee ask for energy_std and forces_std",
+        "only one calibrated by `atomeq calibrate` gives it; of a committee ask for energy_std",
     ),
 }
 
@@ -67,9 +66,8 @@ class AtomeqCalculator(Calculator):
 
     Given several potentials it is their committee: every result is their mean, and ``energy_std``,
     ``energies_std``, ``forces_std`` and ``stress_std`` are their standard deviation (of n - 1).
-    A potential that was calibrated (`atomeq calibrate`) gives ``energy_uncertainty``, eV,
-    ``forces_uncertainty`` (n_atoms,), eV/Å, and ``extrapolation`` (n_atoms,); see
-    :class:`~atomeq.potential.uncertainty.LastLayerUncertainty`.
+    A potential that was calibrated gives ``energy_uncertainty``, ``forces_uncertainty`` and
+    ``extrapolation`` (:class:`~atomeq.potential.uncertainty.LastLayerUncertainty`).
 
     One instance may be shared by threads, pickled and copied. It holds a frozen copy of the
     potential it was given: training that potential further does not change it.
