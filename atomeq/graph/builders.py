@@ -318,11 +318,15 @@ def _connect(graph: AtomGraph, search: _Search) -> AtomGraph:
             raise StructureError(f"{_title(graph, k)}: {error}", index=k) from error
         if len(lengths) and lengths.min() < MIN_DISTANCE:
             refuse_overlap(_title(graph, k), edges, lengths, index=k)
-        edge_indices.append(edges.edge_index + start)
-        offsets.append(edges.cell_offsets)
+        edge_index, cell_offsets = edges
+        edge_index += start
+        edge_indices.append(edge_index)
+        offsets.append(cell_offsets)
+    if len(offsets) != 1:
+        edge_index, cell_offsets = np.concatenate(edge_indices, axis=1), np.concatenate(offsets)
     return graph.replace(
-        edge_index=torch.from_numpy(np.concatenate(edge_indices, axis=1)).to(device),
-        cell_offsets=torch.from_numpy(np.concatenate(offsets)).to(device),
+        edge_index=torch.from_numpy(edge_index).to(device),
+        cell_offsets=torch.from_numpy(cell_offsets).to(device),
     )
 
 

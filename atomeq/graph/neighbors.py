@@ -15,8 +15,8 @@ from vesin import NeighborList
 #: Å; a search costs little beside a network, and a larger skin means more pairs to measure.
 SKIN = 0.6
 
-# vesin decides on its own sum of squares which pairs are inside; those this near to the cutoff (Å)
-# are decided again by edge_lengths, so that fresh and reused lists agree to the last bit.
+# Å; a search has its own sum of squares. It finds so much more than is wanted, and edge_lengths
+# decides what is inside, so that fresh and reused lists agree to the last bit.
 _BORDER = 1e-6
 # vesin divides by zero, which ends the process, where it would need more than 1e5 cells and one
 # direction is thin: one evaporated atom does it. Half of that leaves room for its own padding.
@@ -85,18 +85,43 @@ def neighbor_list_with_lengths(
     cell = np.asarray(cell, dtype=np.float64)
     boxed, box = enclosed(pos, cell, pbc, cutoff)
     search = _search_tree if _too_thin_for_vesin(box, cutoff) else _search_vesin
-    target, source, offsets, lengths = search(boxed, box, pbc, cutoff + _BORDER)
-    inside = lengths < cutoff - _BORDER
-    border = np.flatnonzero(~inside)
-    if len(border):
-        index = np.stack((source[border], target[border])).astype(np.int64)
-        inside[border] = edge_lengths(pos, cell, index, offsets[border].astype(np.int64)) < cutoff
-        target, source, offsets = target[inside], source[inside], offsets[inside]
-        lengths = lengths[inside]
-    order = np.lexsort((offsets[:, 2], offsets[:, 1], offsets[:, 0], source, target))
-    edge_index = np.empty((2, len(order)), np.int64)
-    edge_index[0], edge_index[1] = source[order], target[order]
-    return Edges(edge_index, offsets[order].astype(np.int64)), lengths[order]
+    pairs, offsets = search(boxed, box, pbc, cutoff + _BORDER)
+    lengths = edge_lengths(pos, cell, pairs, offsets)
+    inside = lengths < cutoff
+    if not inside.all():
+        pairs, offsets, lengths = pairs[:, inside], offsets[inside], lengths[inside]
+    edge_index = np.concatenate((pairs, pairs[::-1]), axis=1)
+    offsets = np.concatenate((offsets, -offsets))
+    order = _in_order(edge_index, offsets, len(pos))
+    edges = Edges(edge_index.take(order, 1), offsets.take(order, 0).astype(np.int64))
+    return edges, lengths.take(order, mode="wrap")  # an edge and its opposite are as long
+
+
+def _in_order(
+    edge_index: NDArray[np.int64], offsets: NDArray[np.integer], n_atoms: int
+) -> NDArray[np.intp]:
+    """Return what sorts pairs by target, then source, then offset, (n_pairs,).
+
+    The three are one integer, sorted by its digits of 16 bits, for which NumPy has a radix sort.
+    """
+    source, target = edge_index
+    low = int(offsets.min(initial=0))
+    span = int(offsets.max(initial=0)) - low + 1
+    largest = n_atoms**2 * span**3
+    if largest > 2**63:
+        return np.lexsort((offsets[:, 2], offsets[:, 1], offsets[:, 0], source, target))
+    key = target * n_atoms
+    key += source
+    for offset in offsets.T:
+        key *= span
+        key += offset
+        key -= low
+    digits = []
+    while largest:
+        digits.append(key.astype(np.uint16))  # the lowest of them first
+        key >>= 16
+        largest >>= 16
+    return np.lexsort(digits)
 
 
 def edge_lengths(
@@ -250,7 +275,7 @@ def _too_thin_for_vesin(box: NDArray[np.float64], cutoff: float) -> bool:
     return bool(total > _MAX_CELLS and n_cells.min() * np.cbrt(_MAX_CELLS / total) < 2)
 
 
-_Pairs = tuple[NDArray, NDArray, NDArray, NDArray]  # target i, source j, offsets, lengths
+_Pairs = tuple[NDArray[np.int64], NDArray[np.integer]]  # each once: (2, n_pairs) and its offsets
 
 
 def _search_vesin(
@@ -258,9 +283,9 @@ def _search_vesin(
 ) -> _Pairs:
     # As many threads as torch may use, so that a data-loader worker takes one core. vesin's own
     # order depends on them; the caller sorts.
-    search = NeighborList(cutoff=cutoff, full_list=True, n_threads=torch.get_num_threads())
-    target, source, offsets, lengths = search.compute(pos, box, True, "ijSd")
-    return target, source, offsets, lengths
+    search = NeighborList(cutoff=cutoff, full_list=False, n_threads=torch.get_num_threads())
+    pairs, offsets = search.compute(pos, box, True, "PS", copy=False)
+    return pairs.T[::-1].astype(np.int64, order="C"), offsets.copy()  # that go with the search
 
 
 def _search_tree(
@@ -277,5 +302,6 @@ def _search_tree(
     found = KDTree(home).sparse_distance_matrix(KDTree(ghosts), cutoff, output_type="ndarray")
     target, image, source = found["i"], found["j"] // len(pos), found["j"] % len(pos)
     offsets = images[image] - wrap[source] + wrap[target]
-    distinct = (target != source) | offsets.any(axis=1)
-    return target[distinct], source[distinct], offsets[distinct], found["v"][distinct]
+    ahead = offsets[np.arange(len(offsets)), (offsets != 0).argmax(axis=1)] > 0
+    once = (target < source) | ((target == source) & ahead)
+    return np.stack((source, target))[:, once].astype(np.int64), offsets[once].astype(np.int64)

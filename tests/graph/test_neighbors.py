@@ -48,8 +48,24 @@ def test_lengths_are_those_of_the_edges(name):
     atoms = STRUCTURES[name]()
     edges, lengths = neighbor_list_with_lengths(*arrays(atoms), CUTOFFS[1])
     measured = edge_lengths(*arrays(atoms)[:2], *edges)
-    np.testing.assert_allclose(lengths, measured, atol=1e-12)
+    np.testing.assert_array_equal(lengths, measured)  # what moves is measured alike
     assert (measured < CUTOFFS[1]).all()
+
+
+@pytest.mark.parametrize("far", [0, 300, 900_000])
+def test_edges_are_in_order_however_far_their_images_are(far):
+    """Beside what 64 bits hold for 8 atoms too: 900,000 lattice vectors each way."""
+    atoms = random_atoms(8, [[4, 0, 0], [0, 4, 0], [0, 0, 4]], (1, 1, 1))
+    pos, cell, pbc = arrays(atoms)
+    near = neighbor_list(pos, cell, pbc, 3.0)
+    moved = np.zeros((8, 3), np.int64)
+    moved[2], moved[5] = (far, -far, far), (-far, far, 0)
+    found = rows(neighbor_list(pos + moved @ cell, cell, pbc, 3.0))
+    np.testing.assert_array_equal(found, found[np.lexsort(found.T[::-1])])
+    source, target = near.edge_index
+    wanted = rows(near)
+    wanted[:, 2:] += moved[target] - moved[source]
+    np.testing.assert_array_equal(found, wanted[np.lexsort(wanted.T[::-1])])
 
 
 def test_a_pair_exactly_at_the_cutoff_is_outside():
