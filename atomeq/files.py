@@ -3,10 +3,13 @@
 Everything that writes a result (calculators' logs, trajectories, summaries) goes through here.
 """
 
+import gzip
+import io
 import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import date
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
@@ -51,6 +54,28 @@ def write_atomically(
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def write_gzip(path: str | Path) -> Iterator[io.TextIOWrapper]:
+    """Yield a text stream that becomes a gzip file; the same text is the same bytes.
+
+    Args:
+        path: As :func:`write_atomically` takes it.
+    """
+    with (
+        write_atomically(path) as partial,
+        partial.open("wb") as raw,
+        gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as packed,  # no name and time in the header
+        io.TextIOWrapper(packed, encoding="utf-8", newline="") as text,
+    ):
+        yield text
+
+
+def dated(folder: Path, name: str) -> Path:
+    """Return ``folder/YYYY-MM-DD-name``: that of an earlier run, or one with today's date."""
+    earlier = sorted(folder.glob(f"????-??-??-{name}"))
+    return earlier[-1] if earlier else folder / f"{date.today().isoformat()}-{name}"
 
 
 def refuse_existing(*paths: str | Path, overwrite: bool, way: str = "") -> None:

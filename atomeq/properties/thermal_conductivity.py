@@ -21,7 +21,8 @@ from atomeq.properties.phonons import (
 )
 from atomeq.properties.single_points import Report, computed, refuse_no_crystal, untold
 
-_VOIGT = [[0, 5, 4], [5, 1, 3], [4, 3, 2]]  # phono3py gives xx, yy, zz, yz, xz, xy
+#: Places of phono3py's xx, yy, zz, yz, xz, xy in a tensor.
+VOIGT = np.array([[0, 5, 4], [5, 1, 3], [4, 3, 2]])
 
 
 @dataclass(frozen=True)
@@ -148,6 +149,6 @@ def _solve(
         phonon3=phonon3,
         supercells=supercells,
         temperatures=np.array(solved.temperatures),
-        kappa=np.array(solved.kappa[0])[:, _VOIGT],  # of the tetrahedron method, the only one asked
+        kappa=np.array(solved.kappa[0])[:, VOIGT],  # of the tetrahedron method, the only one asked
         mesh=tuple(np.asarray(phonon3.mesh_numbers).tolist()),
     )

@@ -10,13 +10,9 @@ Deliberate difference: relaxations are batched, by our FIRE with the same measur
 """
 
 import csv
-import gzip
-import io
 import json
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import date
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -27,7 +23,7 @@ from pymatgen.core import Composition, Lattice, Structure
 from pymatgen.entries.compatibility import MaterialsProject2020Compatibility
 from pymatgen.entries.computed_entries import ComputedStructureEntry
 
-from atomeq.files import write_atomically
+from atomeq.files import dated, write_gzip
 from atomeq.potential.potential import Potential
 from atomeq.screening.readers import open_text
 from atomeq.screening.results import read_part, result_files
@@ -126,10 +122,10 @@ def predict_matbench_discovery(
     if missing := len(given) - len(rows):
         return Predictions(summary, missing)
     kept = read_entries(entries, {row["id"] for row in _each(rows) if row["energy"] is not None})
-    discovery = _artifact(folder, "discovery.csv.gz")
-    geometry = _artifact(folder, "geo-opt.jsonl.gz")
+    discovery = dated(folder, "discovery.csv.gz")
+    geometry = dated(folder, "geo-opt.jsonl.gz")
     failed = 0
-    with _zipped(discovery) as table, _zipped(geometry) as lines:
+    with write_gzip(discovery) as table, write_gzip(geometry) as lines:
         writer = csv.DictWriter(table, COLUMNS, restval="", lineterminator="\n")
         writer.writeheader()
         for row in _each(rows):
@@ -294,21 +290,3 @@ def _corrected(identifier: str, structure: Structure, energy: float, entry: dict
 @cache
 def _scheme() -> MaterialsProject2020Compatibility:
     return MaterialsProject2020Compatibility()  # reads its numbers from a file
-
-
-def _artifact(folder: Path, name: str) -> Path:
-    """Return the path of a prediction file: that of an earlier run, or one with today's date."""
-    earlier = sorted(folder.glob(f"????-??-??-{name}"))
-    return earlier[-1] if earlier else folder / f"{date.today().isoformat()}-{name}"
-
-
-@contextmanager
-def _zipped(path: Path) -> Iterator[io.TextIOWrapper]:
-    # Without name and time in the header, so that the same predictions are the same bytes.
-    with (
-        write_atomically(path) as partial,
-        partial.open("wb") as raw,
-        gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as packed,
-        io.TextIOWrapper(packed, encoding="utf-8", newline="") as text,
-    ):
-        yield text

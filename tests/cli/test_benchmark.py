@@ -1,10 +1,13 @@
 """``atomeq benchmark matbench-discovery``: files in, files out, and on again."""
 
 import gzip
+import importlib.util
 import json
 
 import ase.io
+import numpy as np
 import pytest
+from ase.build import bulk
 
 
 @pytest.fixture
@@ -59,4 +62,37 @@ def test_shards_say_what_is_left(run, workdir, line, capsys):
 )
 def test_bad_input_is_one_line(run, line, capsys, change, complaint):
     assert run(line.replace(*change)) == 2
+    assert complaint in capsys.readouterr().err
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("phono3py") is None, reason="phono3py is not installed (atomeq[kappa])"
+)
+def test_the_kappa_task(run, workdir, capsys):
+    atoms = bulk("Cu")
+    once = np.eye(3, dtype=int)
+    asked = {"fc2_supercell": once, "fc3_supercell": once, "q_point_mesh": [1, 1, 1]}
+    atoms.info = {"material_id": "mp-30", **asked}
+    ase.io.write(workdir / "crystals.extxyz", atoms, format="extxyz")
+    line = "benchmark matbench-discovery crystals.extxyz --task kappa --potential cu-pbe --out out"
+    assert run(f"{line} --max-steps 2 --displacement 0.03") == 0
+    (file,) = (workdir / "out").glob("*-phonons-kappa-103.json.gz")
+    assert f"wrote out/{file.name}" in capsys.readouterr().out
+    (row,) = json.loads(gzip.decompress(file.read_bytes()))
+    assert row["material_id"] == "mp-30"
+    assert row["n_steps"] <= 2
+    assert run(f"{line} --shard 1/2") == 2  # the settings are others
+    assert "is of another settings" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ("--task kappa --workers 2 --entries cu.extxyz", "no use for --entries and --workers"),
+        ("--task discovery --displacement 0.01", "needs --entries and --references"),
+    ],
+)
+def test_options_of_another_task_are_refused(run, workdir, capsys, line, complaint):
+    given = "benchmark matbench-discovery cu.extxyz --potential small --out out"
+    assert run(f"{given} {line}") == 2
     assert complaint in capsys.readouterr().err
