@@ -150,6 +150,44 @@ def plot_lines(out: str | Path, panels: Sequence[Panel]) -> Path:
     return _save(out, [drawer(panel) for panel in panels], columns=2)
 
 
+class Cloud(NamedTuple):
+    """Points about the diagonal in one pair of axes.
+
+    Attributes:
+        x_label: Below.
+        y_label: At the left.
+        x: Of the points.
+        y: Of the points.
+        log: Whether both axes are logarithmic.
+    """
+
+    x_label: str
+    y_label: str
+    x: NDArray[np.float64]
+    y: NDArray[np.float64]
+    log: bool = False
+
+
+def plot_clouds(out: str | Path, clouds: Sequence[Cloud]) -> Path:
+    """Draw clouds of points with the diagonal, a panel each; return the path of the picture."""
+
+    def drawer(cloud: Cloud) -> Callable[[Axes], None]:
+        def draw(axes: Axes) -> None:
+            keep = (cloud.x > 0) & (cloud.y > 0) if cloud.log else slice(None)
+            x, y = cloud.x[keep], cloud.y[keep]
+            axes.plot(x, y, "o", color=_INK, markersize=2, alpha=0.3, rasterized=True)
+            if len(x):
+                ends = [min(x.min(), y.min()), max(x.max(), y.max())]
+                axes.plot(ends, ends, color=_ACCENT, linewidth=0.8)
+            axes.set(xlabel=cloud.x_label, ylabel=cloud.y_label)
+            if cloud.log:
+                axes.set(xscale="log", yscale="log")
+
+        return draw
+
+    return _save(out, [drawer(cloud) for cloud in clouds], columns=2)
+
+
 def _save(
     out: str | Path,
     draws: Sequence[Callable[[Axes], None]],

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+from jsonargparse import Namespace
 from jsonargparse.typing import PositiveFloat
 
 from atomeq.cli.door import (
@@ -67,6 +68,17 @@ examples:
   atomeq potentials install sevennet-mf-0 --modal PBE --from sevenn-0.13.0-py3-none-any.whl
   atomeq potentials install eqv2-31m-oam --from eqV2_31M_omat_mp_salex.pt
 """
+_EVALUATE = """\
+Measure a potential: errors on labelled structures, in all, by kind and by element, with pictures of
+labels against predictions; of a calibrated potential also what its uncertainties are worth. With
+--properties also textbook properties of a crystal (lattice, elastic constants, vacancy, surfaces,
+other structures, a dimer's core) beside the reference values that a YAML file names. OUT.json holds
+it all, OUT.png the pictures.
+
+examples:
+  atomeq evaluate cu-pbe test.extxyz --kind tag --out cu.json
+  atomeq evaluate cu-pbe --properties potentials/cu-pbe/references.yaml --out cu.json
+"""
 _CALIBRATE = """\
 Teach a potential how far off it may be: the covariance of its last layer on its training set,
 scaled so that 68 % of the errors of structures that it was not trained on lie within one standard
@@ -104,6 +116,7 @@ def main(argv: Sequence[str]) -> int:
         "doctor": (_doctor_parser, "atomeq.cli.inspect:doctor"),
         "convert": (_convert_parser, "atomeq.cli.convert:convert"),
         "potentials": (_potentials_parser, "atomeq.cli.potentials:potentials"),
+        "evaluate": (_evaluate_parser, "atomeq.cli.evaluate:evaluate"),
         "calibrate": (_calibrate_parser, "atomeq.cli.calibrate:calibrate"),
         "export": (_export_parser, "atomeq.cli.export:export"),
     }[verb]
@@ -212,6 +225,47 @@ def _potentials_parser() -> Parser:
     _published_options(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace an installed one")
     return parser
+
+
+def _evaluate_parser() -> Parser:
+    parser = Parser("atomeq evaluate", _EVALUATE)
+    parser.add_argument(
+        "potential", metavar="POTENTIAL", type=str, help="name or folder of a potential"
+    )
+    parser.add_argument(
+        "files", metavar="FILE", nargs="*", type=str, help="structures with energies and forces"
+    )
+    parser.add_argument("--out", required=True, type=Path, help="OUT.json")
+    parser.add_overwrite(_refuse_nothing_to_evaluate)
+    parser.add_argument(
+        "--kind",
+        type=str,
+        default=None,
+        help="what atoms.info calls the kind of a structure; by default each file is one",
+    )
+    parser.add_argument(
+        "--properties", type=Path, default=None, help="YAML of a crystal and reference values"
+    )
+    parser.add_argument("--device", type=str, default="cpu", help="cpu or cuda")
+    parser.add_argument(
+        "--dtype",
+        type=Literal["float32", "float64"],
+        default=None,
+        help="precision of the network on labels; by default that of the potential",
+    )
+    parser.door(
+        potential=find_potential,
+        properties=existing_file,
+        device=device_name,
+        out=refuse_unwritable,
+    )
+    return parser
+
+
+def _refuse_nothing_to_evaluate(options: Namespace) -> None:
+    if not options.files and options.properties is None:
+        raise ValueError("nothing to evaluate by: name labelled structures or --properties")
+    refuse_old_files("out")(options)
 
 
 def _calibrate_parser() -> Parser:

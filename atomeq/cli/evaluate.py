@@ -1,0 +1,134 @@
+"""``atomeq evaluate``: a potential's errors on labels and its textbook properties, as one JSON."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ase import Atoms
+from jsonargparse import Namespace
+
+from atomeq.calculators.ase import AtomeqCalculator
+from atomeq.cli.plots import Cloud, plot_clouds
+from atomeq.cli.structures import versions
+from atomeq.cli.terminal import Meter, say, show_table
+from atomeq.cli.verbs import stages
+from atomeq.data.ase_files import read_structures
+from atomeq.files import write_atomically
+from atomeq.potential.untrusted import read_yaml
+from atomeq.properties.evaluation import Evaluation
+from atomeq.properties.reference_values import CrystalProperties
+
+_AXES = {
+    "energy_meV_per_atom": ("energy / eV per atom", 1.0),
+    "forces_meV_per_A": ("force / eV/Å", 1.0),
+}
+
+
+def evaluate(options: Namespace) -> int:
+    """Evaluate, show the tables and write the files."""
+    calculator = AtomeqCalculator(options.potential, device=options.device, dtype=options.dtype)
+    properties = None
+    if options.properties is not None:
+        precise = AtomeqCalculator(options.potential, device=options.device, dtype="float64")
+        properties = CrystalProperties(read_yaml(options.properties), precise)
+    document: dict[str, Any] = {
+        "potential": calculator.provenance,
+        "files": list(map(str, options.files)),
+        "versions": versions(),
+    }
+    written = [options.out]
+    if options.files:
+        evaluation = _evaluation(options, calculator)
+        document |= _told(evaluation)
+        written.append(_pictures(options.out, evaluation))
+        _show_errors(document)
+    if properties is not None:
+        with stages() as report:
+            document["properties"] = properties(report)
+        _show_properties(document["properties"])
+    with write_atomically(options.out) as partial:
+        partial.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    say(f"wrote {', '.join(map(str, written))}")
+    return 0
+
+
+def _evaluation(options: Namespace, calculator: AtomeqCalculator) -> Evaluation:
+    structures: list[Atoms] = []
+    for file in options.files:
+        for atoms in read_structures(file):
+            atoms.info["_kind"] = _kind(atoms, options.kind, file, several=len(options.files) > 1)
+            structures.append(atoms)
+    meter = Meter("evaluate", len(structures), unit="structures")
+    with meter.running():
+        return Evaluation(
+            structures,
+            calculator,
+            kind=lambda atoms: atoms.info["_kind"],
+            report=lambda done: meter.advance(done - meter.done),
+        )
+
+
+def _kind(atoms: Atoms, key: str | None, file: str, *, several: bool) -> str:
+    if key is not None:
+        return str(atoms.info.get(key, "other"))
+    return Path(file).name.partition(".")[0] if several else "all"
+
+
+def _told(evaluation: Evaluation) -> dict[str, Any]:
+    return {
+        "structures": evaluation.n_structures,
+        "errors": evaluation.errors(),
+        "by_element": evaluation.by_element(),
+        "uncertainty": evaluation.coverage(),
+    }
+
+
+def _show_errors(document: Mapping[str, Any]) -> None:
+    names = list(document["errors"]["all"])
+    rows = [
+        [kind, str(document["structures"][kind])] + [_pair(errors.get(name)) for name in names]
+        for kind, errors in document["errors"].items()
+    ]
+    show_table(["kind", "structures", *(f"{name} MAE (RMSE)" for name in names)], rows)
+    of = [[symbol, _pair(row)] for symbol, row in document["by_element"].items()]
+    if len(of) > 1:
+        show_table(["element", "forces_meV_per_A MAE (RMSE)"], of)
+    if document["uncertainty"]:
+        rows = [[name, f"{value:.3f}"] for name, value in document["uncertainty"].items()]
+        show_table(["uncertainty", "share or ratio"], rows)
+
+
+def _pair(row: Mapping[str, float] | None) -> str:
+    return "-" if row is None else f"{row['mae']:.3g} ({row['rmse']:.3g})"
+
+
+def _show_properties(found: Mapping[str, Mapping[str, Any]]) -> None:
+    rows = []
+    for name, node in found.items():
+        reference = node.get("reference")
+        off = "-"
+        if reference:
+            off = f"{100 * (node['value'] / reference - 1):+.1f} %"
+        told = "-" if reference is None else f"{reference:g} ({node['source']})"
+        rows.append([name, f"{node['value']:.5g}", told, off])
+    show_table(["property", "value", "reference", "off by"], rows)
+
+
+def _pictures(out: Path, evaluation: Evaluation) -> Path:
+    """Draw labels against predictions, and of a calibrated potential errors against σ."""
+    clouds = []
+    for name, (label, factor) in _AXES.items():
+        part = evaluation.compared[name]
+        if part.label:
+            x, y = (factor * np.concatenate(side).ravel() for side in (part.label, part.predicted))
+            clouds.append(Cloud(f"labelled {label}", f"predicted {label}", x, y))
+    for name, (label, factor) in _AXES.items():
+        part = evaluation.compared[name]
+        if part.sigma and part.label:
+            sigma = factor * np.concatenate(part.sigma)
+            error = np.abs(np.concatenate(part.label) - np.concatenate(part.predicted))
+            error = factor * error.reshape(len(sigma), -1).mean(axis=1)
+            clouds.append(Cloud(f"σ of {label}", "mean absolute error", sigma, error, log=True))
+    return plot_clouds(out, clouds)
