@@ -22,7 +22,7 @@ from ase.optimize import BFGS
 
 from atomeq import AtomeqCalculator, load_potential
 from atomeq.data.ase_files import resolve_data_path
-from atomeq.data.datamodule import Split, split_indices
+from atomeq.data.splits import Split, split_indices
 from atomeq.training.metrics import PotentialErrors
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -20,9 +20,10 @@ from atomeq.data.ase_files import (
     expand_data_path,
     read_structures,
 )
-from atomeq.data.datamodule import AtomisticDataModule, Split
+from atomeq.data.datamodule import AtomisticDataModule
 from atomeq.data.hdf5_files import StoredStructures
 from atomeq.data.molecule_files import HDF5_SUFFIXES, reader_of
+from atomeq.data.splits import Split
 from atomeq.graph.atom_graph import AtomGraph
 from atomeq.graph.builders import RadiusGraph
 from atomeq.training.statistics import RADIUS, data_statistics

@@ -20,7 +20,8 @@ def prepare(options: Namespace, *, index: str) -> tuple[AtomeqCalculator, list[A
     """Read the structures, load the potential and refuse what it cannot compute."""
     structures = read_structures(options.input, index=index)
     how = {name: options[name] for name in ("device", "dtype", "precision")}
-    calculator = AtomeqCalculator(options.potential, **how)
+    chosen = options.potential + (f"@{options.head}" if options.head else "")
+    calculator = AtomeqCalculator(chosen, **how)
     for number, atoms in enumerate(structures):
         validate_structure(
             atoms, name=f"{options.input}[{number}]", known_elements=calculator.elements

@@ -4,30 +4,27 @@ The graphs are those of the potential that is trained, so the cutoff is written 
 configuration and nowhere else.
 """
 
-import json
 import logging
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from pickle import UnpicklingError
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from typing import Any, Literal, TypeAlias, cast
 
-import numpy as np
 import torch
 from ase import Atoms
-from jsonargparse.typing import register_type
 from lightning.pytorch import LightningDataModule
 
 from atomeq.data.ase_files import DataError, LabelKeys, read_structures, resolve_data_path
 from atomeq.data.batching import LABELS, BudgetBatchSampler, GraphDataset, ResumableLoader
 from atomeq.data.hdf5_files import HDF5_SUFFIXES, StoredDataset, StoredStructures
 from atomeq.data.molecule_files import reader_of
+from atomeq.data.splits import DataFiles, Split, split_indices
 from atomeq.graph.atom_graph import AtomGraph
 from atomeq.graph.builders import GraphBuilder
 
 logger = logging.getLogger(__name__)
 
+_HEAD = "atomeq_head"  # in atoms.info, where files have their own keys
 _LABEL_SHAPES = {
     "energy": lambda g: (1,),
     "forces": lambda g: (g.n_atoms, 3),
@@ -35,50 +32,38 @@ _LABEL_SHAPES = {
     "scalar": lambda g: (1,),
 }
 
-if TYPE_CHECKING:
-    DataFile: TypeAlias = str | os.PathLike[str]
-else:
-
-    class DataFile(str):
-        """A path in a YAML file: relative to that file, absolute, or ``${ATOMEQ_DATA}/...``."""
-
-        @classmethod
-        def from_yaml(cls, value: Any) -> "DataFile":
-            """Read a path in a YAML file, with whose folder as working directory it is parsed."""
-            if isinstance(value, DataFile):
-                return value
-            text = os.fspath(value) if isinstance(value, str | os.PathLike) else ""
-            if not text or text.startswith(("[", "{")):
-                raise ValueError(f"{value!r} is not a path")
-            return cls(text if text.startswith("${") else os.path.abspath(text))
-
-    register_type(DataFile, str, DataFile.from_yaml)
-
-DataFiles: TypeAlias = DataFile | list[DataFile]
-
 _Structures: TypeAlias = list[Atoms] | StoredStructures
-
-
-@dataclass(frozen=True)
-class Split:
-    """How the structures of ``train`` are divided where no files do it.
-
-    Attributes:
-        val: Fraction held out for validation, or a number of structures if 1 or more.
-        test: The same of the test set ``held_out``.
-        seed: Of the permutation; the test part depends on ``test`` and ``seed`` alone.
-        file: .npz or .json with index lists ``train``, ``val`` and ``test``, or OGB's
-            ``split_dict.pt``, whose test sets have no labels and are left out; replaces the above.
-    """
-
-    val: float = 0.0
-    test: float = 0.0
-    seed: int = 0
-    file: DataFile | None = None
 
 
 class NothingToTest(DataError):
     """There is no test set."""
+
+
+@dataclass(frozen=True)
+class Replay:
+    """Old data beside the new, so that what a potential knows is not forgotten.
+
+    Attributes:
+        files: Structures of the old data.
+        labels: ``potential``: what the potential that is started from says of them; ``files``:
+            their own, of the level of theory that it was trained on.
+        val: Fraction that is held out, or a number of structures if 1 or more: errors on them,
+            before and after, tell what was forgotten.
+        weight: Of the others in the loss; 0 trains on none and holds all of them out.
+        seed: Of the division.
+    """
+
+    files: DataFiles
+    labels: Literal["potential", "files"] = "potential"
+    val: float = 0.2
+    weight: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.weight >= 0 or not self.val > 0:
+            raise ValueError(
+                f"of replay the weight is >= 0 and val above 0, not {self.weight} and {self.val}"
+            )
 
 
 class AtomisticDataModule(LightningDataModule):
@@ -87,11 +72,14 @@ class AtomisticDataModule(LightningDataModule):
     Args:
         train: File or files to train on. Those in HDF5 (``.h5``) stay on disk, and the graphs of a
             batch are built when it is wanted; any others are read and built once, into memory.
-        val: File or files to validate on; else ``split`` says which part of ``train`` is.
-        test: Test sets by name; each gets its own line in the results.
+            Of a potential of several heads, the files of each by name.
+        val: What to validate on; else ``split`` says which part of ``train`` is.
+        test: Test sets by name; each gets its own line in the results. Those of heads have the
+            names of the heads.
         predict: File or files to predict.
         split: Division of ``train`` by seed or by an index file.
         labels: What the files call their labels.
+        replay: Old data, of a fit that starts from a potential.
         max_structures: Structures per batch.
         max_atoms: Atoms per batch; None is no limit.
         max_edges: Edges per batch; None is no limit.
@@ -106,15 +94,20 @@ class AtomisticDataModule(LightningDataModule):
         >>> data = AtomisticDataModule(train="train.extxyz", split=Split(val=0.1))
     """
 
+    #: The old data: those to replay, until they have labels, and those that are held out.
+    old_train_set: GraphDataset | None = None
+    old_val_set: GraphDataset | None = None
+
     def __init__(
         self,
-        train: DataFiles | None = None,
+        train: DataFiles | dict[str, DataFiles] | None = None,
         *,
-        val: DataFiles | None = None,
+        val: DataFiles | dict[str, DataFiles] | None = None,
         test: dict[str, DataFiles] | None = None,
-        predict: DataFiles | None = None,
+        predict: DataFiles | dict[str, DataFiles] | None = None,
         split: Split | None = None,
         labels: LabelKeys | None = None,
+        replay: Replay | None = None,
         max_structures: int = 16,
         max_atoms: int | None = None,
         max_edges: int | None = None,
@@ -129,6 +122,7 @@ class AtomisticDataModule(LightningDataModule):
         self.predict_files = predict
         self.split = split if split is not None else Split()
         self.labels = labels if labels is not None else LabelKeys()
+        self.replay = replay
         self.max_structures = max_structures
         self.max_atoms = max_atoms
         self.max_edges = max_edges
@@ -149,6 +143,8 @@ class AtomisticDataModule(LightningDataModule):
             setattr(self.trainer, "reload_dataloaders_every_n_epochs", 1)  # noqa: B010
         if stage == "fit" and self.train_set is None:
             self.train_set = self._dataset(self._training_part("train"), "train")
+            if self.replay is not None:
+                self._read_old_data(self.replay)
         if stage in ("fit", "validate") and self.val_set is None:
             structures = self._validation_structures()
             self.val_set = self._dataset(structures, "val") if structures else None
@@ -196,24 +192,56 @@ class AtomisticDataModule(LightningDataModule):
         return len(self._sampler(self.train_set, shuffle=True))
 
     def val_dataloader(self) -> ResumableLoader | list[Any]:
-        """Return the validation batches in the order of the file."""
-        return self._eval_loader(self.val_set) if self.val_set is not None else []
+        """Return the batches of each of :attr:`val_sets`, in the order of the file."""
+        loaders = [self.eval_loader(dataset) for dataset in self.val_sets.values()]
+        return loaders[0] if len(loaders) == 1 else loaders
+
+    @property
+    def val_sets(self) -> dict[str, GraphDataset]:
+        """What a fit validates on: ``val``, and of old data ``old``."""
+        sets = {"val": self.val_set, "old": self.old_val_set}
+        return {name: dataset for name, dataset in sets.items() if dataset is not None}
+
+    def replay_labelled(self, train: Sequence[AtomGraph], val: Sequence[AtomGraph]) -> None:
+        """Train on old data beside the new ones, and validate on old ones, all with labels."""
+        new, old = self.train_set, self.old_train_set
+        assert new is not None
+        assert old is not None
+        assert self.replay is not None
+        weighed = [graph.replace(weight=graph.weight * self.replay.weight) for graph in train]
+        graphs = _with_same_labels([*new.graphs, *weighed])
+        places = [dataset.place(k) for dataset in (new, old) for k in range(len(dataset))]
+        self.train_set = GraphDataset(graphs, name=new.name, places=places)
+        self.old_train_set = None
+        self.old_val_set = GraphDataset(_with_same_labels(list(val)), name="old")
+
+    def _read_old_data(self, replay: Replay) -> None:
+        structures = self._read(replay.files)
+        if isinstance(structures, StoredStructures) or isinstance(self.train_set, StoredDataset):
+            raise DataError("data.replay mixes sets in memory: neither it nor data.train is HDF5")
+        parts: dict[str, list[int]] = {"train": [], "val": list(range(len(structures)))}
+        if replay.weight > 0:
+            parts = split_indices(len(structures), Split(val=replay.val, seed=replay.seed))
+        old = {part: [structures[k] for k in parts[part]] for part in ("train", "val")}
+        self.old_train_set = self._dataset(old["train"], "old data to replay")
+        self.old_val_set = self._dataset(old["val"], "old data held out")
 
     def test_dataloader(self) -> list[ResumableLoader]:
         """Return one loader for each test set, in the order of :attr:`test_names`."""
-        return [self._eval_loader(dataset) for dataset in self.test_sets.values()]
+        return [self.eval_loader(dataset) for dataset in self.test_sets.values()]
 
     def predict_dataloader(self) -> ResumableLoader:
         """Return the batches to predict in the order of the file."""
         assert self.predict_set is not None, "setup('predict') comes first"
-        return self._eval_loader(self.predict_set)
+        return self.eval_loader(self.predict_set)
 
     @property
     def test_names(self) -> list[str]:
         """Names of the test sets."""
         return list(self.test_sets)
 
-    def _eval_loader(self, dataset: GraphDataset) -> ResumableLoader:
+    def eval_loader(self, dataset: GraphDataset) -> ResumableLoader:
+        """Return the batches of a set that is not trained on, in the order of the file."""
         return ResumableLoader(dataset, self._sampler(dataset, factor=self.eval_factor))
 
     def _sampler(
@@ -250,7 +278,10 @@ class AtomisticDataModule(LightningDataModule):
         return self._training_part("val")
 
     def _test_structures(self) -> dict[str, _Structures]:
-        sets = {name: self._read(files) for name, files in self.test_files.items()}
+        sets = {
+            name: self._read({name: files} if self.heads else files)
+            for name, files in self.test_files.items()
+        }
         if self.split.test > 0 or self.split.file is not None:
             held_out = self._training_part("test")
             if held_out:
@@ -259,7 +290,30 @@ class AtomisticDataModule(LightningDataModule):
             raise NothingToTest("nothing to test: give data.test, or data.split.test above 0")
         return sets
 
-    def _read(self, files: DataFiles) -> _Structures:
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """The heads whose structures there are; none of a potential that has no heads."""
+        return tuple(self.train_files) if isinstance(self.train_files, dict) else ()
+
+    def _read(self, files: DataFiles | dict[str, DataFiles]) -> _Structures:
+        if not self.heads and not isinstance(files, dict):
+            return self._of(files)
+        if not isinstance(files, dict) or not set(files) <= set(self.heads):
+            raise DataError(
+                f"the heads of data.train are {', '.join(self.heads) or 'none'}: give all files by "
+                f"the head that they are of, not as {files!r}"
+            )
+        found: list[Atoms] = []
+        for name, own in files.items():
+            structures = self._of(own)
+            if isinstance(structures, StoredStructures):
+                raise DataError(f"files by head are read into memory; {own!r} of {name!r} is HDF5")
+            for atoms in structures:
+                atoms.info[_HEAD] = self.heads.index(name)
+            found += structures
+        return found
+
+    def _of(self, files: DataFiles) -> _Structures:
         paths = files if isinstance(files, list) else [files]
         stored = [Path(path).suffix in HDF5_SUFFIXES for path in paths]
         if all(stored):
@@ -319,91 +373,13 @@ def _some(structures: _Structures, chosen: list[int]) -> _Structures:
     return [structures[k] for k in chosen]
 
 
-def split_indices(n_structures: int, split: Split) -> dict[str, list[int]]:
-    """Return which structures train, validate and test.
-
-    Args:
-        n_structures: How many there are.
-        split: Fractions and seed, or an index file.
-
-    Returns:
-        Index lists ``train``, ``val`` and ``test``, each in the order of the file.
-
-    Raises:
-        DataError: Fractions or indices out of range, an index used twice, nothing left to train on.
-    """
-    if split.file is not None:
-        return _indices_from_file(resolve_data_path(split.file), n_structures)
-    fractions = max(split.val, split.test) < 1
-    if min(split.val, split.test) < 0 or (fractions and split.val + split.test >= 1):
-        raise DataError(
-            f"split.val={split.val} and split.test={split.test} must be >= 0 and, as fractions, "
-            "their sum below 1"
-        )
-    # RandomState's stream is frozen by NumPy for good; that of Generator may change.
-    order = np.random.RandomState(split.seed).permutation(n_structures)
-    n_test, n_val = (
-        round(part if part >= 1 else part * n_structures) for part in (split.test, split.val)
-    )
-    if n_test + n_val >= n_structures:
-        raise DataError(f"{n_structures} structures leave none to train on after the split {split}")
-    parts = np.split(order, [n_test, n_test + n_val])
-    return {
-        key: sorted(part.tolist())
-        for key, part in zip(("test", "val", "train"), parts, strict=True)
-    }
-
-
-def _indices_from_file(path: Path, n_structures: int) -> dict[str, list[int]]:
-    try:
-        given = _READ_SPLIT.get(path.suffix, _read_json)(path)
-        indices = {key: [int(i) for i in given.get(key, [])] for key in ("train", "val", "test")}
-    except (ValueError, OSError, AttributeError, TypeError, RuntimeError, UnpicklingError) as error:
-        raise DataError(
-            f"split file {path} is not an .npz or .json of index lists, nor OGB's split_dict.pt: "
-            f"{error}"
-        ) from error
-    if not indices["train"]:
-        raise DataError(f"split file {path} lists no 'train' indices; it has {', '.join(given)}")
-    used = [i for part in indices.values() for i in part]
-    wrong = [i for i in used if not 0 <= i < n_structures]
-    if wrong:
-        raise DataError(f"{path} names structure {wrong[0]}; there are 0 to {n_structures - 1}")
-    if len(set(used)) != len(used):
-        raise DataError(f"split file {path} uses a structure in two parts, or twice in one")
-    return indices
-
-
-def _read_json(path: Path) -> Mapping[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def _read_npz(path: Path) -> Mapping[str, Any]:
-    with np.load(path, allow_pickle=False) as archive:
-        return {key: archive[key].tolist() for key in archive.files}
-
-
-def _read_split_dict(path: Path) -> Mapping[str, Any]:
-    """Read OGB's pickled NumPy arrays; no name but NumPy's own for an array is looked up."""
-    reconstruct: Any = np.zeros(0).__reduce__()[0]
-    allowed: list[Any] = [np.ndarray, np.dtype, np.dtypes.Int64DType, np.dtypes.Int32DType]
-    # NumPy moved it in 2.0; OGB's file is older.
-    allowed += [
-        (reconstruct, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")
-    ]
-    with torch.serialization.safe_globals(allowed):
-        given = torch.load(path, map_location="cpu", weights_only=True)
-    return {"train": given["train"].tolist(), "val": given["valid"].tolist()}
-
-
-_READ_SPLIT = {".npz": _read_npz, ".pt": _read_split_dict}
-
-
 def _labelled(graph: AtomGraph, atoms: Atoms) -> AtomGraph:
     weight = torch.tensor([atoms.info.get("weight", 1.0)], dtype=graph.pos.dtype)
     given = atoms.info.get("scalar")
     scalar = None if given is None else torch.tensor([given], dtype=torch.float64)
-    return graph.to("cpu").replace(weight=weight, scalar=scalar)
+    number = atoms.info.get(_HEAD)
+    head = None if number is None else torch.tensor([number])
+    return graph.to("cpu").replace(weight=weight, scalar=scalar, head=head)
 
 
 def _with_same_labels(graphs: list[AtomGraph]) -> list[AtomGraph]:

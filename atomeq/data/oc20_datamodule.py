@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 
 from atomeq.data.ase_files import DataError, expand_data_path
 from atomeq.data.batching import GraphDataset
-from atomeq.data.datamodule import AtomisticDataModule, DataFile, DataFiles
+from atomeq.data.datamodule import AtomisticDataModule
 from atomeq.data.oc20 import Frames, open_frames
 from atomeq.data.oc20_frame import EnergyKind, OC20Frame
 from atomeq.data.oc20_write import metadata_file
+from atomeq.data.splits import DataFile, DataFiles
 from atomeq.graph.atom_graph import AtomGraph
 from atomeq.graph.builders import GraphBuilder
 

@@ -54,7 +54,7 @@ _ALWAYS_DOUBLE = ("energy", "scalar")
 _FIELDS: dict[Level, str] = {
     "atom": "pos atomic_numbers batch tags fixed velocities masses forces forces_uncertainty",
     "graph": (
-        "cell pbc natoms energy energy_uncertainty stress scalar weight charge multiplicity "
+        "cell pbc natoms energy energy_uncertainty stress scalar weight head charge multiplicity "
         "num_hyperedges"
     ),
     "edge": "edge_index cell_offsets",
@@ -88,7 +88,8 @@ class AtomGraph:
             ``masses`` (n_atoms,) amu, labels ``energy`` (n_graphs,) eV, ``forces`` (n_atoms, 3)
             eV/Å, ``stress`` (n_graphs, 3, 3) eV/Å³, ``scalar`` (n_graphs,) in the unit of the
             property that is learned, ``weight`` (n_graphs,), ``charge`` (n_graphs,) e and
-            ``multiplicity`` (n_graphs,), 0 where nobody said, ``hyperedge_index``
+            ``multiplicity`` (n_graphs,), 0 where nobody said, ``head`` (n_graphs,) which of the
+            heads of a potential it is of, ``hyperedge_index``
             (2, n_incidences) with ``num_hyperedges`` (n_graphs,) and ``hyperedge_type``
             (n_hyperedges,), and any other tensor: it belongs to the edges if its name starts with
             ``edge_``, else to the atoms or structures by its length.

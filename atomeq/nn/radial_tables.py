@@ -25,11 +25,12 @@ class RadialTables:
         choices = range(_LEAST, _LEAST + _LEAST // 2)
         self.n_intervals = min(choices, key=lambda n: round(abs(part * n - round(part * n)), 9))
         self.step = cutoff / self.n_intervals
-        self._made: tuple[Any, list[Tensor]] = (None, [])
+        # The weights are kept too: what is made from others never lies where one of these did.
+        self._made: tuple[Any, list[Tensor], Sequence[Tensor]] = (None, [], ())
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the tables out of copies and pickles."""
-        return self.__dict__ | {"_made": (None, [])}
+        return self.__dict__ | {"_made": (None, [], ())}
 
     def serve(self, lengths: Tensor, weights: Sequence[Tensor]) -> bool:
         """Whether tables do: in single precision, for frozen weights, in kernels that read them."""
@@ -51,11 +52,11 @@ class RadialTables:
             functions: Gives them in float64; called if the tables are to be made.
         """
         state = [(one.data_ptr(), None if one.is_inference() else one._version) for one in weights]
-        known, tables = self._made
+        known, tables, _ = self._made
         if known != state:
             with torch.inference_mode(False), torch.no_grad():
                 made = [tabulated(one, self.step, self.n_intervals) for one in functions()]
                 tables = [table.to(lengths.dtype) for table in made]
-            self._made = (state, tables)
+            self._made = (state, tables, weights)
         at = lengths / self.step
         return [WeightTable(at, table) for table in tables]

@@ -29,7 +29,9 @@ from atomeq.potential.folders import (
     WEIGHTS_FILE,
     CheckpointError,
     find_potential,
+    split_head,
 )
+from atomeq.potential.heads import HeadedPotential, weights_of_head
 from atomeq.potential.potential import Potential
 from atomeq.potential.predictor import Predictor
 from atomeq.potential.references import AtomicReferences
@@ -91,6 +93,8 @@ def _description(predictor: Predictor) -> dict[str, Any]:
         document["target"] = dataclasses.asdict(predictor.target)
     if isinstance(predictor, Potential) and len(predictor.terms):
         document["terms"] = [saveable_node(term, TERMS) for term in predictor.terms]
+    if isinstance(predictor, HeadedPotential):
+        document["heads"] = list(predictor.names)
     if isinstance(predictor, Potential) and predictor.distances.shortest:
         document["shortest_distances"] = predictor.distances.shortest
     return document
@@ -165,7 +169,8 @@ def load_potential(
     """Load a potential by the name of a shipped one or from a folder.
 
     Args:
-        name_or_path: ``"cu-pbe"``, or a folder that :func:`save_potential` wrote.
+        name_or_path: ``"cu-pbe"``, or a folder that :func:`save_potential` wrote; of one with
+            several heads ``NAME@HEAD``.
         device: Where to put it; by default the CPU.
         dtype: The dtype the network computes in; by default the one it was saved with.
         precision: How coarse the operands of tensor products may be on a GPU: ``highest`` (fp32),
@@ -204,7 +209,8 @@ def load_predictor(
             f"{folder} holds a propagator, which carries particles a long step ahead and knows no "
             "energy or forces; use `atomeq rollout`, or load_propagator"
         )
-    weights = read_weights(folder)
+    head = split_head(name_or_path)[1]
+    weights = weights_of_head(read_weights(folder), document.get("heads"), head, folder)
     model = build_model(
         document["model"], named_in=folder / CONFIG_FILE, weights=weights, prefix="model."
     )

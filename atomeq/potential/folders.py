@@ -15,13 +15,22 @@ class CheckpointError(ValueError):
     """A potential folder is missing, damaged, or of a version this package cannot read."""
 
 
+def split_head(name_or_path: str | Path) -> tuple[str | Path, str | None]:
+    """Return the name of a potential and of the head that is chosen by ``NAME@HEAD``."""
+    name, at, head = str(name_or_path).rpartition("@")
+    return (name, head) if at and not Path(name_or_path).exists() else (name_or_path, None)
+
+
 def find_potential(name_or_path: str | Path) -> Path:
     """Return the folder of a potential given by path or by the name of a known one.
+
+    Args:
+        name_or_path: ``NAME@HEAD`` chooses a head, which is in the same folder.
 
     Raises:
         CheckpointError: There is no such folder; the message lists the known names.
     """
-    path = Path(name_or_path)
+    path = Path(split_head(name_or_path)[0])
     roots = (*_shipped_roots(), user_root()) if len(path.parts) == 1 else ()
     candidates = [path, *(root / path for root in roots)]
     for candidate in candidates:

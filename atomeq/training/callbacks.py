@@ -12,8 +12,11 @@ from torch import Tensor, nn
 
 from atomeq.potential.checkpoint import refuse_unsaveable, save_potential
 from atomeq.potential.predictor import Predictor
+from atomeq.training.low_rank import merged
 
 logger = logging.getLogger(__name__)
+
+_OLD = ("old_data", "old_data_before")
 
 
 class ExponentialMovingAverage(Callback):
@@ -226,6 +229,7 @@ class SaveBest(Callback):
                 "steps": checkpoint["global_step"],
                 "validation": checkpoint.get("validation", {}),
                 "validation_before": checkpoint.get("validation_before", {}),
+                **{key: checkpoint[key] for key in _OLD if checkpoint.get(key)},
             }
         try:
             self.save(pl_module, folder, metadata)
@@ -253,8 +257,8 @@ class SavePotential(SaveBest):
             refuse_unsaveable(_predictor(pl_module))
 
     def save(self, pl_module: LightningModule, folder: Path, metadata: dict[str, Any]) -> None:
-        """Save the potential."""
-        save_potential(_predictor(pl_module), folder, metadata=metadata)
+        """Save the potential, an ordinary one: low-rank updates are merged into its weights."""
+        save_potential(merged(_predictor(pl_module)), folder, metadata=metadata)
 
 
 def _predictor(module: LightningModule) -> Predictor:

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from atomeq.data.ase_files import DataError, atomic_number, read_isolated_atoms
 from atomeq.data.batching import GraphDataset
-from atomeq.data.datamodule import DataFile
+from atomeq.data.splits import DataFile
 from atomeq.data.targets import ScalarTarget
 from atomeq.graph.atom_graph import AtomGraph
 from atomeq.graph.convert import element_symbols
-from atomeq.potential.folders import installed_potentials, shipped_potentials
+from atomeq.potential.folders import installed_potentials, shipped_potentials, split_head
 from atomeq.potential.potential import Potential
 from atomeq.potential.predictor import Predictor
 from atomeq.potential.references import AtomicReferences, least_squares_shift
@@ -31,7 +31,7 @@ else:
         """The name of a known potential, or a folder as :class:`DataFile` has it."""
 
     def _source_from_yaml(value: Any) -> PotentialSource:
-        known = value in (*shipped_potentials(), *installed_potentials())
+        known = split_head(value)[0] in (*shipped_potentials(), *installed_potentials())
         by_name = known and not os.path.isdir(value)
         return PotentialSource(value if by_name else DataFile.from_yaml(value))
 

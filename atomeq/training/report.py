@@ -15,8 +15,10 @@ from torch import nn
 
 from atomeq.data.batching import GraphDataset
 from atomeq.data.datamodule import AtomisticDataModule
+from atomeq.data.splits import DataFiles
 from atomeq.files import write_atomically
 from atomeq.potential.checkpoint import CONFIG_FILE, load_predictor
+from atomeq.potential.heads import HeadedPotential
 from atomeq.potential.predictor import Predictor
 from atomeq.training.callbacks import ExponentialMovingAverage, SavePotential
 from atomeq.training.figures import Parity, draw_learning_curve, draw_parity
@@ -121,14 +123,19 @@ class ModelCard(Callback):
             return
         assert isinstance(data, AtomisticDataModule)
         folder = Path(saver.folder or Path(trainer.default_root_dir) / "potential")
-        saved = load_predictor(folder, device=trainer.strategy.root_device)
+        potential = pl_module.potential
+        head = f"@{potential.names[0]}" if isinstance(potential, HeadedPotential) else ""
+        saved = load_predictor(f"{folder}{head}", device=trainer.strategy.root_device)
         rows = [r for c in trainer.callbacks if isinstance(c, LogEpochs) for r in c.rows]  # pyright: ignore
         figures = []
         if rows:
             draw_learning_curve(folder / "learning_curve.png", rows)
             figures.append("Learning curve: ![loss by epoch](learning_curve.png)")
-        if data.val_set is not None:
-            n_shown, pairs = _parity(saved, data.val_set, pl_module)
+        shown = data.val_set
+        if head and shown is not None:  # those of the head that was loaded
+            shown = GraphDataset([graph for graph in shown.graphs if int(graph["head"]) == 0])
+        if shown:
+            n_shown, pairs = _parity(saved, shown, pl_module)
             draw_parity(folder / "parity.png", pairs)
             figures.insert(
                 0, f"On {n_shown} validation structures: ![predicted against label](parity.png)"
@@ -212,15 +219,23 @@ def _facts(saved: Predictor, task: AtomisticTask, data: AtomisticDataModule) -> 
 def _data_facts(data: AtomisticDataModule) -> dict[str, str]:
     files = {"trained on": data.train_files, "validated on": data.val_files}
     facts = {
-        what: ", ".join(Path(p).name for p in (given if isinstance(given, list) else [given]))
+        what: ", ".join(Path(path).name for path in _flat(given))
         for what, given in files.items()
         if given is not None
     }
+    if data.heads:
+        facts["heads"] = ", ".join(data.heads) + "; facts and figures here are of the first"
     counts = {"to train": data.train_set, "to validate": data.val_set}
     facts["structures"] = ", ".join(f"{len(s)} {n}" for n, s in counts.items() if s is not None)
     if data.val_files is None:
         facts["split"] = f"`{data.split}`"
     return facts
+
+
+def _flat(files: DataFiles | dict[str, DataFiles]) -> list[str]:
+    if isinstance(files, dict):
+        return [path for given in files.values() for path in _flat(given)]
+    return [str(path) for path in files] if isinstance(files, list) else [str(files)]
 
 
 def _errors(task: AtomisticTask, data: AtomisticDataModule, saved: dict[str, Any]) -> str:
@@ -238,18 +253,37 @@ def _errors(task: AtomisticTask, data: AtomisticDataModule, saved: dict[str, Any
         f"On the {len(data.val_set)} validation structures, which chose the epoch: errors on "
         "structures that had no say in it tend to be larger. `atomeq test` measures those.\n\n"
         + table
+        + _forgetting(task, data, saved)
+    )
+
+
+def _forgetting(task: AtomisticTask, data: AtomisticDataModule, saved: dict[str, Any]) -> str:
+    before, after = saved.get("old_data_before", {}), saved.get("old_data", {})
+    if data.replay is None or data.old_val_set is None or not (before and after):
+        return ""
+    labels = "own labels" if data.replay.labels == "files" else "labels are the old potential's"
+    rows = [
+        f"| {title} | {before[key]:.4g} | {after[key]:.4g} | {unit} |"
+        for key, (title, unit) in task.metrics.columns.items()
+        if key in before and key in after
+    ]
+    return (
+        f"\n\nWhat was forgotten: errors on {len(data.old_val_set)} held-out structures of the old "
+        f"data ({labels}).\n\n"
+        + "\n".join(["| error | before | after | unit |", "|---|---|---|---|", *rows])
     )
 
 
 def _tell_progress(task: AtomisticTask, saved: dict[str, Any]) -> None:
-    before, after = saved.get("validation_before", {}), saved.get("validation", {})
-    changes = [
-        f"{title} {before[key]:.4g} to {after[key]:.4g} {unit}"
-        for key, (title, unit) in task.metrics.columns.items()
-        if key in before and key in after
-    ]
-    if changes:
-        logger.info("training changed the validation errors: %s", ", ".join(changes))
+    for key, what in (("validation", "validation errors"), ("old_data", "errors on old data")):
+        before, after = saved.get(f"{key}_before", {}), saved.get(key, {})
+        changes = [
+            f"{title} {before[key]:.4g} to {after[key]:.4g} {unit}"
+            for key, (title, unit) in task.metrics.columns.items()
+            if key in before and key in after
+        ]
+        if changes:
+            logger.info("training changed the %s: %s", what, ", ".join(changes))
 
 
 def _settings(

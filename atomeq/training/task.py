@@ -1,9 +1,7 @@
 """AtomisticTask: what Lightning trains, a predictor with its loss, optimizer and errors."""
 
-import copy
 import logging
 import random
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -15,32 +13,22 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from atomeq.data.ase_files import DataError, expand_data_path
 from atomeq.data.batching import GraphDataset
-from atomeq.data.datamodule import AtomisticDataModule, DataFile
+from atomeq.data.datamodule import AtomisticDataModule
+from atomeq.data.splits import DataFile
 from atomeq.data.targets import ScalarTarget, known_target
 from atomeq.graph.atom_graph import AtomGraph
 from atomeq.graph.convert import Structures
 from atomeq.models.base import AtomisticModel
 from atomeq.ops.precision import checked_precision
-from atomeq.potential.checkpoint import load_predictor
-from atomeq.potential.distances import KnownDistances, shortest_distances
-from atomeq.potential.potential import Potential
-from atomeq.potential.predictor import Predictor
-from atomeq.potential.references import AtomicReferences
-from atomeq.potential.scalar import ScalarPredictor
 from atomeq.training.callbacks import forget_scores
 from atomeq.training.losses import Loss, PotentialLoss, ScalarLoss
+from atomeq.training.low_rank import LoRA
 from atomeq.training.metrics import ErrorMetric, PotentialErrors, ScalarErrors
-from atomeq.training.normalisation import (
-    PotentialSource,
-    fit_references,
-    fit_scalar_references,
-    fit_shift,
-    take_weights,
-)
+from atomeq.training.normalisation import PotentialSource
 from atomeq.training.not_finite import not_finite_loss
-from atomeq.training.parameters import Decay, parameter_groups
+from atomeq.training.parameters import Decay, freeze_parts, make_optimizer
+from atomeq.training.preparation import predictor_to_train, prepare
 from atomeq.training.schedules import RunSchedule
 from atomeq.typing import Precision, PropertyKey
 
@@ -58,6 +46,11 @@ class AtomisticTask(LightningModule):
             each validation where it is Lightning's ``ReduceLROnPlateau``.
         decay: What the optimizer's weight decay acts on: ``all`` parameters, or ``weights`` but
             neither biases nor normalisations.
+        rates: Factor of the learning rate by part of the network, ``layers.0`` or ``*``; 0 freezes
+            it, and of several that name a parameter the last one counts.
+        lora: Low-rank updates that are trained in place of the potential that is started from.
+        heads: Names of several heads on one network, levels of theory or tasks; ``data.train``
+            then has the files of each by name.
         loss: Coefficients and kind of the loss of a potential.
         scalar_loss: Kind of the loss of a target.
         target: A scalar to learn in place of a potential, by name (``gap``, ``alpha``, ...) or
@@ -93,6 +86,9 @@ class AtomisticTask(LightningModule):
         optimizer: OptimizerCallable = torch.optim.AdamW,
         scheduler: LRSchedulerCallable | None = None,
         decay: Decay = "all",
+        rates: dict[str, float] | None = None,
+        lora: LoRA | None = None,
+        heads: list[str] | None = None,
         target: str | ScalarTarget | None = None,
         loss: PotentialLoss | None = None,
         scalar_loss: ScalarLoss | None = None,
@@ -108,20 +104,11 @@ class AtomisticTask(LightningModule):
     ) -> None:
         super().__init__()
         self.target = known_target(target) if target is not None else None
-        start = load_predictor(expand_data_path(start_from)) if start_from is not None else None
-        if model is None:
-            if start is None:
-                raise ValueError("there is neither a model nor a potential to start_from")
-            model = copy.deepcopy(start.model).requires_grad_(True).train()
-        self.potential: Predictor = (
-            Potential(model) if self.target is None else ScalarPredictor(model, self.target)
-        )
         self.start_from = start_from
-        if start is not None:  # here, before the averaged weights are copied
-            self.potential.name = start.name
-            take_weights(self.potential, start)
-            self.potential.train()  # what was taken over was loaded for inference
-            self.potential.precision = start.precision
+        # Here, before the averaged weights are copied.
+        self.potential = predictor_to_train(model, self.target, start_from, lora, heads)
+        freeze_parts(self.potential, rates or {})
+        self.rates = rates
         self.potential.precision = checked_precision(precision) or self.potential.precision
         self.optimizer = optimizer
         self.scheduler = scheduler
@@ -135,6 +122,8 @@ class AtomisticTask(LightningModule):
         self.test_results: dict[str, dict[str, float]] = {}
         self.val_results: dict[str, float] = {}
         self.start_results: dict[str, float] = {}
+        self.old_results: dict[str, float] = {}
+        self.old_start_results: dict[str, float] = {}
         self.val_loss = MeanMetric()
         self._plateau: ReduceLROnPlateau | None = None
         self._plateau_state: dict[str, Any] | None = None
@@ -152,16 +141,10 @@ class AtomisticTask(LightningModule):
         if not isinstance(data, AtomisticDataModule):
             raise TypeError("AtomisticTask is trained with an AtomisticDataModule as datamodule")
         if stage == "fit":
-            assert data.train_set is not None
-            self._refuse_missing_labels(data.train_set)
-            # A checkpoint, loaded after this, replaces what is fitted here.
-            if isinstance(self.potential, Potential):
-                self._set_known_distances(self.potential, data.train_set)
-            self._set_references(data.train_set)
-        sets = {"val": data.val_set, **{f"test/{n}": s for n, s in data.test_sets.items()}}
+            prepare(self, data)  # a checkpoint, loaded after this, replaces what is fitted there
+        sets = {**data.val_sets, **{f"test/{n}": s for n, s in data.test_sets.items()}}
         for name, dataset in sets.items():
-            if dataset is not None:
-                self._properties[name] = self._evaluated(dataset)
+            self._properties[name] = self._evaluated(dataset)
         self.errors.update({_key(name): self.metrics.clone() for name in sets if name != "val"})
 
     def training_step(self, batch: AtomGraph, batch_idx: int) -> Tensor:
@@ -190,15 +173,19 @@ class AtomisticTask(LightningModule):
             path=Path(trainer.default_root_dir) / f"not_finite_{trainer.global_rank}.extxyz",
         )
 
-    def validation_step(self, batch: AtomGraph, batch_idx: int) -> None:
-        """Add a batch to the validation errors."""
-        prediction = self._evaluate(batch, "val")
-        if set(self.loss.labels) <= set(prediction):
+    def validation_step(self, batch: AtomGraph, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Add a batch to the validation errors, those of new or of old data."""
+        name = list(self.trainer.datamodule.val_sets)[dataloader_idx]  # pyright: ignore
+        prediction = self._evaluate(batch, name)
+        if name == "val" and set(self.loss.labels) <= set(prediction):
             loss = self.loss(prediction, batch)["loss"].detach()
             self.val_loss.update(loss, weight=batch.n_graphs)
 
     def on_validation_epoch_end(self) -> None:
         """Log the errors of the validation set, and tell them to a plateau schedule."""
+        if "old" in self.trainer.datamodule.val_sets:  # pyright: ignore
+            self.old_results = self._told("old")
+            self.log_dict({f"old/{name}": value for name, value in self.old_results.items()})
         results = self._results("val")
         if self.val_loss.update_called:
             results["loss"] = self.val_loss.compute()
@@ -244,7 +231,7 @@ class AtomisticTask(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Make the optimizer and its schedule."""
-        optimizer = self.optimizer(parameter_groups(self, self.decay))
+        optimizer = make_optimizer(self.optimizer, self, self.decay, self.rates)
         if self.scheduler is None:
             return optimizer
         scheduler = self.scheduler(optimizer)
@@ -302,8 +289,9 @@ class AtomisticTask(LightningModule):
     def on_train_start(self) -> None:
         """Measure what is started from, and restore the random state of a run that goes on."""
         data = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
-        if self.start_from is not None and not self._loaded and data.val_set is not None:
-            self.start_results = self._errors_before_training(data.val_dataloader())
+        if self.start_from is not None and not self._loaded:
+            self.start_results = self._errors_before_training("val", data)
+            self.old_start_results = self._errors_before_training("old", data)
         if self._rng_state is not None:
             _set_rng_state(self._rng_state)
             self._rng_state = None
@@ -314,6 +302,8 @@ class AtomisticTask(LightningModule):
         checkpoint["loss"] = repr(self.loss)
         checkpoint["validation"] = dict(self.val_results)
         checkpoint["validation_before"] = dict(self.start_results)
+        checkpoint["old_data"] = dict(self.old_results)
+        checkpoint["old_data_before"] = dict(self.old_start_results)
         if self._plateau is not None:
             checkpoint["plateau"] = self._plateau.state_dict()
 
@@ -325,6 +315,7 @@ class AtomisticTask(LightningModule):
             logger.info("the loss is another one: the lowest val/loss so far no longer counts")
             forget_scores(checkpoint)
         self.start_results = checkpoint.get("validation_before", {})
+        self.old_start_results = checkpoint.get("old_data_before", {})
         self._rng_state = checkpoint.get("rng_state")
         self._plateau_state = checkpoint.get("plateau")
 
@@ -348,6 +339,9 @@ class AtomisticTask(LightningModule):
         # float32, for Lightning keeps epoch values in the trainer's default dtype on some devices.
         return {key: value.to(torch.float32) for key, value in results.items()}
 
+    def _told(self, name: str) -> dict[str, float]:
+        return {key: float(value) for key, value in self._results(name).items()}
+
     def _test_set_name(self, index: int) -> str:
         return f"test/{self.trainer.datamodule.test_names[index]}"  # pyright: ignore
 
@@ -361,67 +355,18 @@ class AtomisticTask(LightningModule):
         keys: tuple[PropertyKey, ...] = ("energy", "forces", "stress")
         return tuple(key for key in keys if key in labels)
 
-    def _set_references(self, dataset: GraphDataset) -> None:
-        if self.start_from is None:
-            self.potential.references = self._fit_references(dataset)
-        elif self.reference_source not in (None, "least_squares", "none"):
-            raise DataError(
-                f"references {self.reference_source!r} are of a training from the beginning; with "
-                "start_from they are 'least_squares', moved to the data, or 'none', kept"
-            )
-        elif isinstance(self.potential, Potential) and self.reference_source != "none":
-            self.potential.eval()
-            self.potential.references = fit_shift(self.potential, dataset)
-            self.potential.train()
-
-    def _errors_before_training(self, batches: Iterable[AtomGraph]) -> dict[str, float]:
+    def _errors_before_training(self, name: str, data: AtomisticDataModule) -> dict[str, float]:
+        if name not in data.val_sets:
+            return {}
         self.eval()
-        for batch in batches:
-            self._evaluate(batch.to(self.device), "val")
+        for batch in data.eval_loader(data.val_sets[name]):
+            self._evaluate(batch.to(self.device), name)
         self.train()
-        results = {name: float(value) for name, value in self._results("val").items()}
+        results = self._told(name)
         units = {name: unit for name, (_, unit) in self.metrics.columns.items()}
         shown = ", ".join(f"{k} {v:.4g} {units[k]}" for k, v in results.items() if k in units)
-        logger.info("before training: %s", shown)
+        logger.info("before training%s: %s", ", on old data" if name == "old" else "", shown)
         return results
-
-    def _set_known_distances(self, potential: Potential, dataset: GraphDataset) -> None:
-        found = shortest_distances(dataset.sample())
-        started = self.start_from is not None
-        potential.distances = (
-            potential.distances.widened(found) if started else KnownDistances(found)
-        )
-
-    def _fit_references(self, dataset: GraphDataset) -> AtomicReferences:
-        if self.target is None:
-            return fit_references(
-                dataset,
-                shift=self.reference_source or "least_squares",
-                scale=self.scale_source or "forces",
-                offset=self.offset,
-            )
-        if isinstance(self.scale_source, str):
-            raise DataError(f"scale {self.scale_source!r} is of potentials; leave it out")
-        return fit_scalar_references(
-            dataset,
-            self.target,
-            shift=self.reference_source,
-            scale=self.scale_source,
-            own_readout="scalar" in self.potential.model.outputs,
-        )
-
-    def _refuse_missing_labels(self, dataset: GraphDataset) -> None:
-        missing = [key for key in self.loss.labels if key not in dataset.labels]
-        if missing and self.target is not None:
-            raise DataError(
-                f"no training structure has a label for the target {self.target.name!r}; name the "
-                "file's key in data.labels.scalar"
-            )
-        if missing:
-            raise DataError(
-                f"the loss trains on {missing[0]}, but no training structure has that label; name "
-                f"the file's key in data.labels.{missing[0]}, or set model.loss.{missing[0]} to 0"
-            )
 
     def _refuse_inference_mode(self) -> None:
         if torch.is_inference_mode_enabled() and self.potential.conservative:

@@ -12,7 +12,8 @@ from ase.calculators.singlepoint import SinglePointCalculator
 
 from atomeq.data.ase_files import DataError
 from atomeq.data.batching import BudgetBatchSampler, GraphDataset, ResumableLoader
-from atomeq.data.datamodule import AtomisticDataModule, Split, split_indices
+from atomeq.data.datamodule import AtomisticDataModule
+from atomeq.data.splits import Split, split_indices
 from atomeq.graph.builders import RadiusGraph
 
 CUTOFF = 4.0

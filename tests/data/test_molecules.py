@@ -14,11 +14,12 @@ from ase import Atoms
 
 from atomeq.data import molecule_download
 from atomeq.data.ase_files import DataError, LabelKeys, read_structures
-from atomeq.data.datamodule import AtomisticDataModule, Split, split_indices
+from atomeq.data.datamodule import AtomisticDataModule
 from atomeq.data.molecule_download import MOLECULE_SETS, MoleculeSet, download_molecules
 from atomeq.data.molecule_files import reader_of
 from atomeq.data.molecules import NO_GEOMETRY
 from atomeq.data.oc20_download import Archive
+from atomeq.data.splits import Split, split_indices
 from atomeq.data.targets import known_target
 from atomeq.graph.builders import HyperGraph
 from atomeq.graph.hyperedges import CONJUGATED, INFO_KEY, RING

@@ -14,9 +14,9 @@ from qm9 import EXCLUDED, NAMES, VALUES, raw_text, write_archive, write_excluded
 from torch_geometric.data import Data, InMemoryDataset
 
 from atomeq.data.ase_files import DataError, LabelKeys, read_structures
-from atomeq.data.datamodule import Split, split_indices
 from atomeq.data.molecule_files import reader_of
 from atomeq.data.qm9 import TARGET_NAMES, parse_raw, read_excluded
+from atomeq.data.splits import Split, split_indices
 from atomeq.data.targets import TARGETS, known_target
 from atomeq.graph.hyperedges import INFO_KEY
 from atomeq.units import HARTREE

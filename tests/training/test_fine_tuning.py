@@ -1,5 +1,6 @@
 """Fine-tuning starts from a potential by its name: its model, elements, references and scale."""
 
+import json
 from pathlib import Path
 
 import ase.io
@@ -18,6 +19,7 @@ from atomeq.potential.convert import convert_checkpoint
 
 FAKE = Path(__file__).parents[1] / "golden" / "sevennet" / "checkpoint_fake"
 ZEROS = {"H": -0.7, "C": 2.5, "O": 1.1}  # eV, by which the energies of the data lie elsewhere
+SMALL = {"class_path": "atomeq.models.egnn.EGNN", "init_args": {"hidden_channels": 4}}
 NAMES = ("CH4", "C2H6", "H2O", "CH3OH", "CO2", "H2CO")
 
 
@@ -130,8 +132,10 @@ def test_references_may_be_kept(start, tmp_path):
         ({"start_from": None}, "neither a model nor a potential"),
         ({"start_from": "sevenet"}, "sevenet"),
         ({"model": {"class_path": "atomeq.models.nequip.NequIP"}}, "do not fit the NequIP"),
+        ({"lora": {"parts": ["layer"]}}, "no linear map of the NequIP"),
+        ({"rates": {"embeding": 0.0}}, "no part 'embeding'"),
     ],
-    ids=["references", "nothing", "misspelt", "another"],
+    ids=["references", "nothing", "misspelt", "another", "lora", "rates"],
 )
 def test_what_does_not_fit_is_refused(start, tmp_path, capsys, model, said):
     write_data(tmp_path / "data.extxyz", AtomeqCalculator("small"), ZEROS)
@@ -150,3 +154,100 @@ def test_an_element_that_the_potential_lacks_is_refused(start, tmp_path, capsys)
         main(experiment(tmp_path))
     assert exit_.value.code == 2
     assert "Z=29, which small does not know" in capsys.readouterr().err
+
+
+def test_low_rank_updates_are_merged_into_an_ordinary_potential(start, tmp_path):
+    write_data(tmp_path / "data.extxyz", AtomeqCalculator("small"), ZEROS)
+    run = experiment(tmp_path, lr=0.05, lora={"rank": 2, "parts": ["layers"]})
+    main(run)
+    folder = tmp_path / "runs/tune/potential"
+    before, after = load_potential(start), load_potential(folder)
+    assert set(after.state_dict()) == set(before.state_dict())
+    changed = {
+        name.split(".")[0]
+        for name, weight in before.model.named_parameters()
+        if not torch.equal(weight, after.model.get_parameter(name))
+    }
+    assert changed == {"layers"}
+    # The errors of the run are those of what it saved.
+    main(
+        [
+            "test",
+            *run[1:],
+            "--data.test={own: data.extxyz}",
+            "--ckpt_path=runs/tune/checkpoints/best.ckpt",
+        ]
+    )
+    tested = json.loads((tmp_path / "runs/tune/test_errors.json").read_text())["own"]
+    frames = ase.io.read(tmp_path / "data.extxyz", index=":")
+    found = AtomeqCalculator(folder).evaluate([atoms.copy() for atoms in frames])
+    missed = [f["forces"] - a.get_forces() for f, a in zip(found, frames, strict=True)]
+    assert tested["forces_mae"] == pytest.approx(1e3 * np.abs(np.concatenate(missed)).mean(), 1e-3)
+
+
+def write_old_data(path: Path, calculator: AtomeqCalculator, shift: float = 0.0) -> None:
+    structures = [molecule(name) for name in ("NH3", "N2", "C2H6", "H2O", "CH3OH") for _ in "ab"]
+    for k, atoms in enumerate(structures):
+        atoms.rattle(0.05, seed=k)
+        results = calculator.evaluate([atoms])[0]
+        energy = results["energy"] + shift * len(atoms)
+        atoms.calc = SinglePointCalculator(atoms, energy=energy, forces=results["forces"])
+    ase.io.write(path, structures)
+
+
+def replayed(tmp_path: Path, *words: str, **replay) -> dict:
+    """Fit to a strained potential's data, and return the metadata of what was saved."""
+    other = load_potential("small").double()
+    generator = torch.Generator().manual_seed(1)
+    for parameter in other.parameters():
+        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        parameter.data += 0.1 * noise
+    write_data(tmp_path / "data.extxyz", AtomeqCalculator(other), ZEROS)
+    run = [*experiment(tmp_path, lr=1e-3), "--trainer.max_epochs=6"]
+    given = json.dumps({"files": str(tmp_path / "old.extxyz"), "val": 4, **replay})
+    main([*run, f"--data.replay={given}", "--overwrite", *words])
+    folder = tmp_path / "runs/tune/potential"
+    return yaml.safe_load((folder / "model.yaml").read_text())["metadata"]
+
+
+@pytest.mark.parametrize("labels", ["potential", "files"])
+def test_replayed_data_are_forgotten_less_and_it_is_told(start, tmp_path, caplog, labels):
+    write_old_data(tmp_path / "old.extxyz", AtomeqCalculator("small"))
+    with caplog.at_level("INFO"):
+        with_replay = replayed(tmp_path, labels=labels, weight=10.0)
+    assert "old data: 6 structures replayed, 4 held out" in caplog.text
+    assert "training changed the errors on old data" in caplog.text
+    card = (tmp_path / "runs/tune/potential/README.md").read_text()
+    assert "errors on 4 held-out structures of the old data" in card
+    before, after = (with_replay[key] for key in ("old_data_before", "old_data"))
+    # The old potential has none of the errors, whatever the zeros of the new energies.
+    assert before["energy_per_atom_mae"] < 1e-2 > before["forces_mae"]
+    assert f"| {after['forces_mae']:.4g} | meV/Å |" in card
+    alone = replayed(tmp_path, labels=labels, weight=1e-6)
+    assert after["forces_mae"] < 0.6 * alone["old_data"]["forces_mae"]
+
+
+def test_old_data_may_be_measured_alone(start, tmp_path, caplog):
+    write_old_data(tmp_path / "old.extxyz", AtomeqCalculator("small"))
+    with caplog.at_level("INFO"):
+        measured = replayed(tmp_path, "--trainer.max_epochs=1", weight=0.0)
+    assert "old data: 0 structures replayed, 10 held out" in caplog.text
+    assert measured["old_data"]["forces_mae"] > measured["old_data_before"]["forces_mae"]
+
+
+def test_old_data_that_do_not_fit_are_refused(start, tmp_path, capsys):
+    calculator = AtomeqCalculator("small")
+    for shift, labels, said in (
+        (0.2, "files", "+0.200 eV/atom from those of small"),
+        (None, "potential", "atomic number 29"),
+    ):
+        write_old_data(tmp_path / "old.extxyz", calculator, shift or 0.0)
+        if shift is None:
+            ase.io.write(tmp_path / "old.extxyz", [Atoms("Cu2", [[0, 0, 0], [0, 0, 2]])] * 5)
+        with pytest.raises(SystemExit) as exit_:
+            replayed(tmp_path, labels=labels)
+        assert exit_.value.code == 2
+        assert said in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        replayed(tmp_path, "--model.start_from=null", f"--model.model={json.dumps(SMALL)}")
+    assert "name it in model.start_from" in capsys.readouterr().err

@@ -13,7 +13,8 @@ from lightning.pytorch import Trainer
 
 from atomeq.cli import main as command
 from atomeq.cli.training import main
-from atomeq.data.datamodule import AtomisticDataModule, Split
+from atomeq.data.datamodule import AtomisticDataModule
+from atomeq.data.splits import Split
 from atomeq.models.egnn import EGNN
 from atomeq.models.equiformer_v2 import EquiformerV2
 from atomeq.potential.checkpoint import load_potential

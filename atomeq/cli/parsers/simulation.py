@@ -121,6 +121,9 @@ def simulation_parser(
     parser.add_argument(
         "--potential", required=True, type=str, help="name or folder of a potential"
     )
+    parser.add_argument(
+        "--head", type=str, default=None, help="of a potential of several: one level of theory"
+    )
     if out:
         parser.add_argument("--out", required=True, type=str, help="OUT.extxyz or OUT.traj")
         parser.door(out=output_format)

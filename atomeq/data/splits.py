@@ -1,0 +1,134 @@
+"""Paths of data in YAML files, and which of the structures in them train, validate and test."""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+import torch
+from jsonargparse.typing import register_type
+
+from atomeq.data.ase_files import DataError, resolve_data_path
+
+if TYPE_CHECKING:
+    DataFile: TypeAlias = str | os.PathLike[str]
+else:
+
+    class DataFile(str):
+        """A path in a YAML file: relative to that file, absolute, or ``${ATOMEQ_DATA}/...``."""
+
+        @classmethod
+        def from_yaml(cls, value: Any) -> "DataFile":
+            """Read a path in a YAML file, with whose folder as working directory it is parsed."""
+            if isinstance(value, DataFile):
+                return value
+            text = os.fspath(value) if isinstance(value, str | os.PathLike) else ""
+            if not text or text.startswith(("[", "{")):
+                raise ValueError(f"{value!r} is not a path")
+            return cls(text if text.startswith("${") else os.path.abspath(text))
+
+    register_type(DataFile, str, DataFile.from_yaml)
+
+DataFiles: TypeAlias = DataFile | list[DataFile]
+
+
+@dataclass(frozen=True)
+class Split:
+    """How the structures of ``train`` are divided where no files do it.
+
+    Attributes:
+        val: Fraction held out for validation, or a number of structures if 1 or more.
+        test: The same of the test set ``held_out``.
+        seed: Of the permutation; the test part depends on ``test`` and ``seed`` alone.
+        file: .npz or .json with index lists ``train``, ``val`` and ``test``, or OGB's
+            ``split_dict.pt``, whose test sets have no labels and are left out; replaces the above.
+    """
+
+    val: float = 0.0
+    test: float = 0.0
+    seed: int = 0
+    file: DataFile | None = None
+
+
+def split_indices(n_structures: int, split: Split) -> dict[str, list[int]]:
+    """Return which structures train, validate and test.
+
+    Args:
+        n_structures: How many there are.
+        split: Fractions and seed, or an index file.
+
+    Returns:
+        Index lists ``train``, ``val`` and ``test``, each in the order of the file.
+
+    Raises:
+        DataError: Fractions or indices out of range, an index used twice, nothing left to train on.
+    """
+    if split.file is not None:
+        return _indices_from_file(resolve_data_path(split.file), n_structures)
+    fractions = max(split.val, split.test) < 1
+    if min(split.val, split.test) < 0 or (fractions and split.val + split.test >= 1):
+        raise DataError(
+            f"split.val={split.val} and split.test={split.test} must be >= 0 and, as fractions, "
+            "their sum below 1"
+        )
+    # RandomState's stream is frozen by NumPy for good; that of Generator may change.
+    order = np.random.RandomState(split.seed).permutation(n_structures)
+    n_test, n_val = (
+        round(part if part >= 1 else part * n_structures) for part in (split.test, split.val)
+    )
+    if n_test + n_val >= n_structures:
+        raise DataError(f"{n_structures} structures leave none to train on after the split {split}")
+    parts = np.split(order, [n_test, n_test + n_val])
+    return {
+        key: sorted(part.tolist())
+        for key, part in zip(("test", "val", "train"), parts, strict=True)
+    }
+
+
+def _indices_from_file(path: Path, n_structures: int) -> dict[str, list[int]]:
+    try:
+        given = _READ_SPLIT.get(path.suffix, _read_json)(path)
+        indices = {key: [int(i) for i in given.get(key, [])] for key in ("train", "val", "test")}
+    except (ValueError, OSError, AttributeError, TypeError, RuntimeError, UnpicklingError) as error:
+        raise DataError(
+            f"split file {path} is not an .npz or .json of index lists, nor OGB's split_dict.pt: "
+            f"{error}"
+        ) from error
+    if not indices["train"]:
+        raise DataError(f"split file {path} lists no 'train' indices; it has {', '.join(given)}")
+    used = [i for part in indices.values() for i in part]
+    wrong = [i for i in used if not 0 <= i < n_structures]
+    if wrong:
+        raise DataError(f"{path} names structure {wrong[0]}; there are 0 to {n_structures - 1}")
+    if len(set(used)) != len(used):
+        raise DataError(f"split file {path} uses a structure in two parts, or twice in one")
+    return indices
+
+
+def _read_json(path: Path) -> Mapping[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _read_npz(path: Path) -> Mapping[str, Any]:
+    with np.load(path, allow_pickle=False) as archive:
+        return {key: archive[key].tolist() for key in archive.files}
+
+
+def _read_split_dict(path: Path) -> Mapping[str, Any]:
+    """Read OGB's pickled NumPy arrays; no name but NumPy's own for an array is looked up."""
+    reconstruct: Any = np.zeros(0).__reduce__()[0]
+    allowed: list[Any] = [np.ndarray, np.dtype, np.dtypes.Int64DType, np.dtypes.Int32DType]
+    # NumPy moved it in 2.0; OGB's file is older.
+    allowed += [
+        (reconstruct, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")
+    ]
+    with torch.serialization.safe_globals(allowed):
+        given = torch.load(path, map_location="cpu", weights_only=True)
+    return {"train": given["train"].tolist(), "val": given["valid"].tolist()}
+
+
+_READ_SPLIT = {".npz": _read_npz, ".pt": _read_split_dict}
