@@ -1,0 +1,145 @@
+"""LAMMPS moves atoms by a potential's forces as ASE does; skipped where LAMMPS is not installed."""
+
+import numpy as np
+import pytest
+from ase import Atoms, units
+from ase.build import bulk, fcc111
+from ase.md.verlet import VelocityVerlet
+from small_potential import small_potential
+
+from atomeq.calculators.ase import AtomeqCalculator
+from atomeq.calculators.lammps import LammpsForces, lammps
+from atomeq.potential.committee import NotFiniteError
+
+try:
+    lammps("-screen", "none", "-log", "none").close()
+except ImportError as error:
+    pytest.skip(str(error), allow_module_level=True)
+
+BAR = 1e-5 * units.Pascal**-1  # of eV/Å³
+
+
+def started(atoms: Atoms, elements: list[str], *, unit: str = "metal", before: str = ""):
+    """LAMMPS with the atoms of a structure whose cell is lower triangular already."""
+    lmp = lammps("-screen", "none", "-log", "none", "-nocite")
+    (lx, _, _), (xy, ly, _), (xz, yz, lz) = atoms.cell.array
+    boundary = " ".join("p" if periodic else "f" for periodic in atoms.pbc)
+    lmp.commands_string(f"units {unit}\natom_modify map yes\nboundary {boundary}\n{before}")
+    lmp.command("box tilt large")
+    lmp.command(f"region box prism 0 {lx} 0 {ly} 0 {lz} {xy} {xz} {yz}")
+    lmp.command(f"create_box {len(elements)} box")
+    types = [elements.index(symbol) + 1 for symbol in atoms.symbols]
+    lmp.create_atoms(len(atoms), None, types, atoms.positions.ravel().tolist())
+    for number, symbol in enumerate(elements, start=1):
+        lmp.command(f"mass {number} {Atoms(symbol).get_masses()[0]}")
+    lmp.commands_string("pair_style zero 5.0\npair_coeff * *\nneighbor 1.0 bin")
+    return lmp
+
+
+def alloy() -> Atoms:
+    atoms = bulk("Cu", cubic=True).repeat((2, 1, 1))
+    atoms.symbols[[1, 6]] = "Al"
+    atoms.set_cell(atoms.cell.array @ np.array([[1, 0, 0], [0.1, 1, 0], [-0.2, 0.15, 1.0]]), True)
+    atoms.rattle(0.05, seed=0)
+    atoms.wrap()
+    return atoms
+
+
+def slab() -> Atoms:
+    atoms = fcc111("Cu", (2, 1, 3), vacuum=4.0, orthogonal=False)
+    atoms.pbc = (True, True, False)
+    return atoms
+
+
+def pressure_of(lmp) -> np.ndarray:
+    return np.array([lmp.get_thermo(name) for name in ("pxx", "pyy", "pzz", "pxy", "pxz", "pyz")])
+
+
+@pytest.mark.parametrize("make", [alloy, slab])
+def test_energy_forces_and_pressure_are_those_of_ase(make):
+    atoms = make()
+    lmp = started(atoms, ["Cu", "Al"])
+    forces = LammpsForces(lmp, small_potential(), ["Cu", "Al"])
+    forces.run("run 0")
+    atoms.calc = AtomeqCalculator(small_potential())
+    assert forces.energy == pytest.approx(atoms.get_potential_energy(), abs=1e-7)
+    assert lmp.get_thermo("pe") == pytest.approx(atoms.get_potential_energy(), abs=1e-7)
+    n = len(atoms)  # ghosts come behind
+    order = np.argsort(lmp.numpy.extract_atom("id")[:n])
+    assert np.allclose(lmp.numpy.extract_atom("f")[:n][order], atoms.get_forces(), atol=1e-7)
+    assert np.allclose(forces.forces, atoms.get_forces(), atol=1e-7)
+    periodic = atoms.copy()
+    periodic.pbc = True
+    if atoms.pbc.all():
+        periodic.calc = AtomeqCalculator(small_potential())
+        expected = -periodic.get_stress()[[0, 1, 2, 5, 4, 3]]
+        assert np.allclose(pressure_of(lmp), expected * BAR, rtol=1e-6, atol=1e-2)
+
+
+def test_motion_is_that_of_ase_however_lammps_sorts():
+    atoms = alloy()
+    atoms.set_velocities(0.02 * np.random.default_rng(0).standard_normal((8, 3)))
+    lmp = started(atoms, ["Cu", "Al"], before="atom_modify sort 3 2.0")
+    order = lmp.numpy.extract_atom("id")[:8] - 1
+    lmp.numpy.extract_atom("v")[:8] = atoms.get_velocities()[order] * (1e3 * units.fs)  # Å/ps
+    forces = LammpsForces(lmp, small_potential(), ["Cu", "Al"])
+    lmp.commands_string("timestep 0.001\nfix move all nve")
+    forces.run("run 20")
+    atoms.calc = AtomeqCalculator(small_potential())
+    with VelocityVerlet(atoms, 1.0 * units.fs) as dynamics:
+        dynamics.run(20)
+    assert forces.energy == pytest.approx(atoms.get_potential_energy(), abs=1e-6)
+    assert np.allclose(forces.forces, atoms.get_forces(), atol=1e-5)
+
+
+def test_barostat_moves_the_box_by_the_potentials_pressure():
+    atoms = bulk("Cu", cubic=True, a=3.4)
+    lmp = started(atoms, ["Cu"])
+    forces = LammpsForces(lmp, small_potential(), ["Cu"])
+    before = lmp.get_thermo("vol")
+    forces.run("run 0")
+    sign = np.sign(lmp.get_thermo("press"))
+    lmp.command("fix box all box/relax iso 0.0 vmax 0.002")
+    forces.run("minimize 0 1e-6 5 20")
+    assert np.sign(lmp.get_thermo("vol") - before) == sign
+
+
+def test_an_error_within_the_run_ends_it_and_is_raised():
+    potential = small_potential()
+    lmp = started(alloy(), ["Cu", "Al"])
+    forces = LammpsForces(lmp, potential, ["Cu", "Al"])
+    forces.run("run 0")
+    forces.potential.references.scale.fill_(float("nan"))
+    lmp.command("fix move all nve")
+    with pytest.raises(NotFiniteError, match="gives NaN or infinite"):
+        forces.run("run 100")
+    assert lmp.extract_global("ntimestep") < 5
+    assert np.isnan(lmp.numpy.extract_atom("f")[:8]).all()
+
+
+@pytest.mark.parametrize(
+    ("elements", "unit", "message"),
+    [
+        (["Cu", "Al"], "real", "LAMMPS has units real"),
+        (["Cu"], "metal", "2 atom types, and 1 elements"),
+        (["Cu", "Zn"], "metal", "does not know 'Zn'"),
+        (["Cu", "Xx"], "metal", "does not know 'Xx'"),
+    ],
+)
+def test_what_cannot_be_right_is_refused(elements, unit, message):
+    lmp = started(alloy(), ["Cu", "Al"], unit=unit)
+    with pytest.raises(ValueError, match=message):
+        LammpsForces(lmp, small_potential(), elements)
+
+
+def test_several_processes_and_no_box_are_refused(monkeypatch):
+    lmp = lammps("-screen", "none", "-log", "none")
+    lmp.command("units metal")
+    with pytest.raises(ValueError, match="no box yet"):
+        LammpsForces(lmp, small_potential(), ["Cu"])
+    asked = lmp.extract_setting
+    monkeypatch.setattr(
+        lmp, "extract_setting", lambda name: 2 if name == "world_size" else asked(name)
+    )
+    with pytest.raises(ValueError, match="2 processes, and each would see"):
+        LammpsForces(lmp, small_potential(), ["Cu"])
