@@ -58,8 +58,7 @@ def registered(
         gradient: ``gradient(saved, wanted, *grads)``, see :data:`Gradient`. ``saved`` has every
             input as an attribute; without one a backward pass through the operation is refused.
         only_for: Inputs kept for the gradient only if one of the named inputs requires one.
-        keeps: Numbers of outputs that only the gradient reads, as ``saved.outputs``; nothing can
-            be differentiated through them.
+        keeps: Numbers of outputs that the gradient reads, as ``saved.outputs``.
 
     Returns:
         A decorator that gives the operation in the place of the function.
@@ -164,10 +163,7 @@ class _Tape:
                 continue
             layout[name] = _Place(single, len(tensors), len(members))
             tensors += members
-        if self.keeps:
-            kept = [output[number] for number in self.keeps]
-            ctx.mark_non_differentiable(*kept)
-            tensors += kept
+        tensors += [output[number] for number in self.keeps]
         ctx.layout, ctx.tensor_counts, ctx.required = layout, counts, required
         ctx.save_for_backward(*tensors)
 

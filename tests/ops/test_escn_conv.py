@@ -3,7 +3,7 @@ import torch
 from edge_layers import EdgeLayer, kept_bytes_of_an_edge, relative
 
 from atomeq.ops.c_compiler import BuildError, unavailable
-from atomeq.ops.edge.cpu import kernels
+from atomeq.ops.edge.cpu import whole_layer
 from atomeq.ops.edge.wigner import edge_quaternion, rotation_matrix
 
 pytestmark = pytest.mark.skipif(unavailable() is not None, reason=f"no C kernels: {unavailable()}")
@@ -115,6 +115,95 @@ def test_gradient_at_fixed_weights_agrees_with_the_reference(
     assert max(relative(a, b) for a, b in zip(found, expected, strict=True)) <= EXACT
 
 
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What the whole layer was called for in C."""
+    made, call = [], whole_layer._call_layer
+
+    def counted(layer, name: str, *given) -> None:
+        made.append(name)
+        call(layer, name, *given)
+
+    monkeypatch.setattr(whole_layer, "_call_layer", counted)
+    return made
+
+
+IN_C = ["layer_value", "layer_gradient", "layer_second", "layer_gradient"]
+MOVING = ("x", "vectors", "radial", "envelope")
+
+
+def training(layer: EdgeLayer, backend: str, **options: bool) -> dict[str, torch.Tensor]:
+    """Return forces and the gradients of a loss on the value and on them: a step of training."""
+    leaves = {name: leaf for name, leaf in layer.leaves.items() if leaf.requires_grad}
+    moving = {name: leaf for name, leaf in leaves.items() if name in MOVING}
+    out = layer(backend, **options)
+    wave = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
+    energy = (out * wave).sum() + out.square().sum()
+    forces = torch.autograd.grad(energy, list(moving.values()), create_graph=True)
+    loss = sum((force.sin() + force.square()).sum() for force in forces) + energy.sin()
+    gradients = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
+    found = {f"force on {name}": force.detach() for name, force in zip(moving, forces, strict=True)}
+    return found | dict(zip(leaves, gradients, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("lmax", "mmax", "channels", "radial", "n_edges", "n_threads"),
+    [
+        (2, 2, 8, "map", 1100, 2),
+        (2, 2, 5, "factors", 70, 1),
+        (3, 1, 9, "map", 70, 1),
+        (4, 2, 6, "none", 70, 1),
+        (2, 0, 3, "map", 5, 1),
+        (1, 1, 16, "map", 1, 1),
+        (0, 0, 3, "factors", 7, 1),
+        (2, 2, 4, "map", 0, 1),
+    ],
+)
+def test_training_on_forces_in_c_agrees_with_the_reference(
+    calls: list[str], lmax, mmax, channels, radial, n_edges, n_threads
+) -> None:
+    # blocks are of 64 edges; the first four lie along the axis or all but do
+    shape = (channels, channels + 1, 12, n_edges)
+    layer = EdgeLayer(lmax, mmax, *shape, radial=radial)
+    before = torch.get_num_threads()
+    torch.set_num_threads(n_threads)
+    try:
+        found, again = training(layer, "cpu"), training(layer, "cpu")
+    finally:
+        torch.set_num_threads(before)
+    expected = training(layer, "reference")
+    assert calls == 2 * IN_C
+    assert all(torch.equal(found[name], again[name]) for name in found)
+    errors = {name: relative(found[name], expected[name]) for name in expected}
+    assert max(errors.values()) <= EXACT, errors
+
+
+@pytest.mark.parametrize(
+    "fixed",
+    ["first.0 first.1 first.2", "second.1", "x radial", "envelope vectors", "radial_weight"],
+)
+def test_training_in_c_leaves_out_what_is_fixed(calls: list[str], fixed: str) -> None:
+    layer = EdgeLayer(2, 2, channels=4, hidden=3)
+    for name in fixed.split():
+        layer.leaves[name].requires_grad_(False)
+    found, expected = training(layer, "cpu"), training(layer, "reference")
+    assert calls == IN_C
+    assert max(relative(found[name], expected[name]) for name in expected) <= EXACT
+
+
+def test_training_in_c_takes_strided_inputs_and_single_precision(calls: list[str]) -> None:
+    layer = EdgeLayer(2, 2, channels=8, hidden=8, n_edges=80)
+    exact = training(layer, "reference")
+    for name, leaf in layer.leaves.items():
+        apart = torch.stack((leaf.detach().float(), leaf.detach().float()), dim=-1)
+        layer.leaves[name] = apart[..., 0].requires_grad_()
+    assert not layer.leaves["x"].is_contiguous()
+    found = training(layer, "cpu")
+    assert calls == IN_C
+    errors = {name: relative(found[name].double(), exact[name]) for name in exact}
+    assert max(errors.values()) <= 10 * SINGLE, errors  # a second derivative has more terms
+
+
 def test_sigmoids_of_extreme_gates_are_those_of_torch() -> None:
     layer = EdgeLayer(1, 1, 1, 1, n_atoms=2, n_edges=1, radial="none")
     with torch.no_grad():
@@ -125,10 +214,10 @@ def test_sigmoids_of_extreme_gates_are_those_of_torch() -> None:
 
 
 def test_the_arguments_of_c_are_held_to_its_struct(monkeypatch: pytest.MonkeyPatch) -> None:
-    build = kernels._layer_library.__wrapped__
+    build = whole_layer._layer_library.__wrapped__
     build(torch.float64, 1, 1)
-    swapped = ("wigner", "x", *kernels._FIELDS[2:])
-    for fields in (swapped, swapped[1:], kernels._FIELDS[:-1]):
-        monkeypatch.setattr(kernels, "_FIELDS", fields)
+    swapped = ("wigner", "x", *whole_layer._FIELDS[2:])
+    for fields in (swapped, swapped[1:], whole_layer._FIELDS[:-1]):
+        monkeypatch.setattr(whole_layer, "_FIELDS", fields)
         with pytest.raises(BuildError, match=r"layer_t in layer\.c"):
             build(torch.float64, 1, 1)

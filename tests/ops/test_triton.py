@@ -205,23 +205,27 @@ def test_radial_factors_meet_the_rows_of_both_signs() -> None:
         assert relative(products, truth.row_products(rows, other, shape)) <= SINGLE
 
 
-@pytest.mark.parametrize("moved_scale", [True, False])
+@pytest.mark.parametrize(
+    ("moved_scale", "moved_grad"), [(True, True), (True, False), (False, False)]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 def test_radial_factors_and_their_derivatives_are_those_of_c(
-    dtype: torch.dtype, moved_scale: bool
+    dtype: torch.dtype, moved_scale: bool, moved_grad: bool
 ) -> None:
     shape = SO2Shape(3, 2, 16, 16, 0)
-    rows, moved, grad, moved_grad = torch.randn(4, 9, shape.n_rows * 16, dtype=dtype)
+    rows, moved, grad, turned = torch.randn(4, 9, shape.n_rows * 16, dtype=dtype)
     scale, other = torch.randn(2, 9, shape.n_scales, dtype=dtype)
     bar = SINGLE if dtype == torch.float32 else DOUBLE
 
     def results(name: str, device: str) -> list[torch.Tensor]:
         r, m, g, n, s, o = (
-            tensor.to(device, copy=True) for tensor in (rows, moved, grad, moved_grad, scale, other)
+            tensor.to(device, copy=True) for tensor in (rows, moved, grad, turned, scale, other)
         )
         by, along = kernels_of("edge", name), o if moved_scale else None
-        found = [*by.scaled(r, m, s, along, shape)]
-        return [t.cpu() for t in (*found, *by.scaled_second_(r, m, g, n, s, along, shape), g, n)]
+        second = by.scaled_second(r, m, g, n if moved_grad else None, s, along, shape)
+        assert (second[1] is None) == (not moved_scale)
+        found = [by.moved_scaled(r, m, s, along, shape), *second]
+        return [tensor.cpu() for tensor in found if tensor is not None]
 
     for one, truth in zip(results("triton", DEVICE), results("cpu", "cpu"), strict=True):
         assert relative(one, truth) <= bar

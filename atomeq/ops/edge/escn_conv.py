@@ -1,8 +1,9 @@
 """The whole eSCN edge layer as one operation, differentiable twice, that keeps next to nothing.
 
 Forward, gradient and gradient of the gradient are three registered operations, over
-:mod:`atomeq.ops.edge.layer`. A third derivative is refused; the single operations rotate_to_edge,
-so2_linear and rotate_from_edge have derivatives of any order.
+:mod:`atomeq.ops.edge.layer` and :mod:`atomeq.ops.edge.second_gradient`. A third derivative is
+refused; the single operations rotate_to_edge, so2_linear and rotate_from_edge have derivatives of
+any order.
 
 The three share their arguments:
 
@@ -12,6 +13,10 @@ The three share their arguments:
     given    which of ``INPUTS`` are
 
 A gradient has a place of its own: that of its input or, behind these, of its weight.
+
+What a gradient feels of the layer's insides, the outputs y and u of both maps, goes through these:
+in a backward pass over a gradient they are inputs like others, and the layer's own backward pass,
+which comes last, takes the gradient with respect to them along. Each map is multiplied once then.
 """
 
 from collections.abc import Sequence
@@ -25,12 +30,13 @@ from atomeq.ops.edge import layer as escn_layer
 from atomeq.ops.edge.frame import EdgeFrame
 from atomeq.ops.edge.layer import EdgeLayer, layer_shapes
 from atomeq.ops.edge.rotation import turn_gradient
+from atomeq.ops.edge.second_gradient import second_gradient
 from atomeq.ops.edge.so2_map import Gradients
 from atomeq.ops.edge.so2_shape import views
 from atomeq.ops.registration import WANT_SEGMENTS, kernels_of, registered
 
 INPUTS = ("x", "vectors", "radial", "radial_weight", "radial_bias", "envelope")
-_GRAD = "grad"  # what the second gradient can be of besides
+_OTHERS = ("grad", "y", "u")  # what the second gradient can be of besides
 
 
 def conv(
@@ -96,22 +102,30 @@ def _rows(call: SimpleNamespace, widths: list[int]) -> list[Tensor]:
     return [call.inputs[0].new_empty(n_kept, width) for width in widths]
 
 
+def _size_of_total(call: SimpleNamespace) -> tuple[int, int, int]:
+    n_atoms, n_sph, _ = call.inputs[0].shape
+    return n_atoms, n_sph, layer_shapes(call.inputs[0], call.weights)[1].c_out
+
+
 def _fake_value(call: SimpleNamespace) -> tuple[Tensor, Tensor, Tensor]:
-    x, (first, second) = call.inputs[0], layer_shapes(call.inputs[0], call.weights)
+    first, second = layer_shapes(call.inputs[0], call.weights)
     y, u = _rows(call, [first.width, second.width])
-    return x.new_empty(*x.shape[:2], second.c_out), y, u
+    return call.inputs[0].new_empty(_size_of_total(call)), y, u
 
 
 def _value_gradient(
-    saved: SimpleNamespace, wanted: set[str], grad: Tensor | None, *_: Tensor | None
+    saved: SimpleNamespace, wanted: set[str], grad: Tensor | None, *also: Tensor | None
 ) -> Gradients:
     names, places = _names(saved.given, saved.weights), _places(saved, wanted)
     # a gradient that is made with a graph is there to be differentiated
     inward = bool(_whole(names, places) & escn_layer.INWARD)
     keep = saved.keep and torch.is_grad_enabled() and inward
+    if grad is None:
+        grad = saved.inputs[0].new_zeros(_size_of_total(saved))
     *found, _, _ = escn_conv_gradient(
         *(grad, saved.inputs, saved.weights, saved.edges, saved.given),
-        *(saved.outputs, places, keep, saved.kernels),
+        *(saved.outputs if saved.keep else [], [part for part in also if part is not None]),
+        *(places, keep, saved.kernels),
     )
     return _by_argument(saved, places, found)
 
@@ -140,14 +154,28 @@ def _gradient_gradient(
     along = _along(saved, cotangents[:-2])
     if not along:
         return {}
-    places = _places(saved, wanted)
-    behind = len(cotangents) - 2  # the place of the gradient of ``grad``
-    *found, to_grad = escn_conv_second_gradient(
-        *(saved.grad, saved.inputs, saved.weights, saved.edges, saved.given),
-        *([*saved.kept, *saved.outputs], list(along.values()), list(along)),
-        *([*places, behind] if _GRAD in wanted else places, saved.kernels),
+    if saved.also:  # the gradient of a second one
+        raise NotImplementedError(
+            "escn_conv has no third derivative; with use_backend('reference') it is plain torch"
+        )
+    places, n_inputs = _places(saved, wanted), len(cotangents) - 2
+    call, kept = (saved.inputs, saved.weights, saved.edges, saved.given), saved.kept
+    if not kept:
+        _, *kept = escn_conv(*call, True, saved.kernels)
+    insides = not saved.kept or "kept" in wanted
+    others = [n for n, want in enumerate(("grad" in wanted, insides, insides), n_inputs) if want]
+    found = escn_conv_second_gradient(
+        *(saved.grad, *call, [*kept, *saved.outputs], list(along.values()), list(along)),
+        *([*places, *others], saved.kernels),
     )
-    return _by_argument(saved, places, found) | {_GRAD: to_grad if _GRAD in wanted else None}
+    own, grad, also = found[:n_inputs], found[n_inputs], found[n_inputs + 1 :]
+    if not saved.kept:  # what goes through y and u ends here
+        zero = torch.zeros_like(saved.grad)
+        more = escn_conv_gradient(zero, *call, kept, also, places, False, saved.kernels)
+        own = [one + other for one, other in zip(own, more[:n_inputs], strict=True)]
+    others = {"grad": grad} if "grad" in wanted else {}
+    others |= {"kept": also} if "kept" in wanted else {}
+    return _by_argument(saved, places, own) | others
 
 
 @registered(outputs=_fake_gradient, gradient=_gradient_gradient, keeps=(-2, -1))
@@ -158,6 +186,7 @@ def escn_conv_gradient(
     edges: list[Tensor],
     given: list[bool],
     kept: list[Tensor],
+    also: list[Tensor],
     wanted: list[int],
     keep: bool,
     kernels: str,
@@ -165,19 +194,19 @@ def escn_conv_gradient(
     """Return the gradients at the places ``wanted``, empty tensors at the others.
 
     The one of ``vectors`` is that with respect to a turn of each edge, (n_edges, 3). The last two
-    are what the gradient of this wants kept.
+    are what the gradient of this wants kept. ``kept`` is empty or has y and u, ``also`` is empty or
+    has the gradients with respect to them.
     """
     names = _names(given, weights)
     maps = _whole(names, wanted)
     layer = _layer(inputs, weights, edges, given, kernels)
-    found, *rows = escn_layer.gradient(layer, grad.contiguous(), kept, maps, keep=keep)
+    also = [rows.contiguous() for rows in also]
+    found, *rows = escn_layer.gradient(layer, grad.contiguous(), kept, also, maps, keep=keep)
     return [*(found.get(name, grad.new_empty(0)) for name in names), *rows]
 
 
 def _fake_second(call: SimpleNamespace) -> list[Tensor]:
-    found = _fake_gradients(call)
-    to_grad = torch.empty_like(call.grad) if len(found) in call.wanted else call.grad.new_empty(0)
-    return [*found, to_grad]
+    return _fake_gradients(call, call.grad, *call.kept[:2])
 
 
 @registered(outputs=_fake_second)
@@ -193,10 +222,13 @@ def escn_conv_second_gradient(
     wanted: list[int],
     kernels: str,
 ) -> list[Tensor]:
-    """Return the gradients of <directions, gradients at the places ``along``>, of ``grad`` last."""
-    names = (*_names(given, weights), _GRAD)
+    """Return the gradients of <directions, gradients at the places ``along``>.
+
+    The last three are those of ``grad`` and of the kept y and u.
+    """
+    names = (*_names(given, weights), *_OTHERS)
     named = {names[place]: d.contiguous() for place, d in zip(along, directions, strict=True)}
-    found = escn_layer.second_gradient(
+    found = second_gradient(
         _layer(inputs, weights, edges, given, kernels),
         *(grad.contiguous(), kept, named, _whole(names, wanted)),
     )
@@ -218,10 +250,10 @@ def _places(saved: SimpleNamespace, wanted: set[str]) -> list[int]:
     return places
 
 
-def _fake_gradients(call: SimpleNamespace) -> list[Tensor]:
+def _fake_gradients(call: SimpleNamespace, *others: Tensor) -> list[Tensor]:
     return [
         torch.empty_like(t) if place in call.wanted else t.new_empty(0)
-        for place, t in enumerate([*call.inputs, *call.weights])
+        for place, t in enumerate([*call.inputs, *call.weights, *others])
     ]
 
 

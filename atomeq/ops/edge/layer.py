@@ -1,4 +1,4 @@
-"""The eSCN edge layer in raw functions: value, gradient and gradient of the gradient.
+"""The eSCN edge layer in raw functions: value and gradient.
 
 For each edge, with G the gather of both atoms, W the rotation into its frame, S the sum on the
 target atoms,
@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from atomeq.ops.edge.frame import segments_of
-from atomeq.ops.edge.rotation import turning
 from atomeq.ops.edge.so2_shape import SO2Shape
 
 Named = dict[str, Tensor]
@@ -215,59 +214,72 @@ def value(layer: EdgeLayer, *, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def gradient(
-    layer: EdgeLayer, grad: Tensor, kept: list[Tensor], wanted: set[str], *, keep: bool
+    layer: EdgeLayer,
+    grad: Tensor,
+    kept: list[Tensor],
+    also: list[Tensor],
+    wanted: set[str],
+    *,
+    keep: bool,
 ) -> tuple[Named, Tensor, Tensor]:
     """Return dE/de of the wanted inputs, and dE/da and dE/dz if they are to be kept.
 
-    ``grad`` is dE/d(out). Of the results, ``vectors`` means dE/dt, (n_edges, 3). ``kept`` has y and
-    u, both empty if they were not kept. To keep something, one of ``INWARD`` must be wanted.
+    ``grad`` is dE/d(out), ``also`` what E feels of y and u beside that, or nothing. ``kept`` has y
+    and u, or nothing. Of the results, ``vectors`` means dE/dt, (n_edges, 3). To keep something,
+    one of ``INWARD`` must be wanted.
     """
     n_kept, (width, _, hidden, _) = layer.n_edges if keep else 0, layer.widths
     sizes = [(n_kept, width), (n_kept, hidden)]
     gz, ga = [layer.by.empty(size, grad) if keep else grad.new_empty(size) for size in sizes]
     found = empty_gradients(layer, wanted)
-    if not keep and layer.by.layer_gradient(layer, grad, kept, found):
+    inside = {"ga": ga, "gz": gz} if keep else {}
+    inside |= zip(("y", "u"), kept, strict=False)  # or nothing
+    inside |= zip(("also_y", "also_u"), also, strict=False)
+    if layer.by.layer_gradient(layer, grad, inside, found):
         return found, ga, gz
     for block in layer.blocks():
-        into = (ga[block.part], gz[block.part]) if keep else None
-        _block_gradient(block, grad, kept, found, into)
+        own = {name: values[block.part] for name, values in inside.items()}
+        _block_gradient(block, grad, own, found)
     return found, ga, gz
 
 
-def _block_gradient(
-    block: EdgeBlock,
-    grad: Tensor,
-    kept: list[Tensor],
-    found: Named,
-    into: tuple[Tensor, Tensor] | None,
-) -> None:
-    part, envelope, layer = block.part, block.envelope, block.layer
-    y, u = (values[part] if len(values) else None for values in kept)
+def _block_gradient(block: EdgeBlock, grad: Tensor, inside: Named, found: Named) -> None:
+    y, u, envelope = inside.get("y"), inside.get("u"), block.envelope
     if y is None:
         y = block.first.forward(block.both.into(block.x, scale=block.scale))
-    gate = layer.by.Gate(y, block.first.shape)
+    gate = block.layer.by.Gate(y, block.first.shape)
     q = block.target.into(grad)
-    ga = block.second.transposed(q, None if into is None else into[0])
-    a = gate.value() if {"envelope", "second", "vectors"} & found.keys() else None
-    if envelope is not None:
-        if a is not None and "envelope" in found:
-            torch.linalg.vecdot(ga, a, out=found["envelope"][part])
-        ga.mul_(envelope[:, None])
-    if a is not None and "vectors" in found:
-        turn = block.target.torque(grad, block.second.forward(a) if u is None else u)
-        found["vectors"][part] -= turn if envelope is None else turn * envelope[:, None]
+    leaving = {"envelope", "vectors"} & found.keys()
+    a = gate.value() if "second" in found or (leaving and u is None) else None
+    if leaving:
+        _leave_gradient(block, grad, q, block.second.forward(a) if u is None else u, found)
+    p = q if envelope is None else q.mul_(envelope[:, None])
+    if "also_u" in inside:
+        p += inside["also_u"]
     if a is not None and "second" in found:
-        q = q if envelope is None else q.mul_(envelope[:, None])
-        block.add_weight_gradients(a, q, found, "second")
-    if INWARD & found.keys():
-        gy = gate.gradient(ga)
-        if "first" in found:
-            rows = block.both.into(block.x, scale=block.scale)
-            block.add_weight_gradients(rows, gy, found, "first")
-        gz = block.first.transposed(gy)
-        if into is not None:
-            into[1].copy_(gz)
-        _block_inputs(block, gz, found)
+        block.add_weight_gradients(a, p, found, "second")
+    if not INWARD & found.keys():
+        return
+    gy = gate.gradient(block.second.transposed(p, inside.get("ga")))
+    if "also_y" in inside:
+        gy += inside["also_y"]
+    if "first" in found:
+        rows = block.both.into(block.x, scale=block.scale)
+        block.add_weight_gradients(rows, gy, found, "first")
+    gz = block.first.transposed(gy)
+    if "gz" in inside:
+        inside["gz"].copy_(gz)
+    _block_inputs(block, gz, found)
+
+
+def _leave_gradient(block: EdgeBlock, grad: Tensor, q: Tensor, u: Tensor, found: Named) -> None:
+    """Add the gradients of the envelope and of the rotation back."""
+    if "envelope" in found:
+        torch.linalg.vecdot(q, u, out=found["envelope"][block.part])
+    if "vectors" in found:
+        turn = block.target.torque(grad, u)
+        envelope = block.envelope
+        found["vectors"][block.part] -= turn if envelope is None else turn * envelope[:, None]
 
 
 def _block_inputs(block: EdgeBlock, gz: Tensor, found: Named) -> None:
@@ -306,188 +318,3 @@ def empty_gradients(layer: EdgeLayer, wanted: set[str]) -> Named:
         found[name] = weights[0].new_empty(0)
         found |= {f"{name}.{m}": by.empty(w.shape, w).zero_() for m, w in enumerate(weights)}
     return found
-
-
-def second_gradient(
-    layer: EdgeLayer, grad: Tensor, kept: list[Tensor], along: Named, wanted: set[str]
-) -> Named:
-    """Return the gradients of sum over e of <along[e], dE/de>, for ``grad`` and every input.
-
-    ``kept`` has y, u, dE/da and dE/dz, empty where they were not kept.
-    ``along`` has tensors like the inputs, and ``vectors`` for t; of ``first.0``, ``second.1`` and
-    so on, all of a map are given or none.
-    """
-    found = empty_gradients(layer, wanted)
-    if "grad" in wanted:
-        found["grad"] = torch.zeros_like(grad)
-    others = {
-        name: layer.by.SO2Map([along[f"{name}.{m}"] for m in range(len(own.weights))], own.shape)
-        for name, own in layer.maps.items()
-        if f"{name}.0" in along
-    }
-    for block in layer.blocks():
-        _Second(block, grad, kept, along, others, found).run()
-    return found
-
-
-class _Second:
-    """One block of the gradient of the gradient, the gradient of dE/de along a direction.
-
-    That is (x', t, s', f', ...), one for each input e: a step forward along the direction and back
-    again. A prime is a derivative along it, which a name has as ``moved``. t turns the edge:
-    W' = -W T(t), see :mod:`atomeq.ops.edge.rotation`.
-    """
-
-    def __init__(
-        self,
-        block: EdgeBlock,
-        grad: Tensor,
-        kept: list[Tensor],
-        along: Named,
-        others: dict[str, Any],
-        found: Named,
-    ) -> None:
-        self.block, self.grad, self.along, self.found = block, grad, along, found
-        self.layer, self.part, self.others = block.layer, block.part, others
-        self.x, self.scale, self.envelope = block.x, block.scale, block.envelope
-        self.y, self.u, self.ga, self.gz = (
-            values[block.part] if len(values) else None for values in kept
-        )
-        self.turn = along["vectors"][self.part] if "vectors" in along else None
-        self.turned = None
-        if self.turn is not None:
-            self.turned = torch.bmm(block.both.wigner, turning(self.turn, self.x.shape[1]))
-
-    def run(self) -> None:
-        """Go forward along the direction, then back."""
-        block, by, shape = self.block, self.layer.by, self.block.first.shape
-        r, moved_r = self._rows()
-        moved_scale = self._moved_scale()
-        z, moved_z = r, moved_r
-        if self.scale is not None:
-            z, moved_z = by.scaled(r, moved_r, self.scale, moved_scale, shape)
-        y = block.first.forward(z) if self.y is None else self.y
-        moved_y = block.first.forward(moved_z)
-        if "first" in self.others:
-            moved_y += self.others["first"].forward(z)
-        gate = by.Gate(y, shape)
-        p, moved_p = self._weighted_targets()
-        ga = block.second.transposed(p) if self.ga is None else self.ga
-        moved_a, curved = gate.second(moved_y, ga)
-        self._outputs(gate.value(), moved_a, p, moved_p)
-        moved_ga = None if moved_p is None else block.second.transposed(moved_p)
-        if "second" in self.others:
-            through = self.others["second"].transposed(p)
-            moved_ga = through if moved_ga is None else moved_ga.add_(through)
-        gy = gate.gradient(ga)
-        if moved_ga is not None:
-            curved += gate.gradient(moved_ga)
-        if "first" in self.found:
-            block.add_weight_gradients(moved_z, gy, self.found, "first")
-            block.add_weight_gradients(z, curved, self.found, "first")
-        if self.found.keys() & {"x", "vectors", *RADIAL}:
-            # _inputs changes it
-            gz = block.first.transposed(gy) if self.gz is None else self.gz.clone()
-            moved_gz = block.first.transposed(curved)
-            if "first" in self.others:
-                moved_gz += self.others["first"].transposed(gy)
-            self._inputs(r, moved_r, gz, moved_gz, moved_scale)
-
-    def _rows(self) -> tuple[Tensor, Tensor]:
-        both = self.block.both
-        r = both.into(self.x)
-        moved = both.into(self.along["x"]) if "x" in self.along else torch.zeros_like(r)
-        if self.turned is not None:
-            moved -= both.into(self.x, self.turned)
-        return r, moved
-
-    def _moved_scale(self) -> Tensor | None:
-        """Return the derivative of s = h A^T + b, or of s itself, along the direction."""
-        radial = self.along["radial"][self.part] if "radial" in self.along else None
-        weight = self.layer.tensors.get("radial_weight")
-        if weight is None:
-            return radial
-        moved = None if radial is None else radial @ weight.T
-        own = self.block.edges("radial")
-        if "radial_weight" in self.along and own is not None:
-            through = own @ self.along["radial_weight"].T
-            moved = through if moved is None else moved + through
-        if "radial_bias" in self.along:
-            bias = self.along["radial_bias"].expand(self.block.n, -1)
-            moved = bias if moved is None else moved + bias
-        return moved
-
-    def _weighted_targets(self) -> tuple[Tensor, Tensor | None]:
-        """Return p = f q and its derivative, q = W G grad."""
-        self.q = self.block.target.into(self.grad)
-        self.moved_q = None
-        p, moved = self.q, None
-        if self.turned is not None:
-            self.moved_q = moved = self.block.target.into(self.grad, self.turned).neg_()
-        if self.envelope is not None:
-            p = p * self.envelope[:, None]
-            moved = None if moved is None else moved * self.envelope[:, None]
-        if "envelope" in self.along:
-            through = self.q * self.along["envelope"][self.part, None]
-            moved = through if moved is None else moved.add_(through)
-        return p, moved
-
-    def _outputs(self, a: Tensor, moved_a: Tensor, p: Tensor, moved_p: Tensor | None) -> None:
-        """Add the gradients that stem from the second map and the way back."""
-        block, found, part = self.block, self.found, self.part
-        if "second" in found:
-            block.add_weight_gradients(moved_a, p, found, "second")
-            if moved_p is not None:
-                block.add_weight_gradients(a, moved_p, found, "second")
-        if not found.keys() & {"grad", "envelope", "vectors"}:
-            return
-        u = block.second.forward(a) if self.u is None else self.u.clone()  # _leave changes it
-        moved_u = block.second.forward(moved_a)
-        if "second" in self.others:
-            moved_u += self.others["second"].forward(a)
-        if "envelope" in found:
-            found["envelope"][part] += torch.linalg.vecdot(self.q, moved_u)
-            if self.moved_q is not None:
-                found["envelope"][part] += torch.linalg.vecdot(self.moved_q, u)
-        self._leave(u, moved_u)
-
-    def _leave(self, u: Tensor, moved_u: Tensor) -> None:
-        """Add the gradients of the rotation back, <f u, ...> and its derivative; both change."""
-        target, found, part = self.block.target, self.found, self.part
-        if self.envelope is not None:
-            moved_u *= self.envelope[:, None]
-        if "envelope" in self.along:
-            moved_u += u * self.along["envelope"][part, None]
-        if self.envelope is not None:
-            u *= self.envelope[:, None]
-        if "grad" in found:
-            target.back(moved_u, found["grad"])
-            if self.turned is not None:
-                target.back(u.neg(), found["grad"], self.turned)
-        if "vectors" in found:
-            turn = target.torque(self.grad, moved_u)
-            if self.turn is not None and self.turned is not None:
-                turn -= target.turned_torque(self.grad, u, self.turned, self.turn)
-            found["vectors"][part] -= turn
-
-    def _inputs(
-        self, r: Tensor, moved_r: Tensor, gz: Tensor, moved_gz: Tensor, moved_scale: Tensor | None
-    ) -> None:
-        """Add the gradients that stem from the way in; dE/dz and its derivative become dE/dr's."""
-        block, found, both = self.block, self.found, self.block.both
-        if self.scale is not None:
-            scales = (self.scale, moved_scale, block.first.shape)
-            through, moved = self.layer.by.scaled_second_(r, moved_r, gz, moved_gz, *scales)
-            if found.keys() & RADIAL:
-                block.add_radial_gradients(moved, (through, self.along), found)
-        if "x" in found:
-            both.back(moved_gz, found["x"])
-            if self.turned is not None:
-                both.back(gz.neg(), found["x"], self.turned)
-        if "vectors" in found:
-            turn = both.torque(self.x, moved_gz)
-            if "x" in self.along:
-                turn += both.torque(self.along["x"], gz)
-            if self.turn is not None and self.turned is not None:
-                turn -= both.turned_torque(self.x, gz, self.turned, self.turn)
-            found["vectors"][self.part] -= turn

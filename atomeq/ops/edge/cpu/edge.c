@@ -213,55 +213,67 @@ void gather_gradient(const REAL *x, const REAL *wigner, const int64_t **index, i
 #define AT_ROWS ((e * N_ROWS + ROW_START(m)) * channels + sign * SIZE(m))
 #define AT_SCALE ((e * N_SCALES + SCALE_START(m)) * channels)
 
-/* z = s r and dz = s dr + ds r; ds may be null. */
-void scale_rows(const REAL *r, const REAL *dr, const REAL *s, const REAL *ds, REAL *z, REAL *dz,
-                int64_t n_edges, int64_t channels) {
+/* dz = s dr + ds r; ds may be null. */
+void moved_scaled(const REAL *r, const REAL *dr, const REAL *s, const REAL *ds, REAL *dz,
+                  int64_t n_edges, int64_t channels) {
   EACH_SIGN {
     const REAL *in = r + AT_ROWS, *din = dr + AT_ROWS, *by = s + AT_SCALE;
-    REAL *out = z + AT_ROWS, *moved_out = dz + AT_ROWS;
-    if (ds) {
-      const REAL *dby = ds + AT_SCALE;
-      EACH(SIZE(m)) {
-        out[c] = by[c] * in[c];
-        moved_out[c] = by[c] * din[c] + dby[c] * in[c];
-      }
-    } else
-      EACH(SIZE(m)) {
-        out[c] = by[c] * in[c];
-        moved_out[c] = by[c] * din[c];
-      }
+    REAL *out = dz + AT_ROWS;
+    EACH(SIZE(m)) out[c] = by[c] * din[c];
+    if (!ds) continue;
+    const REAL *dby = ds + AT_SCALE;
+    EACH(SIZE(m)) out[c] += dby[c] * in[c];
   }
 }
 
-/* gs = sum over both signs of g r, then g = s g in place. */
-void scale_gradient(const REAL *r, const REAL *s, REAL *g, REAL *gs, int64_t n_edges,
-                    int64_t channels) {
+/* z = s r. */
+void scale_rows(const REAL *r, const REAL *s, REAL *z, int64_t n_edges, int64_t channels) {
   EACH_SIGN {
     const REAL *in = r + AT_ROWS, *by = s + AT_SCALE;
-    REAL *grad = g + AT_ROWS, *to = gs + AT_SCALE;
+    REAL *out = z + AT_ROWS;
+    EACH(SIZE(m)) out[c] = by[c] * in[c];
+  }
+}
+
+/* gs = sum over both signs of g r, and sg = s g. */
+void scale_gradient(const REAL *r, const REAL *s, const REAL *g, REAL *sg, REAL *gs,
+                    int64_t n_edges, int64_t channels) {
+  EACH_SIGN {
+    const REAL *in = r + AT_ROWS, *by = s + AT_SCALE, *grad = g + AT_ROWS;
+    REAL *out = sg + AT_ROWS, *to = gs + AT_SCALE;
     EACH(SIZE(m)) {
       to[c] = (sign ? to[c] : 0) + grad[c] * in[c];
-      grad[c] *= by[c];
+      out[c] = by[c] * grad[c];
     }
   }
 }
 
-/* The same and its derivative: dgs, and dg = s dg + ds g in place; ds may be null. */
-void scale_second(const REAL *r, const REAL *dr, const REAL *s, const REAL *ds, REAL *g, REAL *dg,
-                  REAL *gs, REAL *dgs, int64_t n_edges, int64_t channels) {
+/* Of g = dE/dz and its derivative dg, with z = s r: sg = s g and dsg = ds g + s dg, gs = g r and
+   dgs = g dr + dg r, these two summed over both signs. dg and ds may be null, dsg if both are. */
+void scale_second(const REAL *r, const REAL *dr, const REAL *g, const REAL *dg, const REAL *s,
+                  const REAL *ds, REAL *sg, REAL *dsg, REAL *gs, REAL *dgs, int64_t n_edges,
+                  int64_t channels) {
   EACH_SIGN {
-    const REAL *in = r + AT_ROWS, *din = dr + AT_ROWS, *by = s + AT_SCALE;
-    REAL *grad = g + AT_ROWS, *dgrad = dg + AT_ROWS, *to = gs + AT_SCALE, *dto = dgs + AT_SCALE;
+    const REAL *in = r + AT_ROWS, *din = dr + AT_ROWS, *by = s + AT_SCALE, *grad = g + AT_ROWS;
+    REAL *out = sg + AT_ROWS, *to = gs + AT_SCALE, *dto = dgs + AT_SCALE;
     EACH(SIZE(m)) {
       to[c] = (sign ? to[c] : 0) + grad[c] * in[c];
-      dto[c] = (sign ? dto[c] : 0) + grad[c] * din[c] + dgrad[c] * in[c];
-      dgrad[c] *= by[c];
+      dto[c] = (sign ? dto[c] : 0) + grad[c] * din[c];
+      out[c] = by[c] * grad[c];
     }
+    if (!dsg) continue;
+    REAL *dout = dsg + AT_ROWS;
     if (ds) {
       const REAL *dby = ds + AT_SCALE;
-      EACH(SIZE(m)) dgrad[c] += dby[c] * grad[c];
+      EACH(SIZE(m)) dout[c] = dby[c] * grad[c];
+    } else
+      memset(dout, 0, SIZE(m) * sizeof(REAL));
+    if (!dg) continue;
+    const REAL *dgrad = dg + AT_ROWS;
+    EACH(SIZE(m)) {
+      dto[c] += dgrad[c] * in[c];
+      dout[c] += by[c] * dgrad[c];
     }
-    EACH(SIZE(m)) grad[c] *= by[c];
   }
 }
 

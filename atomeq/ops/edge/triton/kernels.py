@@ -9,11 +9,11 @@ from atomeq.ops.edge.so2_shape import SO2Shape
 from atomeq.ops.edge.triton.gate import Gate
 from atomeq.ops.edge.triton.rotation import gather_rotate, rotate_scatter, torque
 from atomeq.ops.edge.triton.row_scale import (
+    moved_scaled,
     row_products,
     scale_gradient_,
-    scaled,
     scaled_rows,
-    scaled_second_,
+    scaled_second,
 )
 from atomeq.ops.edge.triton.so2 import SO2Map, add_weight_gradients
 from atomeq.ops.specification import OpSpec
@@ -23,10 +23,10 @@ __all__ = [
     "Gate",
     "SO2Map",
     "add_weight_gradients",
+    "moved_scaled",
     "row_products",
-    "scaled",
     "scaled_rows",
-    "scaled_second_",
+    "scaled_second",
 ]
 
 
@@ -80,6 +80,11 @@ def layer_value(layer: EdgeLayer, *, keep: bool) -> tuple[Tensor, Tensor, Tensor
     """Return None: a layer goes block by block, and these are as large as memory allows."""
 
 
-def layer_gradient(layer: EdgeLayer, grad: Tensor, kept: list[Tensor], found: Named) -> bool:
+def layer_gradient(layer: EdgeLayer, grad: Tensor, inside: Named, found: Named) -> bool:
     """Return False: nothing is written, for the reason that :func:`layer_value` has."""
+    return False
+
+
+def layer_second(layer: EdgeLayer, grad: Tensor, inside: Named, along: Named, found: Named) -> bool:
+    """Return False, as :func:`layer_gradient` does."""
     return False

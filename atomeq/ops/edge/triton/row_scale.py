@@ -19,47 +19,53 @@ def scaled_rows(
 ) -> Tensor:
     """Return s rows, (n_edges, n_rows * c_in), for factors s (n_edges, n_scales)."""
     result = rows.new_empty(rows.shape) if out is None else out
-    _launch(_scaled, shape, rows, None, scale, None, result, None)
+    _launch(_scaled, shape, rows, None, scale, None, result)
     return result
 
 
 def row_products(left: Tensor, right: Tensor, shape: SO2Shape) -> Tensor:
     """Return the products of rows, summed over +m and -m, (n_edges, n_scales)."""
     result = left.new_empty(len(left), shape.n_scales)
-    _launch(_pulled, shape, right, None, left, None, None, None, result, None)
+    _launch(_pulled, shape, right, None, left, None, None, None, None, None, result, None)
     return result
 
 
-def scaled(
+def moved_scaled(
     rows: Tensor, moved: Tensor, scale: Tensor, moved_scale: Tensor | None, shape: SO2Shape
-) -> tuple[Tensor, Tensor]:
-    """Return z = s r and its derivative z' = s r' + s' r along a direction."""
-    z, moved_z = rows.new_empty(rows.shape), rows.new_empty(rows.shape)
-    _launch(_scaled, shape, rows, moved, scale, moved_scale, z, moved_z)
-    return z, moved_z
+) -> Tensor:
+    """Return z' = s r' + s' r, the derivative of z = s r along a direction."""
+    moved_z = rows.new_empty(rows.shape)
+    _launch(_scaled, shape, moved, rows, scale, moved_scale, moved_z)
+    return moved_z
 
 
 def scale_gradient_(rows: Tensor, grad: Tensor, scale: Tensor, shape: SO2Shape) -> Tensor:
     """Return dE/ds from ``grad`` = dE/dz, which becomes dE/dr."""
     through = rows.new_empty(scale.shape)
-    _launch(_pulled, shape, rows, None, grad, None, scale, None, through, None)
+    _launch(_pulled, shape, rows, None, grad, None, scale, None, grad, None, through, None)
     return through
 
 
-def scaled_second_(
+def scaled_second(
     rows: Tensor,
     moved: Tensor,
     grad: Tensor,
-    moved_grad: Tensor,
+    moved_grad: Tensor | None,
     scale: Tensor,
     moved_scale: Tensor | None,
     shape: SO2Shape,
-) -> tuple[Tensor, Tensor]:
-    """Return dE/ds and its derivative; dE/dz and its derivative become those of dE/dr."""
-    through, moved_through = rows.new_empty(scale.shape), rows.new_empty(scale.shape)
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """Return the gradients of z = s r along a direction, from g = dE/dz and its derivative g'.
+
+    These are dE/dr = s g, its derivative s' g + s g', dE/ds = g r, and its derivative g r' + g' r.
+    No derivative of g means 0, and the second result is None where both of its terms are.
+    """
+    through, moved_through, scaled_grad = (t.new_empty(t.shape) for t in (scale, scale, grad))
+    moves = moved_grad is not None or moved_scale is not None
+    found = grad.new_empty(grad.shape) if moves else None
     given = (rows, moved, grad, moved_grad, scale, moved_scale)
-    _launch(_pulled, shape, *given, through, moved_through)
-    return through, moved_through
+    _launch(_pulled, shape, *given, scaled_grad, found, through, moved_through)
+    return scaled_grad, found, through, moved_through
 
 
 def _launch(kernel: object, shape: SO2Shape, first: Tensor, *others: Tensor | None) -> None:
@@ -107,29 +113,29 @@ def _places(n_edges, CHANNELS: tl.constexpr, LMAX: tl.constexpr, N_ROWS: tl.cons
 
 
 @triton.jit
-def _scaled(rows, moved, scale, moved_scale, result, moved_result, n_edges,
+def _scaled(rows, others, scale, others_scale, result, n_edges,
             CHANNELS: tl.constexpr, LMAX: tl.constexpr, N_ROWS: tl.constexpr,
             N_NUMBERS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
+    """Scale rows and, where these have a scale, add others scaled."""
     plus, minus, at, inside, paired = _places(n_edges, CHANNELS, LMAX, N_ROWS, N_NUMBERS,
                                               BLOCK_E, BLOCK_C)  # fmt: skip
     factor = tl.load(scale + at, mask=inside, other=0.0)
     for minus_too in tl.static_range(2):
         row = minus if minus_too else plus
         kept = inside & paired if minus_too else inside
-        value = tl.load(rows + row, mask=kept, other=0.0)
-        if moved_result is not None:
-            other = tl.load(moved + row, mask=kept, other=0.0) * factor
-            if moved_scale is not None:
-                other += tl.load(moved_scale + at, mask=inside, other=0.0) * value
-            tl.store(moved_result + row, other, mask=kept)
-        tl.store(result + row, value * factor, mask=kept)
+        value = tl.load(rows + row, mask=kept, other=0.0) * factor
+        if others_scale is not None:
+            other = tl.load(others + row, mask=kept, other=0.0)
+            value += tl.load(others_scale + at, mask=inside, other=0.0) * other
+        tl.store(result + row, value, mask=kept)
 
 
 @triton.jit
-def _pulled(rows, moved, grad, moved_grad, scale, moved_scale, through, moved_through, n_edges,
+def _pulled(rows, moved, grad, moved_grad, scale, moved_scale, scaled_grad, moved_scaled_grad,
+            through, moved_through, n_edges,
             CHANNELS: tl.constexpr, LMAX: tl.constexpr, N_ROWS: tl.constexpr,
             N_NUMBERS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
-    """Sum products with the rows; gradients of scaled rows become those of the rows, in place."""
+    """Sum products with the rows; gradients of scaled rows become those of the rows."""
     plus, minus, at, inside, paired = _places(n_edges, CHANNELS, LMAX, N_ROWS, N_NUMBERS,
                                               BLOCK_E, BLOCK_C)  # fmt: skip
     total = tl.zeros((BLOCK_E, BLOCK_C), dtype=tl.float32)
@@ -142,16 +148,20 @@ def _pulled(rows, moved, grad, moved_grad, scale, moved_scale, through, moved_th
         value = tl.load(rows + row, mask=kept, other=0.0)
         pull = tl.load(grad + row, mask=kept, other=0.0)
         total += pull * value
-        if scale is not None:
-            tl.store(grad + row, pull * tl.load(scale + at, mask=inside, other=0.0), mask=kept)
         if moved_through is not None:
-            other = tl.load(moved_grad + row, mask=kept, other=0.0)
-            moved_total += other * value
             moved_total += tl.load(moved + row, mask=kept, other=0.0) * pull
-            other *= tl.load(scale + at, mask=inside, other=0.0)
+        if moved_scaled_grad is not None:
+            turned = tl.zeros((BLOCK_E, BLOCK_C), dtype=rows.dtype.element_ty)
             if moved_scale is not None:
-                other += tl.load(moved_scale + at, mask=inside, other=0.0) * pull
-            tl.store(moved_grad + row, other, mask=kept)
+                turned += tl.load(moved_scale + at, mask=inside, other=0.0) * pull
+            if moved_grad is not None:
+                other = tl.load(moved_grad + row, mask=kept, other=0.0)
+                moved_total += other * value
+                turned += tl.load(scale + at, mask=inside, other=0.0) * other
+            tl.store(moved_scaled_grad + row, turned, mask=kept)
+        if scaled_grad is not None:
+            pull *= tl.load(scale + at, mask=inside, other=0.0)
+            tl.store(scaled_grad + row, pull, mask=kept)
     tl.store(through + at, total, mask=inside)
     if moved_through is not None:
         tl.store(moved_through + at, moved_total, mask=inside)
