@@ -121,6 +121,8 @@ def calibrated(
     found = list(_held_out(potential, held_out))
     module = LastLayerUncertainty(sums.n_features).to(potential.device)
     coverage: dict[str, float] = {}
+    if not found:
+        raise ValueError("no structure was held out to calibrate by")
     for name, covariance in sums.covariances().items():
         features = torch.cat([rows[name][0] for rows in found])
         errors = torch.cat([rows[name][1] for rows in found])

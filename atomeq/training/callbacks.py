@@ -1,6 +1,8 @@
 """Callbacks of a fit: averaged weights, the trained potential as a folder."""
 
+import copy
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -10,8 +12,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 
+from atomeq.graph.atom_graph import AtomGraph
 from atomeq.potential.checkpoint import refuse_unsaveable, save_potential
+from atomeq.potential.potential import Potential
 from atomeq.potential.predictor import Predictor
+from atomeq.potential.uncertainty import calibrated
 from atomeq.training.low_rank import merged
 
 logger = logging.getLogger(__name__)
@@ -243,13 +248,23 @@ class SaveBest(Callback):
 
 
 class SavePotential(SaveBest):
-    """Writes the best weights as a potential folder when the fit ends.
+    """Writes the best weights as a potential folder when the fit ends, calibrated.
+
+    What it may be off by is measured on the way, on training and validation set
+    (:mod:`atomeq.potential.uncertainty`), on so many structures of each; where there are no labels
+    to do so by, that is told.
 
     Args:
         folder: Where to; by default ``potential`` in the trainer's ``default_root_dir``.
+        calibrate_on: Structures of the training set, at most; 0 leaves the calibration out. Of the
+            validation set it takes a quarter as many.
     """
 
     product = attribute = "potential"
+
+    def __init__(self, folder: str | None = None, *, calibrate_on: int = 2000) -> None:
+        super().__init__(folder)
+        self.calibrate_on = calibrate_on
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse, before the first step of a fit, what could not be saved after the last."""
@@ -258,7 +273,35 @@ class SavePotential(SaveBest):
 
     def save(self, pl_module: LightningModule, folder: Path, metadata: dict[str, Any]) -> None:
         """Save the potential, an ordinary one: low-rank updates are merged into its weights."""
-        save_potential(merged(_predictor(pl_module)), folder, metadata=metadata)
+        potential = merged(_predictor(pl_module))
+        if isinstance(potential, Potential):
+            potential = copy.deepcopy(potential).eval().requires_grad_(False)
+            potential.uncertainty = None  # that of what the fit started from is of other weights
+            if self.calibrate_on:
+                metadata = {**metadata, **self._calibrated(potential, pl_module.trainer)}
+        save_potential(potential, folder, metadata=metadata)
+
+    def _calibrated(self, potential: Potential, trainer: Trainer) -> dict[str, Any]:
+        """Give a potential its uncertainty; return what of it is told in the folder."""
+        try:
+            training = _few(trainer.train_dataloader, self.calibrate_on, potential)
+            held_out = _few(trainer.val_dataloaders, self.calibrate_on // 4, potential)
+            potential.uncertainty, coverage = calibrated(potential, training, held_out)
+        except ValueError as error:
+            logger.info("the potential does not know its uncertainty: %s", error)
+            return {}
+        return {"coverage": coverage}
+
+
+def _few(loaders: Any, most: int, potential: Potential) -> Iterator[AtomGraph]:
+    """Yield the first batches of one or several loaders, of so many structures or a few more."""
+    n_structures = 0
+    for loader in loaders if isinstance(loaders, list) else [loaders]:
+        for batch in loader or ():
+            if n_structures >= most:
+                return
+            n_structures += batch.n_graphs
+            yield batch.to(potential.device)
 
 
 def _predictor(module: LightningModule) -> Predictor:

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from copper_experiment import labelled_copper
 
 from atomeq.cli.training import TrainingCLI, main
 from atomeq.models.egnn import EGNN
@@ -48,6 +50,28 @@ def test_a_run_leaves_its_folder_complete(tmp_path: Path, experiment: Path):
     assert saved.keys() == expected.keys()
     assert all(torch.equal(saved[name], expected[name]) for name in saved)
     assert potential.elements == (29,)
+
+
+def test_a_saved_potential_knows_how_far_off_it_may_be(tmp_path: Path, experiment: Path, caplog):
+    main(["fit", "-c", str(experiment), "--data.split.val=0.4", "--trainer.max_epochs=1"])
+    run = tmp_path / "run"
+    first = load_potential(run / "potential")
+    assert first.uncertainty is not None
+    graph = first.build_graph(labelled_copper(2))
+    assert (first(graph, ("forces_uncertainty",))["forces_uncertainty"] > 0).all()
+    metadata = yaml.safe_load((run / "potential" / "model.yaml").read_text())["metadata"]
+    assert metadata["coverage"]["forces_68"] == pytest.approx(0.683, abs=0.01)
+    # What starts from it has other weights, and another uncertainty or none.
+    words = [f"--model.start_from={run / 'potential'}", "--model.model=null"]
+    words += [f"--trainer.default_root_dir={tmp_path / 'next'}", "--trainer.max_epochs=1"]
+    few = ["--data.split.val=0.1"]  # two structures are too few
+    with caplog.at_level("INFO", logger="atomeq"):
+        main(["fit", "-c", str(experiment), *words, *few])
+    assert load_potential(tmp_path / "next" / "potential").uncertainty is None
+    assert "does not know its uncertainty: 2 held-out energies are too few" in caplog.text
+    words += ["--save_potential.calibrate_on=0", "--trainer.default_root_dir"]
+    main(["fit", "-c", str(experiment), *words, str(tmp_path / "off"), "--data.split.val=0.4"])
+    assert load_potential(tmp_path / "off" / "potential").uncertainty is None
 
 
 def test_last_checkpoint_follows_a_run_that_does_not_improve(tmp_path: Path, experiment: Path):
