@@ -236,3 +236,22 @@ def test_calculators_can_be_copied_and_sent_with_their_choice() -> None:
         assert other._committee.capture is False
         assert other._committee._answer[0].refusal == "it is not wanted"
         assert other._committee._answer[0].potential is other.potential
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_a_cuda_graph_gives_what_launches_give(config: Path) -> None:
+    potential = untrained_potential(config).to("cuda")
+    answer = Captured(potential)
+    if answer.refusal is not None:
+        pytest.skip(answer.refusal)
+    for seed in range(5):
+        structures = [RATTLED[name]() for name in ("crystal", "slab")]
+        structures[1].rattle(0.02, seed=seed)
+        graph = potential.build_graph(structures)
+        found, truth = answer(graph, ALL), potential(graph, ALL)
+        for key, value in truth.items():  # sums on a GPU are in no fixed order
+            scale = max(1.0, float(value.abs().max()))
+            assert float((found[key] - value).abs().max()) <= 1e-9 * scale, key
+    assert answer.refusal is None
+    assert answer.n_recordings > 0
