@@ -1,5 +1,7 @@
 """FIRE and L-BFGS against ASE's, step for step, and batches against single runs."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -20,6 +22,7 @@ from atomeq.units import GPA
 
 SAME = 1e-8  # eV, Å: the law for float64; what is found is 1e-13
 ASE = {FIRE: ASE_FIRE, LBFGS: ASE_LBFGS}
+AS_ASE = {FIRE: FIRE, LBFGS: partial(LBFGS, rescale=False)}
 FMAX = 5e-3
 STEPS = 40  # enough to be far from the start; rounding grows along a path, as in any dynamics
 
@@ -77,7 +80,7 @@ def assert_as_ase(outcome, atoms, n_steps):
 
 @pytest.mark.parametrize("optimizer", [FIRE, LBFGS])
 def test_a_batch_takes_the_steps_of_ase(optimizer, potential):
-    outcomes = relaxed(CLUSTERS, potential, optimizer())
+    outcomes = relaxed(CLUSTERS, potential, AS_ASE[optimizer]())
     for outcome, atoms in zip(outcomes, CLUSTERS, strict=True):
         assert_as_ase(outcome, *ase_run(atoms, potential, optimizer))
 
@@ -93,7 +96,7 @@ def test_converged_energies_are_those_of_ase(potential):
 def test_cells_relax_as_in_ase(name, potential):
     ours, theirs = CELLS[name]
     optimizer = LBFGS if name == "pressure" else FIRE
-    outcomes = relaxed(CRYSTALS[:2], potential, optimizer(cell=ours))
+    outcomes = relaxed(CRYSTALS[:2], potential, AS_ASE[optimizer](cell=ours))
     for outcome, atoms in zip(outcomes, CRYSTALS[:2], strict=True):
         assert_as_ase(outcome, *ase_run(atoms, potential, optimizer, theirs))
 
@@ -105,6 +108,18 @@ def test_the_pressure_inside_ends_at_the_pressure_outside(potential):
     assert outcome.status == "converged"
     stress = outcome.graph.stress[0] / GPA
     torch.testing.assert_close(stress, -2.0 * torch.eye(3, dtype=torch.float64), atol=0.1, rtol=0)
+
+
+@pytest.mark.parametrize("cell", [None, FrechetCell()])
+def test_a_rescaled_hessian_spares_steps_to_the_same_minimum(cell, potential):
+    ours, as_ase = (
+        relaxed(CRYSTALS, potential, LBFGS(cell=cell, rescale=rescale), max_steps=100)
+        for rescale in (True, False)
+    )
+    for one, other in zip(ours, as_ase, strict=True):
+        assert one.status == other.status == "converged"
+        assert one.energy == pytest.approx(other.energy, abs=1e-4)  # forces up to FMAX are left
+        assert one.n_steps < 0.6 * other.n_steps
 
 
 @pytest.mark.parametrize("optimizer", [FIRE(), LBFGS(), FIRE(cell=FrechetCell())])

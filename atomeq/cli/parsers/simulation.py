@@ -156,7 +156,10 @@ def _add_relax_options(parser: Parser) -> None:
     parser.add_argument("--cell", action="store_true", help="relax the lattice as well")
     parser.add_argument("--pressure", type=float, default=0.0, help="with --cell, in GPa")
     parser.add_argument(
-        "--optimizer", type=Literal["fire", "lbfgs"], default="lbfgs", help="as ASE's"
+        "--optimizer",
+        type=Literal["fire", "lbfgs"],
+        default="lbfgs",
+        help="FIRE as ASE's; L-BFGS takes fewer steps than ASE's",
     )
     parser.add_argument(
         "--max-steps", type=PositiveInt, default=500, help="give up on a structure after"
