@@ -36,8 +36,10 @@ from ase import Atoms
 from ase.build import add_adsorbate, fcc111, molecule
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from atomeq.graph.atom_graph import AtomGraph
+from atomeq.nn.stress import symmetric_tensor
 from atomeq.potential.checkpoint import build_model
 from atomeq.potential.official_names import official_weights
 from atomeq.potential.potential import Potential
@@ -180,14 +182,14 @@ def cpu_seconds(potential: Potential, atoms: Atoms) -> float:
 
 
 class PeerProcess:
-    """peers/fairchem.py in another Python.
+    """peers/fairchem_core.py in another Python.
 
     Args:
         python: Its interpreter.
     """
 
     def __init__(self, python: str) -> None:
-        script = Path(__file__).parent / "peers" / "fairchem.py"
+        script = Path(__file__).parent / "peers" / "fairchem_core.py"
         self._process = subprocess.Popen(
             [python, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             stderr=subprocess.PIPE, text=True,
@@ -214,7 +216,7 @@ def against_peer(potential: Potential, name: str, rounds: int, python: str) -> R
     atoms = slab()
     with tempfile.TemporaryDirectory() as folder:
         weights, results = Path(folder, "weights.pt"), Path(folder, "results.npz")
-        peer = start_peer(python, name, [atoms], Path(folder))
+        peer = start_peer(python, name, PEERS[name], [atoms], Path(folder))
         stored = torch.load(weights, weights_only=True)
         potential.model.load_state_dict(official_weights(potential.model, stored))
         first = peer.ask("compute", results=str(results))  # it builds tables too
@@ -240,7 +242,9 @@ def against_peer(potential: Potential, name: str, rounds: int, python: str) -> R
     }
 
 
-def start_peer(python: str, name: str, structures: list[Atoms], folder: Path) -> PeerProcess:
+def start_peer(
+    python: str, name: str, config: dict[str, Any], structures: list[Atoms], folder: Path
+) -> PeerProcess:
     """Start a peer with a model and structures; its weights are in weights.pt of the folder."""
     inputs = folder / "structures.npz"
     np.savez(
@@ -251,7 +255,7 @@ def start_peer(python: str, name: str, structures: list[Atoms], folder: Path) ->
         natoms=np.array([len(atoms) for atoms in structures]),
     )
     peer = PeerProcess(python)
-    peer.ask("build", model=name, config=PEERS[name], weights=str(folder / "weights.pt"))
+    peer.ask("build", model=name, config=config, weights=str(folder / "weights.pt"))
     peer.ask("take", structures=str(inputs))
     return peer
 
@@ -270,8 +274,17 @@ def largest_difference(potential: Potential, atoms: Atoms, results: Path) -> flo
     with torch.no_grad():
         outputs = model(graph, edge_rotation=theirs["rotation"])
     ours = {"energy": outputs["energies"].sum(), "forces": outputs["forces"]}
+    if "stress" in outputs:
+        ours["stress"] = outputs["stress"]
+        parts = (theirs["stress_isotropic"].view(1, 1), theirs["stress_anisotropic"])
+        theirs["stress"] = symmetric_tensor(torch.cat(parts, dim=1))
+    return relative_difference(ours, theirs)
+
+
+def relative_difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
+    """Return the largest difference of outputs, each relative to its own largest value."""
     return max(
-        float((value - theirs[key]).abs().max() / theirs[key].abs().max())
+        float((value - theirs[key].view_as(value)).abs().max() / theirs[key].abs().max())
         for key, value in ours.items()
     )
 
@@ -300,7 +313,7 @@ def peer_peak(name: str, batch: int, python: str) -> int:
     """Return the peer's largest memory for the same batch, without gradients."""
     with tempfile.TemporaryDirectory() as folder:
         structures = [slab(seed) for seed in range(batch)]
-        peer = start_peer(python, name, structures, Path(folder))
+        peer = start_peer(python, name, PEERS[name], structures, Path(folder))
         peak = peer.ask("compute", trainable=True)["peak_bytes"]
         peer.close()
     return peak

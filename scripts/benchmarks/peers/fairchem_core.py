@@ -1,10 +1,12 @@
-"""Runs fairchem-core 1.10.0 for benchmarks/models.py, in a Python that has it; see there.
+"""Runs fairchem-core 1.10.0 for benchmarks/models.py and materials.py, in a Python that has it.
 
 It reads one request as JSON from each line of standard input and answers with one line on standard
-output. torch_scatter, which only models of no concern here call, huggingface_hub, which downloads
-weights, and a function that SciPy has dropped are replaced by placeholders.
+output. torch_scatter's one function that matters here is torch_geometric's of the same name;
+huggingface_hub, which downloads weights, and a function that SciPy has dropped are replaced by
+placeholders.
 """
 
+import importlib
 import json
 import resource
 import sys
@@ -16,6 +18,7 @@ import numpy as np
 import scipy.special
 import torch
 from torch_geometric.data import Batch, Data
+from torch_geometric.utils import scatter
 
 CLASSES = {
     "escn": ("fairchem.core.models.escn.escn", "eSCN"),
@@ -23,7 +26,16 @@ CLASSES = {
         "fairchem.core.models.equiformer_v2.equiformer_v2_deprecated",
         "EquiformerV2",
     ),
+    "hydra": ("fairchem.core.models.base", "HydraModel"),
 }
+# Where the backbones and heads that hydra names are registered.
+PARTS = (
+    "fairchem.core.models.equiformer_v2.equiformer_v2",
+    "fairchem.core.models.equiformer_v2.heads",
+    "fairchem.core.models.esen.esen",
+)
+
+LEARNING_RATE = 1e-8  # a step costs what it costs, and the next sees the same weights
 
 
 class Peer:
@@ -33,16 +45,19 @@ class Peer:
         self.model: Any = None
         self.batch: Any = None
         self.edges: dict[str, np.ndarray] = {}
+        self.optimizer: Any = None
 
     def build(self, *, model: str, config: dict[str, Any], weights: str) -> dict[str, Any]:
         """Build a model with random weights and save them."""
-        for name in ("torch_scatter", "huggingface_hub"):
-            sys.modules.setdefault(name, MagicMock())
+        sys.modules.setdefault("torch_scatter", MagicMock(scatter=scatter))
+        sys.modules.setdefault("huggingface_hub", MagicMock())
         if not hasattr(scipy.special, "sph_harm"):
             scipy.special.sph_harm = None
+        for part in PARTS if model == "hydra" else ():
+            importlib.import_module(part)
         module, name = CLASSES[model]
         torch.manual_seed(0)
-        built = getattr(__import__(module, fromlist=[name]), name)(**config)
+        built = getattr(importlib.import_module(module), name)(**config)
         self.model = built.eval().requires_grad_(False)
         self._watch_edges()
         torch.save(dict(self.model.state_dict()), weights)
@@ -71,20 +86,43 @@ class Peer:
         Its forward switches gradients on for any model with forces, so as shipped, with
         ``trainable`` weights, it keeps what they need; with frozen ones it does not.
         """
-        self.model.requires_grad_(trainable)
+        self.model.eval().requires_grad_(trainable)
+        batch = self.batch.clone()  # models write into it
         start = time.process_time()
         with torch.no_grad():
-            outputs = self.model(self.batch)
+            outputs = self.model(batch)
         seconds = time.process_time() - start
         if results is not None:
-            found = {key: outputs[key].detach().numpy() for key in ("energy", "forces")}
+            found = {key: value.detach().numpy() for key, value in outputs.items()}
             np.savez(results, **found, **self.edges)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        return {"cpu_s": seconds, "peak_bytes": peak}
+        return {"cpu_s": seconds, "peak_bytes": peak_bytes()}
+
+    def step(self, *, labels: str) -> dict[str, Any]:
+        """Take a training step on energy, forces and stress; return CPU seconds, loss and norm."""
+        self.model.train().requires_grad_(True)
+        if self.optimizer is None:
+            self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=LEARNING_RATE)
+        with np.load(labels, allow_pickle=False) as file:
+            wanted = {key: torch.from_numpy(file[key]).float() for key in file.files}
+        batch = self.batch.clone()
+        start = time.process_time()
+        outputs = self.model(batch)
+        loss = sum((outputs[k] - v.view_as(outputs[k])).square().mean() for k, v in wanted.items())
+        loss.backward()
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(gradients))
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        seconds = time.process_time() - start
+        found = {"loss": float(loss.detach()), "gradient": norm}
+        return {"cpu_s": seconds, "peak_bytes": peak_bytes(), **found}
 
     def _watch_edges(self) -> None:
         """Keep the edges and their frames, whose roll is random, so that ours can be the same."""
-        make_graph, make_frames = self.model.generate_graph, self.model._init_edge_rot_mat
+        backbone = getattr(self.model, "backbone", self.model)
+        if not hasattr(backbone, "_init_edge_rot_mat"):
+            return  # results do not depend on the roll
+        make_graph, make_frames = backbone.generate_graph, backbone._init_edge_rot_mat
 
         def graph(*given: Any, **options: Any) -> Any:
             made = make_graph(*given, **options)
@@ -97,7 +135,12 @@ class Peer:
             self.edges["rotation"] = made.detach().numpy()
             return made
 
-        self.model.generate_graph, self.model._init_edge_rot_mat = graph, frames
+        backbone.generate_graph, backbone._init_edge_rot_mat = graph, frames
+
+
+def peak_bytes() -> int:
+    """Return the largest memory of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def main() -> None:
