@@ -20,13 +20,14 @@ from atomeq.data.ase_files import (
     expand_data_path,
     read_structures,
 )
+from atomeq.data.copies import RADIUS
 from atomeq.data.datamodule import AtomisticDataModule
 from atomeq.data.hdf5_files import StoredStructures
 from atomeq.data.molecule_files import HDF5_SUFFIXES, reader_of
 from atomeq.data.splits import Split
 from atomeq.graph.atom_graph import AtomGraph
 from atomeq.graph.builders import RadiusGraph
-from atomeq.training.statistics import RADIUS, data_statistics
+from atomeq.training.statistics import data_statistics
 
 _SUFFIXES = (".extxyz", ".xyz", ".traj", *DATABASE_SUFFIXES, *HDF5_SUFFIXES)
 _COMPRESSED = (".gz", ".bz2", ".xz")

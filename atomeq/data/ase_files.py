@@ -34,6 +34,7 @@ from atomeq.graph.to_structures import to_ase
 DATA_VARIABLE = "ATOMEQ_DATA"
 DATABASE_SUFFIXES = (".db", ".aselmdb")
 _OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+_LABELS = ("energy", "forces", "stress")
 _VARIABLE = re.compile(r"\$\{(\w+)\}")
 
 
@@ -50,9 +51,11 @@ class LabelKeys:
         forces: Forces, eV/Å.
         stress: Stress, eV/Å³ in ASE's sign; 6 Voigt components or 3 x 3.
         scalar: Any other number of a structure; a task with a target looks for its name.
-        weight: Weight of the structure in the loss; 1 where absent.
+        weight: Weight of the structure in the loss; 1 where absent. ``energy_weight``,
+            ``forces_weight`` and ``stress_weight`` multiply it for one of its labels.
         kind: What ``atoms.info`` calls the kind of configuration.
-        kind_weights: Further weight of the structures of a kind; 1 for kinds not named.
+        kind_weights: Further weight of the structures of a kind, or of their labels as
+            ``{stress: 0}``; 1 for kinds and labels not named.
     """
 
     energy: str = "energy"
@@ -61,7 +64,14 @@ class LabelKeys:
     scalar: str | None = None
     weight: str = "weight"
     kind: str = "config_type"
-    kind_weights: dict[str, float] = field(default_factory=dict)
+    kind_weights: dict[str, float | dict[str, float]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for kind, weights in self.kind_weights.items():
+            if isinstance(weights, dict) and not set(weights) <= set(_LABELS):
+                raise DataError(
+                    f"kind_weights of {kind} are of energy, forces or stress, not {weights}"
+                )
 
 
 def resolve_data_path(path: str | os.PathLike[str]) -> Path:
@@ -242,15 +252,27 @@ def _normalise_labels(atoms: Atoms, labels: LabelKeys, name: str) -> None:
         results["stress"] = _voigt(results["stress"].reshape(3, 3))
     if "energy" in results:
         results["energy"] = float(results["energy"])
-    given = _take(atoms, labels.weight)
-    weight = 1.0
-    if given is not None:
-        weight = float(_checked(given, ((),), f"{name}: label {labels.weight!r}"))
-    weight *= labels.kind_weights.get(str(atoms.info.get(labels.kind)), 1.0)
-    if weight < 0:
-        raise DataError(f"{name}: label {labels.weight!r} is {weight}; weights are >= 0")
-    atoms.info["weight"] = weight
+    atoms.info.update(_weights(atoms, labels, name))
     atoms.calc = SinglePointCalculator(atoms, **results) if results else None
+
+
+def _weights(atoms: Atoms, labels: LabelKeys, name: str) -> dict[str, float]:
+    """Take the weight of a structure, and those of its labels that are not 1."""
+    of_kind = labels.kind_weights.get(str(atoms.info.get(labels.kind)), 1.0)
+    of_labels = of_kind if isinstance(of_kind, dict) else {"weight": of_kind}
+    found = {}
+    for key, what in (
+        ("weight", labels.weight),
+        *((f"{p}_weight", f"{p}_weight") for p in _LABELS),
+    ):
+        given = _take(atoms, what)
+        own = 1.0 if given is None else float(_checked(given, ((),), f"{name}: label {what!r}"))
+        own *= of_labels.get(key.removesuffix("_weight"), 1.0)
+        if own < 0:
+            raise DataError(f"{name}: label {what!r} is {own}; weights are >= 0")
+        if own != 1.0 or key == "weight":
+            found[key] = own
+    return found
 
 
 def _take(atoms: Atoms, key: str) -> Any:

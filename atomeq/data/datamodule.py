@@ -16,11 +16,13 @@ from lightning.pytorch import LightningDataModule
 
 from atomeq.data.ase_files import DataError, LabelKeys, read_structures, resolve_data_path
 from atomeq.data.batching import LABELS, BudgetBatchSampler, GraphDataset, ResumableLoader
+from atomeq.data.copies import RADIUS, fingerprint, groups_of_copies, kind_of
 from atomeq.data.hdf5_files import HDF5_SUFFIXES, StoredDataset, StoredStructures
 from atomeq.data.molecule_files import reader_of
 from atomeq.data.splits import DataFiles, Split, split_indices
+from atomeq.data.supercells import without_repetition
 from atomeq.graph.atom_graph import AtomGraph
-from atomeq.graph.builders import GraphBuilder
+from atomeq.graph.builders import GraphBuilder, RadiusGraph
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +47,7 @@ class Replay:
 
     Attributes:
         files: Structures of the old data.
+        number: How many of them, evenly from the files; by default all.
         labels: ``potential``: what the potential that is started from says of them; ``files``:
             their own, of the level of theory that it was trained on.
         val: Fraction that is held out, or a number of structures if 1 or more: errors on them,
@@ -54,16 +57,15 @@ class Replay:
     """
 
     files: DataFiles
+    number: int | None = None
     labels: Literal["potential", "files"] = "potential"
     val: float = 0.2
     weight: float = 1.0
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not self.weight >= 0 or not self.val > 0:
-            raise ValueError(
-                f"of replay the weight is >= 0 and val above 0, not {self.weight} and {self.val}"
-            )
+        if not (self.weight >= 0 and self.val > 0 and (self.number is None or self.number > 0)):
+            raise ValueError(f"of replay weights are >= 0, val and number above 0, unlike {self}")
 
 
 class AtomisticDataModule(LightningDataModule):
@@ -79,6 +81,7 @@ class AtomisticDataModule(LightningDataModule):
         predict: File or files to predict.
         split: Division of ``train`` by seed or by an index file.
         labels: What the files call their labels.
+        supercells: ``reduce``: a structure that repeats its primitive cell becomes it.
         replay: Old data, of a fit that starts from a potential.
         max_structures: Structures per batch.
         max_atoms: Atoms per batch; None is no limit.
@@ -107,6 +110,7 @@ class AtomisticDataModule(LightningDataModule):
         predict: DataFiles | dict[str, DataFiles] | None = None,
         split: Split | None = None,
         labels: LabelKeys | None = None,
+        supercells: Literal["keep", "reduce"] = "keep",
         replay: Replay | None = None,
         max_structures: int = 16,
         max_atoms: int | None = None,
@@ -123,6 +127,7 @@ class AtomisticDataModule(LightningDataModule):
         self.split = split if split is not None else Split()
         self.labels = labels if labels is not None else LabelKeys()
         self.replay = replay
+        self.reduce_supercells = supercells == "reduce"
         self.max_structures = max_structures
         self.max_atoms = max_atoms
         self.max_edges = max_edges
@@ -219,6 +224,9 @@ class AtomisticDataModule(LightningDataModule):
         structures = self._read(replay.files)
         if isinstance(structures, StoredStructures) or isinstance(self.train_set, StoredDataset):
             raise DataError("data.replay mixes sets in memory: neither it nor data.train is HDF5")
+        if replay.number is not None and replay.number < len(structures):
+            step = len(structures) / replay.number
+            structures = [structures[int(k * step)] for k in range(replay.number)]
         parts: dict[str, list[int]] = {"train": [], "val": list(range(len(structures)))}
         if replay.weight > 0:
             parts = split_indices(len(structures), Split(val=replay.val, seed=replay.seed))
@@ -268,7 +276,8 @@ class AtomisticDataModule(LightningDataModule):
                     "no training structures: give data.train, a file or a list of files"
                 )
             structures = self._read(self.train_files)
-            indices = split_indices(len(structures), self.split)
+            groups = _copies(structures) if self.split.copies == "together" else None
+            indices = split_indices(len(structures), self.split, groups=groups)
             self._divided = {key: _some(structures, chosen) for key, chosen in indices.items()}
         return self._divided[part]
 
@@ -316,6 +325,8 @@ class AtomisticDataModule(LightningDataModule):
     def _of(self, files: DataFiles) -> _Structures:
         paths = files if isinstance(files, list) else [files]
         stored = [Path(path).suffix in HDF5_SUFFIXES for path in paths]
+        if any(stored) and self.reduce_supercells:
+            raise DataError("supercells in HDF5 files stay: convert files that were reduced")
         if all(stored):
             return StoredStructures([resolve_data_path(path) for path in paths])
         labels, found = self.label_keys(), []
@@ -323,7 +334,7 @@ class AtomisticDataModule(LightningDataModule):
             structures = read_structures(path, labels=labels, reader=reader_of(Path(path)))
             for frame, atoms in enumerate(structures):
                 atoms.info["place"] = f"{path}, frame {frame}"
-                found.append(atoms)
+                found.append(without_repetition(atoms) if self.reduce_supercells else atoms)
         return found
 
     def label_keys(self) -> LabelKeys:
@@ -367,6 +378,16 @@ class AtomisticDataModule(LightningDataModule):
         return cast(GraphBuilder, model.graph_builder())  # pyright: ignore
 
 
+def _copies(structures: _Structures) -> list[int]:
+    """Return the group of copies that each structure is in."""
+    build, kinds, prints = RadiusGraph(RADIUS), [], []
+    for one in structures:
+        graph = build(one)
+        kinds.append(kind_of(graph.atomic_numbers, int(graph.pbc.sum())))
+        prints.append(fingerprint(graph))
+    return groups_of_copies(kinds, prints)
+
+
 def _some(structures: _Structures, chosen: list[int]) -> _Structures:
     if isinstance(structures, StoredStructures):
         return structures.subset(chosen)
@@ -379,7 +400,12 @@ def _labelled(graph: AtomGraph, atoms: Atoms) -> AtomGraph:
     scalar = None if given is None else torch.tensor([given], dtype=torch.float64)
     number = atoms.info.get(_HEAD)
     head = None if number is None else torch.tensor([number])
-    return graph.to("cpu").replace(weight=weight, scalar=scalar, head=head)
+    weights = {
+        key: torch.tensor([atoms.info[key]], dtype=graph.pos.dtype)
+        for key in ("energy_weight", "forces_weight", "stress_weight")
+        if key in atoms.info
+    }
+    return graph.to("cpu").replace(weight=weight, scalar=scalar, head=head, **weights)
 
 
 def _with_same_labels(graphs: list[AtomGraph]) -> list[AtomGraph]:

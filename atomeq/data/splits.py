@@ -2,15 +2,16 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 import torch
 from jsonargparse.typing import register_type
+from numpy.typing import NDArray
 
 from atomeq.data.ase_files import DataError, resolve_data_path
 
@@ -46,20 +47,31 @@ class Split:
         seed: Of the permutation; the test part depends on ``test`` and ``seed`` alone.
         file: .npz or .json with index lists ``train``, ``val`` and ``test``, or OGB's
             ``split_dict.pt``, whose test sets have no labels and are left out; replaces the above.
+        copies: ``together``: no two parts share copies of a structure, rotated, reflected,
+            reordered or repeated ones included; ``anywhere`` does not look for them.
     """
 
     val: float = 0.0
     test: float = 0.0
     seed: int = 0
     file: DataFile | None = None
+    copies: Literal["together", "anywhere"] = "anywhere"
+
+    def __post_init__(self) -> None:
+        if self.file is not None and self.copies == "together":
+            raise ValueError("a file of indices parts copies as it does: leave out copies or file")
 
 
-def split_indices(n_structures: int, split: Split) -> dict[str, list[int]]:
+def split_indices(
+    n_structures: int, split: Split, *, groups: Sequence[int] | None = None
+) -> dict[str, list[int]]:
     """Return which structures train, validate and test.
 
     Args:
         n_structures: How many there are.
         split: Fractions and seed, or an index file.
+        groups: Of each structure, which others stay with it; the parts are then filled up to their
+            sizes, or some structures beyond.
 
     Returns:
         Index lists ``train``, ``val`` and ``test``, each in the order of the file.
@@ -82,11 +94,32 @@ def split_indices(n_structures: int, split: Split) -> dict[str, list[int]]:
     )
     if n_test + n_val >= n_structures:
         raise DataError(f"{n_structures} structures leave none to train on after the split {split}")
-    parts = np.split(order, [n_test, n_test + n_val])
+    ends = [n_test, n_test + n_val]
+    if groups is not None:
+        order, ends = _by_group(order, np.asarray(groups), ends)
+        if ends[1] >= n_structures:
+            raise DataError(f"copies of a structure are too many to train on any after {split}")
+    parts = np.split(order, ends)
     return {
         key: sorted(part.tolist())
         for key, part in zip(("test", "val", "train"), parts, strict=True)
     }
+
+
+def _by_group(
+    order: NDArray[np.int64], groups: NDArray[np.int64], ends: list[int]
+) -> tuple[NDArray[np.int64], list[int]]:
+    """Return an order without gaps in groups, and the ends of groups from which on ends are met."""
+    _, first, of = np.unique(groups[order], return_index=True, return_inverse=True)
+    place = first[of]  # of the group of each: where its first member stands
+    order = order[np.argsort(place, kind="stable")]
+    bounds = np.append(np.flatnonzero(np.diff(groups[order])) + 1, len(order))
+    met: list[int] = []
+    for end, last in zip(ends, (0, ends[0]), strict=True):
+        start = met[-1] if met else 0
+        wanted = start + end - last
+        met.append(start if end == last else int(bounds[np.searchsorted(bounds, wanted)]))
+    return order, met
 
 
 def _indices_from_file(path: Path, n_structures: int) -> dict[str, list[int]]:

@@ -45,6 +45,9 @@ UNKNOWN: dict[str, float | bool] = {
     "forces_uncertainty": float("nan"),
     "scalar": float("nan"),
     "weight": 1.0,
+    "energy_weight": 1.0,
+    "forces_weight": 1.0,
+    "stress_weight": 1.0,
     "charge": 0,
     "multiplicity": 0,
     "num_hyperedges": 0,
@@ -55,6 +58,7 @@ _FIELDS: dict[Level, str] = {
     "atom": "pos atomic_numbers batch tags fixed velocities masses forces forces_uncertainty",
     "graph": (
         "cell pbc natoms energy energy_uncertainty stress scalar weight head charge multiplicity "
+        "energy_weight forces_weight stress_weight "
         "num_hyperedges"
     ),
     "edge": "edge_index cell_offsets",

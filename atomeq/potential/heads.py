@@ -49,7 +49,7 @@ class HeadedPotential(Potential):
         refuse_wrong_names(names)
         super().__init__(potential.model, potential.references)
         self.terms, self.distances = potential.terms, potential.distances
-        self.name = potential.name
+        self.name, self.precision = potential.name, potential.precision
         children = dict(self.model.named_children())
         readouts = {name: children[name] for name in self.model.readouts if name in children}
         if not readouts:

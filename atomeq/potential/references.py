@@ -67,6 +67,12 @@ class AtomicReferences(nn.Module):
         self.register_buffer("known", known)
         self.register_load_state_dict_pre_hook(_complete)
 
+    def train_shift(self) -> None:
+        """Make the shift of the elements a parameter, which an optimizer may train."""
+        shift = self.shift.detach()
+        del self.shift
+        self.shift = nn.Parameter(shift)
+
     @property
     def elements(self) -> tuple[int, ...]:
         """Atomic numbers the references know."""
@@ -110,6 +116,9 @@ class AtomicReferences(nn.Module):
         device = fn(self.shift).device
         for name in self._buffers:
             setattr(self, name, getattr(self, name).to(device))
+        for parameter in self._parameters.values():
+            assert parameter is not None
+            parameter.data = parameter.data.to(device)
         return self
 
 

@@ -31,43 +31,63 @@ class ExponentialMovingAverage(Callback):
     the raw weights that training goes on with are kept beside it.
 
     Args:
-        decay: Weight of the past in each step; reached gradually as (1 + n) / (10 + n).
+        decay: Weight of the past in each step; reached gradually as (1 + n) / (10 + n). With 0 and
+            no ``equal_from`` nothing is averaged.
+        equal_from: Epoch from which on, begun anew, all steps have the same weight instead, as in
+            stochastic weight averaging.
     """
 
-    def __init__(self, decay: float = 0.999) -> None:
+    def __init__(self, decay: float = 0.999, equal_from: int | None = None) -> None:
         if not 0 <= decay < 1:
             raise ValueError(f"decay is in [0, 1), got {decay}")
+        if equal_from is not None and equal_from < 0:
+            raise ValueError(f"equal_from is an epoch, from 0 on, not {equal_from}")
         self.decay = decay
-        self.n_updates = 0
+        self.equal_from = equal_from
+        self.n_updates = self.n_equal = 0
         # While swapped in, this list holds the raw weights and the module the average.
         self._average: list[Tensor] = []
         self._swapped = False
         self._last_step = 0
 
+    @property
+    def averages(self) -> bool:
+        """Whether anything is averaged."""
+        return self.decay > 0 or self.equal_from is not None
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Start the average at the first weights."""
-        if stage == "fit" and not self._average:
+        if stage == "fit" and self.averages and not self._average:
             self._average = [p.detach().clone() for p in _trainable(pl_module)]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Follow the weights to their device and dtype."""
-        self._average = [a.to(p) for a, p in zip(self._average, _trainable(pl_module), strict=True)]
+        if self._average:
+            pairs = zip(self._average, _trainable(pl_module), strict=True)
+            self._average = [average.to(parameter) for average, parameter in pairs]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin with the raw weights, and count optimizer steps where the run stands."""
         self._swap(pl_module, to_average=False)
         self._last_step = trainer.global_step
+        if (
+            self._average and not self.n_updates
+        ):  # at what the data have said meanwhile of the references
+            self._average = [p.detach().clone() for p in _trainable(pl_module)]
 
     @torch.no_grad()
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any
     ) -> None:
         """Move the average towards the weights after each optimizer step."""
-        if trainer.global_step == self._last_step:
+        if trainer.global_step == self._last_step or not self._average:
             return
         self._last_step = trainer.global_step
         self.n_updates += 1
         decay = min(self.decay, (1 + self.n_updates) / (10 + self.n_updates))
+        if self.equal_from is not None and trainer.current_epoch >= self.equal_from:
+            decay = self.n_equal / (1 + self.n_equal)
+            self.n_equal += 1
         for average, parameter in zip(self._average, _trainable(pl_module), strict=True):
             average.lerp_(parameter, 1 - decay)
 
@@ -106,6 +126,7 @@ class ExponentialMovingAverage(Callback):
         }
         checkpoint["raw_weights"] = {name: value.clone() for name, value in raw.items()}
         checkpoint["ema_updates"] = self.n_updates
+        checkpoint["ema_equal"] = self.n_equal
 
     @torch.no_grad()
     def on_load_checkpoint(
@@ -123,6 +144,7 @@ class ExponentialMovingAverage(Callback):
         for name, parameter in zip(_trainable_names(pl_module), _trainable(pl_module), strict=True):
             parameter.copy_(raw[name])
         self.n_updates = checkpoint["ema_updates"]
+        self.n_equal = checkpoint.get("ema_equal", 0)
 
     @torch.no_grad()
     def _swap(self, module: LightningModule, *, to_average: bool) -> None:

@@ -86,8 +86,9 @@ class PotentialLoss:
         pressure: Whether the trace of the stress counts. Labels from plane waves of a fixed cutoff
             carry the Pulay stress, a pressure that is no derivative of their energies; without the
             trace the loss does not see it.
-        kind: f.
-        huber_delta: Where Huber's function turns linear, in the units of the error.
+        kind: f; ``conditional_huber`` has a smaller delta for large forces, which weigh less then.
+        huber_delta: Where Huber's function turns linear, in the units of the error; one number, or
+            one for each property.
         energy_per: What an energy error is divided by: the number of atoms, or nothing.
         free_atoms_only: Leave out the forces on fixed atoms.
     """
@@ -97,8 +98,8 @@ class PotentialLoss:
     stress: float = 0.0
     gradient_forces: float = 0.0
     pressure: bool = True
-    kind: Literal["mse", "mae", "huber", "l2mae"] = "mse"
-    huber_delta: float = 0.01
+    kind: Literal["mse", "mae", "huber", "conditional_huber", "l2mae"] = "mse"
+    huber_delta: float | dict[str, float] = 0.01
     energy_per: Literal["atom", "structure"] = "atom"
     free_atoms_only: bool = False
 
@@ -112,7 +113,18 @@ class PotentialLoss:
             )
         if self.gradient_forces and not self.forces:
             raise ValueError("gradient_forces are a target beside the labels: set forces above 0")
-        _refuse_delta(self.kind, self.huber_delta)
+        if isinstance(self.huber_delta, dict) and set(self.huber_delta) != set(self.labels):
+            raise ValueError(
+                f"huber_delta has {', '.join(self.huber_delta)}, and the loss is of "
+                f"{', '.join(self.labels)}; give one number, or one for each"
+            )
+        for key in self.labels:
+            _refuse_delta(self.kind, self._delta(key))
+
+    def _delta(self, key: str) -> float:
+        if isinstance(self.huber_delta, dict):
+            return self.huber_delta["forces" if key == "gradient_forces" else key]
+        return self.huber_delta
 
     @property
     def properties(self) -> tuple[PropertyKey, ...]:
@@ -164,24 +176,40 @@ class PotentialLoss:
                 error = torch.linalg.vector_norm(error, dim=1, keepdim=True)  # (n_atoms, 1)
         if key == "stress" and not self.pressure:
             error = without_trace(error)
-        cost = _cost(error, self.kind, self.huber_delta)
-        weight = graph.weight[graph.batch] if of_atoms else graph.weight
+        delta: float | Tensor = self._delta(key)
+        if key == "forces" and self.kind == "conditional_huber":
+            delta = delta * _large_force_factor(graph.forces)
+        cost = _cost(error, self.kind, delta)
+        weight = graph.weight
+        if f"{key}_weight" in graph:
+            weight = weight * graph[f"{key}_weight"]
+        weight = weight[graph.batch] if of_atoms else weight
         weight = weight.to(cost.dtype).reshape(-1, *[1] * (cost.ndim - 1))
         return (weight * cost * known).sum() / known.sum().clamp(min=1)
 
 
 def _refuse_delta(kind: str, huber_delta: float) -> None:
-    if kind == "huber" and huber_delta <= 0:
+    if kind.endswith("huber") and huber_delta <= 0:
         raise ValueError(f"huber_delta must be positive, got {huber_delta}")
 
 
-def _cost(error: Tensor, kind: str, huber_delta: float) -> Tensor:
+def _large_force_factor(forces: Tensor) -> Tensor:
+    """Return what multiplies the delta of each atom's force, (n_atoms, 1): MACE's conditions."""
+    size = torch.linalg.vector_norm(forces, dim=1, keepdim=True)
+    factors = torch.tensor([1.0, 0.7, 0.4, 0.1], dtype=forces.dtype, device=forces.device)
+    bounds = torch.tensor([100.0, 200.0, 300.0], dtype=forces.dtype, device=forces.device)  # eV/Å
+    return factors[torch.bucketize(size, bounds, right=True)]
+
+
+def _cost(error: Tensor, kind: str, huber_delta: float | Tensor) -> Tensor:
     if kind == "mse":
         return error.square()
     if kind in ("mae", "l2mae"):
         return error.abs()
-    zero = torch.zeros_like(error)
-    return torch.nn.functional.huber_loss(error, zero, reduction="none", delta=huber_delta)
+    size = error.abs()
+    return torch.where(
+        size <= huber_delta, error.square() / 2, huber_delta * (size - huber_delta / 2)
+    )
 
 
 def without_trace(stress: Tensor) -> Tensor:

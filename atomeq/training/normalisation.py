@@ -56,7 +56,8 @@ def fit_references(
 
     Args:
         dataset: The training structures with labels.
-        shift: ``least_squares``, ``none``, a file of isolated atoms, or eV by element symbol.
+        shift: ``least_squares``, ``none``, a file of isolated atoms, or their eV by element symbol;
+            to those of isolated atoms the mean per atom of what they leave is added.
         scale: ``forces``, ``energy``, or eV per unit of the network's output.
         offset: eV of every structure, taken as it is.
 
@@ -66,6 +67,13 @@ def fit_references(
     if shift == "atoms":
         raise DataError("references 'atoms' are those of a known target; name one, or a file")
     table = _shift(dataset, shift, dataset.elements)
+    if shift not in ("least_squares", "none"):
+        # What binds the atoms, on average: a network would have to learn this constant first.
+        bound = torch.cat([_residual(graph, table) for graph in dataset.sample()])
+        bound = bound[torch.isfinite(bound)]
+        mean = float(bound.mean()) if len(bound) else 0.0
+        logger.info("isolated atoms and a mean of %.4f eV/atom beside them", mean)
+        table = {z: energy + mean for z, energy in table.items()}
     factor = _scale(dataset, scale, table)
     shown = ", ".join(f"Z={z}: {e:.4f}" for z, e in table.items())
     logger.info("references: %s eV; scale %.5g", shown, factor)
@@ -155,14 +163,9 @@ def fit_shift(potential: Potential, dataset: GraphDataset) -> AtomicReferences:
         dataset: The training structures.
 
     Raises:
-        DataError: An element is not known, or no structure has an energy.
+        DataError: No structure has an energy.
     """
     references = potential.references
-    unknown = [z for z in dataset.elements if z not in references.elements]
-    if unknown:
-        raise DataError(
-            f"the training structures hold Z={unknown[0]}, which {potential.name} does not know"
-        )
     graphs = [g for g in _some(dataset) if bool(torch.isfinite(_label(g, "energy")).all())]
     if not graphs:
         raise DataError(
@@ -180,7 +183,14 @@ def fit_shift(potential: Potential, dataset: GraphDataset) -> AtomicReferences:
         f"{symbol} {e:+.4f}" for symbol, e in zip(symbols, shift.values(), strict=True)
     )
     logger.info("energies of elements moved to those of the data (eV): %s", shown)
-    table = {z: float(references.shift[z]) + shift.get(z, 0.0) for z in references.elements}
+    before = references.shift.detach()
+    compared = ", ".join(
+        f"{symbol} {float(before[z]):.4f} to {float(before[z]) + shift[z]:.4f}"
+        for symbol, z in zip(symbols, shift, strict=True)
+    )
+    logger.info("references before and after (eV): %s", compared)
+    old = references.shift.detach()
+    table = {z: float(old[z]) + shift.get(z, 0.0) for z in references.elements}
     return AtomicReferences(
         table,
         scale=float(references.scale),

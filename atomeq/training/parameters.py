@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from atomeq.nn.message_norms import GraphNorm
 from atomeq.nn.norms import EquivariantLayerNorm, EquivariantRMSNorm, SeparableLayerNorm
+from atomeq.potential.references import AtomicReferences
 
 #: ``all`` parameters decay, or the ``weights`` alone: neither biases nor those of normalisations.
 Decay = Literal["all", "weights"]
@@ -50,7 +51,9 @@ def parameter_groups(
         id(parameter)
         for part in module.modules()
         for name, parameter in part.named_parameters(recurse=False)
-        if decay == "weights" and (isinstance(part, _NORMS) or name == "bias")
+        # Energies of elements are no weights: pulled to zero they would be others.
+        if isinstance(part, AtomicReferences)
+        or (decay == "weights" and (isinstance(part, _NORMS) or name == "bias"))
     }
     groups: dict[tuple[bool, float], dict[str, Any]] = {}
     for name, parameter in module.named_parameters():

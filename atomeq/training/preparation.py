@@ -4,18 +4,28 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
+import torch
+from torch import Tensor, nn
+
 from atomeq.data.ase_files import DataError, expand_data_path
 from atomeq.data.batching import GraphDataset
 from atomeq.data.datamodule import AtomisticDataModule
 from atomeq.data.targets import ScalarTarget
+from atomeq.graph.atom_graph import AtomGraph
 from atomeq.models.base import AtomisticModel
+from atomeq.ops.segment.operations import segment_sum
 from atomeq.potential.checkpoint import build_model, load_predictor
+from atomeq.potential.derivatives import energy_and_derivatives
+from atomeq.potential.dispersion import DispersionD3
 from atomeq.potential.distances import KnownDistances, shortest_distances
 from atomeq.potential.heads import HeadedPotential
 from atomeq.potential.potential import Potential
 from atomeq.potential.predictor import Predictor
 from atomeq.potential.references import AtomicReferences
+from atomeq.potential.repulsion import ZBL
 from atomeq.potential.scalar import ScalarPredictor
+from atomeq.potential.terms import EnergyTerm
 from atomeq.training.low_rank import LoRA, add_low_rank_updates
 from atomeq.training.normalisation import (
     PotentialSource,
@@ -25,8 +35,12 @@ from atomeq.training.normalisation import (
     take_weights,
 )
 from atomeq.training.replay import replay_old_data
+from atomeq.typing import PropertyKey
 
 logger = logging.getLogger(__name__)
+
+#: Terms by the short names of configurations.
+TERMS: dict[str, type[EnergyTerm]] = {"zbl": ZBL, "d3": DispersionD3}
 
 if TYPE_CHECKING:
     from atomeq.training.task import AtomisticTask
@@ -36,8 +50,11 @@ def predictor_to_train(
     model: AtomisticModel | None,
     target: ScalarTarget | None,
     start_from: PotentialSource | None,
+    *,
+    terms: Sequence[str | EnergyTerm] = (),
     lora: LoRA | None = None,
     heads: Sequence[str] | None = None,
+    train_references: bool = False,
 ) -> Predictor:
     """Return what a task trains, with the weights of a potential that is started from.
 
@@ -45,8 +62,10 @@ def predictor_to_train(
         model: The network; None for that of the potential.
         target: A scalar to learn in place of a potential.
         start_from: Name or folder of the potential.
+        terms: Known physics that is added, ``zbl``, ``d3`` or spelled out.
         lora: Updates that are trained in place of its weights.
         heads: Names of several heads on the network.
+        train_references: Whether the shift of the elements is trained with the network.
 
     Raises:
         ValueError: There is no network, nothing that could be updated, or no such heads.
@@ -68,11 +87,51 @@ def predictor_to_train(
         if start is None:
             raise ValueError("lora updates a potential that is there: name it in start_from")
         add_low_rank_updates(model, lora)
-    if heads is None:
-        return predictor
-    if not isinstance(predictor, Potential):
-        raise ValueError("heads are of potentials; a target has none")
-    return HeadedPotential(predictor, heads)
+    if isinstance(predictor, Potential):
+        added = [TERMS[term]() if isinstance(term, str) else term for term in terms]
+        twice = {type(term) for term in added} & {type(term) for term in predictor.terms}
+        if twice:
+            raise ValueError(f"{predictor.name} has a {twice.pop().__name__} already")
+        predictor.add_terms(added)
+        predictor = predictor if heads is None else HeadedPotential(predictor, heads)
+    elif heads or terms:
+        raise ValueError("heads and terms are of potentials; a target has none")
+    if train_references:
+        train_shifts(predictor)
+    return predictor
+
+
+def train_shifts(predictor: nn.Module) -> None:
+    """Make the energies of the elements parameters, those of each head."""
+    for part in predictor.modules():
+        if isinstance(part, AtomicReferences):
+            part.train_shift()
+
+
+def with_neighbor_count(model: AtomisticModel, count: float) -> AtomisticModel:
+    """Return a network with the same weights that divides sums over neighbours by another count.
+
+    Args:
+        model: Any with an ``avg_num_neighbors`` or an ``avg_degree``.
+        count: Mean number of neighbours.
+
+    Raises:
+        ValueError: The network has no such number.
+    """
+    node = model.config()
+    names = {"avg_num_neighbors", "avg_degree"} & set(node["init_args"])
+    if not names:
+        raise ValueError(
+            f"{type(model).__name__} divides by no number of neighbours: leave out "
+            "avg_num_neighbors"
+        )
+    node["init_args"] |= dict.fromkeys(names, count)
+    other = build_model(node).to(device=model.device, dtype=model.dtype)
+    for (name, weight), own in zip(other.named_parameters(), model.parameters(), strict=True):
+        assert weight.shape == own.shape, name
+        weight.data = own.detach().clone()
+        weight.requires_grad_(own.requires_grad)
+    return other.train(model.training)
 
 
 def prepare(task: "AtomisticTask", data: AtomisticDataModule) -> None:
@@ -93,6 +152,10 @@ def prepare(task: "AtomisticTask", data: AtomisticDataModule) -> None:
             f"{', '.join(data.heads) or 'none'}; name the same ones in the same order"
         )
     _refuse_missing_labels(task, data.train_set)
+    if task.measure_neighbors:
+        count = float(np.sum(data.train_set.n_edges) / np.sum(data.train_set.n_atoms))
+        logger.info("avg_num_neighbors: %.2f, measured on the training structures", count)
+        task.set_neighbor_count(count)
     if isinstance(task.potential, Potential):
         found = shortest_distances(data.train_set.sample())
         started = task.start_from is not None
@@ -107,8 +170,17 @@ def prepare(task: "AtomisticTask", data: AtomisticDataModule) -> None:
 
 
 def _set_references(task: "AtomisticTask", dataset: GraphDataset) -> None:
+    known = task.potential.elements
+    unknown = [z for z in dataset.elements if z not in known] if task.start_from else []
+    if unknown:
+        raise DataError(
+            f"the training structures hold Z={unknown[0]}, which {task.potential.name} does not "
+            "know"
+        )
     if task.start_from is None:
         task.potential.references = _fit_references(task, dataset)
+        if task.train_references:
+            train_shifts(task.potential.references)
     elif task.reference_source not in (None, "least_squares", "none"):
         raise DataError(
             f"references {task.reference_source!r} are of a training from the beginning; with "
@@ -117,6 +189,8 @@ def _set_references(task: "AtomisticTask", dataset: GraphDataset) -> None:
     elif isinstance(task.potential, Potential) and task.reference_source != "none":
         task.potential.eval()
         task.potential.references = fit_shift(task.potential, dataset)
+        if task.train_references:
+            train_shifts(task.potential.references)
         task.potential.train()
 
 
@@ -139,8 +213,10 @@ def _set_references_of_heads(
 
 def _fit_references(task: "AtomisticTask", dataset: GraphDataset) -> AtomicReferences:
     if task.target is None:
+        potential = task.potential
+        assert isinstance(potential, Potential)
         return fit_references(
-            dataset,
+            without_terms(potential, dataset),
             shift=task.reference_source or "least_squares",
             scale=task.scale_source or "forces",
             offset=task.offset,
@@ -156,6 +232,23 @@ def _fit_references(task: "AtomisticTask", dataset: GraphDataset) -> AtomicRefer
     )
 
 
+def without_terms(potential: Potential, dataset: GraphDataset) -> GraphDataset:
+    """Return structures with what a potential's terms leave of their labels to the network."""
+    if not potential.terms:
+        return dataset
+
+    def of_terms(graph: AtomGraph) -> dict[PropertyKey, Tensor]:
+        energies = torch.stack([term(graph) for term in potential.terms]).sum(dim=0)
+        return {"energy": segment_sum(energies, graph.batch, graph.n_graphs)}
+
+    left = []
+    for graph in dataset.sample():
+        found = energy_and_derivatives(of_terms, graph, forces=True, stress=False)
+        known = {key: graph[key] - found[key].detach() for key in found if key in graph}
+        left.append(graph.replace(**known))
+    return GraphDataset(left, name=dataset.name)
+
+
 def _replay(task: "AtomisticTask", data: AtomisticDataModule) -> None:
     if not isinstance(task.potential, Potential) or task.start_from is None:
         raise DataError(
@@ -163,14 +256,15 @@ def _replay(task: "AtomisticTask", data: AtomisticDataModule) -> None:
             "train on all files alike in data.train"
         )
     start = load_predictor(expand_data_path(task.start_from)).references
-    moved = task.potential.references.shift - start.shift
+    moved = task.potential.references.shift.detach() - start.shift
     task.potential.eval()
     replay_old_data(task.potential, moved, task.loss.labels, data)
     task.potential.train()
 
 
 def _refuse_missing_labels(task: "AtomisticTask", dataset: GraphDataset) -> None:
-    missing = [key for key in task.loss.labels if key not in dataset.labels]
+    wanted = dict.fromkeys(key for loss in task.losses for key in loss.labels)
+    missing = [key for key in wanted if key not in dataset.labels]
     if missing and task.target is not None:
         raise DataError(
             f"no training structure has a label for the target {task.target.name!r}; name the "

@@ -12,18 +12,14 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.spatial import KDTree
 
+from atomeq.data.copies import fingerprint, groups_of_copies, kind_of
 from atomeq.graph.atom_graph import MIN_VOLUME, AtomGraph
 from atomeq.graph.convert import element_symbols
 from atomeq.potential.distances import COVALENT_RADII, SHORTEST
 from atomeq.potential.references import least_squares_shift
 from atomeq.units import GPA
 
-#: Å, how far fingerprints and distances look.
-RADIUS = 5.0
-#: Of the components of two fingerprints: what rounding in files leaves, and vibrations exceed.
-_SAME = 1e-4
 #: eV/atom; copies whose energies differ by more contradict each other.
 _CONTRADICTION = 1e-3
 #: eV/Å per atom; a larger sum of forces is no rounding.
@@ -106,33 +102,6 @@ def _row(place: str, graph: AtomGraph) -> _Row:
     )
 
 
-def fingerprint(graph: AtomGraph) -> NDArray[np.float64]:
-    """Return numbers that rotations, reflections, permutations and supercells leave as they are.
-
-    Of each atom the density of neighbours, plain and weighed by elements, at 16 distances; of these
-    the mean and the mean square over atoms, and without a cell the radius of gyration, which sees
-    what lies beyond the neighbours.
-
-    Args:
-        graph: One structure with edges up to :data:`RADIUS`.
-    """
-    centres = torch.linspace(0.8, RADIUS, 16, dtype=torch.float64)
-    source, target = graph.edge_index
-    lengths = graph.edge_vectors().to(torch.float64).norm(dim=1)
-    width = float(centres[1] - centres[0])
-    smooth = (1 + torch.cos(torch.pi * lengths.clamp(max=RADIUS) / RADIUS)) / 2
-    density = torch.exp(-(((lengths[:, None] - centres) / width) ** 2)) * smooth[:, None]
-    charge = graph.atomic_numbers.to(torch.float64)
-    weighed = density * ((charge[source] + 2 * charge[target]) / 30)[:, None]
-    atoms = torch.zeros(graph.n_atoms, 32, dtype=torch.float64)
-    atoms.index_add_(0, target, torch.cat([density, weighed], dim=1))
-    gyration = 0.0
-    if not bool(graph.pbc.any()):
-        gyration = float((graph.pos - graph.pos.mean(dim=0)).square().sum(dim=1).mean().sqrt())
-    means = torch.cat([atoms.mean(dim=0), atoms.square().mean(dim=0)])
-    return np.append(means.numpy(), gyration)
-
-
 def _shortest(graph: AtomGraph) -> dict[tuple[int, int], float]:
     pairs, group = (
         graph.atomic_numbers[graph.edge_index].sort(dim=0).values.unique(dim=1, return_inverse=True)
@@ -206,22 +175,10 @@ def _references(rows: list[_Row]) -> tuple[dict[str, Any], NDArray[np.float64]]:
 
 def _copies(rows: Mapping[str, list[_Row]]) -> dict[tuple[str, int], int]:
     """Return the number of the group of copies that each structure is in."""
-    kinds: dict[tuple[tuple[int, int], ...], list[tuple[str, int]]] = {}
-    for name, some in rows.items():
-        for k, row in enumerate(some):
-            counts = Counter(row.numbers.tolist())
-            divisor = int(np.gcd.reduce(list(counts.values()))) if row.periodic else 1
-            kind = tuple(sorted((z, n // divisor) for z, n in counts.items()))
-            kinds.setdefault((*kind, (0, row.periodic)), []).append((name, k))
-    group: dict[tuple[str, int], int] = {}
-    for members in kinds.values():
-        prints = np.array([rows[name][k].fingerprint for name, k in members])
-        tree = KDTree(prints)
-        for index, member in enumerate(members):
-            near = tree.query_ball_point(prints[index], _SAME, p=np.inf)
-            known = [group[members[other]] for other in near if members[other] in group]
-            group[member] = min(known, default=len(group))
-    return group
+    members = [(name, k) for name, some in rows.items() for k in range(len(some))]
+    kinds = [kind_of(row.numbers, row.periodic) for some in rows.values() for row in some]
+    prints = [row.fingerprint for some in rows.values() for row in some]
+    return dict(zip(members, groups_of_copies(kinds, prints), strict=True))
 
 
 def _copies_within(

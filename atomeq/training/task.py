@@ -1,11 +1,9 @@
 """AtomisticTask: what Lightning trains, a predictor with its loss, optimizer and errors."""
 
 import logging
-import random
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-import numpy as np
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
@@ -21,15 +19,20 @@ from atomeq.graph.atom_graph import AtomGraph
 from atomeq.graph.convert import Structures
 from atomeq.models.base import AtomisticModel
 from atomeq.ops.precision import checked_precision
+from atomeq.potential.terms import EnergyTerm
 from atomeq.training.callbacks import forget_scores
 from atomeq.training.losses import Loss, PotentialLoss, ScalarLoss
 from atomeq.training.low_rank import LoRA
 from atomeq.training.metrics import ErrorMetric, PotentialErrors, ScalarErrors
 from atomeq.training.normalisation import PotentialSource
 from atomeq.training.not_finite import not_finite_loss
+from atomeq.training.optimizers import refuse_two_averages, train_or_eval
 from atomeq.training.parameters import Decay, freeze_parts, make_optimizer
-from atomeq.training.preparation import predictor_to_train, prepare
+from atomeq.training.preparation import predictor_to_train, prepare, with_neighbor_count
+from atomeq.training.random_state import get_rng_state, set_rng_state
 from atomeq.training.schedules import RunSchedule
+from atomeq.training.stages import Stage, forget_best, stage_of
+from atomeq.training.stress_offset import StressOffset
 from atomeq.typing import Precision, PropertyKey
 
 logger = logging.getLogger(__name__)
@@ -52,6 +55,11 @@ class AtomisticTask(LightningModule):
         heads: Names of several heads on one network, levels of theory or tasks; ``data.train``
             then has the files of each by name.
         loss: Coefficients and kind of the loss of a potential.
+        stages: Losses from later epochs or steps on. A stage begins anew to look for the best
+            weights, for its ``val/loss`` is another one.
+        stress_offset: Pressure in the stress labels that is no derivative of the energies, eV/Å³:
+            it is taken from their diagonal. ``fitted`` is its running mean over the training, of
+            what the potential misses.
         scalar_loss: Kind of the loss of a target.
         target: A scalar to learn in place of a potential, by name (``gap``, ``alpha``, ...) or
             spelled out with its unit and readout.
@@ -65,6 +73,11 @@ class AtomisticTask(LightningModule):
             number is taken as it is. By default the forces; a target is scaled by its own spread.
         offset: eV of every structure, whatever its size: the mean of OC20's energies, by which its
             models are normalised. Not extensive, so zero for any other data.
+        train_references: Train the shift of the elements with the network.
+        avg_num_neighbors: ``auto``: the network divides by the mean number of neighbours in the
+            training structures, which is saved with it.
+        terms: Known physics added to the network, which learns what it leaves of the labels:
+            ``zbl``, ``d3`` (of PBE), or any by ``class_path``.
         metrics: What validation and tests report; by default :class:`PotentialErrors`, or
             :class:`ScalarErrors` of a target.
         start_from: Name or folder of a potential with the same model, whose weights, references and
@@ -91,6 +104,8 @@ class AtomisticTask(LightningModule):
         heads: list[str] | None = None,
         target: str | ScalarTarget | None = None,
         loss: PotentialLoss | None = None,
+        stages: list[Stage] | None = None,
+        stress_offset: float | Literal["fitted"] = 0.0,
         scalar_loss: ScalarLoss | None = None,
         references: Literal["least_squares", "none", "atoms"]
         | DataFile
@@ -98,6 +113,9 @@ class AtomisticTask(LightningModule):
         | None = None,
         scale: float | Literal["forces", "energy"] | None = None,
         offset: float = 0.0,
+        train_references: bool = False,
+        avg_num_neighbors: Literal["auto"] | None = None,
+        terms: list[Literal["zbl", "d3"] | EnergyTerm] | None = None,
         metrics: ErrorMetric | None = None,
         start_from: PotentialSource | None = None,
         precision: Precision | None = None,
@@ -106,30 +124,49 @@ class AtomisticTask(LightningModule):
         self.target = known_target(target) if target is not None else None
         self.start_from = start_from
         # Here, before the averaged weights are copied.
-        self.potential = predictor_to_train(model, self.target, start_from, lora, heads)
+        self.potential = predictor_to_train(
+            *(model, self.target, start_from),
+            terms=terms or (),
+            lora=lora,
+            heads=heads,
+            train_references=train_references,
+        )
+        self.train_references = train_references
+        self.measure_neighbors = avg_num_neighbors == "auto"
+        if self.measure_neighbors and start_from is not None:
+            raise ValueError("avg_num_neighbors is that of the potential that is started from")
         freeze_parts(self.potential, rates or {})
         self.rates = rates
         self.potential.precision = checked_precision(precision) or self.potential.precision
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.decay: Decay = decay
-        self.loss = _loss_of(self.target, loss, scalar_loss)
+        self.loss = _loss_of(self.target, loss, scalar_loss, stages)
+        self.stages = stages or []
+        self.losses: list[Loss] = [self.loss, *(stage.loss for stage in self.stages)]
+        self.stress_offset = StressOffset(stress_offset)
         self.reference_source = references
         self.scale_source: float | Literal["forces", "energy"] | None = scale
         self.offset = offset
         self.metrics = metrics or _errors_of(self.target)
         self.errors = nn.ModuleDict({"val": self.metrics.clone()})
+        self.val_loss = MeanMetric()
+        self._begin()
+
+    def _begin(self) -> None:
+        """Know nothing yet of the run."""
         self.test_results: dict[str, dict[str, float]] = {}
         self.val_results: dict[str, float] = {}
         self.start_results: dict[str, float] = {}
         self.old_results: dict[str, float] = {}
         self.old_start_results: dict[str, float] = {}
-        self.val_loss = MeanMetric()
+        self._stage = 0
         self._plateau: ReduceLROnPlateau | None = None
         self._plateau_state: dict[str, Any] | None = None
         self._properties: dict[str, tuple[PropertyKey, ...]] = {}
         self._rng_state: dict[str, Any] | None = None
         self._loaded = False
+        self.neighbor_count: float | None = None
 
     def build_graph(self, structures: Structures) -> AtomGraph:
         """Build graphs for this potential, on the CPU; its elements are not known yet."""
@@ -149,7 +186,10 @@ class AtomisticTask(LightningModule):
 
     def training_step(self, batch: AtomGraph, batch_idx: int) -> Tensor:
         """Return the loss of a batch."""
+        self._enter_stage()
         prediction = self.potential(batch, self.loss.properties, create_graph=True)
+        self.stress_offset.fit(prediction.get("stress"), batch)
+        batch = self.stress_offset.without(batch)
         terms = self.loss(prediction, batch)
         if not bool(torch.isfinite(terms["loss"])):  # here, before the weights are lost as well
             self._stop_at(batch)
@@ -160,6 +200,23 @@ class AtomisticTask(LightningModule):
             batch_size=batch.n_graphs,
         )
         return terms["loss"]
+
+    def _enter_stage(self, *, quietly: bool = False) -> None:
+        """Minimise the loss of the stage that is on."""
+        stage = stage_of(self.stages, self.trainer.current_epoch, self.trainer.global_step)
+        if stage == self._stage:
+            return
+        self._stage, self.loss = stage, self.losses[stage]
+        if not quietly:
+            logger.info("stage %d: %s", stage + 1, self.loss)
+            forget_best(self.trainer.callbacks)  # pyright: ignore[reportAttributeAccessIssue]
+            if self._plateau is not None:
+                self._plateau._reset()
+
+    def set_neighbor_count(self, count: float) -> None:
+        """Let the network divide sums over neighbours by another count; its weights stay."""
+        self.potential.model = with_neighbor_count(self.potential.model, count)
+        self.neighbor_count = count
 
     def _stop_at(self, batch: AtomGraph) -> NoReturn:
         """Raise what is known of a loss that is NaN or infinite, with its structures written."""
@@ -176,6 +233,7 @@ class AtomisticTask(LightningModule):
     def validation_step(self, batch: AtomGraph, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Add a batch to the validation errors, those of new or of old data."""
         name = list(self.trainer.datamodule.val_sets)[dataloader_idx]  # pyright: ignore
+        batch = self.stress_offset.without(batch)
         prediction = self._evaluate(batch, name)
         if name == "val" and set(self.loss.labels) <= set(prediction):
             loss = self.loss(prediction, batch)["loss"].detach()
@@ -208,6 +266,7 @@ class AtomisticTask(LightningModule):
 
     def test_step(self, batch: AtomGraph, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Add a batch to the errors of its test set."""
+        batch = self.stress_offset.without(batch)
         self._evaluate(batch, self._test_set_name(dataloader_idx))
 
     def on_test_epoch_end(self) -> None:
@@ -275,6 +334,16 @@ class AtomisticTask(LightningModule):
     def on_validation_start(self) -> None:
         """Refuse a trainer under which forces cannot be derived."""
         self._refuse_inference_mode()
+        train_or_eval(self.trainer.optimizers, train=False)
+
+    def on_validation_end(self) -> None:
+        """Train on, after callbacks have saved what was validated."""
+        if self.trainer.state.fn == "fit":
+            train_or_eval(self.trainer.optimizers, train=True)
+
+    def on_train_end(self) -> None:
+        """Leave the weights that are validated."""
+        train_or_eval(self.trainer.optimizers, train=False)
 
     def on_test_start(self) -> None:
         """Refuse a trainer under which forces cannot be derived, and untrained weights."""
@@ -289,17 +358,21 @@ class AtomisticTask(LightningModule):
     def on_train_start(self) -> None:
         """Measure what is started from, and restore the random state of a run that goes on."""
         data = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+        self._enter_stage(quietly=True)
+        refuse_two_averages(self.trainer.optimizers, self.trainer.callbacks)  # pyright: ignore
+        train_or_eval(self.trainer.optimizers, train=True)
         if self.start_from is not None and not self._loaded:
             self.start_results = self._errors_before_training("val", data)
             self.old_start_results = self._errors_before_training("old", data)
         if self._rng_state is not None:
-            _set_rng_state(self._rng_state)
+            set_rng_state(self._rng_state)
             self._rng_state = None
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the random state, the loss and the validation errors of these weights."""
-        checkpoint["rng_state"] = _get_rng_state()
-        checkpoint["loss"] = repr(self.loss)
+        checkpoint["rng_state"] = get_rng_state()
+        checkpoint["loss"] = self.loss_text()
+        checkpoint["avg_num_neighbors"] = self.neighbor_count
         checkpoint["validation"] = dict(self.val_results)
         checkpoint["validation_before"] = dict(self.start_results)
         checkpoint["old_data"] = dict(self.old_results)
@@ -310,14 +383,20 @@ class AtomisticTask(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take what is restored when there are optimizers and training starts."""
         self._loaded = True
+        if (count := checkpoint.get("avg_num_neighbors")) is not None:
+            self.set_neighbor_count(count)
         # Checkpoints of before this was written down say nothing, and are taken as they are.
-        if checkpoint.get("loss", repr(self.loss)) != repr(self.loss):
+        if checkpoint.get("loss", self.loss_text()) != self.loss_text():
             logger.info("the loss is another one: the lowest val/loss so far no longer counts")
             forget_scores(checkpoint)
         self.start_results = checkpoint.get("validation_before", {})
         self.old_start_results = checkpoint.get("old_data_before", {})
         self._rng_state = checkpoint.get("rng_state")
         self._plateau_state = checkpoint.get("plateau")
+
+    def loss_text(self) -> str:
+        """Return the loss and those of later stages in words."""
+        return ", ".join(map(repr, [self.losses[0], *self.stages]))
 
     def evaluated(self, name: str) -> tuple[PropertyKey, ...]:
         """Return what is computed of a set, ``val`` or ``test/...``, once it is set up."""
@@ -387,39 +466,22 @@ def _errors_of(target: ScalarTarget | None) -> ErrorMetric:
 
 
 def _loss_of(
-    target: ScalarTarget | None, loss: PotentialLoss | None, scalar_loss: ScalarLoss | None
+    target: ScalarTarget | None,
+    loss: PotentialLoss | None,
+    scalar_loss: ScalarLoss | None,
+    stages: list[Stage] | None,
 ) -> Loss:
     if target is None:
         if scalar_loss is not None:
             raise ValueError("scalar_loss is of a target, and a potential is trained; set target")
         return loss or PotentialLoss()
-    if loss is not None:
-        raise ValueError(f"loss is of potentials; for the target {target.name} set scalar_loss")
+    if loss is not None or stages:
+        raise ValueError(
+            f"loss and stages are of potentials; for the target {target.name} set scalar_loss"
+        )
     return scalar_loss or ScalarLoss()
 
 
 def _key(name: str) -> str:
     # Module names may not hold dots.
     return name.replace(".", "_")
-
-
-def _get_rng_state() -> dict[str, Any]:
-    """Return every random state as plain values, which weights_only loading accepts."""
-    name, keys, *position = np.random.get_state(legacy=True)  # noqa: NPY002
-    state: dict[str, Any] = {
-        "torch": torch.get_rng_state(),
-        "python": random.getstate(),
-        "numpy": (name, np.asarray(keys).tolist(), *position),
-    }
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state_all()
-    return state
-
-
-def _set_rng_state(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["torch"].cpu())
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    np.random.set_state(state["numpy"])  # noqa: NPY002
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])

@@ -1,5 +1,6 @@
 """Batches stay within their budgets, in an order that a seed, an epoch and a position fix."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -215,3 +216,34 @@ def test_stages_without_files_are_refused():
     for stage, key in (("fit", "data.train"), ("test", "data.test"), ("predict", "data.predict")):
         with pytest.raises(DataError, match=key):
             data.setup(stage)
+
+
+def test_copies_stay_in_one_part(tmp_path: Path):
+    """Rotated, reordered and repeated ones too, and every part has about its size."""
+    rng = np.random.default_rng(0)
+    frames = []
+    for k in range(20):
+        crystal = bulk("Cu", cubic=True)
+        crystal.rattle(0.1, seed=k)
+        turned = crystal.copy()
+        turned.rotate(rng.uniform(0, 90), (1, 2, 3), rotate_cell=True)
+        frames += [crystal, turned[[2, 0, 3, 1]], crystal.repeat((2, 1, 1))]
+    for atoms in frames:
+        results = {"energy": 0.0, "forces": np.zeros((len(atoms), 3))}
+        atoms.calc = SinglePointCalculator(atoms, **results)
+    ase.io.write(tmp_path / "copies.extxyz", frames)
+    parted = {}
+    for copies in ("together", "anywhere"):
+        split = Split(val=0.2, test=9, copies=copies)
+        data = AtomisticDataModule(train=str(tmp_path / "copies.extxyz"), split=split)
+        parts = [data._training_part(part) for part in ("train", "val", "test")]
+        places = [[int(a.info["place"].split()[-1]) for a in part] for part in parts]
+        assert sorted(k for part in places for k in part) == list(range(60))
+        assert [len(part) for part in places] == [39, 12, 9]
+        originals = [{frame // 3 for frame in part} for part in places]
+        parted[copies] = any(a & b for a, b in itertools.combinations(originals, 2))
+    assert parted == {"together": False, "anywhere": True}
+    with pytest.raises(DataError, match="too many to train on"):
+        split_indices(4, Split(val=1), groups=[0, 0, 0, 0])
+    with pytest.raises(ValueError, match="a file of indices parts copies as it does"):
+        Split(file="split.json", copies="together")

@@ -134,8 +134,10 @@ def test_references_may_be_kept(start, tmp_path):
         ({"model": {"class_path": "atomeq.models.nequip.NequIP"}}, "do not fit the NequIP"),
         ({"lora": {"parts": ["layer"]}}, "no linear map of the NequIP"),
         ({"rates": {"embeding": 0.0}}, "no part 'embeding'"),
+        ({"terms": ["zbl"]}, "has a ZBL already"),
+        ({"avg_num_neighbors": "auto"}, "avg_num_neighbors is that of the potential"),
     ],
-    ids=["references", "nothing", "misspelt", "another", "lora", "rates"],
+    ids=["references", "nothing", "misspelt", "another", "lora", "rates", "terms", "neighbors"],
 )
 def test_what_does_not_fit_is_refused(start, tmp_path, capsys, model, said):
     write_data(tmp_path / "data.extxyz", AtomeqCalculator("small"), ZEROS)
@@ -150,10 +152,11 @@ def test_an_element_that_the_potential_lacks_is_refused(start, tmp_path, capsys)
     copper = Atoms("CuO", [[0, 0, 0], [0, 0, 1.8]])
     copper.calc = SinglePointCalculator(copper, energy=-1.0, forces=np.zeros((2, 3)))
     ase.io.write(tmp_path / "data.extxyz", [copper] * 8, append=True)
-    with pytest.raises(SystemExit) as exit_:
-        main(experiment(tmp_path))
-    assert exit_.value.code == 2
-    assert "Z=29, which small does not know" in capsys.readouterr().err
+    for decision in ({}, {"references": "none"}):
+        with pytest.raises(SystemExit) as exit_:
+            main(experiment(tmp_path, **decision))
+        assert exit_.value.code == 2
+        assert "Z=29, which small does not know" in capsys.readouterr().err
 
 
 def test_low_rank_updates_are_merged_into_an_ordinary_potential(start, tmp_path):
@@ -230,8 +233,8 @@ def test_replayed_data_are_forgotten_less_and_it_is_told(start, tmp_path, caplog
 def test_old_data_may_be_measured_alone(start, tmp_path, caplog):
     write_old_data(tmp_path / "old.extxyz", AtomeqCalculator("small"))
     with caplog.at_level("INFO"):
-        measured = replayed(tmp_path, "--trainer.max_epochs=1", weight=0.0)
-    assert "old data: 0 structures replayed, 10 held out" in caplog.text
+        measured = replayed(tmp_path, "--trainer.max_epochs=1", weight=0.0, number=7)
+    assert "old data: 0 structures replayed, 7 held out" in caplog.text
     assert measured["old_data"]["forces_mae"] > measured["old_data_before"]["forces_mae"]
 
 

@@ -90,3 +90,30 @@ def test_loss_without_pressure_does_not_see_a_pulay_stress(graph):
     assert float(blind) == pytest.approx(0.0, abs=1e-12)
     seen = loss({"stress": graph.stress + offset + shear}, graph)["loss"]
     assert float(seen) == pytest.approx((1 + 3) / 2 * 0.01**2 / 9, rel=1e-5)  # weights 1 and 3
+
+
+def test_huber_has_a_delta_for_each_property(graph: AtomGraph, prediction: dict):
+    deltas = {"energy": 0.6, "forces": 1.5}
+    terms = PotentialLoss(energy=1, kind="huber", huber_delta=deltas)(prediction, graph)
+    assert float(terms["energy"]) == pytest.approx((0.5**2 / 2 + 3 * 0.6 * (1 - 0.3)) / 2)
+    assert float(terms["forces"]) == pytest.approx((1 / 2 + 3 * 1.5 * (2 - 0.75)) / 9)
+    with pytest.raises(ValueError, match="huber_delta has energy, and the loss is of energy, fo"):
+        PotentialLoss(kind="huber", huber_delta={"energy": 0.1})
+    with pytest.raises(ValueError, match="must be positive"):
+        PotentialLoss(kind="conditional_huber", huber_delta={"energy": 0.1, "forces": 0.0})
+
+
+def test_large_forces_have_a_smaller_delta(graph: AtomGraph):
+    labels = torch.tensor([[50.0, 0, 0], [0, 150.0, 0], [0, 0, 350.0]])
+    graph = graph.replace(forces=labels)
+    loss = PotentialLoss(energy=0, forces=1, kind="conditional_huber", huber_delta=0.5)
+    found = loss({"forces": labels + 2.0}, graph)["loss"]
+    costs = [delta * (2 - delta / 2) for delta in (0.5, 0.35, 0.05)]
+    assert float(found) == pytest.approx(3 * (costs[0] + 3 * costs[1] + 3 * costs[2]) / 9)
+
+
+def test_labels_of_a_structure_have_weights_of_their_own(graph: AtomGraph, prediction: dict):
+    weighed = graph.replace(forces_weight=torch.tensor([2.0, 0.5]))
+    terms = PotentialLoss()(prediction, weighed)
+    assert float(terms["forces"]) == pytest.approx((2 * 1.0 + 3 * 0.5 * 4.0) / 9)
+    assert float(terms["energy"]) == float(PotentialLoss()(prediction, graph)["energy"])

@@ -12,8 +12,9 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from copper_experiment import labelled_copper
 
 from atomeq.cli import main as command
+from atomeq.data.copies import RADIUS
 from atomeq.graph.builders import RadiusGraph
-from atomeq.training.statistics import RADIUS, data_statistics
+from atomeq.training.statistics import data_statistics
 
 
 def statistics(**sets: list[Atoms]) -> dict:

@@ -1,0 +1,221 @@
+"""Losses in stages, offsets of the stress, weights of properties, trained references, terms."""
+
+import json
+from pathlib import Path
+
+import ase.io
+import numpy as np
+import pytest
+import torch
+import yaml
+from ase import Atoms
+from ase.calculators.singlepoint import SinglePointCalculator
+from copper_experiment import labelled_copper
+
+from atomeq.cli.training import main
+from atomeq.data.ase_files import DataError, LabelKeys, read_structures
+from atomeq.data.batching import GraphDataset
+from atomeq.graph.atom_graph import AtomGraph
+from atomeq.models.egnn import EGNN
+from atomeq.models.mace import MACE
+from atomeq.models.nequip import NequIP
+from atomeq.potential.checkpoint import load_potential, scatter_weights
+from atomeq.potential.potential import Potential
+from atomeq.potential.repulsion import ZBL
+from atomeq.training.callbacks import ExponentialMovingAverage
+from atomeq.training.losses import PotentialLoss
+from atomeq.training.preparation import with_neighbor_count, without_terms
+from atomeq.training.stages import Stage, stage_of
+from atomeq.training.stress_offset import StressOffset
+
+
+def checkpoint(run: Path, name: str) -> dict:
+    return torch.load(run / "checkpoints" / f"{name}.ckpt", weights_only=True)
+
+
+def test_stages_begin_at_their_epoch_or_step():
+    loss = PotentialLoss()
+    stages = [Stage(loss, epoch=3), Stage(loss, step=70)]
+    assert [stage_of(stages, e, s) for e, s in ((2, 60), (3, 60), (3, 69), (4, 70))] == [0, 1, 1, 2]
+    for wrong in ({}, {"epoch": 1, "step": 1}, {"epoch": 0}):
+        with pytest.raises(ValueError, match="a stage begins at"):
+            Stage(loss, **wrong)
+
+
+def test_a_second_stage_has_its_loss_and_its_own_best_weights(tmp_path: Path, experiment: Path):
+    second = {"epoch": 2, "loss": {"energy": 1000.0, "forces": 1.0}}
+    stages = f"--model.stages={json.dumps([second])}"
+    ema = ["--ema.decay=0", "--model.scheduler=null"]
+    main(["fit", "-c", str(experiment), "--trainer.max_epochs=4", stages, *ema])
+    run = tmp_path / "run"
+    # Its values are larger: kept, the first stage's best would never have been beaten.
+    best = checkpoint(run, "best")
+    assert best["epoch"] >= 2
+    rows = (run / "metrics" / "version_0" / "metrics.csv").read_text().splitlines()
+    column = rows[0].split(",").index("val/loss")
+    losses = [float(row.split(",")[column]) for row in rows[1:] if row.split(",")[column]]
+    assert losses[2] > losses[1]
+    assert "Stage(" in best["loss"]
+    # Continued inside the stage, the best weights so far still count.
+    main(["fit", "-c", str(experiment), "--trainer.max_epochs=5", stages, *ema, "--ckpt_path=last"])
+    again = checkpoint(run, "last")["callbacks"]
+    score = next(c["best_model_score"] for name, c in again.items() if "RunCheckpoint" in name)
+    assert float(score) <= min(losses[2:]) * (1 + 1e-6)
+
+
+def test_a_stage_may_need_further_labels(experiment: Path, copper_file: Path, tmp_path, capsys):
+    frames = ase.io.read(copper_file, index=":")
+    for atoms in frames:
+        del atoms.calc.results["stress"]
+    ase.io.write(tmp_path / "bare.extxyz", frames)
+    stages = json.dumps([{"epoch": 1, "loss": {"stress": 1.0}}])
+    words = [f"--model.stages={stages}", "--model.loss.stress=0"]
+    with pytest.raises(ValueError, match="the loss trains on stress"):
+        main(["fit", "-c", str(experiment), *words, f"--data.train={tmp_path / 'bare.extxyz'}"])
+
+
+def test_equal_averages_begin_anew_at_their_epoch():
+    module = torch.nn.Linear(1, 1, bias=False)
+    average = ExponentialMovingAverage(decay=0.9, equal_from=1)
+    average.setup(None, module, "fit")  # pyright: ignore
+    seen = []
+    for step in range(1, 7):
+        with torch.no_grad():
+            module.weight += step
+        trainer = type("Trainer", (), {"global_step": step, "current_epoch": step // 4})()
+        average.on_train_batch_end(trainer, module)  # pyright: ignore
+        seen += [float(module.weight.detach())] if step >= 4 else []
+    assert float(average._average[0]) == pytest.approx(np.mean(seen))
+
+
+PULAY = 0.02  # eV/Å³
+
+
+def test_a_pressure_that_is_given_is_taken_from_the_labels(tmp_path, experiment, copper_file):
+    """Training goes as on labels that never had it."""
+    frames = ase.io.read(copper_file, index=":")
+    for atoms in frames:
+        stress = atoms.get_stress() + PULAY * np.array([1, 1, 1, 0, 0, 0])
+        results = {"energy": atoms.get_potential_energy(), "forces": atoms.get_forces()}
+        atoms.calc = SinglePointCalculator(atoms, stress=stress, **results)
+    ase.io.write(tmp_path / "pulay.extxyz", frames)
+    errors = []
+    for words in ([f"--data.train={tmp_path / 'pulay.extxyz'}"], []):
+        offset = f"--model.stress_offset={PULAY if words else 0.0}"
+        main(["fit", "-c", str(experiment), *words, offset, "--overwrite"])
+        path = f"--ckpt_path={tmp_path}/run/checkpoints/best.ckpt"
+        main(["test", "-c", str(experiment), *words, offset, path, "--overwrite"])
+        tested = json.loads((tmp_path / "run" / "test_errors.json").read_text())
+        errors.append([checkpoint(tmp_path / "run", "best")["validation"], tested["held_out"]])
+    for with_it, without in zip(*errors, strict=True):
+        assert with_it == pytest.approx(without, rel=1e-3)
+
+
+def test_a_pressure_is_found_as_the_mean_of_what_is_missed():
+    true = 0.1 * torch.randn(200, 3, 3, generator=torch.Generator().manual_seed(0))
+    offset = StressOffset("fitted")
+    batches = [
+        AtomGraph(
+            torch.zeros(4, 3), torch.tensor([29] * 4), natoms=torch.ones(4, dtype=torch.int64),
+            stress=stress + PULAY * torch.eye(3), energy=torch.zeros(4),
+        )
+        for stress in true.split(4)
+    ]  # fmt: skip
+    for stress, batch in zip(true.split(4), batches, strict=True):
+        noise = 0.01 * torch.randn(4, 1, 1, generator=torch.Generator().manual_seed(1))
+        offset.fit(stress + (noise - noise.mean()) * torch.eye(3), batch)
+    assert float(offset.value) == pytest.approx(PULAY, rel=1e-3)
+    torch.testing.assert_close(offset.without(batches[0]).stress, true[:4])
+    given = StressOffset(PULAY)
+    given.fit(true[:4], batches[1])
+    assert float(given.value) == PULAY
+    given.load_state_dict({})  # a checkpoint of before it was there
+    assert float(given.value) == 0.0
+
+
+def test_labels_have_weights_of_their_own(tmp_path: Path):
+    frames = labelled_copper(3)
+    frames[0].info |= {"config_type": "md", "forces_weight": 3.0}
+    frames[1].info |= {"config_type": "strained", "weight": 2.0}
+    ase.io.write(tmp_path / "some.extxyz", frames)
+    kinds = {"md": {"stress": 0.0, "forces": 2.0}, "strained": 5.0}
+    found = list(read_structures(tmp_path / "some.extxyz", labels=LabelKeys(kind_weights=kinds)))
+    keys = ("weight", "energy_weight", "forces_weight", "stress_weight")
+    weights = [[atoms.info.get(key, 1.0) for key in keys] for atoms in found]
+    assert weights == [[1, 1, 6, 0], [10, 1, 1, 1], [1, 1, 1, 1]]
+    with pytest.raises(DataError, match="of energy, forces or stress"):
+        LabelKeys(kind_weights={"md": {"force": 1.0}})
+    frames[0].info["stress_weight"] = -1.0
+    ase.io.write(tmp_path / "some.extxyz", frames)
+    with pytest.raises(DataError, match="'stress_weight' is -1"):
+        list(read_structures(tmp_path / "some.extxyz"))
+
+
+def test_references_are_trained_and_stay_in_the_potential(tmp_path: Path, experiment: Path):
+    rates = json.dumps({"*": 0.0, "references": 1.0})
+    words = [f"--model.rates={rates}", "--model.train_references=true", "--model.references=none"]
+    words += ["--model.optimizer.init_args.weight_decay=1000", "--trainer.max_epochs=8"]
+    main(["fit", "-c", str(experiment), *words, "--model.loss={energy: 1, forces: 0}"])
+    potential = load_potential(tmp_path / "run" / "potential")
+    assert not isinstance(potential.references.shift, torch.nn.Parameter)
+    shift = float(potential.references.shift[29])
+    energies = [a.get_potential_energy() / len(a) for a in labelled_copper()]
+    assert 0.5 < shift / np.mean(energies) < 1.5  # from zero to them; a decay would hold it there
+    untouched = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)
+    assert "potential.references.shift" in untouched["raw_weights"]
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        EGNN(3.5, num_layers=1, hidden_channels=4),
+        NequIP(3.5, irreps=["4x0e", "4x0e"], radial_channels=[4]),
+        MACE(3.5, irreps="4x0e", lmax_edge=0, correlation=1, radial_channels=[4]),
+    ],
+    ids=lambda network: type(network).__name__,
+)
+def test_a_network_takes_another_count_of_neighbours(network):
+    network = network.double()
+    scatter_weights(network)
+    graph = Potential(network).build_graph(labelled_copper(1))
+    same = with_neighbor_count(network, network.avg_num_neighbors)
+    torch.testing.assert_close(same(graph)["energies"], network(graph)["energies"])
+    other = with_neighbor_count(network, 3.0)
+    assert other.config()["init_args"]["avg_num_neighbors"] == 3.0
+    assert not torch.allclose(other(graph)["energies"], network(graph)["energies"])
+    for name, weight in network.named_parameters():
+        assert torch.equal(weight, other.get_parameter(name))
+
+
+def test_the_count_of_neighbours_is_measured_and_saved(tmp_path: Path, experiment: Path):
+    auto = "--model.avg_num_neighbors=auto"
+    main(["fit", "-c", str(experiment), auto, "--trainer.max_epochs=1"])
+    run = tmp_path / "run"
+    count = load_potential(run / "potential").model.avg_num_neighbors
+    assert count == pytest.approx(12.0, abs=3.0)
+    assert count != 20.0
+    validated = checkpoint(run, "best")["validation"]["forces_mae"]
+    path = f"--ckpt_path={run}/checkpoints/best.ckpt"
+    files = yaml.safe_load(experiment.read_text())["data"]["init_args"]["train"]
+    main(["test", "-c", str(experiment), auto, path, f"--data.val={files}"])
+    main(["validate", "-c", str(experiment), auto, path])  # the network is that of the fit
+    potential = load_potential(run / "potential")
+    assert potential.model.avg_num_neighbors == count
+    assert validated > 0
+
+
+def test_the_network_learns_what_terms_leave(tmp_path: Path, experiment: Path):
+    words = ["--model.terms=[zbl]", "--trainer.max_epochs=1", "--model.references=least_squares"]
+    main(["fit", "-c", str(experiment), *words])
+    saved = load_potential(tmp_path / "run" / "potential")
+    assert [node["class_path"].rsplit(".", 1)[1] for node in saved.term_configs()] == ["ZBL"]
+    close = Atoms("Cu2", [[0, 0, 0], [0, 0, 1.0]])
+    potential = Potential(EGNN(3.5, num_layers=1, hidden_channels=4), terms=[ZBL()])
+    graph = potential.build_graph([close])
+    labels = potential(graph, ("energy", "forces"), create_graph=False)
+    labels = {key: value.detach() for key, value in labels.items()}
+    (left,) = without_terms(potential, GraphDataset([graph.replace(**labels)])).sample()
+    bare = Potential(potential.model)(graph, ("energy", "forces"), create_graph=False)
+    torch.testing.assert_close(left.energy, bare["energy"].detach())
+    torch.testing.assert_close(left.forces, bare["forces"].detach().double(), atol=1e-4, rtol=1e-5)
+    assert float((labels["forces"] - bare["forces"]).abs().max()) > 10.0
