@@ -322,12 +322,14 @@ def _connect(graph: AtomGraph, search: _Search) -> AtomGraph:
         edge_index += start
         edge_indices.append(edge_index)
         offsets.append(cell_offsets)
-    if len(offsets) != 1:
-        edge_index, cell_offsets = np.concatenate(edge_indices, axis=1), np.concatenate(offsets)
     return graph.replace(
-        edge_index=torch.from_numpy(edge_index).to(device),
-        cell_offsets=torch.from_numpy(cell_offsets).to(device),
+        edge_index=torch.from_numpy(_joined(edge_indices, 1)).to(device),
+        cell_offsets=torch.from_numpy(_joined(offsets, 0)).to(device),
     )
+
+
+def _joined(parts: list[NDArray[np.int64]], axis: int) -> NDArray[np.int64]:
+    return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=axis)  # no second copy
 
 
 def _title(graph: AtomGraph, k: int) -> str:

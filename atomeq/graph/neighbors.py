@@ -128,7 +128,7 @@ def edge_lengths(
     pos: NDArray[np.float64],
     cell: NDArray[np.float64],
     edge_index: NDArray[np.int64],
-    cell_offsets: NDArray[np.int64],
+    cell_offsets: NDArray[np.integer],
 ) -> NDArray[np.float64]:
     """Measure edges of one structure: (n_edges,), Å."""
     shifts = cell_offsets.T.astype(np.float64)

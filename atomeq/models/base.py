@@ -5,7 +5,7 @@ of the equations of motion over a long step.
 """
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -16,6 +16,10 @@ from atomeq.graph.atom_graph import AtomGraph
 from atomeq.graph.builders import GraphBuilder, RadiusGraph
 from atomeq.registry import path_of
 from atomeq.typing import EdgeIndex, Positions, PropertyKey
+
+#: One step of a network on some atoms: of a graph with all edges of its first n atoms, the features
+#: of all of its atoms (of the first step None) and n, it makes the features of those n.
+Stage = Callable[[AtomGraph, Tensor | None, int], Tensor]
 
 
 class ConfiguredModule(nn.Module):
@@ -136,6 +140,14 @@ class AtomisticModel(ConfiguredModule):
             the energies of, or the nearest thing to them.
         """
         raise NotImplementedError(f"{type(self).__name__} does not define forward()")
+
+    def stages(self) -> Sequence[Stage]:
+        """Return the steps that give what :meth:`forward` does, each of them local in its edges.
+
+        So the energies of a structure too large to be held at once are computed some atoms at a
+        time (:mod:`atomeq.potential.blocks`). The last step gives ``energies``. None by default.
+        """
+        return ()
 
     def node_features(self, graph: AtomGraph) -> Tensor:
         """Compute invariant features of the atoms, those the model reads its energies from.

@@ -19,13 +19,14 @@ This is our default form. It differs from the paper on purpose:
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from atomeq.graph.atom_graph import AtomGraph
-from atomeq.models.base import AtomisticModel, refuse_nonpositive
+from atomeq.models.base import AtomisticModel, Stage, refuse_nonpositive
 from atomeq.nn.edge_convolution import EdgeConvolution
 from atomeq.nn.edge_network import DegreeEmbedding
 from atomeq.nn.feed_forward import FeedForward
@@ -116,6 +117,12 @@ class ESCN(AtomisticModel):
         energies, features = self.energy.with_hidden(self.node_features(graph))
         return {"energies": energies[:, 0], "features": features}
 
+    def stages(self) -> list[Stage]:
+        """Return the density of neighbours, then layer after layer; the last gives energies."""
+        layers: list[Stage] = [partial(self._layer, layer) for layer in self.layers]
+        *earlier, last = [lambda graph, _, n: self._density(graph, self._edges(graph))[:n], *layers]
+        return [*earlier, lambda *given: self.energy(self.norm(last(*given))[:, 0])[:, 0]]
+
     @property
     def node_channels(self) -> int:
         """Channels of :meth:`node_features`."""
@@ -123,6 +130,14 @@ class ESCN(AtomisticModel):
 
     def node_features(self, graph: AtomGraph) -> Tensor:
         """Return the scalars of the last layer, normalised, (n_atoms, sphere_channels)."""
+        edges = self._edges(graph)
+        x = self._density(graph, edges)
+        for layer in self.layers:
+            x = layer(x, *edges)
+        return self.norm(x)[:, 0]
+
+    def _edges(self, graph: AtomGraph) -> tuple[EdgeFrame, PairFeatures, Tensor]:
+        """Return their frames, what radial networks see of them, and the envelope (n_edges,)."""
         numbers = graph.atomic_numbers
         frame = build_edge_frame(
             graph.edge_vectors().to(self.embedding.weight.dtype),
@@ -131,19 +146,28 @@ class ESCN(AtomisticModel):
             lmax=self.lmax,
             mmax=self.mmax,
         )
-        envelope = self.envelope(frame.lengths) / math.sqrt(self.avg_num_neighbors)  # (n_edges,)
+        envelope = self.envelope(frame.lengths) / math.sqrt(self.avg_num_neighbors)
         edge_scalars = PairFeatures(
             self.basis(frame.lengths),  # (n_edges, num_radial)
             self.source_embedding(numbers),  # (n_atoms, edge_channels)
             self.target_embedding(numbers),
             graph.edge_index,
         )
+        return frame, edge_scalars, envelope
 
-        x = self.neighborhood(frame, edge_scalars, envelope)  # (n_atoms, n_sph, C)
-        x = torch.cat([x[:, :1] + self.embedding(numbers)[:, None], x[:, 1:]], dim=1)
-        for layer in self.layers:
-            x = layer(x, frame, edge_scalars, envelope)
-        return self.norm(x)[:, 0]
+    def _density(
+        self, graph: AtomGraph, edges: tuple[EdgeFrame, PairFeatures, Tensor]
+    ) -> NodeFeatures:
+        """Return the features that atoms start from, (n_atoms, n_sph, C)."""
+        x = self.neighborhood(*edges)
+        scalars = x[:, :1] + self.embedding(graph.atomic_numbers)[:, None]
+        return torch.cat([scalars, x[:, 1:]], dim=1)
+
+    def _layer(
+        self, layer: nn.Module, graph: AtomGraph, x: Tensor | None, n_wanted: int
+    ) -> NodeFeatures:
+        assert x is not None  # only the first stage is given none
+        return layer(x, *self._edges(graph), n_wanted=n_wanted)
 
 
 class ESCNLayer(nn.Module):
@@ -169,10 +193,18 @@ class ESCNLayer(nn.Module):
         self.update = update(lmax, sphere_channels, hidden_channels)
 
     def forward(
-        self, x: NodeFeatures, frame: EdgeFrame, edge_scalars: PairFeatures, envelope: Tensor
+        self,
+        x: NodeFeatures,
+        frame: EdgeFrame,
+        edge_scalars: PairFeatures,
+        envelope: Tensor,
+        *,
+        n_wanted: int | None = None,
     ) -> NodeFeatures:
-        """Update ``x`` (n_atoms, n_sph, C)."""
+        """Update ``x`` (n_atoms, n_sph, C), or only the first so many that are wanted."""
         x = x + self.message(self.message_norm(x), frame, edge_scalars, envelope)
+        if n_wanted is not None:
+            x = x[:n_wanted]
         return x + self.update(self.update_norm(x))
 
 

@@ -157,16 +157,9 @@ def _gradients(
     Raises:
         ValueError: The values do not depend on an input though there are edges.
     """
-    gradients: Sequence[Tensor | None] = [None] * len(inputs)
-    if values.requires_grad:
-        gradients = torch.autograd.grad(
-            values,
-            inputs,
-            torch.ones_like(values) if along is None else along,
-            create_graph=create_graph,
-            retain_graph=retain_graph,
-            allow_unused=True,
-        )
+    gradients = pulled_back(
+        values, inputs, along, create_graph=create_graph, retain_graph=retain_graph
+    )
     found, unreached = [], False
     for gradient, x in zip(gradients, inputs, strict=True):
         unreached = unreached or gradient is None
@@ -178,6 +171,36 @@ def _gradients(
             "it leaves autograd (detach, no_grad, numpy); keep it differentiable"
         )
     return found
+
+
+def pulled_back(
+    values: Tensor,
+    inputs: list[Tensor],
+    along: Tensor | None = None,
+    *,
+    create_graph: bool = False,
+    retain_graph: bool | None = None,
+) -> Sequence[Tensor | None]:
+    """Return the derivatives of values, summed or along a direction, or None where there is none.
+
+    Args:
+        values: Of any shape.
+        inputs: By which to differentiate.
+        along: The direction, like ``values``.
+        create_graph: As of ``torch.autograd.grad``.
+        retain_graph: Likewise.
+    """
+    if not values.requires_grad:
+        return [None] * len(inputs)
+    direction = torch.ones_like(values) if along is None else along
+    return torch.autograd.grad(
+        values,
+        inputs,
+        direction,
+        create_graph=create_graph,
+        retain_graph=retain_graph,
+        allow_unused=True,
+    )
 
 
 def refuse_flat_cells(graph: AtomGraph) -> None:

@@ -17,6 +17,7 @@ from atomeq.graph.atom_graph import AtomGraph
 from atomeq.models.base import AtomisticModel
 from atomeq.ops.precision import use_precision
 from atomeq.ops.segment.operations import segment_sum
+from atomeq.potential.blocks import divisible, energies_in_blocks
 from atomeq.potential.derivatives import energy_and_derivatives, refuse_flat_cells
 from atomeq.potential.distances import SHORTEST, KnownDistances
 from atomeq.potential.predictor import Predictor, full_precision
@@ -185,7 +186,7 @@ class Potential(Predictor):
                 computed = evaluate(graph)
             else:
                 computed = energy_and_derivatives(
-                    evaluate,
+                    partial(evaluate, once=not create_graph),
                     graph,
                     forces="forces" in derived,
                     stress="stress" in derived,
@@ -241,10 +242,24 @@ class Potential(Predictor):
         return computed
 
     def evaluate(
-        self, graph: AtomGraph, *, uncertainty: LastLayerUncertainty | None = None
+        self,
+        graph: AtomGraph,
+        *,
+        uncertainty: LastLayerUncertainty | None = None,
+        once: bool = False,
     ) -> dict[PropertyKey, Tensor]:
-        """Return what needs no derivative: energy, energies, forces and stress of heads, and σ."""
-        outputs = self.model(graph)
+        """Return what needs no derivative: energy, energies, forces and stress of heads, and σ.
+
+        Args:
+            graph: As of :meth:`forward`.
+            uncertainty: What gives σ, where it is wanted.
+            once: Nobody differentiates by weights, and by positions and cells once at most.
+        """
+        once = once or not torch.is_grad_enabled()
+        if once and uncertainty is None and divisible(self.model, graph):
+            outputs: dict[PropertyKey, Tensor] = {"energies": energies_in_blocks(self.model, graph)}
+        else:
+            outputs = self.model(graph)
         energies = self.references(outputs["energies"], graph.atomic_numbers)
         for term in self.terms:
             energies = energies + term(graph)
