@@ -11,6 +11,7 @@ Deliberate difference: the harmonic sidecar for the project's website is not wri
 import gzip
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -150,10 +151,11 @@ def read_crystals(path: str | Path) -> dict[str, Atoms]:
         ValueError: An id is missing or stands twice, or a supercell or mesh is missing.
     """
     found: dict[str, Atoms] = {}
-    for number, atoms in enumerate(ase.io.read(path, index=":", format="extxyz")):
+    for number, atoms in enumerate(ase.io.iread(path, index=":", format="extxyz")):
         identifier = str(atoms.info.get(ID, atoms.info.get("mp_id", "")))
-        absent = [name for name in _ASKED if np.shape(atoms.info.get(name)) != (3, 3)]
-        if not any(np.shape(atoms.info.get(name)) == (3,) for name in _MESHES):
+        shapes = {name: np.asarray(value).shape for name, value in atoms.info.items()}
+        absent = [name for name in _ASKED if shapes.get(name) != (3, 3)]
+        if not any(shapes.get(name) == (3,) for name in _MESHES):
             absent.append(_MESHES[0])
         if not identifier or absent:
             raise ValueError(
@@ -231,8 +233,8 @@ def _relaxed(
     before = _space_group(atoms, settings.symprec)
     atoms.calc = calculator
     atoms.set_constraint(FixSymmetry(atoms, symprec=settings.relax_symprec))
-    target = FrechetCellFilter(atoms, mask=[True] * 3 + [False] * 3)
-    with FIRE(target, logfile=None) as optimizer:
+    target: Any = FrechetCellFilter(atoms, mask=[True] * 3 + [False] * 3)
+    with FIRE(target, logfile=os.devnull) as optimizer:
         optimizer.run(fmax=settings.fmax, steps=settings.max_steps)
     stress = np.asarray(atoms.get_stress()).reshape(2, 3).max(axis=1)
     atoms.calc, atoms.constraints = None, []
@@ -249,7 +251,7 @@ def _relaxed(
 
 
 def _space_group(atoms: Atoms, symprec: float) -> int:
-    cell = (atoms.cell.array, atoms.get_scaled_positions(), atoms.numbers)
+    cell: Any = (atoms.cell.array, atoms.get_scaled_positions(), atoms.numbers)
     found = spglib.get_symmetry_dataset(cell, symprec=symprec)
     if found is None:
         raise ValueError(f"spglib finds no space group at {symprec:g} Å")
