@@ -52,10 +52,12 @@ VOLUMES = 7  # of the equation of state, ± 6 %
 class Literature:
     """Published numbers, not of this program: Å and GPa, empty where none is known to us.
 
-    PBE: Si of Lejaeghere et al., Science 351, aad3000 (2016), all electrons; MgO and NaCl of Tran,
-    Stelzl and Blaha, J. Chem. Phys. 144, 204120 (2016); TiO2 of Labat et al., J. Chem. Phys. 126,
-    154703 (2007). Experiment: MgO, NaCl, Si as collected in Tran et al.; TiO2 Gerward and Olsen,
-    J. Appl. Cryst. 30, 259 (1997); LiCoO2 Wang et al., Phys. Rev. B 72, 224102 (2005).
+    PBE: Si of Lejaeghere et al., Science 351, aad3000 (2016), WIEN2k, as in ``ase.collections``;
+    MgO of Bosoni et al., Nat. Rev. Phys. 6, 45 (2024), mean of two all-electron codes; NaCl of
+    Harl, Schimka and Kresse, Phys. Rev. B 81, 115126 (2010); TiO2 of M. Sharma, bragitoff.com
+    (2017), Quantum ESPRESSO. Experiment, corrected for zero-point motion: lattices as in Harl et
+    al., moduli as collected by Hao et al., Phys. Rev. B 85, 014111 (2012).
+    In brackets stands what was written from memory and not compared with a source.
     """
 
     pbe: str
@@ -65,11 +67,11 @@ class Literature:
 
 
 LITERATURE = {
-    "MgO": Literature("4.26", "149", "4.21", "160"),
-    "Si": Literature("5.469", "89", "5.431", "99"),
-    "NaCl": Literature("5.70", "24", "5.64", "25"),
-    "LiCoO2": Literature("", "", "2.816, 14.05", "149"),
-    "TiO2": Literature("4.65, 2.97", "", "4.594, 2.959", "211"),
+    "MgO": Literature("4.254", "149", "4.189", "165"),
+    "Si": Literature("5.469", "89", "5.421", "99"),
+    "NaCl": Literature("5.697", "(24)", "5.569", "27"),
+    "LiCoO2": Literature("", "", "(2.816, 14.05)", "(149)"),
+    "TiO2": Literature("4.644, 2.969", "", "(4.594, 2.959)", "(211)"),
 }
 
 console = Console()
@@ -190,7 +192,7 @@ def show_crystals(cells: dict[str, Atoms], moduli: dict[str, float]) -> None:
         "[bold]5  Five crystals: lattice constants in Å, bulk moduli in GPa[/bold]", table
     )
     console.print(
-        "PBE and experiment are published numbers. B is at the shape of the relaxed cell, which "
+        "PBE and experiment are published numbers, in brackets from memory. B is at the shape of the relaxed cell, which "
         "makes layers (LiCoO2) too stiff; of oxides of cobalt the data are PBE+U.\n"
     )
 
