@@ -4,7 +4,7 @@ import torch
 
 
 class Averaging(torch.optim.SGD):
-    """Validates at weights that are larger by one than those it trains at."""
+    """Validates at weights that are larger by 0.01 than those it trains at."""
 
     def __init__(self, params, lr: float = 0.0) -> None:
         super().__init__(params, lr=lr)
@@ -16,7 +16,7 @@ class Averaging(torch.optim.SGD):
             with torch.no_grad():
                 for group in self.param_groups:
                     for parameter in group["params"]:
-                        parameter += -1.0 if train else 1.0
+                        parameter += -0.01 if train else 0.01
 
     def train(self) -> None:
         self._move(train=True)

@@ -35,6 +35,8 @@ DATA_VARIABLE = "ATOMEQ_DATA"
 DATABASE_SUFFIXES = (".db", ".aselmdb")
 _OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 _LABELS = ("energy", "forces", "stress")
+#: What ``atoms.info`` calls the weights of the labels of a structure.
+LABEL_WEIGHTS = tuple(f"{label}_weight" for label in _LABELS)
 _VARIABLE = re.compile(r"\$\{(\w+)\}")
 
 
@@ -261,10 +263,8 @@ def _weights(atoms: Atoms, labels: LabelKeys, name: str) -> dict[str, float]:
     of_kind = labels.kind_weights.get(str(atoms.info.get(labels.kind)), 1.0)
     of_labels = of_kind if isinstance(of_kind, dict) else {"weight": of_kind}
     found = {}
-    for key, what in (
-        ("weight", labels.weight),
-        *((f"{p}_weight", f"{p}_weight") for p in _LABELS),
-    ):
+    for key in ("weight", *LABEL_WEIGHTS):
+        what = labels.weight if key == "weight" else key
         given = _take(atoms, what)
         own = 1.0 if given is None else float(_checked(given, ((),), f"{name}: label {what!r}"))
         own *= of_labels.get(key.removesuffix("_weight"), 1.0)

@@ -14,7 +14,13 @@ import torch
 from ase import Atoms
 from lightning.pytorch import LightningDataModule
 
-from atomeq.data.ase_files import DataError, LabelKeys, read_structures, resolve_data_path
+from atomeq.data.ase_files import (
+    LABEL_WEIGHTS,
+    DataError,
+    LabelKeys,
+    read_structures,
+    resolve_data_path,
+)
 from atomeq.data.batching import LABELS, BudgetBatchSampler, GraphDataset, ResumableLoader
 from atomeq.data.copies import RADIUS, fingerprint, groups_of_copies, kind_of
 from atomeq.data.hdf5_files import HDF5_SUFFIXES, StoredDataset, StoredStructures
@@ -402,7 +408,7 @@ def _labelled(graph: AtomGraph, atoms: Atoms) -> AtomGraph:
     head = None if number is None else torch.tensor([number])
     weights = {
         key: torch.tensor([atoms.info[key]], dtype=graph.pos.dtype)
-        for key in ("energy_weight", "forces_weight", "stress_weight")
+        for key in LABEL_WEIGHTS
         if key in atoms.info
     }
     return graph.to("cpu").replace(weight=weight, scalar=scalar, head=head, **weights)

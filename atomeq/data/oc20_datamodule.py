@@ -263,7 +263,9 @@ class OC20DataModule(AtomisticDataModule):
         if stage == "predict" and self.predict_set is None:
             self.predict_set = self._open(self.predict_files, "predict")
 
-    def _open(self, files: DataFiles | None, name: str) -> FrameDataset:
+    def _open(self, files: DataFiles | dict[str, DataFiles] | None, name: str) -> FrameDataset:
+        if isinstance(files, dict):
+            raise DataError("OC20's files are of one head; files by head are extended XYZ")
         if files is None:
             raise DataError(f"no data for {name}: give data.{name}, a folder or file of OC20 data")
         paths = [expand_data_path(path) for path in (files if isinstance(files, list) else [files])]

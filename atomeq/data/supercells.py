@@ -1,6 +1,7 @@
 """Perfect supercells become their primitive cells: the same labels for a fraction of the cost."""
 
 import warnings
+from typing import Any
 
 import numpy as np
 from ase import Atoms
@@ -43,7 +44,7 @@ def _primitive_cell(atoms: Atoms) -> np.ndarray | None:
     """Return the lattice vectors in the orientation of the structure, Å."""
     import spglib
 
-    cell = (atoms.cell.array, atoms.get_scaled_positions(), atoms.numbers)
+    cell: Any = (atoms.cell.array, atoms.get_scaled_positions(), atoms.numbers)
     with warnings.catch_warnings():
         # spglib announces that it will raise instead of returning None; both are taken here.
         warnings.simplefilter("ignore", DeprecationWarning)

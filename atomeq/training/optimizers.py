@@ -1,11 +1,12 @@
 """Optimizers beside torch's: Muon for matrices with AdamW for the rest, and those that average."""
 
-from collections.abc import Callable, Iterable
+import copy
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from atomeq.training.callbacks import ExponentialMovingAverage
@@ -108,6 +109,17 @@ def refuse_two_averages(optimizers: Iterable[Optimizer], callbacks: Iterable[Cal
             raise ValueError(
                 f"{type(optimizer).__name__} averages the weights by itself: set ema.decay to 0"
             )
+
+
+def save_averages(
+    checkpoint: dict[str, Any], module: nn.Module, optimizers: Sequence[Optimizer]
+) -> None:
+    """Let a checkpoint hold the weights that are validated, where an optimizer trains at others."""
+    if any(map(averages_itself, optimizers)):
+        train_or_eval(optimizers, train=False)
+        checkpoint["state_dict"] = {k: v.clone() for k, v in module.state_dict().items()}
+        checkpoint["optimizer_states"] = [copy.deepcopy(o.state_dict()) for o in optimizers]
+        train_or_eval(optimizers, train=True)
 
 
 def train_or_eval(optimizers: Iterable[Optimizer], *, train: bool) -> None:

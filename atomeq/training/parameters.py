@@ -110,7 +110,9 @@ def is_part(name: str, part: str) -> bool:
 
 def _rate(name: str, rates: Mapping[str, float]) -> float:
     inside = _in_network(name)
-    return next((rate for part, rate in reversed(rates.items()) if is_part(inside, part)), 1.0)
+    return next(
+        (rate for part, rate in reversed(list(rates.items())) if is_part(inside, part)), 1.0
+    )
 
 
 def _in_network(name: str) -> str:

@@ -4,7 +4,6 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -153,7 +152,8 @@ def prepare(task: "AtomisticTask", data: AtomisticDataModule) -> None:
         )
     _refuse_missing_labels(task, data.train_set)
     if task.measure_neighbors:
-        count = float(np.sum(data.train_set.n_edges) / np.sum(data.train_set.n_atoms))
+        some = data.train_set.sample()
+        count = sum(graph.n_edges for graph in some) / sum(graph.n_atoms for graph in some)
         logger.info("avg_num_neighbors: %.2f, measured on the training structures", count)
         task.set_neighbor_count(count)
     if isinstance(task.potential, Potential):

@@ -42,7 +42,9 @@ def replay_old_data(
         for graph in dataset.graphs:
             potential.check_elements(graph)
     if replay.labels == "potential":
-        keys = [key for key in labels if key != "stress" or potential.gives_stress]
+        keys: list[PropertyKey] = [
+            key for key in labels if key != "stress" or potential.gives_stress
+        ]
         both = [[_asked(potential, graph, keys) for graph in part.graphs] for part in (train, val)]
     else:
         both = [[_moved(graph, moved) for graph in part.graphs] for part in (train, val)]

@@ -26,7 +26,7 @@ from atomeq.training.low_rank import LoRA
 from atomeq.training.metrics import ErrorMetric, PotentialErrors, ScalarErrors
 from atomeq.training.normalisation import PotentialSource
 from atomeq.training.not_finite import not_finite_loss
-from atomeq.training.optimizers import refuse_two_averages, train_or_eval
+from atomeq.training.optimizers import refuse_two_averages, save_averages, train_or_eval
 from atomeq.training.parameters import Decay, freeze_parts, make_optimizer
 from atomeq.training.preparation import predictor_to_train, prepare, with_neighbor_count
 from atomeq.training.random_state import get_rng_state, set_rng_state
@@ -371,6 +371,7 @@ class AtomisticTask(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the random state, the loss and the validation errors of these weights."""
         checkpoint["rng_state"] = get_rng_state()
+        save_averages(checkpoint, self, self.trainer.optimizers)
         checkpoint["loss"] = self.loss_text()
         checkpoint["avg_num_neighbors"] = self.neighbor_count
         checkpoint["validation"] = dict(self.val_results)

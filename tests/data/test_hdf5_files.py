@@ -16,6 +16,7 @@ from atomeq.cli import main as command
 from atomeq.data.ase_files import DataError, LabelKeys, read_structures
 from atomeq.data.batching import GraphDataset
 from atomeq.data.hdf5_files import StoredDataset, StoredStructures, write_hdf5
+from atomeq.graph.atom_graph import AtomGraph
 from atomeq.graph.builders import RadiusGraph
 
 BUILD = RadiusGraph(3.5)
@@ -138,3 +139,12 @@ def test_scalars_and_weights_come_along(tmp_path: Path):
     assert graph.scalar[0] == 1.5
     assert torch.isnan(graph.scalar[1])
     assert graph.weight.tolist() == [3.0, 1.0]
+
+
+def test_weights_of_labels_are_kept(tmp_path: Path):
+    frames = labelled_copper(3)
+    frames[1].info["forces_weight"] = 3.0
+    ase.io.write(tmp_path / "some.extxyz", frames)
+    write_hdf5(tmp_path / "some.h5", read_structures(tmp_path / "some.extxyz"))
+    found = AtomGraph.concatenate(list(StoredStructures([tmp_path / "some.h5"])))
+    assert found["forces_weight"].tolist() == [1.0, 3.0, 1.0]

@@ -154,7 +154,7 @@ def test_an_element_that_the_potential_lacks_is_refused(start, tmp_path, capsys)
     ase.io.write(tmp_path / "data.extxyz", [copper] * 8, append=True)
     for decision in ({}, {"references": "none"}):
         with pytest.raises(SystemExit) as exit_:
-            main(experiment(tmp_path, **decision))
+            main([*experiment(tmp_path, **decision), "--overwrite"])
         assert exit_.value.code == 2
         assert "Z=29, which small does not know" in capsys.readouterr().err
 
