@@ -192,8 +192,9 @@ def show_crystals(cells: dict[str, Atoms], moduli: dict[str, float]) -> None:
         "[bold]5  Five crystals: lattice constants in Å, bulk moduli in GPa[/bold]", table
     )
     console.print(
-        "PBE and experiment are published numbers, in brackets from memory. B is at the shape of the relaxed cell, which "
-        "makes layers (LiCoO2) too stiff; of oxides of cobalt the data are PBE+U.\n"
+        "PBE and experiment are published numbers, in brackets from memory. B is at the shape of "
+        "the relaxed cell, which makes layers (LiCoO2) too stiff; of oxides of cobalt the data are "
+        "PBE+U.\n"
     )
 
 
