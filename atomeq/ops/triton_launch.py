@@ -1,7 +1,8 @@
 """How the kernels of this folder are started: sizes of tiles, precision, device.
 
 No tile is tuned at run time: another tile would sum in another order, and a result would change
-from one process to the next. The sizes are functions of the shapes alone and are written here.
+from one process to the next. The sizes are functions of the shapes and of the generation of the
+device, and are written here.
 """
 
 from typing import Any
@@ -74,6 +75,14 @@ def slots(lmax: int, mmax: int) -> tuple[int, ...]:
 def degrees(lmax: int) -> tuple[int, ...]:
     """Return for each degree the padded number of its coefficients."""
     return tuple(power_of_2(2 * l + 1) for l in range(lmax + 1))
+
+
+def architecture(like: Tensor) -> int:
+    """Return the generation of the device of a tensor, 80 for sm_80; an interpreter is of 90."""
+    if not like.is_cuda:
+        return 90
+    major, minor = torch.cuda.get_device_capability(like.device)
+    return 10 * major + minor
 
 
 def contiguous(tensor: Tensor) -> Tensor:

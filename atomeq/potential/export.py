@@ -102,8 +102,11 @@ def _refuse(potential: Potential) -> None:
         raise ExportError(f"{potential.path} is compiled already")
     if potential.device.type != "cpu":
         raise ExportError(
-            f"potentials are compiled for the CPU only, and this one is on {potential.device}; "
-            "export potential.cpu(), or use it as it is"
+            f"potentials are compiled for the CPU only, and this one is on {potential.device}: its "
+            "trace would serve any device, but AOTInductor moves weights to the GPU it compiles "
+            "for and tries its kernels there, with a CUDA build of torch, and no potential has "
+            "been through that yet. Export potential.cpu(), or use it as it is: on CUDA, Triton's "
+            "kernels and a CUDA graph of their launches serve it"
         )
     if potential.conservative and potential.references.rescales_derivatives:
         raise ExportError(

@@ -1,12 +1,15 @@
-"""Compile the Triton kernels for an H200 on a machine without one.
+"""Compile the Triton kernels for GPUs on a machine without one, and see that they fit.
 
-    python scripts/benchmark.py triton-compile LMAX MMAX
+    python scripts/benchmark.py triton-compile [LMAX MMAX] [--arch 80 86 89 90 100] [--json]
 
-prints a line of JSON for each kernel: registers per thread, bytes of its stack, bytes of spilled
-registers that it stores and loads again, shared memory, and the CPU seconds that compiling took
-(next to nothing if Triton's cache has the kernel).
+goes through every launch of the operations at 128 channels, float32 at each precision and bfloat16,
+and prints for each kernel and architecture the most registers of a thread, kB of shared memory and
+bytes of spilled registers. ``--json`` prints a line for each launch in its place, with the bytes of
+its stack and the CPU seconds that compiling took (next to nothing if Triton's cache has it). The
+exit code is 1 where a launch spills, or wants more shared memory than a block may have there.
 """
 
+import argparse
 import json
 import os
 import re
@@ -17,6 +20,8 @@ from pathlib import Path
 
 import torch
 import triton
+from rich.console import Console
+from rich.table import Table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -25,11 +30,14 @@ from atomeq.ops.coupling.triton import kernels as coupling
 from atomeq.ops.edge.so2_shape import SO2Shape
 from atomeq.ops.edge.triton import gate, rotation, row_scale, so2
 from atomeq.ops.paths import tensor_product_paths
+from atomeq.ops.precision import matmul_precision, use_precision
 from atomeq.ops.segment.triton import kernels as segment
 from atomeq.ops.sphere.grid import SphereGrid
 from atomeq.ops.sphere.triton import kernels as sphere
 
-HOPPER = GPUTarget("cuda", 90, 32)
+#: Bytes of shared memory that a block may have, by architecture: A100, A10 and RTX 30, L4 and RTX
+#: 40, H100 and H200, B200.
+SHARED = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448}
 TYPES = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
@@ -38,6 +46,8 @@ TYPES = {
 }
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 OPTIONS = ("num_warps", "num_stages")
+target = [90]  # the architecture that is compiled for
+lines: list[dict] = []
 
 
 def compile_only(kernel, grid, *tensors, like, **constants) -> None:
@@ -56,16 +66,18 @@ def compile_only(kernel, grid, *tensors, like, **constants) -> None:
             signature[name] = "i32"
     source = ASTSource(fn=kernel, signature=signature, constexprs=fixed, attrs=aligned)
     before = sum(os.times()[:4])  # ptxas is another process
-    compiled = triton.compile(source, target=HOPPER, options=options)
+    architecture = GPUTarget("cuda", target[0], 32)
+    compiled = triton.compile(source, target=architecture, options=options)
     line = {
         "kernel": kernel.__name__,
+        "arch": target[0],
         "dtype": str(like.dtype),
+        "precision": matmul_precision(),
         **resources(compiled),
         "shared": compiled.metadata.shared,
         "seconds": round(sum(os.times()[:4]) - before, 1),
     }
-    sys.stdout.write(json.dumps(line) + "\n")
-    sys.stdout.flush()
+    lines.append(line)
 
 
 def resources(compiled) -> dict[str, int]:
@@ -80,7 +92,8 @@ def resources(compiled) -> dict[str, int]:
         with tempfile.NamedTemporaryFile(suffix=".ptx", mode="w") as file:
             file.write(compiled.asm["ptx"])
             file.flush()
-            report = tool("ptxas", "-v", "--gpu-name=sm_90a", file.name, "-o", os.devnull)
+            name = f"sm_{target[0]}{'a' * (target[0] >= 90)}"
+            report = tool("ptxas", "-v", f"--gpu-name={name}", file.name, "-o", os.devnull)
         pattern = r"(\d+) bytes spill stores, (\d+) bytes spill loads"
         stores, loads = map(int, re.search(pattern, report).groups())
     return {"registers": registers, "stack": stack, "spill_stores": stores, "spill_loads": loads}
@@ -139,22 +152,52 @@ def compile_all(lmax: int, mmax: int, channels: int, dtype: torch.dtype) -> None
     for order in range(3):
         given = [rows] * (order + 1), [to_grid] * (order + 1)
         sphere.sphere_form(*given, from_grid, order)
-    if dtype == torch.float32:
-        torch.set_float32_matmul_precision("medium")
-        so2_map.forward(rows.flatten(1), y)
-        so2_map.gated(rows.flatten(1), y, keep=True)
-        torch.set_float32_matmul_precision("highest")
+    for precision in ("high", "medium") if dtype == torch.float32 else ():
+        with use_precision(precision):
+            so2_map.forward(rows.flatten(1), y)
+            so2_map.transposed(y, rows.flatten(1))
+            so2_map.gated(rows.flatten(1), y, keep=True)
+            sphere.sphere_form([rows], [to_grid], from_grid, 0)
 
 
-def main(argv: list[str]) -> int:
+def show(columns: list[int]) -> bool:
+    """Print the most that launches of each kernel want; return whether all fit."""
+    table = Table("registers, kB, spilled", *(f"sm_{arch}" for arch in columns), box=None)
+    fit = True
+    for kernel in dict.fromkeys(line["kernel"] for line in lines):
+        cells = []
+        for arch in columns:
+            own = [line for line in lines if (line["kernel"], line["arch"]) == (kernel, arch)]
+            most = {key: max(line[key] for line in own) for key in ("registers", "shared", "stack")}
+            spilled = max(line["spill_stores"] for line in own)
+            fine = most["shared"] <= SHARED[arch] and not most["stack"]
+            fit = fit and fine
+            cell = f"{most['registers']} {most['shared'] / 1024:.0f} {spilled}"
+            cells.append(cell if fine else f"{cell} !")
+        table.add_row(kernel, *cells)
+    Console(width=None if sys.stdout.isatty() else 110).print(table)
+    return fit
+
+
+def main(argv: list[str] | None = None) -> int:
     """Compile all kernels; each module's launch is replaced for good."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("degrees", nargs="*", type=int, default=[2, 2], metavar="LMAX MMAX")
+    parser.add_argument("--arch", nargs="+", type=int, default=[90], choices=SHARED)
+    parser.add_argument("--json", action="store_true", help="a line for each launch")
+    options = parser.parse_args(argv)
     for module in (coupling, gate, rotation, row_scale, segment, so2, sphere):
         module.launch = compile_only
-    degrees = [int(number) for number in argv[:2]] or [2, 2]
-    for precision in (torch.float32, torch.bfloat16):
-        compile_all(*degrees, 128, precision)
-    return 0
+    so2.architecture = lambda like: target[0]
+    for target[0] in options.arch:
+        for dtype in (torch.float32, torch.bfloat16):
+            compile_all(*options.degrees, 128, dtype)
+    if not options.json:
+        return 0 if show(options.arch) else 1
+    print("\n".join(map(json.dumps, lines)))
+    fit = [line["shared"] <= SHARED[line["arch"]] and not line["stack"] for line in lines]
+    return 0 if all(fit) else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

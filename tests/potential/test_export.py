@@ -258,3 +258,11 @@ def test_a_potential_of_two_scales_is_not_compiled(tmp_path):
     potential.references = AtomicReferences(ELEMENTS, scale=3.0, force_scale=1.0)
     with pytest.raises(ExportError, match="apart from its energy"):
         export_potential(potential, tmp_path / "two.pt2")
+
+
+def test_a_potential_on_a_gpu_is_refused_with_what_its_export_lacks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Potential, "device", torch.device("cuda"))
+    with pytest.raises(ExportError, match="tries its kernels there, with a CUDA build of torch"):
+        export_potential(Potential(EGNN(hidden_channels=8)), tmp_path / "x.pt2")

@@ -38,6 +38,7 @@ from atomeq.ops.precision import matmul_precision, torch_precision
 from atomeq.ops.triton_launch import (
     INTERPRETING,
     accumulator,
+    architecture,
     ceil_div,
     contiguous,
     halved,
@@ -49,6 +50,9 @@ from atomeq.ops.triton_launch import (
 _REAL, _COMPLEX, _GATED = 0, 1, 2  # kinds of products
 _MANY_EDGES = 32768  # not measured yet: to be set where the two ways take equal time on an H200
 _TILE = 64  # edges, outputs and inputs of one step: three accumulators of 32 registers
+# Before Hopper operands pass through registers too, and three products in TF32, or one of four
+# tiles waiting in 160 kB of shared memory, would be more than there is.
+_SMALL_TILE = 32
 
 
 class _Group(NamedTuple):
@@ -65,9 +69,9 @@ class _Group(NamedTuple):
     first_tile: int
     last_tile: int
 
-    def placed(self, first_tile: int) -> "_Group":
+    def placed(self, first_tile: int, tile: int) -> "_Group":
         """Return the group with its tiles after those of the groups before it."""
-        last_tile = first_tile + ceil_div(self.outer, _TILE)
+        last_tile = first_tile + ceil_div(self.outer, tile)
         return self._replace(first_tile=first_tile, last_tile=last_tile)
 
 
@@ -191,11 +195,12 @@ def _launch(
     keep: bool = True,
     shape: SO2Shape | None = None,
 ) -> Tensor:
-    groups = list(_in_a_row(groups))
     rounding = halved(out.dtype)
+    tile = _tile_of(rows, rounding=rounding)
+    groups = list(_in_a_row(groups, tile))
     launch(
         _grouped_products,
-        (ceil_div(len(rows), _TILE), groups[-1].last_tile),
+        (ceil_div(len(rows), tile), groups[-1].last_tile),
         contiguous(rows),
         buffer,
         None if bias is None else contiguous(bias),
@@ -217,18 +222,27 @@ def _launch(
         ROUND=rounding,
         UPCAST=INTERPRETING and buffer.dtype == torch.bfloat16,
         SUM=accumulator(out.dtype),
-        TILE=_TILE,
-        num_warps=8,
+        TILE=tile,
+        num_warps=8 if tile == _TILE else 4,
+        # Blackwell's operands wait in shared memory, one more than it has room for.
+        num_stages=2 if architecture(rows) >= 100 else 3,
     )
     return out
 
 
-def _in_a_row(groups: list[_Group]) -> Iterator[_Group]:
+def _tile_of(rows: Tensor, *, rounding: bool) -> int:
+    """Return the side of the tiles, by the generation of the device."""
+    single = rows.dtype == torch.float32 and not rounding
+    return _SMALL_TILE if single and architecture(rows) < 90 else _TILE
+
+
+def _in_a_row(groups: list[_Group], tile: int) -> Iterator[_Group]:
     """Give each group its tiles."""
     first = 0
     for group in groups:
-        yield group.placed(first)
-        first += ceil_div(group.outer, _TILE)
+        placed = group.placed(first, tile)
+        yield placed
+        first = placed.last_tile
 
 
 def _groups(
