@@ -93,7 +93,8 @@ def resources(compiled) -> dict[str, int]:
             file.write(compiled.asm["ptx"])
             file.flush()
             name = f"sm_{target[0]}{'a' * (target[0] >= 90)}"
-            report = tool("ptxas", "-v", f"--gpu-name={name}", file.name, "-o", os.devnull)
+            assembler = "ptxas-blackwell" if target[0] >= 100 else "ptxas"
+            report = tool(assembler, "-v", f"--gpu-name={name}", file.name, "-o", os.devnull)
         pattern = r"(\d+) bytes spill stores, (\d+) bytes spill loads"
         stores, loads = map(int, re.search(pattern, report).groups())
     return {"registers": registers, "stack": stack, "spill_stores": stores, "spill_loads": loads}
