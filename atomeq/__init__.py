@@ -4,6 +4,8 @@ This is the face, for users; nothing inside the package imports it. Names are lo
 first asked for, so that ``import atomeq`` and ``atomeq --help`` do not wait for torch.
 """
 
+import os
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +42,11 @@ __all__ = [
     "to_pymatgen",
     "validate_model",
 ]
+
+# OpenMP's threads turn in circles for 3 ms after each piece of work, and there are thousands of
+# them: on shared cores that cost 8 times the work. OpenMP reads this once, as torch is imported.
+if "torch" not in sys.modules and "GOMP_SPINCOUNT" not in os.environ:
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 _HOMES = {
     "AtomGraph": "atomeq.graph.atom_graph",

@@ -147,6 +147,7 @@ def doctor(_: Namespace) -> int:
     say(f"  {'platform':<22} {platform.platform()}")
     say("devices")
     say(f"  {'cpu':<22} {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads")
+    say(f"  {'idle threads':<22} {_idle_threads()}")
     for line in _cuda_devices():
         say(line)
     say("data")
@@ -163,6 +164,15 @@ def doctor(_: Namespace) -> int:
     for module, purpose in _OPTIONAL.items():
         say(f"  {module:<22} {_installed(module)}, {purpose}")
     return 0
+
+
+def _idle_threads() -> str:
+    """Say what threads do that wait for work, as the environment has it."""
+    names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    said = ", ".join(f"{name}={os.environ[name]}" for name in names if name in os.environ)
+    if os.environ.get("OMP_WAIT_POLICY", "").lower() == "passive":
+        return f"sleep ({said}); in Python where atomeq is imported before torch, or this is set"
+    return f"may turn in circles ({said}) and take cores from others; OMP_WAIT_POLICY=passive"
 
 
 def _cuda_devices() -> Iterator[str]:

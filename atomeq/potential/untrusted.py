@@ -103,6 +103,11 @@ class FitsWeights(TorchDispatchMode):
         self.n_tensors = 10_000 + 100 * len(weights)
         self.n_numbers = 20_000_000 + 8 * sum(value.numel() for value in weights.values())
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Tell torch to leave this to torch.compile, whose import takes longer than torch's own."""
+        return False
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
