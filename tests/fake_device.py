@@ -24,6 +24,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 from atomeq.graph.atom_graph import AtomGraph
+from atomeq.nn import radial_tables
+from atomeq.nn.radial_tables import RadialTables, exact_radial_functions
 from atomeq.ops import dispatch, tables
 from atomeq.ops.dispatch import use_backend
 from atomeq.potential.captured import Padded, refusal
@@ -88,6 +90,8 @@ def _no(name: str, args: tuple) -> Any:
         return about.new_empty(0, *about.shape[args[1][0].dim() :])
     if name == "_local_scalar_dense":
         return False if about.dtype == torch.bool else 0
+    if name == "_unique2":
+        return about.new_empty(0), about.new_empty(0), about.new_empty(0)
     raise NotImplementedError(f"no answer to {name} in {_line_of_the_package()}")
 
 
@@ -135,6 +139,23 @@ def on_device(potential: Potential, graph: AtomGraph) -> tuple[Potential, AtomGr
     return potential, AtomGraph(**{name: moved(x) for name, x in graph.to_dict().items()})
 
 
+def make_tables_of_pairs(potential: Potential, graph: AtomGraph) -> None:
+    """Make tables on the host, which has values, and move them: weights do not change here."""
+    networks = getattr(potential.model, "_pair_networks", None)
+    if networks is None:
+        return
+    tables: RadialTables = potential.model._tables
+    elements = frozenset(graph.atomic_numbers.tolist())
+    made = tables._tables_of(elements, networks(), [], like=torch.zeros(1))
+    assert made is not None
+    with MODE:
+        kinds, polynomials = (
+            MODE.from_tensor(x).to(DEVICE) for x in (made.kinds, made.polynomials)
+        )
+    moved = made._replace(kinds=kinds, polynomials=polynomials)
+    tables._tables_of = lambda *_, like: moved
+
+
 def evaluate(potential: Potential, graph: AtomGraph) -> None:
     potential(graph, ("energy", "forces"))
 
@@ -154,23 +175,28 @@ def record(potential: Potential, graph: AtomGraph) -> None:
     if refusal(potential) is None:
         padded = Padded(graph, graph_fields(potential.model), cutoff=potential.cutoff)
         padded.write(graph)
-        potential.derive(padded.graph, ("energy", "forces", "stress"))
+        with exact_radial_functions():
+            potential.derive(padded.graph, ("energy", "forces", "stress"))
 
 
 WORK = {"forces": evaluate, "stress": evaluate_stress, "recorded": record, "training": train}
 
 
 def measured(config: Path) -> dict[str, dict[str, Any]]:
-    """Return what a model's second calls send and ask; the first ones make its tables."""
-    potential = untrained_potential(config)
+    """Return what a model's second calls send and ask; the first ones make its tables.
+
+    Weights are single precision, and fixed but for training, as in a potential that was loaded.
+    """
+    potential = untrained_potential(config, dtype=torch.float32).requires_grad_(False)
     graph = potential.build_graph([RATTLED[name]() for name in ("crystal", "slab")])
     with use_backend("reference"):
         evaluate(potential, graph)  # some tables are made of others, which have to be real
+    make_tables_of_pairs(potential, graph)
     found = {}
     with MODE, use_backend("auto"):
         potential, graph = on_device(potential, graph)
         for name, work in WORK.items():
-            potential.requires_grad_(name != "recorded")
+            potential.requires_grad_(name == "training")
             with Dispatches():
                 work(potential, graph)
             with Dispatches() as seen:
@@ -187,6 +213,8 @@ if __name__ == "__main__":
     _setup_privateuseone_for_python_backend(DEVICE)
     tables._converted = table_on_device
     FakeTensor.tolist = nested_zeros
+    radial_tables._PLAIN = (Tensor, FakeTensor)
+    radial_tables._state = lambda weights: []
     order, *configs = sys.argv[1:]
     # As on a GPU, where kernels serve what they can; that they are right is not shown here.
     dispatch.AUTO_ORDER, dispatch.PROVED = tuple(order.split(",")), frozenset()

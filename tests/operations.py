@@ -1,5 +1,6 @@
 """Every operation of atomeq.ops as a function of its inputs, for tests of them all."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -7,6 +8,7 @@ import torch
 from edge_layers import POLES
 from torch import Tensor
 
+from atomeq.ops.atoms.operations import gated_update, rms_norm
 from atomeq.ops.coupling.operations import cg_conv, tensor_product
 from atomeq.ops.coupling.symmetric_contraction import symmetric_contraction
 from atomeq.ops.dispatch import use_backend
@@ -14,6 +16,7 @@ from atomeq.ops.edge.frame import EdgeFrame
 from atomeq.ops.edge.operations import escn_conv, rotate_from_edge, rotate_to_edge, so2_linear
 from atomeq.ops.edge.wigner import build_edge_frame
 from atomeq.ops.harmonics.operations import spherical_harmonics
+from atomeq.ops.pairs.operations import pair_functions
 from atomeq.ops.paths import Path
 from atomeq.ops.segment.operations import segment_mean, segment_softmax, segment_sum
 from atomeq.ops.sphere.gaunt import gaunt_product
@@ -62,6 +65,26 @@ def edge_layer(x: Tensor, vectors: Tensor, radial: Tensor, *weights: Tensor) -> 
     return escn_conv(x, frame_of(vectors), weights[:2], weights[2:], radial=radial)
 
 
+def functions_of_pairs(vectors: Tensor) -> Tensor:
+    polynomials = fixed(2, 2, 3, 6, 7, like=vectors)
+    kinds = torch.tensor([0, 1, 1, 0], device=DEVICE)
+    parts = pair_functions(vectors, EDGES, kinds, polynomials, step=0.5, widths=[4, 3])
+    return torch.cat(parts, dim=1)
+
+
+def normalise(x: Tensor) -> Tensor:
+    return rms_norm(x, fixed(2, C, like=x), fixed(C, like=x))
+
+
+def update(x: Tensor, first: Tensor, gates: Tensor, bias: Tensor, second: Tensor) -> Tensor:
+    return gated_update(x, (first, bias), (gates, bias), (second, None))
+
+
+def update_by_fixed(x: Tensor) -> Tensor:
+    shapes = [(2, 5, C), (5, C), (5,), (2, C, 5)]
+    return update(x, *(fixed(*shape, like=x) for shape in shapes))
+
+
 def convolve(x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
     return cg_conv(x, y, weights, EDGES, 4, PATHS, output="paths")
 
@@ -99,6 +122,11 @@ OPERATIONS: dict[str, Operation] = {
     "tensor_product": Operation(couple, [(5, 4, C), (5, 4), (5, 4, C)]),
     "symmetric_contraction": Operation(contract, [(3, 4, C), (2, 5, C)]),
     "spherical_harmonics": Operation(lambda v: spherical_harmonics(v, 3), [(5, 3)], 0),
+    "pair_functions": Operation(functions_of_pairs, [(5, 3)]),
+    "rms_norm": Operation(lambda x, w, b: rms_norm(x, w[0], b), [(3, 4, C), (1, 2, C), (C,)]),
+    "rms_norm of fixed weights": Operation(normalise, [(3, 4, C)]),
+    "gated_update": Operation(update, [(3, 4, C), (2, 5, C), (5, C), (5,), (2, C, 5)]),
+    "gated_update of fixed weights": Operation(update_by_fixed, [(3, 4, C)]),
     "segment_sum": Operation(lambda x: segment_sum(x, INDEX, 4), [(5, 3)]),
     "segment_mean": Operation(lambda x: segment_mean(x, INDEX, 4), [(5, 2, 3)]),
     "segment_softmax": Operation(lambda x: segment_softmax(x, INDEX, 4), [(5, 3)]),
@@ -106,6 +134,12 @@ OPERATIONS: dict[str, Operation] = {
     "sphere_silu": Operation(lambda x: sphere_silu(x, GRID), [(3, 4, C)]),
     "sphere_product": Operation(lambda x, y: gaunt_product(x, y, 1), [(2, 4, C), (2, 1, C)]),
 }
+
+
+def fixed(*shape: int, like: Tensor) -> Tensor:
+    """Return a weight that is not trained."""
+    numbers = torch.arange(math.prod(shape), dtype=torch.float64).sin()
+    return numbers.view(shape).to(like)
 
 
 def leaves_of(operation: Operation, dtype: torch.dtype) -> list[Tensor]:

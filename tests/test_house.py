@@ -30,7 +30,7 @@ MAX_FUNCTION_LINES = 60  # without the docstring
 STRUCTURE_DOORS = tuple(
     f"graph/{name}.py" for name in ("convert", "files", "neighbors", "to_structures")
 )
-FAMILIES = ("coupling", "edge", "harmonics", "segment", "sphere")
+FAMILIES = ("atoms", "coupling", "edge", "harmonics", "pairs", "segment", "sphere")
 KERNELS = tuple(f"ops/{family}/triton/" for family in FAMILIES)
 ASE_ROOMS = (
     "data/",

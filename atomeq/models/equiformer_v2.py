@@ -19,7 +19,7 @@ draws it at random; ``edge_rotation`` feeds one in.
 """
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,16 +33,12 @@ from atomeq.nn.attention import (
     Weighing,
 )
 from atomeq.nn.dropout import EquivariantDropout, GraphDropPath
-from atomeq.nn.edge_network import (
-    DegreeEmbedding,
-    EdgeNetwork,
-    EdgeScalars,
-    ElementPair,
-    edge_scalars,
-)
+from atomeq.nn.edge_network import DegreeEmbedding, EdgeNetwork, EdgeScalars, ElementPair
 from atomeq.nn.feed_forward import FeedForward, Nonlinearity
 from atomeq.nn.norms import NormName, equivariant_norm
+from atomeq.nn.pair_networks import PairNetworks
 from atomeq.nn.radial import BesselBasis, GaussianBasis, PolynomialEnvelope
+from atomeq.nn.radial_tables import RadialTables
 from atomeq.nn.sphere import set_resolution, with_scalars
 from atomeq.nn.stress import EquivariantStress, Rank2Stress
 from atomeq.ops.edge.frame import EdgeFrame
@@ -180,6 +176,7 @@ class EquiformerV2(AtomisticModel):
         self.embedding = nn.Embedding(num_elements, sphere_channels)
         self.basis = self._radial_basis()
         self.cut = PolynomialEnvelope(cutoff) if envelope else None
+        self._tables = RadialTables(cutoff)
         shared = element_pairs == "shared"
         self.pairs = ElementPair(num_elements, edge_channels) if shared else None
         self.degree_embedding = self._degree_embedding()
@@ -254,18 +251,27 @@ class EquiformerV2(AtomisticModel):
             mmax=self.mmax,
             rotation=edge_rotation,
         )
-        edges = self._edge_scalars(graph, frame)
+        pairs, envelope = self._pair_networks().evaluate(
+            frame, numbers, graph.edge_index, self._tables
+        )
+        edges = EdgeScalars(pairs, numbers, envelope)
         x = self.degree_embedding(frame, edges, edges.envelope)
         x = with_scalars(x, x[:, 0] + self.embedding(numbers))
         for block in self.blocks:
             x = block(x, frame, edges, graph.batch, graph.n_graphs)
         return self.norm_out(x), frame, edges
 
-    def _edge_scalars(self, graph: AtomGraph, frame: EdgeFrame) -> EdgeScalars:
-        basis = self.basis(frame.lengths)
-        shared = None if self.pairs is None else self.pairs(graph.atomic_numbers)
-        cut = self.cut(frame.lengths) if self.cut is not None else None
-        return edge_scalars(basis, graph.atomic_numbers, graph.edge_index, cut, shared=shared)
+    def _pair_networks(self) -> PairNetworks:
+        blocks = cast("list[TransformerBlock]", list(self.blocks))  # a ModuleList has no types
+        attentions = [block.attention for block in blocks]
+        attentions += [] if self.forces is None else [self.forces]
+        return PairNetworks(
+            self.basis,
+            self.cut,
+            self.pairs,
+            self.degree_embedding.radial,
+            tuple(one.radial for one in attentions),
+        )
 
     def _radial_basis(self) -> nn.Module:
         if self.radial_basis == "bessel":

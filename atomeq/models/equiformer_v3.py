@@ -20,7 +20,7 @@ are computed, and each structure has its own periodicity. Weights of the publish
 for denoising apart, which no structure without noise feels.
 """
 
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,14 +34,17 @@ from atomeq.nn.attention import (
     Weighing,
 )
 from atomeq.nn.dropout import EquivariantDropout, GraphDropPath
-from atomeq.nn.edge_network import DegreeEmbedding, EdgeNetwork, EdgeScalars, edge_scalars
+from atomeq.nn.edge_network import DegreeEmbedding, EdgeNetwork, EdgeScalars
 from atomeq.nn.feed_forward import FeedForward, Nonlinearity
 from atomeq.nn.mlp import MLP
 from atomeq.nn.norms import NormName, equivariant_norm
+from atomeq.nn.pair_networks import PairNetworks
 from atomeq.nn.radial import BesselBasis, GaussianBasis, PolynomialEnvelope
-from atomeq.nn.so3 import SO3Linear, so3_linear
+from atomeq.nn.radial_tables import RadialTables
+from atomeq.nn.so3 import SO3Linear
 from atomeq.nn.sphere import GridResolution, set_resolution, with_scalars
 from atomeq.nn.stress import EquivariantStress
+from atomeq.ops.atoms.reference import so3_linear
 from atomeq.ops.edge.frame import EdgeFrame
 from atomeq.ops.edge.wigner import build_edge_frame
 from atomeq.typing import NodeFeatures, PropertyKey
@@ -190,8 +193,8 @@ class EquiformerV3(AtomisticModel):
         self.norm_out = equivariant_norm(norm, lmax, sphere_channels)
         self.energy = MLP((sphere_channels, ffn_hidden_channels, 1))
         self.forces = self._attention(1, force_activation, dropout=0.0) if direct_forces else None
-        sizes = (lmax, sphere_channels, ffn_hidden_channels)
-        self.stress = EquivariantStress(*sizes) if direct_stress else None
+        self.stress = self._stress() if direct_stress else None
+        self._tables = RadialTables(cutoff)
 
     def graph_builder(self) -> GraphBuilder:
         """Return the builder of all pairs within the cutoff, or of the nearest neighbours."""
@@ -250,17 +253,34 @@ class EquiformerV3(AtomisticModel):
             mmax=self.mmax,
             rotation=edge_rotation,
         )
-        cut = self.cut(frame.lengths) if self.cut is not None else None
-        edges = edge_scalars(self.basis(frame.lengths), numbers, graph.edge_index, cut)
+        pairs, envelope = self._pair_networks().evaluate(
+            frame, numbers, graph.edge_index, self._tables
+        )
+        edges = EdgeScalars(pairs, numbers, envelope)
         x = self.degree_embedding(frame, edges, edges.envelope)
         x = with_scalars(x, x[:, 0] + self.embedding(numbers))
         for block in self.blocks:
             x = block(x, frame, edges, graph.batch, graph.n_graphs)
         return self.norm_out(x), frame, edges
 
+    def _pair_networks(self) -> PairNetworks:
+        blocks = cast("list[TransformerBlock]", list(self.blocks))  # a ModuleList has no types
+        attentions = [block.attention for block in blocks]
+        attentions += [] if self.forces is None else [self.forces]
+        return PairNetworks(
+            self.basis,
+            self.cut,
+            None,  # networks embed elements for themselves
+            self.degree_embedding.radial,
+            tuple(one.radial for one in attentions),
+        )
+
     @property
     def _elements(self) -> int | None:
         return self.num_elements if self.element_pairs else None
+
+    def _stress(self) -> EquivariantStress:
+        return EquivariantStress(self.lmax, self.sphere_channels, self.ffn_hidden_channels)
 
     def _degree_embedding(self) -> DegreeEmbedding:
         n_weights = (self.lmax + 1) * self.sphere_channels

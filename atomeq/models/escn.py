@@ -20,7 +20,7 @@ This is our default form. It differs from the paper on purpose:
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,9 +33,12 @@ from atomeq.nn.feed_forward import FeedForward
 from atomeq.nn.gaunt import GauntProduct
 from atomeq.nn.mlp import MLP
 from atomeq.nn.norms import EquivariantRMSNorm
-from atomeq.nn.pair_mlp import PairFeatures, RadialMLP
+from atomeq.nn.pair_mlp import Pairs, RadialMLP
+from atomeq.nn.pair_networks import PairNetworks
 from atomeq.nn.radial import BesselBasis, PolynomialEnvelope
+from atomeq.nn.radial_tables import RadialTables
 from atomeq.nn.so3 import Gate, SO3Linear
+from atomeq.ops.atoms.operations import gated_update
 from atomeq.ops.edge.frame import EdgeFrame
 from atomeq.ops.edge.wigner import build_edge_frame
 from atomeq.typing import NodeFeatures, PropertyKey
@@ -97,7 +100,9 @@ class ESCN(AtomisticModel):
         self.source_embedding = nn.Embedding(num_elements, edge_channels)
         self.target_embedding = nn.Embedding(num_elements, edge_channels)
         self.basis = BesselBasis(num_radial, cutoff)
-        self.envelope = PolynomialEnvelope(cutoff)
+        # messages are divided by the root of how many there are
+        self.envelope = PolynomialEnvelope(cutoff, height=1 / math.sqrt(avg_num_neighbors))
+        self._tables = RadialTables(cutoff)
         n_edge_scalars = num_radial + 2 * edge_channels
         sizes = (n_edge_scalars, edge_channels, edge_channels, (lmax + 1) * sphere_channels)
         radial = RadialMLP(sizes, layer_norm=True)
@@ -136,7 +141,7 @@ class ESCN(AtomisticModel):
             x = layer(x, *edges)
         return self.norm(x)[:, 0]
 
-    def _edges(self, graph: AtomGraph) -> tuple[EdgeFrame, PairFeatures, Tensor]:
+    def _edges(self, graph: AtomGraph) -> tuple[EdgeFrame, Pairs, Tensor | None]:
         """Return their frames, what radial networks see of them, and the envelope (n_edges,)."""
         numbers = graph.atomic_numbers
         frame = build_edge_frame(
@@ -146,17 +151,11 @@ class ESCN(AtomisticModel):
             lmax=self.lmax,
             mmax=self.mmax,
         )
-        envelope = self.envelope(frame.lengths) / math.sqrt(self.avg_num_neighbors)
-        edge_scalars = PairFeatures(
-            self.basis(frame.lengths),  # (n_edges, num_radial)
-            self.source_embedding(numbers),  # (n_atoms, edge_channels)
-            self.target_embedding(numbers),
-            graph.edge_index,
-        )
-        return frame, edge_scalars, envelope
+        pairs = self._pair_networks().evaluate(frame, numbers, graph.edge_index, self._tables)
+        return frame, *pairs
 
     def _density(
-        self, graph: AtomGraph, edges: tuple[EdgeFrame, PairFeatures, Tensor]
+        self, graph: AtomGraph, edges: tuple[EdgeFrame, Pairs, Tensor | None]
     ) -> NodeFeatures:
         """Return the features that atoms start from, (n_atoms, n_sph, C)."""
         x = self.neighborhood(*edges)
@@ -168,6 +167,16 @@ class ESCN(AtomisticModel):
     ) -> NodeFeatures:
         assert x is not None  # only the first stage is given none
         return layer(x, *self._edges(graph), n_wanted=n_wanted)
+
+    def _pair_networks(self) -> PairNetworks:
+        layers = cast("list[ESCNLayer]", list(self.layers))  # a ModuleList has no types
+        return PairNetworks(
+            self.basis,
+            self.envelope,
+            (self.source_embedding, self.target_embedding),
+            self.neighborhood.radial,
+            tuple(layer.message.radial for layer in layers),
+        )
 
 
 class ESCNLayer(nn.Module):
@@ -196,13 +205,13 @@ class ESCNLayer(nn.Module):
         self,
         x: NodeFeatures,
         frame: EdgeFrame,
-        edge_scalars: PairFeatures,
-        envelope: Tensor,
+        edges: Pairs,
+        envelope: Tensor | None,
         *,
         n_wanted: int | None = None,
     ) -> NodeFeatures:
         """Update ``x`` (n_atoms, n_sph, C), or only the first so many that are wanted."""
-        x = x + self.message(self.message_norm(x), frame, edge_scalars, envelope)
+        x = x + self.message(self.message_norm(x), frame, edges, envelope)
         if n_wanted is not None:
             x = x[:n_wanted]
         return x + self.update(self.update_norm(x))
@@ -220,8 +229,10 @@ class GatedUpdate(nn.Module):
 
     def forward(self, x: NodeFeatures) -> NodeFeatures:
         """Return the update of ``x`` (n_atoms, n_sph, C)."""
-        gates = self.gates(x[:, 0]) if self.gates is not None else None
-        return self.second(self.gate(self.first(x), gates))
+        if self.gates is None:
+            return self.second(self.gate(self.first(x), None))
+        gates = self.gates.weight, self.gates.bias
+        return gated_update(x, self.first.parts, gates, self.second.parts)
 
 
 class GauntUpdate(nn.Module):

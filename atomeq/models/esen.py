@@ -21,7 +21,7 @@ see the roll of the frame, forces leave the roll out; they are as exact as the g
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -35,8 +35,10 @@ from atomeq.nn.edge_network import DegreeEmbedding
 from atomeq.nn.feed_forward import FeedForward, Nonlinearity
 from atomeq.nn.mlp import MLP
 from atomeq.nn.norms import NormName, equivariant_norm
-from atomeq.nn.pair_mlp import PairFeatures, RadialMLP
+from atomeq.nn.pair_mlp import Pairs, RadialMLP
+from atomeq.nn.pair_networks import PairNetworks
 from atomeq.nn.radial import BesselBasis, GaussianBasis, PolynomialEnvelope
+from atomeq.nn.radial_tables import RadialTables
 from atomeq.nn.so3 import SO3Linear
 from atomeq.nn.sphere import set_resolution, with_scalars
 from atomeq.nn.stress import EquivariantStress, Rank2Stress
@@ -141,6 +143,7 @@ class ESEN(AtomisticModel):
         self.target_embedding = nn.Embedding(num_elements, edge_channels)
         self.basis = _radial_basis(radial_basis, num_radial, cutoff)
         self.cut = PolynomialEnvelope(cutoff) if envelope else None
+        self._tables = RadialTables(cutoff)
         n_edge_scalars = num_radial + 2 * edge_channels
         sizes = (n_edge_scalars, edge_channels, edge_channels, (lmax + 1) * sphere_channels)
         radial = RadialMLP(sizes, layer_norm=True)
@@ -244,22 +247,28 @@ class ESEN(AtomisticModel):
             mmax=self.mmax,
             rotation=edge_rotation,
         )
-        edge_scalars = PairFeatures(
-            self.basis(frame.lengths),  # (n_edges, num_radial)
-            self.source_embedding(numbers),  # (n_atoms, edge_channels)
-            self.target_embedding(numbers),
-            graph.edge_index,
+        edges, envelope = self._pair_networks().evaluate(
+            frame, numbers, graph.edge_index, self._tables
         )
-        envelope = self.cut(frame.lengths) if self.cut is not None else None  # (n_edges,)
-        x = self.neighborhood(frame, edge_scalars, envelope) / DEGREE_SCALE
+        x = self.neighborhood(frame, edges, envelope) / DEGREE_SCALE
         embedded = x = with_scalars(x, x[:, 0] + self.embedding(numbers))
         for block in self.blocks:
-            x = block(x, frame, edge_scalars, envelope)
+            x = block(x, frame, edges, envelope)
         if self.skip_isolated:
             connected = torch.zeros(graph.n_graphs, dtype=torch.bool, device=x.device)
             connected[graph.batch[frame.target]] = True
             x = torch.where(connected[graph.batch][:, None, None], x, embedded)
         return self.norm_out(x)
+
+    def _pair_networks(self) -> PairNetworks:
+        blocks = cast("list[ESENBlock]", list(self.blocks))  # a ModuleList has no types
+        return PairNetworks(
+            self.basis,
+            self.cut,
+            (self.source_embedding, self.target_embedding),
+            self.neighborhood.radial,
+            tuple(block.message.radial for block in blocks),
+        )
 
 
 class ESENBlock(nn.Module):
@@ -280,10 +289,10 @@ class ESENBlock(nn.Module):
         self.update = update
 
     def forward(
-        self, x: NodeFeatures, frame: EdgeFrame, edge_scalars: PairFeatures, envelope: Tensor | None
+        self, x: NodeFeatures, frame: EdgeFrame, edges: Pairs, envelope: Tensor | None
     ) -> NodeFeatures:
         """Update ``x`` (n_atoms, n_sph, C)."""
-        x = x + self.message(self.message_norm(x), frame, edge_scalars, envelope)
+        x = x + self.message(self.message_norm(x), frame, edges, envelope)
         return x + self.update(self.update_norm(x))
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from atomeq.nn.activations import ActivationName, activation_of
-from atomeq.nn.pair_mlp import PairFeatures, RadialMLP
+from atomeq.nn.pair_mlp import Pairs, RadialMLP
 from atomeq.nn.so3 import Gate, SO2Convolution
 from atomeq.nn.sphere import GridResolution
 from atomeq.ops.edge.frame import EdgeFrame
@@ -75,7 +75,7 @@ class EdgeConvolution(nn.Module):
         self.activation = None if isinstance(between, Gate) else between
 
     def forward(
-        self, x: NodeFeatures, frame: EdgeFrame, edge_scalars: PairFeatures, envelope: Tensor | None
+        self, x: NodeFeatures, frame: EdgeFrame, edge_scalars: Pairs, envelope: Tensor | None
     ) -> NodeFeatures:
         """Return the sum of messages on each atom, (n_atoms, n_sph, channels)."""
         if self.activation is None:

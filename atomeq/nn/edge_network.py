@@ -6,11 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from atomeq.nn.pair_mlp import PairFeatures, RadialMLP
+from atomeq.nn.pair_mlp import PairFeatures, Pairs, RadialMLP, TabulatedPairs
 from atomeq.ops.edge.frame import EdgeFrame
 from atomeq.ops.edge.operations import rotate_from_edge
 from atomeq.ops.tables import constant_table, table_like
-from atomeq.typing import AtomicNumbers, EdgeIndex, NodeFeatures
+from atomeq.typing import AtomicNumbers, NodeFeatures
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,24 +23,9 @@ class EdgeScalars:
         envelope: Goes to zero at the cutoff, (n_edges,); None leaves the cutoff sharp.
     """
 
-    features: PairFeatures
+    features: Pairs
     atomic_numbers: AtomicNumbers
     envelope: Tensor | None
-
-
-def edge_scalars(
-    basis: Tensor,
-    atomic_numbers: AtomicNumbers,
-    edge_index: EdgeIndex,
-    envelope: Tensor | None,
-    *,
-    shared: tuple[Tensor, Tensor] | None = None,
-) -> EdgeScalars:
-    """Gather what networks see; ``shared`` are features of atoms as sources and as targets."""
-    none = basis.new_zeros(len(atomic_numbers), 0)
-    of_source, of_target = (none, none) if shared is None else shared
-    pairs = PairFeatures(basis, of_source, of_target, edge_index)
-    return EdgeScalars(pairs, atomic_numbers, envelope)
 
 
 class ElementPair(nn.Module):
@@ -82,11 +67,14 @@ class EdgeNetwork(nn.Module):
 
     def forward(self, edges: EdgeScalars) -> Tensor:
         """Return (n_edges, out_channels)."""
-        pairs = edges.features
-        if self.elements is not None:
-            of_source, of_target = self.elements(edges.atomic_numbers)
-            pairs = PairFeatures(pairs.of_pair, of_source, of_target, pairs.edge_index)
-        return self.layers(pairs)
+        return self.layers(self.seen(edges.features, edges.atomic_numbers))
+
+    def seen(self, pairs: Pairs, atomic_numbers: AtomicNumbers) -> Pairs:
+        """Return what the perceptron sees: features of the elements of its own, if it has any."""
+        if self.elements is None or isinstance(pairs, TabulatedPairs):
+            return pairs
+        of_source, of_target = self.elements(atomic_numbers)
+        return PairFeatures(pairs.of_pair, of_source, of_target, pairs.edge_index)
 
 
 @constant_table
@@ -119,7 +107,7 @@ class DegreeEmbedding(nn.Module):
         self,
         lmax: int,
         channels: int,
-        network: nn.Module,
+        network: RadialMLP | EdgeNetwork,
         *,
         mmax: int | None = None,
         avg_degree: float = 1.0,
@@ -131,9 +119,12 @@ class DegreeEmbedding(nn.Module):
         self.radial = network
 
     def forward(
-        self, frame: EdgeFrame, edges: EdgeScalars | PairFeatures, envelope: Tensor | None
+        self, frame: EdgeFrame, edges: EdgeScalars | Pairs, envelope: Tensor | None
     ) -> NodeFeatures:
         """Return (n_atoms, n_sph, channels)."""
+        features = edges.features if isinstance(edges, EdgeScalars) else edges
+        if isinstance(features, TabulatedPairs):
+            envelope = None  # tables have it
         polar = self.radial(edges).view(frame.n_edges, *self.shape)
         total = rotate_from_edge(polar, frame.truncated(0), envelope=envelope)
         if self.mmax is None:

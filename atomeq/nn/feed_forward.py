@@ -5,8 +5,9 @@ from typing import Literal, get_args
 from torch import Tensor, nn
 
 from atomeq.nn.activations import ActivationName, ScalarsAndSphere, activation_of
-from atomeq.nn.so3 import SO3Linear
+from atomeq.nn.so3 import Gate, SO3Linear
 from atomeq.nn.sphere import GridMLP, GridResolution, with_scalars
+from atomeq.ops.atoms.operations import gated_update
 from atomeq.ops.sphere.grid import GridNormalization
 
 Nonlinearity = ActivationName | Literal["silu_gate", "grid_mlp", "separable_grid_mlp"]
@@ -71,6 +72,9 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x`` (n_atoms, n_sph, in_channels) to (n_atoms, n_sph, out_channels)."""
+        if isinstance(self.activation, Gate) and self.scalars is not None and not self.silu_gates:
+            gates = self.scalars.weight, self.scalars.bias
+            return gated_update(x, self.first.parts, gates, self.second.parts)
         return self.second(self._hidden(x))
 
     def _hidden(self, x: Tensor) -> Tensor:

@@ -11,6 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from atomeq.ops.atoms.operations import rms_norm
+
 NormName = Literal["layer_norm", "layer_norm_sh", "rms_norm_sh", "bare_rms_norm_sh"]
 
 
@@ -45,9 +47,6 @@ class EquivariantRMSNorm(nn.Module):
         epsilon: Keeps atoms without features finite.
     """
 
-    degree_of_row: Tensor
-    rows_of_degree: Tensor
-
     def __init__(
         self, lmax: int, channels: int, *, bare: bool = False, epsilon: float = 1e-5
     ) -> None:
@@ -55,24 +54,10 @@ class EquivariantRMSNorm(nn.Module):
         self.epsilon = epsilon
         self.weight = nn.Parameter(torch.ones(lmax + 1, channels))
         self.bias = None if bare else nn.Parameter(torch.zeros(channels))
-        degrees = torch.tensor([math.isqrt(row) for row in range((lmax + 1) ** 2)])
-        self.register_buffer("degree_of_row", degrees, persistent=False)
-        counts = (2 * degrees + 1).to(self.weight.dtype)
-        self.register_buffer("rows_of_degree", counts, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise ``x`` (n_atoms, n_sph, channels); returns the same shape."""
-        if self.bias is not None:
-            scalars, higher = x.split([1, x.shape[1] - 1], dim=1)
-            scalars = scalars - scalars.mean(dim=2, keepdim=True)
-            x = torch.cat([scalars, higher], dim=1)
-        mean_square = (x * x).mean(dim=2) / self.rows_of_degree.to(x.dtype)
-        mean_square = mean_square.sum(dim=1) / len(self.weight)
-        scale = torch.rsqrt(mean_square + self.epsilon)[:, None, None]
-        x = x * scale * self.weight.index_select(0, self.degree_of_row)
-        if self.bias is None:
-            return x
-        return x + nn.functional.pad(self.bias[None], (0, 0, 0, x.shape[1] - 1))
+        return rms_norm(x, self.weight, self.bias, epsilon=self.epsilon)
 
 
 class EquivariantLayerNorm(nn.Module):

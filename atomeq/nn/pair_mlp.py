@@ -1,5 +1,6 @@
 """Perceptrons of pairs of atoms, whose first layer is multiplied per atom and not per pair."""
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -25,18 +26,37 @@ class PairFeatures(NamedTuple):
     edge_index: EdgeIndex
 
 
+class TabulatedPairs(NamedTuple):
+    """What stands for the features of pairs where networks were read off tables.
+
+    Attributes:
+        hidden: What the last linear layer of a network is given, (n_edges, its width).
+        enveloped: What a network gives, times the envelope, (n_edges, width of its output).
+    """
+
+    hidden: Mapping[nn.Module, Tensor]
+    enveloped: Mapping[nn.Module, Tensor]
+
+
+Pairs = PairFeatures | TabulatedPairs
+
+
 class RadialMLP(MLP):
     """The perceptron of [e_ij, a_j, b_i], with the weights of :class:`~atomeq.nn.mlp.MLP`.
 
     The gradient then goes to e_ij alone where a and b do not depend on positions.
     """
 
-    def forward(self, input: PairFeatures) -> Tensor:  # named as in nn.Sequential
-        """Return (n_edges, width of the output)."""
+    def forward(self, input: Pairs) -> Tensor:  # named as in nn.Sequential
+        """Return (n_edges, width of the output); read off a table, it has the envelope."""
+        if isinstance(input, TabulatedPairs) and self in input.enveloped:
+            return input.enveloped[self]
         return self[self._last_linear](self.hidden(input))
 
-    def hidden(self, x: PairFeatures) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def hidden(self, x: Pairs) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Return what the last linear layer is given, (n_edges, width of the last hidden layer)."""
+        if isinstance(x, TabulatedPairs):
+            return x.hidden[self]
         first, *others = list(self)[: self._last_linear]
         assert isinstance(first, nn.Linear)
         sizes = [part.shape[1] for part in x[:3]]

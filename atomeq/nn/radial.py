@@ -140,10 +140,12 @@ class PolynomialEnvelope(nn.Module):
     Args:
         cutoff: r_c, Å.
         exponent: p; the larger, the later the decay sets in.
+        height: What it is multiplied by.
     """
 
-    def __init__(self, cutoff: float, *, exponent: int = 5) -> None:
+    def __init__(self, cutoff: float, *, exponent: int = 5, height: float = 1.0) -> None:
         super().__init__()
+        self.height = height
         self.cutoff = cutoff
         self.exponent = exponent
 
@@ -151,7 +153,7 @@ class PolynomialEnvelope(nn.Module):
         """Evaluate u at ``lengths`` (n_edges,), Å; returns (n_edges,), zero beyond the cutoff."""
         p = self.exponent
         x = lengths / self.cutoff
-        polynomial = (
+        polynomial = self.height * (
             1.0
             - (p + 1) * (p + 2) / 2 * x**p
             + p * (p + 2) * x ** (p + 1)

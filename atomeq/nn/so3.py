@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from atomeq.ops.atoms.reference import Linear, so3_linear
 from atomeq.ops.edge.operations import so2_linear_with_scalars
 
 
@@ -17,8 +18,6 @@ class SO3Linear(nn.Module):
         in_channels: Channels in.
         out_channels: Channels out.
     """
-
-    degree_of_row: Tensor
 
     def __init__(self, lmax: int, in_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -32,27 +31,10 @@ class SO3Linear(nn.Module):
         """Map ``x`` (n_atoms, n_sph, in_channels) to (n_atoms, n_sph, out_channels)."""
         return so3_linear(x, self.weight, self.bias)
 
-
-def so3_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Map channels by one matrix per degree.
-
-    Args:
-        x: (n_atoms, n_sph, in_channels).
-        weight: (lmax + 1, out_channels, in_channels).
-        bias: Added to l = 0, (out_channels,).
-
-    Returns:
-        (n_atoms, n_sph, out_channels).
-    """
-    # split, not slices: the backward of a slice fills a tensor of zeros, that of split is a cat
-    degrees = x.split([2 * l + 1 for l in range(len(weight))], dim=1)
-    blocks = [
-        block @ matrix.transpose(0, 1)
-        for block, matrix in zip(degrees, weight.unbind(0), strict=True)
-    ]
-    if bias is not None:
-        blocks[0] = blocks[0] + bias
-    return torch.cat(blocks, dim=1)
+    @property
+    def parts(self) -> Linear:
+        """Weight and bias, as operations take them."""
+        return self.weight, self.bias
 
 
 class SO2Convolution(nn.Module):

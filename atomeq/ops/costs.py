@@ -104,6 +104,9 @@ def cost(spec: OpSpec) -> Cost:
         "gaunt_product": _sphere,
         "segment_sum": _segment,
         "segment_softmax": _segment,
+        "rms_norm": _norm,
+        "gated_update": _update,
+        "pair_functions": _table,
     }
     if spec.op not in counters:
         raise ValueError(f"operation {spec.op!r} is unknown; choose from {', '.join(counters)}")
@@ -198,6 +201,23 @@ def _sphere(spec: OpSpec) -> _Work:
 def _segment(spec: OpSpec) -> _Work:
     passes = 1 if spec.op == "segment_sum" else 4
     return _Work(passes * spec.channels, 0, (1 if passes == 1 else 2) * spec.channels)
+
+
+def _norm(spec: OpSpec) -> _Work:
+    numbers = (spec.lmax + 1) ** 2 * spec.channels
+    return _Work(4 * numbers, 0, 2 * numbers, (spec.lmax + 2) * spec.channels)
+
+
+def _update(spec: OpSpec) -> _Work:
+    """Count as many channels in and out as inside."""
+    numbers = (spec.lmax + 1) ** 2 * spec.channels
+    weights = (3 * spec.lmax + 2) * spec.channels**2
+    products = 2 * numbers * spec.channels + spec.lmax * spec.channels**2
+    return _Work(numbers, 2 * products, 2 * numbers, weights)
+
+
+def _table(spec: OpSpec) -> _Work:
+    return _Work(10 * spec.channels, 0, 3 + 7 * spec.channels)
 
 
 def _nonzeros(spec: OpSpec) -> int:

@@ -245,3 +245,18 @@ def _will_run(node: Any) -> bool:
 def _is_list_of_tensors(value: Any) -> bool:
     """Say whether an input is a list of tensors, or empty: the schema mixes no kinds in a list."""
     return isinstance(value, list | tuple) and (not value or isinstance(value[0], Tensor))
+
+
+def differentiable_gradient(
+    function: Callable[[Tensor], Tensor], x: Tensor, grad: Tensor
+) -> Tensor:
+    """Return the gradient of <grad, function(x)>, itself differentiable in x and ``grad``.
+
+    For formulas of operations whose first gradient has a kernel, and whose others are rare.
+    """
+    with torch.enable_grad():
+        twin = x.view_as(x)
+        if not twin.requires_grad:
+            twin.requires_grad_()
+        (found,) = torch.autograd.grad(function(twin), twin, grad, create_graph=True)
+    return found

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from atomeq.graph.atom_graph import AtomGraph
 from atomeq.graph.builders import RadiusGraph
+from atomeq.nn.radial_tables import exact_radial_functions
 from atomeq.ops.dispatch import chosen_backend
 from atomeq.ops.precision import matmul_precision
 from atomeq.potential.compiled import CompiledPotential, graph_fields
@@ -242,7 +243,8 @@ class Captured:
             padded.write(graph)
 
             def compute() -> Results:
-                with full_precision(graph.pos.device):
+                # Tables are those of the elements at hand, and others may be written here.
+                with full_precision(graph.pos.device), exact_radial_functions():
                     return potential.derive(padded.graph, properties)
 
             try:

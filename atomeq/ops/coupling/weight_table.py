@@ -23,14 +23,21 @@ class WeightTable(NamedTuple):
     lengths: Tensor
     polynomials: Tensor
 
-    def weights(self) -> tuple[Tensor, Tensor]:
-        """Return the weights of each edge and their slopes per interval, (n_edges, n_weights)."""
-        at, end = self.lengths, len(self.polynomials)
+    def weights(
+        self, first: Tensor | int = 0, n_intervals: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the weights of each edge and their slopes per interval, (n_edges, n_weights).
+
+        Args:
+            first: Interval with which the table of each edge begins, where one follows the other.
+            n_intervals: Of one table; by default there is but one.
+        """
+        at, end = self.lengths, len(self.polynomials) if n_intervals is None else n_intervals
         inside = (at >= 0) & (at < end)
         interval = at.detach().clamp(0, end - 1).long()
         t = torch.where(inside, at - interval, (at > 0).to(at))[:, None]
         values = slopes = torch.zeros_like(t)
-        for row in reversed(self.polynomials.index_select(0, interval).unbind(1)):
+        for row in reversed(self.polynomials.index_select(0, first + interval).unbind(1)):
             slopes = slopes * t + values
             values = values * t + row
         return values, slopes * inside[:, None]

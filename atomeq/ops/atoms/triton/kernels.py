@@ -1,0 +1,162 @@
+"""Normalisation and gate of atoms: every number is read once or twice and written once."""
+
+# Only Triton's compiler goes through tl.static_range; to a type checker it raises.
+# pyright: reportGeneralTypeIssues=false
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from atomeq.ops.specification import OpSpec
+from atomeq.ops.triton_launch import accumulator, ceil_div, contiguous, launch, power_of_2
+from atomeq.ops.triton_launch import refusal as launch_refusal
+
+_WIDEST = 128  # channels of one program of the gate
+
+
+def refusal(spec: OpSpec) -> str | None:
+    """Return None if these kernels serve the call, else the reason why not."""
+    return launch_refusal(spec, any_channels=True)
+
+
+def norm(x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float) -> Tensor:
+    """Return the normalised features, (n_atoms, n_sph, channels)."""
+    x, result = contiguous(x), torch.empty_like(x)
+    bias = None if bias is None else contiguous(bias)
+    launch(
+        *(_norm, (len(x),), x, contiguous(weight), bias, None, result),
+        like=x,
+        epsilon=epsilon,
+        CENTRED=bias is not None,
+        **_sizes(x, weight),
+    )
+    return result
+
+
+def norm_gradient(x: Tensor, weight: Tensor, grad: Tensor, centred: bool, epsilon: float) -> Tensor:
+    """Return the gradient of the norm by its features."""
+    x, result = contiguous(x), torch.empty_like(x)
+    launch(
+        *(_norm, (len(x),), x, contiguous(weight), None, contiguous(grad), result),
+        like=x,
+        epsilon=epsilon,
+        CENTRED=centred,
+        **_sizes(x, weight),
+    )
+    return result
+
+
+def _sizes(x: Tensor, weight: Tensor) -> dict[str, object]:
+    return {
+        "LMAX": len(weight) - 1,
+        "CHANNELS": x.shape[2],
+        "BLOCK": power_of_2(x.shape[2]),
+        "SUM": accumulator(x.dtype),
+    }
+
+
+def gate(x: Tensor, gates: Tensor) -> Tensor:
+    """Apply SiLU to l = 0 and sigmoid gates to l > 0 of (n_sph, n_atoms, channels), in place."""
+    _launch_gate(_gate, x, gates)
+    return x
+
+
+def gate_gradient(x: Tensor, gates: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gradients by x and by the gates, in place of ``grad`` and of the gates."""
+    _launch_gate(_gate_gradient, x, gates, grad)
+    return grad, gates
+
+
+def _launch_gate(kernel: object, x: Tensor, *others: Tensor) -> None:
+    n_atoms, channels = x.shape[1:]
+    block = min(_WIDEST, power_of_2(channels))
+    launch(
+        *(kernel, (n_atoms, ceil_div(channels, block)), x, *others),
+        like=x,
+        n_atoms=n_atoms,
+        LMAX=others[0].shape[1] // channels,
+        CHANNELS=channels,
+        BLOCK=block,
+        SUM=accumulator(x.dtype),
+    )
+
+
+@triton.jit
+def _norm(x, weight, bias, grad, result, epsilon, CENTRED: tl.constexpr, LMAX: tl.constexpr,
+          CHANNELS: tl.constexpr, BLOCK: tl.constexpr, SUM: tl.constexpr):  # fmt: skip
+    """Write the norm of an atom, or with ``grad`` its gradient: s h - s^3 <h, v> v / N, h = w g."""
+    channel = tl.arange(0, BLOCK)
+    inside = channel < CHANNELS
+    start = tl.program_id(0).to(tl.int64) * ((LMAX + 1) * (LMAX + 1) * CHANNELS)
+    shift = tl.zeros((BLOCK,), dtype=SUM)
+    if CENTRED:
+        first = tl.load(x + start + channel, mask=inside, other=0.0).to(SUM)
+        shift += tl.where(inside, tl.sum(first, axis=0) / CHANNELS, 0.0)
+    squares, products = tl.zeros((BLOCK,), dtype=SUM), tl.zeros((BLOCK,), dtype=SUM)
+    for l in tl.static_range(LMAX + 1):
+        factor = tl.load(weight + l * CHANNELS + channel, mask=inside, other=0.0).to(SUM)
+        for row in range(l * l, (l + 1) * (l + 1)):
+            at = start + row * CHANNELS + channel
+            value = tl.load(x + at, mask=inside, other=0.0).to(SUM) - shift * (l == 0)
+            squares += value * value / (2 * l + 1)
+            if grad is not None:
+                products += tl.load(grad + at, mask=inside, other=0.0).to(SUM) * factor * value
+    mean = tl.sum(squares, axis=0) / ((LMAX + 1) * CHANNELS)
+    scale = 1.0 / tl.sqrt(mean + epsilon)
+    back = scale * scale * scale * tl.sum(products, axis=0) / ((LMAX + 1) * CHANNELS)
+    for l in tl.static_range(LMAX + 1):
+        factor = tl.load(weight + l * CHANNELS + channel, mask=inside, other=0.0).to(SUM)
+        for row in range(l * l, (l + 1) * (l + 1)):
+            at = start + row * CHANNELS + channel
+            value = tl.load(x + at, mask=inside, other=0.0).to(SUM) - shift * (l == 0)
+            if grad is None:
+                out = value * scale * factor
+                if bias is not None:
+                    out += tl.load(bias + channel, mask=inside, other=0.0).to(SUM) * (l == 0)
+            else:
+                pull = tl.load(grad + at, mask=inside, other=0.0).to(SUM)
+                out = pull * factor * scale - back / (2 * l + 1) * value
+                level = tl.sum(tl.where(inside, out, 0.0), axis=0) / CHANNELS
+                out -= level * (CENTRED and l == 0)
+            tl.store(result + at, out, mask=inside)
+
+
+@triton.jit
+def _gate(x, gates, n_atoms, LMAX: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
+          SUM: tl.constexpr):  # fmt: skip
+    atom = tl.program_id(0).to(tl.int64)
+    channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = channel < CHANNELS
+    at = atom * CHANNELS + channel
+    value = tl.load(x + at, mask=inside, other=0.0).to(SUM)
+    tl.store(x + at, value / (1.0 + tl.exp(-value)), mask=inside)
+    for l in tl.static_range(1, LMAX + 1):
+        own = gates + (atom * LMAX + l - 1) * CHANNELS + channel
+        opened = 1.0 / (1.0 + tl.exp(-tl.load(own, mask=inside, other=0.0).to(SUM)))
+        for row in range(l * l, (l + 1) * (l + 1)):
+            place = x + row * n_atoms * CHANNELS + at
+            tl.store(place, tl.load(place, mask=inside, other=0.0).to(SUM) * opened, mask=inside)
+
+
+@triton.jit
+def _gate_gradient(x, gates, grad, n_atoms, LMAX: tl.constexpr, CHANNELS: tl.constexpr,
+                   BLOCK: tl.constexpr, SUM: tl.constexpr):  # fmt: skip
+    atom = tl.program_id(0).to(tl.int64)
+    channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = channel < CHANNELS
+    at = atom * CHANNELS + channel
+    value = tl.load(x + at, mask=inside, other=0.0).to(SUM)
+    pull = tl.load(grad + at, mask=inside, other=0.0).to(SUM)
+    steepness = 1.0 / (1.0 + tl.exp(-value))
+    tl.store(grad + at, pull * steepness * (1.0 + value * (1.0 - steepness)), mask=inside)
+    for l in tl.static_range(1, LMAX + 1):
+        own = gates + (atom * LMAX + l - 1) * CHANNELS + channel
+        opened = 1.0 / (1.0 + tl.exp(-tl.load(own, mask=inside, other=0.0).to(SUM)))
+        total = tl.zeros((BLOCK,), dtype=SUM)
+        for row in range(l * l, (l + 1) * (l + 1)):
+            place = row * n_atoms * CHANNELS + at
+            pull = tl.load(grad + place, mask=inside, other=0.0).to(SUM)
+            total += pull * tl.load(x + place, mask=inside, other=0.0).to(SUM)
+            tl.store(grad + place, pull * opened, mask=inside)
+        tl.store(own, total * opened * (1.0 - opened), mask=inside)
