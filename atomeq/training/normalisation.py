@@ -16,12 +16,17 @@ from atomeq.data.splits import DataFile
 from atomeq.data.targets import ScalarTarget
 from atomeq.graph.atom_graph import AtomGraph
 from atomeq.graph.convert import element_symbols
+from atomeq.models.base import AtomisticModel
 from atomeq.potential.folders import installed_potentials, shipped_potentials, split_head
 from atomeq.potential.potential import Potential
 from atomeq.potential.predictor import Predictor
 from atomeq.potential.references import AtomicReferences, least_squares_shift
 
 logger = logging.getLogger(__name__)
+
+#: Parts of networks that give forces or stress, and what makes a network without them.
+_HEADS = ("forces", "stress")
+_OFF: dict[str, Any] = {"direct_forces": False, "direct_stress": False, "stress_head": None}
 
 if TYPE_CHECKING:
     PotentialSource: TypeAlias = str | os.PathLike[str]
@@ -130,8 +135,30 @@ def fit_scalar_references(
     return AtomicReferences(table, scale=scale, offset=offset)
 
 
+def conservative_form(model: AtomisticModel) -> dict[str, Any]:
+    """Return the node of what a model with heads becomes when forces are derived from its energy.
+
+    Args:
+        model: With a head for forces, or for the stress.
+
+    Raises:
+        ValueError: It has no such head.
+    """
+    if not model.outputs & {"forces", "stress"}:
+        raise ValueError(
+            f"the {type(model).__name__} has no head for forces or stress: it is conservative "
+            "already, so leave model.conservative out"
+        )
+    node = model.config()
+    arguments = {name: _OFF.get(name, value) for name, value in node["init_args"].items()}
+    return {**node, "init_args": arguments}
+
+
 def take_weights(potential: Predictor, other: Predictor) -> None:
     """Give a potential what another with the same model has learned, and its references and terms.
+
+    Either may have heads for forces or stress that the other has not: those of the potential are
+    new, those of the other stay behind, and both are told.
 
     Args:
         potential: Changed in place.
@@ -140,16 +167,38 @@ def take_weights(potential: Predictor, other: Predictor) -> None:
     Raises:
         DataError: It has another model.
     """
+    own, given = potential.model.state_dict(), other.model.state_dict()
+    heads = {name for name in own.keys() ^ given.keys() if name.split(".")[0] in _HEADS}
+    carried = {name: weight for name, weight in given.items() if name not in heads}
+    new = {name: own[name] for name in own.keys() & heads}
     try:
-        potential.model.load_state_dict(other.model.state_dict())
+        potential.model.load_state_dict({**carried, **new})
     except RuntimeError as error:
         raise DataError(
             f"{other.name} is a {type(other.model).__name__} whose weights do not fit the "
             f"{type(potential.model).__name__} of this configuration: {error}"
         ) from error
+    if heads:
+        left = {name: given[name] for name in given.keys() & heads}
+        logger.info(
+            "of %s: %s are carried; left behind: %s; new: %s",
+            other.name,
+            *map(_told, (carried, left, new)),
+        )
     potential.references = other.references.train()
     if isinstance(potential, Potential) and isinstance(other, Potential):
         potential.terms, potential.distances = other.terms, other.distances
+        if potential.conservative and not other.conservative:
+            # Heads had scales of their own; derivatives have that of the energy.
+            table = {z: float(other.references.shift[z]) for z in other.references.elements}
+            scale, offset = float(other.references.scale), float(other.references.offset)
+            potential.references = AtomicReferences(table, scale=scale, offset=offset)
+
+
+def _told(weights: Mapping[str, Tensor]) -> str:
+    parts = sorted({name.split(".")[0] for name in weights})
+    count = sum(weight.numel() for weight in weights.values())
+    return f"{count:,} weights ({', '.join(parts)})" if weights else "nothing"
 
 
 def fit_shift(potential: Potential, dataset: GraphDataset) -> AtomicReferences:
@@ -196,6 +245,8 @@ def fit_shift(potential: Potential, dataset: GraphDataset) -> AtomicReferences:
         scale=float(references.scale),
         offset=float(references.offset),
         force_scale=float(references.force_scale),
+        stress_scale=(float(references.stress_scale[0]), float(references.stress_scale[1])),
+        stress_offset=references.stress_offset.clone(),
     )
 
 

@@ -28,6 +28,7 @@ from atomeq.potential.terms import EnergyTerm
 from atomeq.training.low_rank import LoRA, add_low_rank_updates
 from atomeq.training.normalisation import (
     PotentialSource,
+    conservative_form,
     fit_references,
     fit_scalar_references,
     fit_shift,
@@ -50,6 +51,7 @@ def predictor_to_train(
     target: ScalarTarget | None,
     start_from: PotentialSource | None,
     *,
+    conservative: bool = False,
     terms: Sequence[str | EnergyTerm] = (),
     lora: LoRA | None = None,
     heads: Sequence[str] | None = None,
@@ -61,6 +63,7 @@ def predictor_to_train(
         model: The network; None for that of the potential.
         target: A scalar to learn in place of a potential.
         start_from: Name or folder of the potential.
+        conservative: Whether its heads for forces and stress stay behind.
         terms: Known physics that is added, ``zbl``, ``d3`` or spelled out.
         lora: Updates that are trained in place of its weights.
         heads: Names of several heads on the network.
@@ -71,11 +74,7 @@ def predictor_to_train(
         DataError: The potential has another network.
     """
     start = load_predictor(expand_data_path(start_from)) if start_from is not None else None
-    if model is None:
-        if start is None:
-            raise ValueError("there is neither a model nor a potential to start_from")
-        # A new one, for it says which parameters are never trained.
-        model = build_model(start.model.config()).to(start.dtype)
+    model = _network(model, start, conservative)
     predictor = Potential(model) if target is None else ScalarPredictor(model, target)
     if start is not None:
         predictor.name = start.name
@@ -98,6 +97,20 @@ def predictor_to_train(
     if train_references:
         train_shifts(predictor)
     return predictor
+
+
+def _network(
+    model: AtomisticModel | None, start: Predictor | None, conservative: bool
+) -> AtomisticModel:
+    if model is not None:
+        if conservative:
+            raise ValueError("conservative makes its model from start_from; leave model out")
+        return model
+    if start is None:
+        raise ValueError("there is neither a model nor a potential to start_from")
+    # A new one, for it says which parameters are never trained.
+    node = conservative_form(start.model) if conservative else start.model.config()
+    return build_model(node).to(start.dtype)
 
 
 def train_shifts(predictor: nn.Module) -> None:

@@ -83,6 +83,8 @@ class AtomisticTask(LightningModule):
         start_from: Name or folder of a potential with the same model, whose weights, references and
             terms training starts from (fine-tuning); its scale and offset stay. Validation errors
             before the first step are told and kept beside those after the last.
+        conservative: Of a potential with heads for forces or stress that is started from, train
+            the network without them: its forces and stress are derivatives of the energy.
         precision: How coarse the operands of tensor products may be on a GPU: ``highest`` (fp32),
             ``high`` (TF32), ``medium`` (bfloat16). The trained potential recommends it. Gradients
             of weights, and what is plain torch, follow torch's own setting.
@@ -118,6 +120,7 @@ class AtomisticTask(LightningModule):
         terms: list[Literal["zbl", "d3"] | EnergyTerm] | None = None,
         metrics: ErrorMetric | None = None,
         start_from: PotentialSource | None = None,
+        conservative: bool = False,
         precision: Precision | None = None,
     ) -> None:
         super().__init__()
@@ -126,6 +129,7 @@ class AtomisticTask(LightningModule):
         # Here, before the averaged weights are copied.
         self.potential = predictor_to_train(
             *(model, self.target, start_from),
+            conservative=conservative,
             terms=terms or (),
             lora=lora,
             heads=heads,

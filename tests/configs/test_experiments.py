@@ -19,7 +19,7 @@ from qm9 import write_archive
 
 from atomeq.cli.training import main
 from atomeq.models.nequip import NequIP
-from atomeq.potential.checkpoint import load_predictor, save_potential
+from atomeq.potential.checkpoint import build_model, load_predictor, save_potential
 from atomeq.potential.potential import Potential
 from atomeq.potential.references import AtomicReferences
 
@@ -63,7 +63,8 @@ def labelled(atoms: Atoms, n_structures: int) -> list[Atoms]:
 def generated_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with the names of the public sets and small structures of the same elements."""
     folder = tmp_path / "data"
-    for name in ("acac", "ethanol_rmd17_pbe", "mvl_snap", "qm7", "qm9", "pcqm4mv2"):
+    names = ("acac", "ethanol_rmd17_pbe", "mvl_snap", "mattersim_benchmarks")
+    for name in (*names, "qm7", "qm9", "pcqm4mv2"):
         (folder / name).mkdir(parents=True)
     acid = labelled(molecule("CH3COOH"), 20)
     for name in ("train_300K", "test_MD_300K", "test_MD_600K"):
@@ -76,6 +77,8 @@ def generated_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for mode in (874, 3005):
         ase.io.write(folder / "ethanol_rmd17_pbe" / f"test_norm_mode_{mode}.extxyz", acid)
     ase.io.write(folder / "mvl_snap" / "Cu.extxyz.gz", labelled(bulk("Cu", cubic=True), 30))
+    salt = labelled(bulk("NaCl", "rocksalt", a=5.6), 12)
+    ase.io.write(folder / "mattersim_benchmarks" / "mpf-alkali-TP.extxyz.gz", salt)
     for atoms in (energies_only := labelled(molecule("CH3COOH"), 30)):
         del atoms.calc.results["forces"]  # QM7 has none
     ase.io.write(folder / "qm7" / "qm7.extxyz.gz", energies_only)
@@ -94,6 +97,10 @@ def generated_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     model = NequIP(4.0, irreps=irreps, parity=False, elements=[8, 29], sevennet={})
     references = AtomicReferences({8: -1.0, 29: -3.0})
     save_potential(Potential(model, references), tmp_path / "potentials" / "sevennet-0")
+    # As the first stage of direct_to_conservative leaves it.
+    first = yaml.safe_load((CONFIGS / "experiment" / "direct_to_conservative_1.yaml").read_text())
+    direct = Potential(build_model(first["model"]["model"]), AtomicReferences({11: -1.0, 17: -2.0}))
+    save_potential(direct, tmp_path / "potentials" / "direct_to_conservative_1")
     return folder
 
 
