@@ -218,6 +218,8 @@ def in_turn(calls: dict[str, Callable[[], float]], n_rounds: int) -> Row:
     for _ in range(n_rounds):
         for key, call in calls.items():
             times[key].append(call())
+        shown = ", ".join(f"{key} {taken[-1]:.2f}" for key, taken in times.items())
+        print(shown, file=sys.stderr, flush=True)  # what an interrupted run has found
     row: Row = {key: statistics.median(taken) for key, taken in times.items()}
     ours = times["cpu_s"]
     for key in [key for key in calls if key != "cpu_s"]:
