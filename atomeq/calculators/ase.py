@@ -80,8 +80,8 @@ class AtomeqCalculator(Calculator):
     the object keeps them as it moves; :func:`~atomeq.graph.hyperedges.fix_topology` rebuilds them.
 
     Args:
-        potential: Name of a shipped potential, folder of a saved one, or a :class:`Potential`; or a
-            sequence of those, a committee.
+        potential: Name of a shipped potential, folder of a saved one (``FOLDER@HEAD`` of several
+            heads), or a :class:`Potential`; or a sequence of those, a committee.
         device: Where to compute; by default where the potential is, the CPU for a name or folder.
         dtype: ``"float32"``, ``"float64"`` or the torch dtype the network computes in; by default
             the potential's own. Energies are summed in float64 in any case, and all arrays that are

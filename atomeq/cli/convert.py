@@ -3,7 +3,7 @@
 from jsonargparse import Namespace
 
 from atomeq.cli.terminal import say
-from atomeq.potential.checkpoint import load_potential
+from atomeq.potential.checkpoint import load_potential, read_document
 from atomeq.potential.convert import convert_checkpoint
 
 
@@ -19,7 +19,9 @@ def convert(options: Namespace) -> int:
         config=options.config,
         zbl=options.zbl,
     )
-    potential = load_potential(folder)
+    heads = read_document(folder).get("heads")
+    potential = load_potential(f"{folder}@{heads[0]}" if heads else folder)
     n_parameters = sum(parameter.numel() for parameter in potential.model.parameters())
-    say(f"{type(potential.model).__name__} with {n_parameters:,} parameters in {folder}")
+    chosen = f", with the heads {', '.join(heads)}" if heads else ""
+    say(f"{type(potential.model).__name__} with {n_parameters:,} parameters in {folder}{chosen}")
     return 0

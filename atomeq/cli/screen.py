@@ -11,6 +11,7 @@ from jsonargparse import Namespace
 
 from atomeq.cli.terminal import Meter, say, show_table
 from atomeq.potential.checkpoint import load_potential
+from atomeq.potential.folders import split_head
 from atomeq.screening.dry_run import Estimate, estimate
 from atomeq.screening.export import export_chemiscope, export_database
 from atomeq.screening.intake import Seen
@@ -191,8 +192,10 @@ def _export(options: Namespace) -> None:
 
 
 def _absolute(potential: str) -> str:
-    """Return the folder of a potential wherever the run goes on; shipped names stay."""
-    return str(Path(potential).resolve()) if Path(potential).is_dir() else potential
+    """Return the folder of a potential wherever the run goes on; shipped names and heads stay."""
+    name, head = split_head(potential)
+    folder = str(Path(name).resolve()) if Path(name).is_dir() else str(name)
+    return folder + (f"@{head}" if head else "")
 
 
 def parse_shard(text: str | None) -> tuple[int, int]:

@@ -7,11 +7,11 @@ from typing import Any
 from atomeq.models.mace import MACE
 from atomeq.potential.checkpoint import save_potential, sha256
 from atomeq.potential.distances import SHORTEST
-from atomeq.potential.import_mace import convert_mace, is_module_file, mace_card
+from atomeq.potential.import_mace import is_module_file, mace_card
 from atomeq.potential.import_official import CARD_FILE, OfficialError, load_document
 from atomeq.potential.import_official import convert_checkpoint as convert_official
 from atomeq.potential.import_sevennet import convert_sevennet, is_sevennet, sevennet_card
-from atomeq.potential.mace_state import convert_mace_state, is_mace_state
+from atomeq.potential.mace_state import convert_mace, convert_mace_state, is_mace_state
 from atomeq.potential.potential import Potential
 from atomeq.potential.repulsion import ZBL
 

@@ -60,6 +60,29 @@ class HeadedPotential(Potential):
         )
         self._used: str | None = None
 
+    @classmethod
+    def of(cls, potentials: Mapping[str, Potential]) -> "HeadedPotential":
+        """Return the heads of potentials that share all of a network but its readouts.
+
+        Args:
+            potentials: By the names of the heads.
+
+        Raises:
+            ValueError: They have different networks, or weights of them.
+        """
+        headed = cls(next(iter(potentials.values())), list(potentials))
+        shared = headed.model.state_dict()
+        for name, one in potentials.items():
+            weights = one.model.state_dict()
+            apart = [k for k, w in weights.items() if k not in shared or not w.equal(shared[k])]
+            own = [k for k in apart if k.split(".")[0] in headed.model.readouts]
+            if apart != own or one.model.config() != headed.model.config():
+                raise ValueError(f"{name} has a network of its own, and is no head of one trunk")
+            with headed.using(name):
+                headed.model.load_state_dict({**headed.model.state_dict(), **weights})
+                headed.references = one.references
+        return headed
+
     def forward(
         self,
         graph: AtomGraph,

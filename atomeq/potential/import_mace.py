@@ -21,6 +21,7 @@ from atomeq.ops.coupling.symmetric_contraction_basis import (
     symmetric_basis,
     symmetrised,
 )
+from atomeq.potential.heads import HeadedPotential
 from atomeq.potential.inert_modules import read_module
 from atomeq.potential.official_names import OfficialError
 from atomeq.potential.potential import Potential
@@ -452,6 +453,7 @@ def mace_card(name: str, origin: Mapping[str, Any], potential: Potential) -> str
     assert isinstance(model, MACE)
     n_parameters = sum(parameter.numel() for parameter in model.parameters())
     head = f", head {origin['head']}" if origin.get("head") else ""
+    chosen = f"@{potential.names[0]}" if isinstance(potential, HeadedPotential) else ""
     repulsion = "ZBL, inside the model" if model.form.repulsion else "none"
     return f"""# {name}
 
@@ -474,24 +476,6 @@ Energies are total energies in the convention of the training data.
 ```python
 from atomeq import AtomeqCalculator
 
-atoms.calc = AtomeqCalculator("{name}")
+atoms.calc = AtomeqCalculator("{name}{chosen}")
 ```
 """
-
-
-def convert_mace(
-    path: Path, digest: str, *, head: str | None = None
-) -> tuple[Potential, dict[str, Any]]:
-    """Return the potential of a .model file, and where it comes from."""
-    options, state = read_mace(path)
-    potential = mace_potential(options, state, head=head)
-    return potential, mace_origin(options, path, digest, head)
-
-
-def mace_origin(
-    options: Mapping[str, Any], path: Path, digest: str, head: str | None
-) -> dict[str, Any]:
-    """Return what a potential's metadata say of its file."""
-    heads = list(options.get("heads") or ["Default"])
-    origin = {"file": path.name, "sha256": digest, "interactions": list(options["interactions"])}
-    return {**origin, "heads": heads, "head": head or heads[0]}

@@ -1,4 +1,4 @@
-"""State dicts of MACE become potentials too, with a YAML file that says what they do not."""
+"""Files of MACE become potentials with all their heads; state dicts by a YAML of what they lack."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from atomeq.potential.import_mace import mace_origin, mace_potential
+from atomeq.potential.heads import HeadedPotential
+from atomeq.potential.import_mace import mace_potential, read_mace
 from atomeq.potential.official_names import OfficialError
 from atomeq.potential.potential import Potential
 from atomeq.potential.untrusted import read_yaml
@@ -59,4 +60,31 @@ def convert_mace_state(
             f"{config}: {', '.join(map(str, unknown or missing))} "
             f"{'is unknown' if unknown else 'is missing'}; it is to be like\n{_EXAMPLE}"
         )
-    return mace_potential(options, state, head=head), mace_origin(options, path, digest, head)
+    return mace_heads(options, state, head=head), mace_origin(options, path, digest, head)
+
+
+def convert_mace(
+    path: Path, digest: str, *, head: str | None = None
+) -> tuple[Potential, dict[str, Any]]:
+    """Return the potential of a .model file, and where it comes from."""
+    options, state = read_mace(path)
+    return mace_heads(options, state, head=head), mace_origin(options, path, digest, head)
+
+
+def mace_heads(
+    options: Mapping[str, Any], state: Mapping[str, Tensor], *, head: str | None
+) -> Potential:
+    """Return the potential of the head that is chosen or, where none is, one of all heads."""
+    heads = list(options.get("heads") or ["Default"])
+    if head is not None or len(heads) == 1:
+        return mace_potential(options, state, head=head)
+    return HeadedPotential.of({h: mace_potential(options, state, head=h) for h in heads})
+
+
+def mace_origin(
+    options: Mapping[str, Any], path: Path, digest: str, head: str | None
+) -> dict[str, Any]:
+    """Return what a potential's metadata say of its file."""
+    heads = list(options.get("heads") or ["Default"])
+    origin = {"file": path.name, "sha256": digest, "interactions": list(options["interactions"])}
+    return {**origin, "heads": heads, "head": head or (heads[0] if len(heads) == 1 else None)}

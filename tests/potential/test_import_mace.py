@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from atomeq.cli import main
 from atomeq.potential.checkpoint import load_potential
+from atomeq.potential.heads import HeadedPotential
 from atomeq.potential.import_mace import mace_potential, read_mace
 from atomeq.potential.inert_modules import Inert, read_module
 from atomeq.potential.official_names import OfficialError
@@ -162,6 +163,28 @@ def test_a_head_is_chosen_by_its_name():
         for head in ("pt_head", "Default")
     ]
     assert scales == pytest.approx([0.8, 1.1])
+
+
+def test_all_heads_are_converted_into_one_folder(tmp_path, capsys):
+    state = load_file(HEADS / "weights.safetensors")
+    torch.save(state, tmp_path / "state.pt")
+    (tmp_path / "options.yaml").write_text(yaml.safe_dump(heads_options()))
+    words = ["convert", str(tmp_path / "state.pt"), str(tmp_path / "made")]
+    main([*words, "--config", str(tmp_path / "options.yaml")])
+    assert "with the heads pt_head, Default" in capsys.readouterr().out
+    graph, energies = case_graph(HEADS), []
+    for head in ("pt_head", "Default"):
+        loaded = load_potential(f"{tmp_path}/made@{head}")
+        alone = mace_potential(heads_options(), state, head=head).eval()
+        found, expected = (one(graph, ("energy", "forces")) for one in (loaded, alone))
+        for key, value in expected.items():
+            torch.testing.assert_close(found[key], value)
+        energies.append(float(found["energy"][0]))
+    assert abs(energies[0] - energies[1]) > 1e-3
+    other = mace_potential(heads_options(), state, head="Default")
+    other.model.embedding.weights["0e"].data += 1.0
+    with pytest.raises(ValueError, match="b has a network of its own"):
+        HeadedPotential.of({"a": alone, "b": other})
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from copper_experiment import labelled_copper
 
 from atomeq.calculators.ase import AtomeqCalculator
 from atomeq.cli import main
+from atomeq.cli.screen import _absolute
 from atomeq.models.egnn import EGNN
 from atomeq.models.nequip import NequIP
 from atomeq.potential.checkpoint import load_potential, save_potential, scatter_weights
@@ -74,6 +75,14 @@ def test_a_head_has_to_be_chosen(headed, tmp_path: Path):
     for names in (["pbe"], ["pbe", "pbe"], ["pbe", "a.b"]):
         with pytest.raises(ValueError, match="two names or more"):
             HeadedPotential(Potential(EGNN(3.5)), names)
+
+
+def test_a_head_goes_along_to_other_folders(tmp_path: Path, monkeypatch):
+    (tmp_path / "three").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert _absolute("three@pbe") == f"{tmp_path}/three@pbe"
+    assert _absolute("three") == f"{tmp_path}/three"
+    assert _absolute("cu-pbe") == "cu-pbe"
 
 
 @pytest.fixture

@@ -192,7 +192,7 @@ def _convert_parser() -> Parser:
     )
     _published_options(parser)
     parser.add_argument(
-        "--head", type=str, default=None, help="head of a MACE of several: one level of theory"
+        "--head", type=str, default=None, help="one head of a MACE of several; by default all"
     )
     parser.add_argument(
         "--config",
