@@ -27,14 +27,14 @@ from atomeq.graph.convert import (
     from_structures,
     structure_list,
 )
+from atomeq.graph.electrons import electrons_of
 from atomeq.graph.hyperedges import Hyperedges
 from atomeq.graph.moving import MovingNeighbors
 from atomeq.graph.neighbors import SKIN
 from atomeq.graph.to_structures import to_ase
 from atomeq.graph.topology import KeptTopologies
-from atomeq.potential.checkpoint import resolve_device, resolve_dtype, sha256
-from atomeq.potential.committee import Committee, frozen
-from atomeq.potential.folders import WEIGHTS_FILE, find_potential
+from atomeq.potential.checkpoint import resolve_device, resolve_dtype
+from atomeq.potential.committee import Committee, frozen, provenance_of
 from atomeq.potential.potential import Potential
 from atomeq.potential.terms import EnergyTerm
 from atomeq.potential.uncertainty import UNCERTAINTIES
@@ -93,6 +93,8 @@ class AtomeqCalculator(Calculator):
             or ``ATOMEQ_CAPTURE=0`` in the environment, launches them one by one.
         terms: Known physics to add to each potential, ``[ZBL(0.65)]`` say, the repulsion of nuclei
             where they are closer than the data of published potentials.
+        ignore: ``charge`` and ``spin``: compute structures that carry a total charge or a
+            multiplicity as if they did not. A potential that is not told of them refuses such.
 
     Raises:
         CheckpointError: The potential does not exist or is damaged.
@@ -108,7 +110,7 @@ class AtomeqCalculator(Calculator):
     implemented_properties = [  # noqa: RUF012
         *("energy", "free_energy", "energies", "forces", "stress", "hessian")
     ]
-    # A potential does not see them, so a change of theirs keeps the results.
+    # What they say of the total charge is looked at in check_state; of themselves nothing is seen.
     ignored_changes = {"initial_charges", "initial_magmoms"}  # noqa: RUF012
 
     def __init__(
@@ -120,13 +122,14 @@ class AtomeqCalculator(Calculator):
         precision: Precision | None = None,
         capture: bool = True,
         terms: Sequence[EnergyTerm] = (),
+        ignore: Sequence[str] = (),
     ) -> None:
         self._local = threading.local()  # first: ASE's constructor assigns atoms and results
         super().__init__()
         alone = isinstance(potential, str | Path | torch.nn.Module)  # of modules, frozen() says it
         members = [potential] if alone else list(potential)
         how: dict[str, Any] = {"device": device, "dtype": resolve_dtype(dtype)}
-        how |= {"terms": terms, "precision": precision}
+        how |= {"terms": terms, "precision": precision, "ignore": ignore}
         self._committee = Committee([frozen(one, **how) for one in members], capture=capture)
         hypergraphs = [one for one in self._committee.builders if isinstance(one, HyperGraph)]
         self.molecules_only = any(one.perceive for one in hypergraphs)  # crystals have no topology
@@ -221,7 +224,7 @@ class AtomeqCalculator(Calculator):
         A committee has these of each under ``members``.
         """
         each = [
-            _provenance(origin, potential)
+            provenance_of(origin, potential)
             for origin, potential in zip(self._origins, self.potentials, strict=True)
         ]
         return each[0] if len(each) == 1 else {"members": each}
@@ -251,6 +254,8 @@ class AtomeqCalculator(Calculator):
                 for name in ("positions", "numbers", "cell", "pbc")
                 if not np.array_equal(getattr(last, name), getattr(atoms, name))
             ]
+        if not changes and last is not None and electrons_of(last) != electrons_of(atoms):
+            changes = ["info"]
         if not changes and self._topology(atoms) != getattr(self._local, "topology", None):
             changes = ["info"]
         return changes
@@ -484,17 +489,3 @@ def _in_ase_form(results: Mapping[str, NDArray]) -> dict[str, Any]:
             converted[key] = value.astype(np.float64)
     converted["free_energy"] = converted["energy"]  # no electrons, no entropy
     return converted
-
-
-def _provenance(origin: str | None, potential: Potential) -> dict[str, Any]:
-    # The weights know nothing of additive terms, which have none.
-    terms = {"terms": potential.term_configs()} if len(potential.terms) else {}
-    if origin is None:
-        return {"name": None, "folder": None, "sha256": potential.fingerprint(), **terms}
-    folder = find_potential(origin)
-    return {
-        "name": origin,
-        "folder": str(folder.resolve()),
-        "sha256": sha256(folder / WEIGHTS_FILE),
-        **terms,
-    }

@@ -21,7 +21,8 @@ def prepare(options: Namespace, *, index: str) -> tuple[AtomeqCalculator, list[A
     structures = read_structures(options.input, index=index)
     how = {name: options[name] for name in ("device", "dtype", "precision")}
     chosen = options.potential + (f"@{options.head}" if options.head else "")
-    calculator = AtomeqCalculator(chosen, **how)
+    ignored = [word for word in options.ignore.split(",") if word]
+    calculator = AtomeqCalculator(chosen, **how, ignore=ignored)
     for number, atoms in enumerate(structures):
         validate_structure(
             atoms, name=f"{options.input}[{number}]", known_elements=calculator.elements

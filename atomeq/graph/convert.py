@@ -20,6 +20,7 @@ from ase.symbols import Symbols
 from numpy.typing import NDArray
 
 from atomeq.graph.atom_graph import AtomGraph
+from atomeq.graph.electrons import electrons_of, electrons_of_sites
 from atomeq.graph.files import read_structures
 from atomeq.graph.neighbors import Edges, neighbor_list_with_lengths, spans_periodic_directions
 from atomeq.graph.occupation import partly_occupied_site
@@ -417,6 +418,7 @@ def _unlabelled(atoms: Atoms, dtype: torch.dtype, **fields: torch.Tensor) -> Ato
         torch.tensor(atoms.numbers, dtype=torch.int64),
         cell=torch.tensor(atoms.cell.array[None], dtype=dtype),
         pbc=torch.tensor(atoms.pbc[None]),
+        **electrons_of(atoms),
         **fields,
     )
 
@@ -493,5 +495,6 @@ def _atoms_of_sites(structure: PymatgenSites, index: int) -> Atoms:
     if "forces" in site_properties:
         atoms.arrays["forces"] = np.asarray(site_properties["forces"], dtype=np.float64)
     properties = getattr(structure, "properties", None) or {}
+    atoms.info.update(electrons_of_sites(structure))
     atoms.info.update({key: properties[key] for key in ("energy", "stress") if key in properties})
     return atoms

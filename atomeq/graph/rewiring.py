@@ -49,6 +49,7 @@ def without_tag_0(graph: AtomGraph) -> tuple[AtomGraph, Bool[Tensor, " n_atoms"]
         edge_index=number[graph.edge_index[:, edges]],
         cell_offsets=graph.cell_offsets[edges],
         tags=graph.tags[kept],
+        electronic_state=graph.get("electronic_state"),
     )
     return smaller, kept
 

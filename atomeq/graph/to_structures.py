@@ -122,9 +122,10 @@ def _atoms_of_graph(graph: AtomGraph) -> Atoms:
 
 
 def _info_of_graph(graph: AtomGraph) -> dict[str, Any]:
-    info: dict[str, Any] = {
-        name: float(graph[name][0]) for name in ("weight", "energy_uncertainty") if name in graph
-    }
+    plain = ("weight", "energy_uncertainty", "charge")
+    info: dict[str, Any] = {name: float(graph[name][0]) for name in plain if name in graph}
+    if "multiplicity" in graph and graph["multiplicity"][0]:
+        info["multiplicity"] = int(graph["multiplicity"][0])
     if "num_hyperedges" in graph:
         info[INFO_KEY] = Hyperedges.of_graph(graph).to_info()
     return info

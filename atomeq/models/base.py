@@ -112,6 +112,7 @@ class AtomisticModel(ConfiguredModule):
         recordable: Whether a CUDA graph can be recorded of :meth:`forward`: it waits for no answer
             of a GPU, makes no tensor whose size depends on one, and lets no structure of a batch
             see another.
+        told: Of ``charge`` and ``spin`` what the model is told and can therefore depend on.
         exempt_laws: Laws of physics the method cannot keep by construction, and why, by the names
             that ``atomeq check`` prints. A model that keeps such a law after all is refused by
             :func:`~atomeq.check.model.validate_model`.
@@ -121,6 +122,7 @@ class AtomisticModel(ConfiguredModule):
     outputs: frozenset[PropertyKey] = frozenset({"energies"})
     readouts: tuple[str, ...] = ("energy",)
     recordable: bool = True
+    told: frozenset[str] = frozenset()
     exempt_laws: Mapping[str, str] = MappingProxyType({})
 
     def graph_builder(self) -> GraphBuilder:
@@ -167,6 +169,22 @@ class AtomisticModel(ConfiguredModule):
     def node_channels(self) -> int:
         """Channels of :meth:`node_features`."""
         raise NotImplementedError(f"{type(self).__name__} does not offer node_features()")
+
+    @property
+    def embedding_channels(self) -> int:
+        """Channels in which atoms are embedded, and :meth:`with_state` adds to them."""
+        embedding = getattr(self, "embedding", None)
+        if not isinstance(embedding, nn.Embedding):
+            raise NotImplementedError(
+                f"{type(self).__name__} cannot be told of charges: it has no embedding_channels"
+            )
+        return embedding.embedding_dim
+
+    @staticmethod
+    def with_state(atoms: Tensor, graph: AtomGraph) -> Tensor:
+        """Add to embedded atoms (n_atoms, C) what a ``Charged`` around the model says of them."""
+        state = vars(graph).get("electronic_state")
+        return atoms if state is None else atoms + state.index_select(0, graph.batch)
 
     def freeze_readouts(self) -> None:
         """Train nothing that only :meth:`forward` needs, where atoms alone are taken.

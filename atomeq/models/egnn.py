@@ -92,7 +92,7 @@ class EGNN(AtomisticModel):
         basis = self.basis(lengths)
         envelope = self.envelope(lengths)[:, None] / math.sqrt(self.avg_num_neighbors)
 
-        h = self.embedding(graph.atomic_numbers)  # (n_atoms, C)
+        h = self.with_state(self.embedding(graph.atomic_numbers), graph)  # (n_atoms, C)
         moved = vectors.new_zeros(graph.n_atoms, 3)
         for number, layer in enumerate(self.layers, start=1):
             assert isinstance(layer, EGNNLayer)

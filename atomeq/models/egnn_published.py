@@ -149,11 +149,19 @@ class MoleculeEGNN(AtomisticModel):
         """Take weights of version 1, which were those of a network inside."""
         return init_args, {name.removeprefix("network."): w for name, w in weights.items()}
 
+    @property
+    def embedding_channels(self) -> int:
+        """Channels in which atoms are embedded."""
+        return self.hidden_channels
+
     def forward(self, graph: AtomGraph) -> dict[PropertyKey, Tensor]:
         """Return ``scalar`` (n_graphs,), in the model's own scale."""
         pos = graph.pos.to(self.dtype)
         batch = graph.batch
-        scalar = self.predict(graph.atomic_numbers, pos, graph.edge_index, batch, graph.n_graphs)
+        state = graph.get("electronic_state")
+        scalar = self.predict(
+            graph.atomic_numbers, pos, graph.edge_index, batch, graph.n_graphs, state=state
+        )
         return {"scalar": scalar}
 
     def predict(
@@ -163,10 +171,16 @@ class MoleculeEGNN(AtomisticModel):
         edge_index: EdgeIndex,
         batch: BatchIndex,
         n_graphs: int,
+        *,
+        state: Tensor | None = None,
     ) -> Tensor:
-        """Return the property of each molecule, (n_graphs,); edges join all pairs of a molecule."""
+        """Return the property of each molecule, (n_graphs,); edges join all pairs of a molecule.
+
+        A ``state`` (n_graphs, hidden_channels) is added to the embedded atoms.
+        """
         inputs = self.input_features(atomic_numbers).to(pos.dtype)
         h = self.embedding(inputs)
+        h = h if state is None else h + state.index_select(0, batch)
         for layer in self.layers:
             given = inputs if self.repeat_inputs else None
             h, pos = layer(h, pos, edge_index, node_features=given)

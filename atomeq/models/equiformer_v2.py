@@ -256,7 +256,7 @@ class EquiformerV2(AtomisticModel):
         )
         edges = EdgeScalars(pairs, numbers, envelope)
         x = self.degree_embedding(frame, edges, edges.envelope)
-        x = with_scalars(x, x[:, 0] + self.embedding(numbers))
+        x = with_scalars(x, x[:, 0] + self.with_state(self.embedding(numbers), graph))
         for block in self.blocks:
             x = block(x, frame, edges, graph.batch, graph.n_graphs)
         return self.norm_out(x), frame, edges

@@ -76,6 +76,7 @@ class EquiHGNN(AtomisticModel):
         self.aggregate: Aggregation = aggregate
         self.perceive = perceive
         self.num_elements = num_elements
+        self.told = encoder.told if encoder is not None else frozenset()
         self.cutoff = encoder.cutoff if encoder is not None else _NO_GEOMETRY
 
         self.embedding = nn.Embedding(num_elements, hidden_channels)
@@ -137,9 +138,10 @@ class EquiHGNN(AtomisticModel):
                 "this graph has no hyperedges; make it with the model's graph_builder(), "
                 "HyperGraph(cutoff)"
             )
-        x = self.embedding(graph.atomic_numbers)  # (n_atoms, C)
-        if self.encoder is not None:
-            x = x + self.projection(self.encoder.node_features(graph))
+        x = self.with_state(self.embedding(graph.atomic_numbers), graph)  # (n_atoms, C)
+        if self.encoder is not None:  # whose embedding has channels of its own
+            encoded = self.encoder.node_features(graph.replace(electronic_state=None))
+            x = x + self.projection(encoded)
         incidence = graph.hyperedge_index  # (2, n_incidences)
         if self.layer == "mhnns":
             first, n_hyperedges = x, graph.hyperedge_type.shape[0]

@@ -159,8 +159,8 @@ class ESCN(AtomisticModel):
     ) -> NodeFeatures:
         """Return the features that atoms start from, (n_atoms, n_sph, C)."""
         x = self.neighborhood(*edges)
-        scalars = x[:, :1] + self.embedding(graph.atomic_numbers)[:, None]
-        return torch.cat([scalars, x[:, 1:]], dim=1)
+        atoms = self.with_state(self.embedding(graph.atomic_numbers), graph)  # (n_atoms, C)
+        return torch.cat([x[:, :1] + atoms[:, None], x[:, 1:]], dim=1)
 
     def _layer(
         self, layer: nn.Module, graph: AtomGraph, x: Tensor | None, n_wanted: int

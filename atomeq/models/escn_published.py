@@ -153,7 +153,7 @@ class PublishedESCN(AtomisticModel):
             for l, m in zip(self.lmax, self.mmax, strict=True)
         ]  # fmt: skip
         basis = self.basis(frames[0].lengths)  # (n_edges, num_radial)
-        scalars = self.embedding(numbers).chunk(len(frames), dim=1)
+        scalars = self.with_state(self.embedding(numbers), graph).chunk(len(frames), dim=1)
         x = [
             nn.functional.pad(s[:, None], (0, 0, 0, (l + 1) ** 2 - 1))
             for s, l in zip(scalars, self.lmax, strict=True)

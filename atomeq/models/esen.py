@@ -251,7 +251,8 @@ class ESEN(AtomisticModel):
             frame, numbers, graph.edge_index, self._tables
         )
         x = self.neighborhood(frame, edges, envelope) / DEGREE_SCALE
-        embedded = x = with_scalars(x, x[:, 0] + self.embedding(numbers))
+        atoms = self.with_state(self.embedding(numbers), graph)  # (n_atoms, C)
+        embedded = x = with_scalars(x, x[:, 0] + atoms)
         for block in self.blocks:
             x = block(x, frame, edges, envelope)
         if self.skip_isolated:

@@ -201,6 +201,11 @@ class FAENet(AtomisticModel):
         return {key: _filled(value, kept) for key, value in outputs.items()}
 
     @property
+    def embedding_channels(self) -> int:
+        """Channels in which atoms are embedded."""
+        return self.hidden_channels
+
+    @property
     def node_channels(self) -> int:
         """Channels of :meth:`node_features`."""
         return self.hidden_channels
@@ -303,7 +308,7 @@ class Embedding(nn.Module):
     def forward(self, graph: AtomGraph, vectors: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
         """Return atoms (n_atoms, H) and edges (n_edges, F)."""
         e = silu(torch.cat([self.lin_e1(vectors), self.lin_e12(basis)], dim=1))
-        h = silu(self.lin(self._elements(graph)))
+        h = silu(self.lin(AtomisticModel.with_state(self._elements(graph), graph)))
         if self.lin_2 is not None and self.lin_e2 is not None:
             h, e = silu(self.lin_2(h)), silu(self.lin_e2(e))
         return h, e

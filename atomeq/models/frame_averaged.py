@@ -66,6 +66,7 @@ class OverFrames(AtomisticModel, ABC):
         self.batched = batched
         self.cutoff = model.cutoff
         self.outputs = model.outputs
+        self.told = model.told
         self.polynomial = PolynomialEnvelope(model.cutoff)
 
     def graph_builder(self) -> GraphBuilder:
@@ -91,6 +92,11 @@ class OverFrames(AtomisticModel, ABC):
             share = share.view(*share.shape, *(1 for _ in value.shape[2:]))
             averaged[key] = (share * value).sum(dim=0)
         return averaged
+
+    @property
+    def embedding_channels(self) -> int:
+        """Channels in which the model embeds atoms."""
+        return self.model.embedding_channels
 
     @property
     def node_channels(self) -> int:

@@ -198,6 +198,11 @@ class MACE(AtomisticModel):
         """Channels of :meth:`node_features`."""
         return self.channels
 
+    @property
+    def embedding_channels(self) -> int:
+        """Channels in which atoms are embedded."""
+        return self.channels
+
     def node_features(self, graph: AtomGraph) -> Tensor:
         """Return the scalars of the atoms after the last layer, (n_atoms, node_channels)."""
         return self._features(graph)[-1]
@@ -208,6 +213,7 @@ class MACE(AtomisticModel):
         one_hot = nn.functional.one_hot(species, self.n_species).to(self.dtype)
         edges = self._edges(graph)
         x = self.embedding({SCALAR: one_hot[:, None, :]})  # {irrep: (n_atoms, 2l + 1, C)}
+        x = x | {SCALAR: self.with_state(x[SCALAR][:, 0], graph)[:, None]}
         found = []
         for layer in self.layers:
             x = layer(x, edges, one_hot, species)

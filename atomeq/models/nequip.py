@@ -196,6 +196,11 @@ class NequIP(AtomisticModel):
         """Channels of :meth:`node_features`."""
         return parse_irreps(self.irreps[-1])[SCALAR]
 
+    @property
+    def embedding_channels(self) -> int:
+        """Channels in which atoms are embedded."""
+        return parse_irreps(self.irreps[0])[SCALAR]
+
     def node_features(self, graph: AtomGraph) -> Tensor:
         """Return the scalars of the atoms after the last layer, (n_atoms, node_channels)."""
         vectors = graph.edge_vectors().to(self.dtype)  # (n_edges, 3)
@@ -206,6 +211,7 @@ class NequIP(AtomisticModel):
         species = self.index[graph.atomic_numbers]
         one_hot = nn.functional.one_hot(species, self.n_species).to(self.dtype)
         x = self.embedding({SCALAR: one_hot[:, None, :]})  # {irrep: (n_atoms, 2l + 1, C)}
+        x = x | {SCALAR: self.with_state(x[SCALAR][:, 0], graph)[:, None]}
         for layer, own in zip(self.layers, weights, strict=True):
             x = layer(x, own, harmonics, species, graph.edge_index)
         return x[SCALAR][:, 0]

@@ -308,7 +308,7 @@ class SEGNO(AtomisticModel):
         envelope = self.envelope(lengths)[:, None] / math.sqrt(self.avg_num_neighbors)
 
         dt = self.horizon / self.num_steps
-        h = self.embedding(graph.atomic_numbers)  # (n_atoms, C)
+        h = self.with_state(self.embedding(graph.atomic_numbers), graph)  # (n_atoms, C)
         moved = vectors.new_zeros(graph.n_atoms, 3)  # displacements keep a crystal's edges defined
         velocities = torch.zeros_like(moved)
         for _ in range(self.num_steps):

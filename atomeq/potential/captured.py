@@ -195,6 +195,7 @@ class Captured:
         """Return what :meth:`Potential.forward` returns."""
         if self.refusal is not None or graph.n_edges > _MOST_EDGES:
             return self.potential(graph, properties)
+        self.potential.check_electrons(graph)  # fields that no recording reads
         with self._lock, torch.inference_mode(False):
             found = self._replayed(graph, tuple(properties))
         return self.potential(graph, properties) if found is None else found

@@ -6,6 +6,7 @@ Members that see the same edges share a graph, so there is one graph per builder
 import copy
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,8 +18,9 @@ from atomeq.graph.builders import GraphBuilder
 from atomeq.graph.convert import structure_name
 from atomeq.ops.precision import checked_precision
 from atomeq.potential.captured import Captured
-from atomeq.potential.checkpoint import load_potential, not_a_potential, resolve_device
+from atomeq.potential.checkpoint import load_potential, not_a_potential, resolve_device, sha256
 from atomeq.potential.derivatives import force_constants
+from atomeq.potential.folders import WEIGHTS_FILE, find_potential
 from atomeq.potential.potential import Potential
 from atomeq.potential.scalar import ScalarPredictor
 from atomeq.potential.terms import EnergyTerm
@@ -149,6 +151,7 @@ def frozen(
     dtype: torch.dtype | None = None,
     terms: Sequence[EnergyTerm] = (),
     precision: Precision | None = None,
+    ignore: Sequence[str] = (),
 ) -> Potential:
     """Return a potential of one's own, without gradients of its parameters; a given one stays.
 
@@ -158,6 +161,7 @@ def frozen(
         dtype: Of the network; by default its own.
         terms: Known physics to add.
         precision: As of :func:`~atomeq.potential.checkpoint.load_potential`; by default its own.
+        ignore: Of ``charge`` and ``spin`` what is left out where it is carried.
 
     Raises:
         CheckpointError: There is no such potential, or it is damaged.
@@ -177,5 +181,26 @@ def frozen(
         own = copy.deepcopy(potential).to(target)
         own = own.to(dtype if dtype is not None else potential.dtype).requires_grad_(False).eval()
         own.precision = checked_precision(precision) or own.precision
+    own.ignore({*own.ignored, *ignore})
     own.add_terms([copy.deepcopy(term).to(own.device) for term in terms])
     return own
+
+
+def provenance_of(origin: str | None, potential: Potential) -> dict[str, Any]:
+    """Return where a member came from: name as it was given, folder and hash of its weights.
+
+    Args:
+        origin: Its name or folder; None for one that was made here, whose own hash is taken.
+        potential: The member.
+    """
+    # The weights know nothing of additive terms, which have none.
+    terms = {"terms": potential.term_configs()} if len(potential.terms) else {}
+    if origin is None:
+        return {"name": None, "folder": None, "sha256": potential.fingerprint(), **terms}
+    folder = find_potential(origin)
+    return {
+        "name": origin,
+        "folder": str(folder.resolve()),
+        "sha256": sha256(folder / WEIGHTS_FILE),
+        **terms,
+    }

@@ -102,6 +102,7 @@ class CompiledPotential(Potential):
         if missing or graph.pos.device.type != "cpu":
             fault = f"lacks {missing[0]}" if missing else f"is on {graph.pos.device}"
             raise ValueError(f"this graph {fault}; make it with build_graph()")
+        self.check_electrons(graph)
         self.warn_of_distances(graph)
         computed = self._computed(graph)
         return {key: computed[key] for key in properties}

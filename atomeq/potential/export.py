@@ -113,6 +113,10 @@ def _refuse(potential: Potential) -> None:
             "this potential scales its forces or stress apart from its energy, whose derivatives "
             "are compiled; use it as it is"
         )
+    if potential.model.told:
+        raise ExportError(
+            "a compiled potential is not told of charge or multiplicity; use this one as it is"
+        )
     refuse_unsaveable(potential)  # what is compiled builds its model again, for its graphs
 
 

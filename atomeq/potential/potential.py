@@ -122,6 +122,7 @@ class Potential(Predictor):
             ValueError: An unknown property, the stress of a structure without volume, or an
                 uncertainty of a potential that was not calibrated.
         """
+        self.check_electrons(graph)
         if self.training:  # in mixed precision perhaps
             return self._compute(graph, properties, create_graph)
         self.warn_of_distances(graph)

@@ -4,7 +4,7 @@ A :class:`~atomeq.potential.potential.Potential` makes energies, forces and stre
 :class:`~atomeq.potential.scalar.ScalarPredictor` any other number of a structure.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from atomeq.graph.atom_graph import AtomGraph
+from atomeq.graph.electrons import charge_of, lowest_multiplicity, multiplicity_of
 from atomeq.models.base import AtomisticModel
 from atomeq.potential.references import AtomicReferences
 from atomeq.potential.untrusted import refuse_meta_device
@@ -37,6 +38,8 @@ class Predictor(nn.Module):
         precision: How coarse the operands of its tensor products may be on a GPU, see
             :mod:`atomeq.ops.precision`; None leaves it to torch's own setting. It is this
             predictor's alone, and goes with it to where it is saved.
+        ignored: Of ``charge`` and ``spin`` what is left out of account where the model knows
+            nothing of it; a structure that carries it is refused otherwise.
     """
 
     def __init__(self, model: AtomisticModel, references: AtomicReferences | None = None) -> None:
@@ -45,6 +48,7 @@ class Predictor(nn.Module):
         self.references = references if references is not None else AtomicReferences()
         self.name = type(model).__name__
         self.precision: Precision | None = None
+        self.ignored: frozenset[str] = frozenset()
         self._builder = model.graph_builder()
 
     def build_graph(self, structures: Any) -> AtomGraph:
@@ -66,7 +70,11 @@ class Predictor(nn.Module):
         return graph.to(self.device)
 
     def check_elements(self, graph: AtomGraph) -> None:
-        """Raise ``ValueError`` naming the first atom whose element is not known here."""
+        """Raise ``ValueError`` naming the first atom whose element is not known here.
+
+        And the first structure with a charge or multiplicity: see :meth:`check_electrons`.
+        """
+        self.check_electrons(graph)
         numbers = graph.atomic_numbers
         unknown = ~self.references.known.to(numbers.device)[numbers]
         if bool(unknown.any()):
@@ -76,6 +84,41 @@ class Predictor(nn.Module):
                 f"atom {atom} (structure {int(graph.batch[atom])} of the batch) has atomic number "
                 f"{int(numbers[atom])}, which this potential does not know; it knows {known}"
             )
+
+    def ignore(self, names: Iterable[str]) -> None:
+        """Compute from now on what ``charge`` or ``spin`` are given with as if they were not.
+
+        Raises:
+            ValueError: There is no such thing to ignore.
+        """
+        wrong = [name for name in names if name not in ("charge", "spin")]
+        if wrong:
+            raise ValueError(f"what can be ignored is charge and spin, not {wrong[0]!r}")
+        self.ignored = frozenset(names)
+
+    def check_electrons(self, graph: AtomGraph) -> None:
+        """Refuse a charge or multiplicity that the model would never hear of.
+
+        Raises:
+            ValueError: A structure has a total charge, or another multiplicity than the lowest.
+        """
+        if vars(graph).keys().isdisjoint(("charge", "multiplicity")):
+            return
+        found = {
+            "charge": (charge_of(graph), charge_of(graph) != 0),
+            "spin": (multiplicity_of(graph), multiplicity_of(graph) != lowest_multiplicity(graph)),
+        }
+        for name, (values, carried) in found.items():
+            if name not in self.model.told | self.ignored and bool(carried.any()):
+                k = int(torch.nonzero(carried)[0])
+                what = "total charge" if name == "charge" else "multiplicity"
+                raise ValueError(
+                    f"structure {k} has {what} {float(values[k]):g}, of which potential "
+                    f"{self.name!r} knows nothing: the energy would be another state's. Take a "
+                    f"potential that is told of it (Charged), or ask for the energy without it: "
+                    f"AtomeqCalculator(..., ignore=[{name!r}]), potential.ignore([{name!r}]), "
+                    f"--ignore {name}"
+                )
 
     def forward(
         self,

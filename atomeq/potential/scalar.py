@@ -67,6 +67,7 @@ class ScalarPredictor(Predictor):
                 f"this predicts {self.target.name} [{self.target.unit}] as 'scalar' and is no "
                 f"potential: it has no {other[0]}"
             )
+        self.check_electrons(graph)
         full = nullcontext() if self.training else full_precision(self.device)
         with full, use_precision(self.precision):
             outputs = self.model(graph)

@@ -17,6 +17,7 @@ from atomeq.data.targets import ScalarTarget
 from atomeq.graph.atom_graph import AtomGraph
 from atomeq.graph.convert import element_symbols
 from atomeq.models.base import AtomisticModel
+from atomeq.models.charged import Charged
 from atomeq.potential.folders import installed_potentials, shipped_potentials, split_head
 from atomeq.potential.potential import Potential
 from atomeq.potential.predictor import Predictor
@@ -167,12 +168,15 @@ def take_weights(potential: Predictor, other: Predictor) -> None:
     Raises:
         DataError: It has another model.
     """
-    own, given = potential.model.state_dict(), other.model.state_dict()
+    model = potential.model
+    if isinstance(model, Charged) and not isinstance(other.model, Charged):
+        model = model.model  # the vectors of charges start at zero
+    own, given = model.state_dict(), other.model.state_dict()
     heads = {name for name in own.keys() ^ given.keys() if name.split(".")[0] in _HEADS}
     carried = {name: weight for name, weight in given.items() if name not in heads}
     new = {name: own[name] for name in own.keys() & heads}
     try:
-        potential.model.load_state_dict({**carried, **new})
+        model.load_state_dict({**carried, **new})
     except RuntimeError as error:
         raise DataError(
             f"{other.name} is a {type(other.model).__name__} whose weights do not fit the "

@@ -25,6 +25,7 @@ from atomeq.potential.references import AtomicReferences
 from atomeq.potential.repulsion import ZBL
 from atomeq.potential.scalar import ScalarPredictor
 from atomeq.potential.terms import EnergyTerm
+from atomeq.training.electrons import Electrons
 from atomeq.training.low_rank import LoRA, add_low_rank_updates
 from atomeq.training.normalisation import (
     PotentialSource,
@@ -56,6 +57,7 @@ def predictor_to_train(
     lora: LoRA | None = None,
     heads: Sequence[str] | None = None,
     train_references: bool = False,
+    electrons: Electrons | None = None,
 ) -> Predictor:
     """Return what a task trains, with the weights of a potential that is started from.
 
@@ -68,6 +70,7 @@ def predictor_to_train(
         lora: Updates that are trained in place of its weights.
         heads: Names of several heads on the network.
         train_references: Whether the shift of the elements is trained with the network.
+        electrons: Charges and multiplicities that the network is told of, or ignores.
 
     Raises:
         ValueError: There is no network, nothing that could be updated, or no such heads.
@@ -75,6 +78,7 @@ def predictor_to_train(
     """
     start = load_predictor(expand_data_path(start_from)) if start_from is not None else None
     model = _network(model, start, conservative)
+    model = electrons.told_to(model) if electrons is not None else model
     predictor = Potential(model) if target is None else ScalarPredictor(model, target)
     if start is not None:
         predictor.name = start.name
@@ -96,6 +100,7 @@ def predictor_to_train(
         raise ValueError("heads and terms are of potentials; a target has none")
     if train_references:
         train_shifts(predictor)
+    predictor.ignore(electrons.ignore if electrons is not None else ())
     return predictor
 
 

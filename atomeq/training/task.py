@@ -21,6 +21,7 @@ from atomeq.models.base import AtomisticModel
 from atomeq.ops.precision import checked_precision
 from atomeq.potential.terms import EnergyTerm
 from atomeq.training.callbacks import forget_scores
+from atomeq.training.electrons import Electrons
 from atomeq.training.losses import Loss, PotentialLoss, ScalarLoss
 from atomeq.training.low_rank import LoRA
 from atomeq.training.metrics import ErrorMetric, PotentialErrors, ScalarErrors
@@ -88,6 +89,8 @@ class AtomisticTask(LightningModule):
         precision: How coarse the operands of tensor products may be on a GPU: ``highest`` (fp32),
             ``high`` (TF32), ``medium`` (bfloat16). The trained potential recommends it. Gradients
             of weights, and what is plain torch, follow torch's own setting.
+        electrons: Total charges and multiplicities that the model is told of, or ignores;
+            structures that carry others are refused.
 
     Example:
         >>> task = AtomisticTask(model, optimizer=torch.optim.AdamW)  # doctest: +SKIP
@@ -122,6 +125,7 @@ class AtomisticTask(LightningModule):
         start_from: PotentialSource | None = None,
         conservative: bool = False,
         precision: Precision | None = None,
+        electrons: Electrons | None = None,
     ) -> None:
         super().__init__()
         self.target = known_target(target) if target is not None else None
@@ -134,6 +138,7 @@ class AtomisticTask(LightningModule):
             lora=lora,
             heads=heads,
             train_references=train_references,
+            electrons=electrons,
         )
         self.train_references = train_references
         self.measure_neighbors = avg_num_neighbors == "auto"

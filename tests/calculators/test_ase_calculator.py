@@ -167,7 +167,7 @@ def test_only_what_is_asked_is_computed(potential):
     atoms.get_potential_energy()
     atoms.get_potential_energies()
     assert len(calls) == 2
-    atoms.set_initial_charges(np.ones(len(atoms)))  # nothing a potential sees
+    atoms.set_initial_magnetic_moments(np.ones(len(atoms)))  # nothing a potential sees
     atoms.get_forces()
     assert len(calls) == 2
 

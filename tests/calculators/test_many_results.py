@@ -179,7 +179,7 @@ def test_results_are_float64_whatever_the_network_computes_in(dtype):
 def test_info_and_arrays_stay_untouched():
     atoms = rattled_molecule()
     atoms.numbers[:] = 29
-    atoms.info.update(energy=float("nan"), charge=3, note="mine")
+    atoms.info.update(energy=float("nan"), charge=0, note="mine")
     before, names = dict(atoms.info), set(atoms.arrays)
     calculator = AtomeqCalculator(Potential(EGNN(cutoff=3.0, num_layers=1, hidden_channels=4)))
     calculator.evaluate([atoms])

@@ -255,3 +255,14 @@ def test_a_cuda_graph_gives_what_launches_give(config: Path) -> None:
             assert float((found[key] - value).abs().max()) <= 1e-9 * scale, key
     assert answer.refusal is None
     assert answer.n_recordings > 0
+
+
+def test_a_charge_is_refused_before_a_replay() -> None:
+    potential = small_potential()
+    answer = replayed(potential)
+    graph = potential.build_graph(crystal())
+    for _ in range(4):
+        answer(graph, ("energy",))
+    charged = graph.replace(charge=torch.tensor([1.0], dtype=torch.float64))
+    with pytest.raises(ValueError, match="total charge 1"):
+        answer(charged, ("energy",))

@@ -136,6 +136,12 @@ def simulation_parser(
         help="precision of the network" + ("" if dtype else "; by default that of the potential"),
     )
     add_precision_option(parser)
+    parser.add_argument(
+        "--ignore",
+        type=str,
+        default="",
+        help="charge, spin or both, with a comma: leave them out where the potential knows neither",
+    )
     parser.door(input=existing_file, potential=find_potential, device=device_name)
     return parser
 
