@@ -290,6 +290,8 @@ class TrainingCLI(LightningCLI):
 
     def predict(self, **arguments: Any) -> None:
         """Write the structures with what was predicted of them into the run's folder."""
+        if self.trainer.world_size > 1:
+            raise ValueError("predictions are written by one process; set trainer.devices to 1")
         batches = self.trainer.predict(weights_only=True, **arguments)
         path = self._run_folder() / "predictions.extxyz"
         with write_atomically(path) as partial:

@@ -67,9 +67,16 @@ class GraphDataset(Dataset[AtomGraph]):
     def __getitems__(self, indices: list[int]) -> AtomGraph:
         """Return the batch of some structures; PyTorch's fetcher calls this with a whole batch.
 
-        Its ``dataset_index`` (n_graphs,) says which they are.
+        Its ``dataset_index`` (n_graphs,) says which they are. No structures are one without labels,
+        weight and index: a process whose share is empty computes something, for others wait for it.
         """
-        return self._batch(indices).replace(dataset_index=torch.tensor(indices))
+        if indices:
+            return self._batch(indices).replace(dataset_index=torch.tensor(indices))
+        graph = self._batch([0])
+        unknown = {key: torch.full_like(graph[key], float("nan")) for key in LABELS if key in graph}
+        return graph.replace(
+            **unknown, weight=graph.pos.new_zeros(1), dataset_index=torch.tensor([-1])
+        )
 
     def _batch(self, indices: Sequence[int]) -> AtomGraph:
         return AtomGraph.concatenate([self.graphs[i] for i in indices])
@@ -82,6 +89,11 @@ class GraphDataset(Dataset[AtomGraph]):
 class BudgetBatchSampler(Sampler[list[int]]):
     """Yields lists of structures that together stay within the budgets.
 
+    Several processes have one batch together, within so many times the budgets: that of one process
+    with these budgets. It is shared out so that each has about as many edges, or atoms where edges
+    are not known; a share may be above a budget by less than a structure. Every structure is in one
+    share, and the shares of the last batch may be empty.
+
     Args:
         dataset: The structures, whose sizes are counted.
         max_structures: Structures per batch.
@@ -90,7 +102,7 @@ class BudgetBatchSampler(Sampler[list[int]]):
         shuffle: Permute by ``seed`` and epoch; else keep the order of the file.
         seed: Of the permutation.
         epoch: The first epoch to draw.
-        rank: Which of the processes this is; each takes every ``n_ranks``-th batch.
+        rank: Which of the processes this is.
         n_ranks: Number of processes.
 
     Raises:
@@ -111,15 +123,16 @@ class BudgetBatchSampler(Sampler[list[int]]):
         n_ranks: int = 1,
     ) -> None:
         self._budgets = {
-            what: (limit, np.asarray(getattr(dataset, f"n_{what}"), dtype=np.int64))
+            what: (limit * n_ranks, np.asarray(getattr(dataset, f"n_{what}"), dtype=np.int64))
             for what, limit in (("atoms", max_atoms), ("edges", max_edges))
             if limit is not None
         }
         self._n_structures = len(dataset)
-        self._max_structures = max_structures
+        self._max_structures = max_structures * n_ranks
         self._shuffle = shuffle
         self._seed = seed
         self._rank, self._n_ranks = rank, n_ranks
+        self._costs = _costs(dataset) if n_ranks > 1 else np.zeros(0)
         self.epoch = epoch
         self.n_skipped = 0
         # Lightning looks for `batch_sampler.sampler.set_epoch`.
@@ -139,18 +152,26 @@ class BudgetBatchSampler(Sampler[list[int]]):
         self.n_skipped = n_batches
 
     def __len__(self) -> int:
-        n_batches = len(self._ends)
-        return -(-n_batches // self._n_ranks)
+        return len(self._ends)
 
     def __iter__(self) -> Iterator[list[int]]:
         first, self.n_skipped = self.n_skipped, 0
-        n_batches = len(self._ends)
-        for k in range(first, len(self)):
-            # Every process must take the same number of steps, or they wait for each other forever:
-            # the first batches come again where the last round is not full.
-            batch = (k * self._n_ranks + self._rank) % n_batches
+        for batch in range(first, len(self)):
             start = self._ends[batch - 1] if batch else 0
-            yield self._order[start : self._ends[batch]].tolist()
+            yield self._share(self._order[start : self._ends[batch]])
+
+    def _share(self, batch: NDArray[np.int64]) -> list[int]:
+        """Return what of a batch is this process's: the largest first, to who has least so far."""
+        if self._n_ranks == 1:
+            return batch.tolist()
+        load = np.zeros(self._n_ranks)
+        share: list[int] = []
+        for k in batch[np.argsort(-self._costs[batch], kind="stable")]:
+            least = int(load.argmin())
+            load[least] += self._costs[k]
+            if least == self._rank:
+                share.append(int(k))
+        return share
 
     def _pack(self) -> None:
         """Set the order of the structures and where in it each batch ends.
@@ -176,7 +197,8 @@ class BudgetBatchSampler(Sampler[list[int]]):
         self._ends = np.array(ends, dtype=np.int64)
 
     def _refuse_oversized(self, name: str) -> None:
-        for what, (limit, sizes) in self._budgets.items():
+        for what, (joint, sizes) in self._budgets.items():
+            limit = joint // self._n_ranks
             if (sizes > limit).any():
                 index = int(np.argmax(sizes > limit))
                 raise DataError(
@@ -184,6 +206,17 @@ class BudgetBatchSampler(Sampler[list[int]]):
                     f"max_{what}={limit}; raise the limit in the data section, or leave the "
                     "structure out"
                 )
+
+
+def _costs(dataset: GraphDataset) -> NDArray[np.int64]:
+    """Return what each structure costs: its edges, its atoms, or as much as any other."""
+    for sizes in ("n_edges", "n_atoms"):
+        try:
+            # An atom without neighbours costs something as well.
+            return 1 + np.asarray(getattr(dataset, sizes), dtype=np.int64)
+        except DataError:
+            continue
+    return np.ones(len(dataset), dtype=np.int64)
 
 
 class ResumableLoader:

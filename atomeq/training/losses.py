@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from atomeq.graph.atom_graph import AtomGraph
+from atomeq.training.distributed import joint_count
 from atomeq.typing import PropertyKey
 
 
@@ -63,7 +64,7 @@ class ScalarLoss:
         error, known = label_error("scalar", prediction["scalar"], graph)
         cost = _cost(error, self.kind, self.huber_delta)
         weight = graph.weight.to(cost.dtype)
-        return {"loss": (weight * cost * known).sum() / known.sum().clamp(min=1)}
+        return {"loss": (weight * cost * known).sum() / joint_count(known.sum())}
 
 
 @dataclass(frozen=True)
@@ -185,7 +186,7 @@ class PotentialLoss:
             weight = weight * graph[f"{key}_weight"]
         weight = weight[graph.batch] if of_atoms else weight
         weight = weight.to(cost.dtype).reshape(-1, *[1] * (cost.ndim - 1))
-        return (weight * cost * known).sum() / known.sum().clamp(min=1)
+        return (weight * cost * known).sum() / joint_count(known.sum())
 
 
 def _refuse_delta(kind: str, huber_delta: float) -> None:

@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from atomeq.training.distributed import of_all_processes
+
 
 def get_rng_state() -> dict[str, Any]:
     """Return every random state as plain values, which weights_only loading accepts."""
@@ -18,6 +20,16 @@ def get_rng_state() -> dict[str, Any]:
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state_all()
     return state
+
+
+def get_rng_states() -> list[dict[str, Any]]:
+    """Return the random states of all processes, by their rank."""
+    return of_all_processes(get_rng_state())
+
+
+def set_own_rng_state(states: list[dict[str, Any]] | dict[str, Any], rank: int) -> None:
+    """Restore the state of a process; files from before there were several hold one."""
+    set_rng_state(states if isinstance(states, dict) else states[min(rank, len(states) - 1)])
 
 
 def set_rng_state(state: dict[str, Any]) -> None:

@@ -21,6 +21,7 @@ from atomeq.models.base import AtomisticModel
 from atomeq.ops.precision import checked_precision
 from atomeq.potential.terms import EnergyTerm
 from atomeq.training.callbacks import forget_scores
+from atomeq.training.distributed import is_empty_share, joint_counts, joint_structures
 from atomeq.training.electrons import Electrons
 from atomeq.training.losses import Loss, PotentialLoss, ScalarLoss
 from atomeq.training.low_rank import LoRA
@@ -30,7 +31,7 @@ from atomeq.training.not_finite import not_finite_loss
 from atomeq.training.optimizers import refuse_two_averages, save_averages, train_or_eval
 from atomeq.training.parameters import Decay, freeze_parts, make_optimizer
 from atomeq.training.preparation import predictor_to_train, prepare, with_neighbor_count
-from atomeq.training.random_state import get_rng_state, set_rng_state
+from atomeq.training.random_state import get_rng_states, set_own_rng_state
 from atomeq.training.schedules import RunSchedule
 from atomeq.training.stages import Stage, forget_best, stage_of
 from atomeq.training.stress_offset import StressOffset
@@ -173,7 +174,7 @@ class AtomisticTask(LightningModule):
         self._plateau: ReduceLROnPlateau | None = None
         self._plateau_state: dict[str, Any] | None = None
         self._properties: dict[str, tuple[PropertyKey, ...]] = {}
-        self._rng_state: dict[str, Any] | None = None
+        self._rng_state: Any = None
         self._loaded = False
         self.neighbor_count: float | None = None
 
@@ -199,14 +200,17 @@ class AtomisticTask(LightningModule):
         prediction = self.potential(batch, self.loss.properties, create_graph=True)
         self.stress_offset.fit(prediction.get("stress"), batch)
         batch = self.stress_offset.without(batch)
-        terms = self.loss(prediction, batch)
+        with joint_counts():
+            terms = self.loss(prediction, batch)
+            n_structures = joint_structures(batch)
         if not bool(torch.isfinite(terms["loss"])):  # here, before the weights are lost as well
             self._stop_at(batch)
         self.log_dict(
             {f"train/{name}": term.detach() for name, term in terms.items()},
             on_step=False,
             on_epoch=True,
-            batch_size=batch.n_graphs,
+            sync_dist=True,
+            batch_size=n_structures,
         )
         return terms["loss"]
 
@@ -244,7 +248,8 @@ class AtomisticTask(LightningModule):
         name = list(self.trainer.datamodule.val_sets)[dataloader_idx]  # pyright: ignore
         batch = self.stress_offset.without(batch)
         prediction = self._evaluate(batch, name)
-        if name == "val" and set(self.loss.labels) <= set(prediction):
+        labelled = set(self.loss.labels) <= set(prediction) and not is_empty_share(batch)
+        if name == "val" and labelled:
             loss = self.loss(prediction, batch)["loss"].detach()
             self.val_loss.update(loss, weight=batch.n_graphs)
 
@@ -374,12 +379,12 @@ class AtomisticTask(LightningModule):
             self.start_results = self._errors_before_training("val", data)
             self.old_start_results = self._errors_before_training("old", data)
         if self._rng_state is not None:
-            set_rng_state(self._rng_state)
+            set_own_rng_state(self._rng_state, self.global_rank)
             self._rng_state = None
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the random state, the loss and the validation errors of these weights."""
-        checkpoint["rng_state"] = get_rng_state()
+        checkpoint["rng_state"] = get_rng_states()
         save_averages(checkpoint, self, self.trainer.optimizers)
         checkpoint["loss"] = self.loss_text()
         checkpoint["avg_num_neighbors"] = self.neighbor_count
