@@ -13,7 +13,6 @@ from torchmetrics import MeanMetric
 
 from atomeq.data.batching import GraphDataset
 from atomeq.data.datamodule import AtomisticDataModule
-from atomeq.data.splits import DataFile
 from atomeq.data.targets import ScalarTarget, known_target
 from atomeq.graph.atom_graph import AtomGraph
 from atomeq.graph.convert import Structures
@@ -26,7 +25,7 @@ from atomeq.training.electrons import Electrons
 from atomeq.training.losses import Loss, PotentialLoss, ScalarLoss
 from atomeq.training.low_rank import LoRA
 from atomeq.training.metrics import ErrorMetric, PotentialErrors, ScalarErrors
-from atomeq.training.normalisation import PotentialSource
+from atomeq.training.normalisation import PotentialSource, Shift
 from atomeq.training.not_finite import not_finite_loss
 from atomeq.training.optimizers import refuse_two_averages, save_averages, train_or_eval
 from atomeq.training.parameters import Decay, freeze_parts, make_optimizer
@@ -113,10 +112,7 @@ class AtomisticTask(LightningModule):
         stages: list[Stage] | None = None,
         stress_offset: float | Literal["fitted"] = 0.0,
         scalar_loss: ScalarLoss | None = None,
-        references: Literal["least_squares", "none", "atoms"]
-        | DataFile
-        | dict[str, float]
-        | None = None,
+        references: Shift | None = None,
         scale: float | Literal["forces", "energy"] | None = None,
         offset: float = 0.0,
         train_references: bool = False,

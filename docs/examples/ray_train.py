@@ -19,9 +19,11 @@ def fit(config: dict[str, str | int]) -> None:
     os.environ |= {"LOCAL_RANK": str(context.get_local_rank()), "OMP_NUM_THREADS": "1"}
     ray_nodes = int(config["workers"]) // context.get_local_world_size()
     main(
-        ["fit", "-c", str(config["experiment"]), "--trainer.strategy=ddp", "--ckpt_path=last"]
-        + [f"--trainer.num_nodes={ray_nodes}"]
-        + [f"--trainer.devices={context.get_local_world_size()}"]
+        [
+            *("fit", "-c", str(config["experiment"]), "--trainer.strategy=ddp", "--ckpt_path=last"),
+            f"--trainer.num_nodes={ray_nodes}",
+            f"--trainer.devices={context.get_local_world_size()}",
+        ]
     )
 
 

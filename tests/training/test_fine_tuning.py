@@ -165,7 +165,7 @@ def test_low_rank_updates_are_merged_into_an_ordinary_potential(start, tmp_path)
     main(run)
     folder = tmp_path / "runs/tune/potential"
     before, after = load_potential(start), load_potential(folder)
-    assert set(after.state_dict()) == set(before.state_dict())
+    assert set(after.model.state_dict()) == set(before.model.state_dict())
     changed = {
         name.split(".")[0]
         for name, weight in before.model.named_parameters()
