@@ -56,7 +56,7 @@ typedef struct {
   REAL *r, *z, *gz, *gr, *moved_r, *moved_gr;
   REAL *y, *gy, *moved_y, *sigma, *a, *ga, *moved_a;
   REAL *u, *q, *p, *moved_u, *turned_q;
-  REAL *turned, *torque, *left, *right;
+  REAL *turned, *torque, *right;
 } work_t;
 
 /* Memory. The first pass over take() only counts. */
@@ -73,12 +73,16 @@ static REAL *take(arena_t *arena, int64_t n) {
 
 /* Element (k, n) of the matrix is w[k * down + n * across]. */
 static void fill(matrix_t *b, const REAL *w, int64_t down, int64_t across) {
-  for (int64_t first = 0; first < b->columns; first += PANEL)
-    for (int64_t k = 0; k < b->depth; k++) {
-      REAL *to = b->panels + first * b->depth + k * PANEL;
-      for (int64_t n = first; n < first + PANEL; n++)
-        *to++ = n < b->columns ? w[k * down + n * across] : 0;
+  for (int64_t first = 0; first < b->columns; first += PANEL) {
+    REAL *to = b->panels + first * b->depth;
+    int64_t n = b->columns - first < PANEL ? b->columns - first : PANEL;
+    for (int64_t k = 0; k < b->depth; k++, to += PANEL) {
+      const REAL *from = w + k * down + first * across;
+      if (across == 1 && n == PANEL) memcpy(to, from, PANEL * sizeof(REAL));
+      else
+        for (int64_t c = 0; c < PANEL; c++) to[c] = c < n ? from[c * across] : 0;
     }
+  }
 }
 
 static matrix_t pack(arena_t *arena, const REAL *w, int64_t depth, int64_t columns, int64_t down,
@@ -88,9 +92,14 @@ static matrix_t pack(arena_t *arena, const REAL *w, int64_t depth, int64_t colum
   return b;
 }
 
-INLINE void tile(int rows, int vectors, const REAL *a, int64_t a_stride, const REAL *b,
-                 int64_t depth, const REAL *start, int64_t start_stride, REAL *c,
-                 int64_t c_stride) {
+/* Where the left factor of a product lies: element (r, k) is a[r * row + k * column]. */
+typedef struct {
+  const REAL *a;
+  int64_t row, column;
+} left_t;
+
+INLINE void tile(int rows, int vectors, left_t left, const REAL *b, int64_t depth,
+                 const REAL *start, int64_t start_stride, REAL *c, int64_t c_stride) {
   LANES sum[MAP_ROWS][2];
   UNROLL for (int r = 0; r < rows; r++) UNROLL for (int v = 0; v < vectors; v++) {
     sum[r][v] = (LANES){0};
@@ -99,55 +108,68 @@ INLINE void tile(int rows, int vectors, const REAL *a, int64_t a_stride, const R
   for (int64_t k = 0; k < depth; k++) {
     const REAL *row = b + k * PANEL;
     UNROLL for (int r = 0; r < rows; r++) UNROLL for (int v = 0; v < vectors; v++)
-      sum[r][v] += a[r * a_stride + k] * *(const LANES *)(row + v * N_LANES);
+      sum[r][v] += left.a[r * left.row + k * left.column] * *(const LANES *)(row + v * N_LANES);
   }
   UNROLL for (int r = 0; r < rows; r++) UNROLL for (int v = 0; v < vectors; v++)
     *(LANES *)(c + r * c_stride + v * N_LANES) = sum[r][v];
 }
 
-static void panel(int rows, int vectors, const REAL *a, int64_t a_stride, const REAL *b,
-                  int64_t depth, const REAL *start, int64_t start_stride, REAL *c,
-                  int64_t c_stride) {
+/* One of both strides of the left factor is 1, which the compiler is told. */
+static void panel(int rows, int vectors, left_t left, const REAL *b, int64_t depth,
+                  const REAL *start, int64_t start_stride, REAL *c, int64_t c_stride) {
+  left_t along = {left.a, left.row, 1}, across = {left.a, 1, left.column};
 #define TILE(n)                                                                                   \
   case n:                                                                                         \
-    if (vectors == 2) tile(n, 2, a, a_stride, b, depth, start, start_stride, c, c_stride);        \
-    else tile(n, 1, a, a_stride, b, depth, start, start_stride, c, c_stride);                     \
+    if (left.column != 1 && vectors == 2)                                                         \
+      tile(n, 2, across, b, depth, start, start_stride, c, c_stride);                             \
+    else if (left.column != 1)                                                                    \
+      tile(n, 1, across, b, depth, start, start_stride, c, c_stride);                             \
+    else if (vectors == 2) tile(n, 2, along, b, depth, start, start_stride, c, c_stride);         \
+    else tile(n, 1, along, b, depth, start, start_stride, c, c_stride);                           \
     return;
   switch (rows) { TILE(1) TILE(2) TILE(3) TILE(4) TILE(5) TILE(6) }
 }
 
-/* c = a b + start; start may be null, c itself, or with stride 0 one row for all. */
-static void product(const REAL *a, int64_t a_stride, const matrix_t *b, const REAL *start,
-                    int64_t start_stride, REAL *c, int64_t c_stride, int64_t n_rows) {
+/* c = left b + start; start may be null, c itself, or with stride 0 one row for all. */
+static void multiply(left_t left, const matrix_t *b, const REAL *start, int64_t start_stride,
+                     REAL *c, int64_t c_stride, int64_t n_rows) {
   for (int64_t n = 0; n < b->columns; n += PANEL) {
-    int64_t left = b->columns - n;
-    int vectors = left > N_LANES ? 2 : 1;
+    int64_t columns = b->columns - n;
+    int vectors = columns > N_LANES ? 2 : 1;
     const REAL *weight = b->panels + n * b->depth;
     for (int64_t r = 0; r < n_rows; r += MAP_ROWS) {
       int rows = n_rows - r < MAP_ROWS ? (int)(n_rows - r) : MAP_ROWS;
-      const REAL *from = a + r * a_stride, *add = start ? start + r * start_stride + n : 0;
+      left_t from = {left.a + r * left.row, left.row, left.column};
+      const REAL *add = start ? start + r * start_stride + n : 0;
       REAL *to = c + r * c_stride + n;
-      if (left >= vectors * N_LANES) {
-        panel(rows, vectors, from, a_stride, weight, b->depth, add, start_stride, to, c_stride);
+      if (columns >= vectors * N_LANES) {
+        panel(rows, vectors, from, weight, b->depth, add, start_stride, to, c_stride);
         continue;
       }
       REAL rest[MAP_ROWS * PANEL] = {0};
       for (int k = 0; add && k < rows; k++)
-        memcpy(rest + k * PANEL, add + k * start_stride, left * sizeof(REAL));
-      panel(rows, vectors, from, a_stride, weight, b->depth, rest, PANEL, rest, PANEL);
-      for (int k = 0; k < rows; k++) memcpy(to + k * c_stride, rest + k * PANEL, left * sizeof(REAL));
+        memcpy(rest + k * PANEL, add + k * start_stride, columns * sizeof(REAL));
+      panel(rows, vectors, from, weight, b->depth, rest, PANEL, rest, PANEL);
+      for (int k = 0; k < rows; k++)
+        memcpy(to + k * c_stride, rest + k * PANEL, columns * sizeof(REAL));
     }
   }
+}
+
+/* c = a b + bias; the bias, one row, may be null. */
+static void product(const REAL *a, int64_t a_stride, const matrix_t *b, const REAL *bias, REAL *c,
+                    int64_t c_stride, int64_t n_rows) {
+  multiply((left_t){a, a_stride, 1}, b, bias, 0, c, c_stride, n_rows);
 }
 
 /* M rows, (n, N_ROWS * c_in) -> (n, n_scalars + N_ROWS * c_out). */
 static void map(const matrix_t *weight, const REAL *rows, int64_t c_in, REAL *out, int64_t c_out,
                 int64_t n_scalars, int64_t n) {
   int64_t width = N_ROWS * c_in, width_out = n_scalars + N_ROWS * c_out;
-  product(rows, width, weight, 0, 0, out, width_out, n);
+  product(rows, width, weight, 0, out, width_out, n);
   for (int m = 1; m <= MMAX; m++)
     for (int sign = 0; sign < 2; sign++)
-      product(rows + SIGN_START(m, sign) * c_in, width, weight + m, 0, 0,
+      product(rows + SIGN_START(m, sign) * c_in, width, weight + m, 0,
               out + n_scalars + SIGN_START(m, sign) * c_out, width_out, n);
 }
 
@@ -155,10 +177,10 @@ static void map(const matrix_t *weight, const REAL *rows, int64_t c_in, REAL *ou
 static void map_back(const matrix_t *weight, const REAL *grad, int64_t c_out, int64_t n_scalars,
                      REAL *rows, int64_t c_in, int64_t n) {
   int64_t width = N_ROWS * c_in, width_out = n_scalars + N_ROWS * c_out;
-  product(grad, width_out, weight, 0, 0, rows, width, n);
+  product(grad, width_out, weight, 0, rows, width, n);
   for (int m = 1; m <= MMAX; m++)
     for (int sign = 0; sign < 2; sign++)
-      product(grad + n_scalars + SIGN_START(m, sign) * c_out, width_out, weight + m, 0, 0,
+      product(grad + n_scalars + SIGN_START(m, sign) * c_out, width_out, weight + m, 0,
               rows + SIGN_START(m, sign) * c_in, width, n);
 }
 
@@ -168,12 +190,7 @@ static void add_outer(const work_t *work, const REAL *left, int64_t left_stride,
                       int64_t n) {
   matrix_t b = {n, n_right, work->right};
   fill(&b, right, right_stride, 1);
-  for (int64_t first = 0; first < n_left; first += PANEL) {
-    int64_t stop = first + PANEL < n_left ? first + PANEL : n_left;
-    for (int64_t k = 0; k < n; k++)
-      for (int64_t c = first; c < stop; c++) work->left[c * n + k] = left[k * left_stride + c];
-  }
-  product(work->left, n, &b, to, n_right, to, n_right, n_left);
+  multiply((left_t){left, 1, left_stride}, &b, to, n_right, to, n_right, n_left);
 }
 
 /* The gradients of <grad, M rows> with respect to the weights are added. */
@@ -222,6 +239,12 @@ static void add_dots(const REAL *a, const REAL *b, REAL *to, int64_t width, int6
 #define LOG2_LOW (IS_FLOAT ? (REAL)-2.12194440054690583e-4 : (REAL)1.42860682030941723e-6)
 typedef __typeof__((LANES){0} < (LANES){0}) BITS;
 
+INLINE REAL factor_of_series(int k) { /* 1 / k! */
+  REAL factor = 1;
+  UNROLL for (int i = 2; i <= k; i++) factor /= i;
+  return factor;
+}
+
 INLINE LANES sigmoid_of(LANES x) {
   LANES t = -x, most = LARGEST - (LANES){0}, least = -most;
   BITS above = t > most, below = t < least; /* NaN is neither and stays */
@@ -229,8 +252,8 @@ INLINE LANES sigmoid_of(LANES x) {
   LANES shifted = t * (REAL)1.4426950408889634 + ROUND;
   LANES n = shifted - ROUND;
   LANES r = t - n * LOG2_HIGH - n * LOG2_LOW;
-  LANES series = 1 - (LANES){0};
-  UNROLL for (int k = IS_FLOAT ? 7 : 13; k > 0; k--) series = 1 + series * r * ((REAL)1 / k);
+  LANES series = factor_of_series(IS_FLOAT ? 7 : 13) - (LANES){0};
+  UNROLL for (int k = IS_FLOAT ? 6 : 12; k >= 0; k--) series = factor_of_series(k) + series * r;
   BITS power = (BITS)shifted << (IS_FLOAT ? 23 : 52); /* the bits of n alone are left */
   return 1 / (1 + (LANES)((BITS)series + power));
 }
@@ -320,9 +343,7 @@ static void prepare(const layer_t *layer, arena_t *arena, work_t *work, int step
   work->sigma = take(arena, n * most * hidden);
   work->turned = take(arena, n * N_ROWS * N_SPH);
   work->torque = take(arena, 3 * n);
-  int64_t left = (LMAX + most) * hidden > most * c_out ? (LMAX + most) * hidden : most * c_out;
   int64_t right = most * c_in > most * hidden ? most * c_in : most * hidden;
-  work->left = take(arena, n * (left > scales ? left : scales));
   work->right = take(arena, n * PADDED(right > layer->n_radial ? right : layer->n_radial));
 }
 
@@ -331,7 +352,7 @@ static const REAL *scale_of_block(const layer_t *layer, const work_t *work, cons
                                   const REAL *bias, REAL *to, int64_t e, int64_t n) {
   int64_t scales = N_SCALES * 2 * layer->channels, width = layer->n_radial;
   if (!radial || !layer->radial_weight) return radial ? radial + e * scales : 0;
-  product(radial + e * width, width, &work->scale, bias, 0, to, scales, n);
+  product(radial + e * width, width, &work->scale, bias, to, scales, n);
   return to;
 }
 
@@ -341,7 +362,7 @@ static void radial_gradients(const layer_t *layer, const work_t *work, const REA
   int64_t scales = N_SCALES * 2 * layer->channels, width = layer->n_radial;
   if (!layer->radial_weight) return; /* gs is the result itself */
   if (layer->to_radial)
-    product(gs, scales, &work->scale_back, 0, 0, layer->to_radial + e * width, width, n);
+    product(gs, scales, &work->scale_back, 0, layer->to_radial + e * width, width, n);
   for (int64_t k = 0; layer->to_radial_bias && k < n; k++)
     EACH(scales) layer->to_radial_bias[c] += gs[k * scales + c];
   if (!layer->to_radial_weight) return;
