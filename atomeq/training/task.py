@@ -239,6 +239,11 @@ class AtomisticTask(LightningModule):
             path=Path(trainer.default_root_dir) / f"not_finite_{trainer.global_rank}.extxyz",
         )
 
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Differentiate by what is trained, not by the positions that forces are derivatives by."""
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        loss.backward(*args, inputs=trained, **kwargs)
+
     def validation_step(self, batch: AtomGraph, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Add a batch to the validation errors, those of new or of old data."""
         name = list(self.trainer.datamodule.val_sets)[dataloader_idx]  # pyright: ignore

@@ -109,6 +109,16 @@ def test_training_without_stress_needs_no_cell(tmp_path: Path):
     assert task.val_results["forces_mae"] > 0
 
 
+def test_positions_get_no_gradient_in_training():
+    task = AtomisticTask(EGNN(2.0, num_layers=1, hidden_channels=4), loss=PotentialLoss())
+    weight = next(parameter for parameter in task.parameters() if parameter.requires_grad)
+    positions = torch.ones_like(weight).requires_grad_()
+    task.backward((3 * weight * positions).sum())
+    assert positions.grad is None
+    assert weight.grad is not None
+    assert weight.grad.eq(3).all()
+
+
 def test_wandb_logs_offline(tmp_path: Path, experiment: Path, monkeypatch):
     for key in ("WANDB_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"):
         monkeypatch.setenv(key, str(tmp_path))
