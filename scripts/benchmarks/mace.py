@@ -20,7 +20,7 @@ import argparse
 import statistics
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,11 @@ def main(argv: list[str] | None = None) -> int:
     return int(any(row["ratio"] < BARS[row["work"]] or row["deviation"] > _SAME for row in rows))
 
 
-def reference_model() -> Any:
+def reference_model(
+    hidden: str = "128x0e+128x1o",
+    elements: Sequence[int] = ELEMENTS,
+    neighbours: float = NEIGHBOURS,
+) -> Any:
     """Return mace-torch's network."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # e3nn 0.4.4 is older than this torch
@@ -94,12 +98,12 @@ def reference_model() -> Any:
         interaction_cls=kind,
         interaction_cls_first=kind,
         num_interactions=2,
-        num_elements=len(ELEMENTS),
-        hidden_irreps=o3.Irreps("128x0e+128x1o"),
+        num_elements=len(elements),
+        hidden_irreps=o3.Irreps(hidden),
         MLP_irreps=o3.Irreps("16x0e"),
-        atomic_energies=np.zeros(len(ELEMENTS)),
-        avg_num_neighbors=NEIGHBOURS,
-        atomic_numbers=list(ELEMENTS),
+        atomic_energies=np.zeros(len(elements)),
+        avg_num_neighbors=neighbours,
+        atomic_numbers=list(elements),
         correlation=3,
         gate=torch.nn.functional.silu,
         radial_MLP=[64, 64, 64],
@@ -135,14 +139,22 @@ def measured(ours: Potential, theirs: Any, n_atoms: int, turns: int) -> list[dic
     return rows
 
 
-def work(ours: Potential, theirs: Any, atoms: Atoms) -> tuple[int, dict[str, tuple[Work, Work]]]:
-    """Return the number of edges, and what is done on each side, ours first."""
+def batch_of(structures: Sequence[Atoms], elements: Sequence[int]) -> dict[str, Tensor]:
+    """Return mace-torch's batch of some structures."""
     from mace import data, tools
 
-    table = tools.AtomicNumberTable(list(ELEMENTS))
-    entry = data.AtomicData.from_config(data.config_from_atoms(atoms), z_table=table, cutoff=CUTOFF)
-    loader = tools.torch_geometric.dataloader.DataLoader([entry], batch_size=1)
-    batch = next(iter(loader)).to_dict()
+    table = tools.AtomicNumberTable(list(elements))
+    entries = [
+        data.AtomicData.from_config(data.config_from_atoms(atoms), z_table=table, cutoff=CUTOFF)
+        for atoms in structures
+    ]
+    loader = tools.torch_geometric.dataloader.DataLoader(entries, batch_size=len(entries))
+    return next(iter(loader)).to_dict()
+
+
+def work(ours: Potential, theirs: Any, atoms: Atoms) -> tuple[int, dict[str, tuple[Work, Work]]]:
+    """Return the number of edges, and what is done on each side, ours first."""
+    batch = batch_of([atoms], ELEMENTS)
     graph = ours.build_graph(atoms)
     wanted = torch.randn(len(atoms), 3, generator=torch.Generator().manual_seed(2))
 
