@@ -49,7 +49,7 @@ class ZBL(EnergyTerm):
             raise ValueError(f"radius_scale must be positive, not {radius_scale!r}")
         self.radius_scale = float(radius_scale)
         table = torch.full((MAX_ATOMIC_NUMBER + 1,), math.nan, dtype=torch.float64)
-        table[: len(COVALENT_RADII)] = torch.tensor(COVALENT_RADII)
+        table[: len(COVALENT_RADII)] = torch.tensor(COVALENT_RADII, dtype=torch.float64)
         self.register_buffer("radii", table, persistent=False)
         self._switch = PolynomialEnvelope(1.0, exponent=_EXPONENT)
 
