@@ -189,7 +189,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     for module in (coupling, gate, rotation, row_scale, segment, so2, sphere):
         module.launch = compile_only
-    so2.architecture = lambda like: target[0]
+    so2.architecture = coupling.architecture = lambda like: target[0]
     for target[0] in options.arch:
         for dtype in (torch.float32, torch.bfloat16):
             compile_all(*options.degrees, 128, dtype)

@@ -27,6 +27,7 @@ from atomeq.ops.specification import OpSpec
 from atomeq.ops.tables import constant_table, table_like
 from atomeq.ops.triton_launch import (
     accumulator,
+    architecture,
     ceil_div,
     channel_tile,
     contiguous,
@@ -158,7 +159,8 @@ class _Call:
             **self._weighting(),
             SEGMENTED=bool(self.ends),
             SUM=accumulator(self.x.dtype),
-            BLOCK_E=2 if self.ends else 1,
+            # Two edges at a time, but on Blackwell, where they spill.
+            BLOCK_E=2 if self.ends and architecture(self.x) < 100 else 1,
             BLOCK_C=block_c,
             num_warps=2,
         )
