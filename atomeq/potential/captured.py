@@ -288,7 +288,8 @@ def _versions(weights: Sequence[Tensor]) -> list[Any]:
 
 def _of_the_real(results: Results, graph: AtomGraph) -> Results:
     """Return copies of what belongs to the structures: the next replay writes over the results."""
-    sizes = dict.fromkeys(("energy", "energy_uncertainty", "stress"), graph.n_graphs)
+    of_graphs: tuple[PropertyKey, ...] = ("energy", "energy_uncertainty", "stress")
+    sizes = dict.fromkeys(of_graphs, graph.n_graphs)
     return {key: value[: sizes.get(key, graph.n_atoms)].clone() for key, value in results.items()}
 
 
