@@ -42,8 +42,10 @@ class PairNetworks(NamedTuple):
         if made is None:
             return self._features(frame.lengths, numbers, edge_index), self._cut(frame.lengths)
         envelope = None if self.envelope is None else made.pop(0)[:, 0]
-        enveloped = {_perceptron(self.density): made[0]}
-        hidden = dict(zip(map(_perceptron, self.others), made[1:], strict=True))
+        enveloped: dict[nn.Module, Tensor] = {_perceptron(self.density): made[0]}
+        hidden: dict[nn.Module, Tensor] = {
+            _perceptron(one): values for one, values in zip(self.others, made[1:], strict=True)
+        }
         return TabulatedPairs(hidden, enveloped), envelope
 
     def weights(self) -> Iterator[Tensor]:
