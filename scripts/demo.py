@@ -32,7 +32,8 @@ from matplotlib import pyplot as plt
 
 # Lattice constant and bulk modulus: Lejaeghere et al., Science 351, aad3000 (2016), WIEN2k, and the
 # experiments of its set, corrected for temperature and zero-point motion; both are in
-# ``ase.collections.dcdft``. The vacancy, from memory: Lysogorskiy et al., npj Comput. Mater. 7, 97.
+# ``ase.collections.dcdft``. The vacancy, from memory: Lysogorskiy et al., npj Computational
+# Materials 7, 97 (2021), table 1.
 EXPERIMENT = {"a0": 3.598, "bulk_modulus": 144.0, "vacancy": 1.27}
 PBE = {"a0": 3.629, "bulk_modulus": 141.0, "vacancy": 1.07}
 

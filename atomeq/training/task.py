@@ -127,10 +127,8 @@ class AtomisticTask(LightningModule):
         super().__init__()
         self.target = known_target(target) if target is not None else None
         self.start_from = start_from
-        # Here, before the averaged weights are copied.
-        self.potential = predictor_to_train(
-            *(model, self.target, start_from),
-            conservative=conservative,
+        self.potential = predictor_to_train(  # here, before the averaged weights are copied
+            *(model, self.target, start_from, conservative),
             terms=terms or (),
             lora=lora,
             heads=heads,

@@ -82,7 +82,6 @@ def generated_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for atoms in (energies_only := labelled(molecule("CH3COOH"), 30)):
         del atoms.calc.results["forces"]  # QM7 has none
     ase.io.write(folder / "qm7" / "qm7.extxyz.gz", energies_only)
-    (folder / "mattersim_benchmarks").mkdir()
     old = folder / "mattersim_benchmarks" / "mptrj-random-1k.extxyz.gz"
     ase.io.write(old, labelled(bulk("Cu", cubic=True), 30))
     write_archive(folder / "qm9", repeats=5)
