@@ -133,7 +133,7 @@ def test_references_may_be_kept(start, tmp_path):
         ({"start_from": "sevenet"}, "sevenet"),
         ({"model": {"class_path": "atomeq.models.nequip.NequIP"}}, "do not fit the NequIP"),
         ({"lora": {"parts": ["layer"]}}, "no linear map of the NequIP"),
-        ({"rates": {"embeding": 0.0}}, "no part 'embeding'"),
+        ({"rates": {"embeddings": 0.0}}, "no part 'embeddings'"),
         ({"terms": ["zbl"]}, "has a ZBL already"),
         ({"avg_num_neighbors": "auto"}, "avg_num_neighbors is that of the potential"),
     ],
