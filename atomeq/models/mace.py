@@ -9,11 +9,12 @@ independent ones. Published potentials are the same network in other forms: :cla
 has what differs there.
 """
 
+import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +39,9 @@ from atomeq.nn.irreps import (
     parse_irreps,
 )
 from atomeq.nn.radial import BesselBasis, PolynomialEnvelope
+from atomeq.nn.radial_tables import RadialTables
 from atomeq.nn.symmetric_product import SymmetricProduct, natural
+from atomeq.ops.coupling.weight_table import WeightTable
 from atomeq.ops.harmonics.operations import spherical_harmonics
 from atomeq.ops.segment.operations import segment_sum
 from atomeq.typing import EdgeIndex, PropertyKey
@@ -90,12 +93,14 @@ class Edges(NamedTuple):
     """What layers know of the edges.
 
     Attributes:
+        weights: Tables of the convolution's weights; None where they are made from ``radial``.
         radial: Functions of the length, (n_edges, num_radial).
         envelope: Factor of the weights, (n_edges, 1), or None where ``radial`` has it.
         harmonics: Spherical harmonics, (n_edges, n_sph).
         edge_index: Row 0 is the source, row 1 the target.
     """
 
+    weights: WeightTable | None
     radial: Tensor
     envelope: Tensor | None
     harmonics: Tensor
@@ -164,6 +169,7 @@ class MACE(AtomisticModel):
         self.embedding = IrrepsLinear({SCALAR: self.n_species}, scalars)
         self.basis = BesselBasis(num_radial, cutoff)
         self.envelope = PolynomialEnvelope(cutoff, exponent=envelope_exponent)
+        self._tables = RadialTables(cutoff)
         # Covalent radii, Å, for what published potentials do with them; files bring their own.
         self.radii = nn.Buffer(torch.ones(119)) if form.transform or form.repulsion else None
         features = [scalars, *[hidden] * (num_layers - 1), scalars]
@@ -211,29 +217,57 @@ class MACE(AtomisticModel):
         """Return the scalars after each layer, (n_atoms, channels)."""
         species = self.index[graph.atomic_numbers]
         one_hot = nn.functional.one_hot(species, self.n_species).to(self.dtype)
-        edges = self._edges(graph)
+        edges, tables = self._edges(graph)
         x = self.embedding({SCALAR: one_hot[:, None, :]})  # {irrep: (n_atoms, 2l + 1, C)}
         x = x | {SCALAR: self.with_state(x[SCALAR][:, 0], graph)[:, None]}
         found = []
-        for layer in self.layers:
-            x = layer(x, edges, one_hot, species)
+        for layer, table in zip(self.layers, tables, strict=True):
+            x = layer(x, edges._replace(weights=table), one_hot, species)
             found.append(x[SCALAR][:, 0])
         return found
 
-    def _edges(self, graph: AtomGraph) -> Edges:
+    def _edges(self, graph: AtomGraph) -> tuple[Edges, Sequence[WeightTable | None]]:
+        """Return what layers know of the edges, and for each a table of its weights, if it has."""
         vectors = graph.edge_vectors().to(self.dtype)  # (n_edges, 3)
         lengths = torch.linalg.vector_norm(vectors, dim=1)
-        envelope = self.envelope(lengths)[:, None]
-        distances = lengths
-        if self.form.transform is not None:
-            distances = _transformed(lengths, self._bond_lengths(graph), self.form.transform)
-        # As published: √(2/r_c) sin(nπr/r_c)/r.
-        radial = self.basis(distances) * (math.sqrt(2.0 / self.cutoff) * math.pi / self.cutoff)
         # From the neighbour to the atom, as published.
         harmonics = spherical_harmonics(-vectors, self.lmax_edge)
+        tables, used = self._interactions_of_length(), []
+        for one in tables:
+            used += one.radial.weights
+        if tables and self._tables.serve(lengths, used):
+            known = Edges(None, lengths.new_empty(0), None, harmonics, graph.edge_index)
+            return known, self._tables.at(lengths, used, self._radial_functions)
+        bonds = None if self.form.transform is None else self._bond_lengths(graph)
+        radial, envelope = self._radial(lengths, bonds)
+        return Edges(None, radial, envelope, harmonics, graph.edge_index), [None] * len(self.layers)
+
+    def _radial(self, lengths: Tensor, bonds: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return functions of the lengths, (n_edges, num_radial), and a factor of the weights."""
+        envelope, distances = self.envelope(lengths)[:, None], lengths
+        if self.form.transform is not None and bonds is not None:
+            distances = _transformed(lengths, bonds, self.form.transform)
+        # As published: √(2/r_c) sin(nπr/r_c)/r.
+        radial = self.basis(distances) * (math.sqrt(2.0 / self.cutoff) * math.pi / self.cutoff)
         if self.form.envelope_on_weights:
-            return Edges(radial, envelope, harmonics, graph.edge_index)
-        return Edges(radial * envelope, None, harmonics, graph.edge_index)
+            return radial, envelope
+        return radial * envelope, None
+
+    def _interactions_of_length(self) -> list["Interaction"]:
+        """Return the interactions, if the weights of all depend on lengths alone; else none."""
+        layers = cast("list[MACELayer]", list(self.layers))  # a ModuleList has no types
+        found = [layer.interaction for layer in layers]
+        simple = [one for one in found if isinstance(one, Interaction) and one.density is None]
+        return simple if len(simple) == len(found) and self.form.transform is None else []
+
+    def _radial_functions(self) -> list[Callable[[Tensor], Tensor]]:
+        """Return the weights of each layer as functions of the edge length, in float64."""
+        twin = copy.deepcopy(self).double()
+
+        def of(interaction: Interaction) -> Callable[[Tensor], Tensor]:
+            return lambda lengths: interaction.edge_weights(*twin._radial(lengths, None))
+
+        return [of(one) for one in twin._interactions_of_length()]
 
     def _bond_lengths(self, graph: AtomGraph) -> Tensor:
         """Return the sums of the covalent radii of the edges' atoms, (n_edges,), Å."""
@@ -319,12 +353,9 @@ class Interaction(nn.Module):
         self, x: Features, edges: Edges, one_hot: Tensor, species: Tensor
     ) -> tuple[Features, Features]:
         """Return sums over neighbours, and what is added after the product."""
-        hidden, last = self.radial.hidden(edges.radial), self.radial.weights[-1]
-        if edges.envelope is not None:
-            hidden = hidden * edges.envelope
-        n_neighbors = self.n_neighbors if self.density is None else 1.0
-        last = last / (math.sqrt(last.shape[0]) * n_neighbors)
-        weights = hidden @ last  # (n_edges, n_weights)
+        weights = edges.weights
+        if weights is None:
+            weights = self.edge_weights(edges.radial, edges.envelope)
         sent = self.up(x)
         sums = convolve(sent, weights, edges.harmonics, edges.edge_index, self.paths)
         sums = self.mix(sums)
@@ -334,6 +365,14 @@ class Interaction(nn.Module):
         if self.residual:
             return sums, self.skip(x, species)
         return self.skip(sums, species), {}
+
+    def edge_weights(self, radial: Tensor, envelope: Tensor | None) -> Tensor:
+        """Return the weights of the edges, (n_edges, n_weights)."""
+        hidden, last = self.radial.hidden(radial), self.radial.weights[-1]
+        if envelope is not None:
+            hidden = hidden * envelope
+        n_neighbors = self.n_neighbors if self.density is None else 1.0
+        return hidden @ (last / (math.sqrt(last.shape[0]) * n_neighbors))
 
 
 class NonlinearInteraction(nn.Module):

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from benchmarks import dynamics, operation_bars, screening, training_bars
+from benchmarks import dynamics, operation_bars, screening, small_systems, training_bars
 from benchmarks.judged import Judged, summary, table_of
 from benchmarks.operation_cases import cases
 from benchmarks.record import RESULTS, code_digest, machine, read, write
@@ -91,4 +91,5 @@ ROWS: dict[str, Row] = {
     **{f"dynamics {part}": partial(of_dynamics, part) for part in dynamics.MEASUREMENTS},
     **{f"screening {part}": partial(of_screening, part) for part in screening.MEASUREMENTS},
     "training": training_bars.bars,
+    "small systems": small_systems.bars,
 }

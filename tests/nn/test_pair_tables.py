@@ -11,13 +11,15 @@ from structures import RATTLED
 from atomeq.graph.atom_graph import AtomGraph
 from atomeq.nn import radial_tables
 from atomeq.nn.radial_tables import exact_radial_functions
+from atomeq.ops.c_compiler import unavailable
 from atomeq.ops.dispatch import use_backend
 from atomeq.potential.checkpoint import untrained_potential
 from atomeq.potential.derivatives import force_constants
 from atomeq.potential.potential import Potential
+from benchmarks.small_systems import operations_of
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "model"
-MODELS = ["escn", "esen", "equiformer_v2", "equiformer_v3"]
+MODELS = ["escn", "esen", "equiformer_v2", "equiformer_v3", "mace"]
 
 OF_FORCES = 1e-6  # of the largest force, what tables alone may change
 OF_HESSIANS = 1e-4  # of the largest second derivative, likewise: polynomials meet in their slopes
@@ -38,7 +40,8 @@ def forces_of(potential: Potential, graph: AtomGraph) -> torch.Tensor:
 
 
 def used(potential: Potential) -> bool:
-    return potential.model._tables._pairs[1] is not None
+    tables = potential.model._tables
+    return tables._pairs[1] is not None or bool(tables._made[1])
 
 
 def off(found: torch.Tensor, exact: torch.Tensor) -> float:
@@ -140,3 +143,8 @@ def test_one_crystal_alone_and_in_a_batch_have_the_same_forces() -> None:
     first = forces_of(potential, alone)
     assert off(forces_of(potential, both)[: alone.n_atoms], first) < SINGLE
     assert torch.equal(forces_of(potential, alone), first)
+
+
+@pytest.mark.skipif(unavailable() is not None, reason=f"no C kernels: {unavailable()}")
+def test_few_operations_are_sent_for_energy_and_forces() -> None:
+    assert operations_of("escn") <= 110
