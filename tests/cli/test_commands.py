@@ -91,7 +91,7 @@ def test_doctor_tells_what_is_there(run, monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("ATOMEQ_DATA", str(tmp_path))
     assert run("doctor") == 0
     text = capsys.readouterr().out
-    for word in ("torch", "cuda", "mvl_snap", "potentials", "reference"):
+    for word in ("torch", "idle threads", "cuda", "mvl_snap", "potentials", "reference"):
         assert word in text
 
 

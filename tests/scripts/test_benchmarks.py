@@ -14,7 +14,7 @@ from atomeq.cli import main as command
 from atomeq.data.oc20 import open_frames
 from atomeq.potential.potential import Potential
 from atomeq.potential.references import AtomicReferences
-from benchmarks import bars, potentials, record, rollout, training
+from benchmarks import bars, large, potentials, record, rollout, training
 from benchmarks.judged import Judged, summary
 from benchmarks.models import slab
 from benchmarks.operation_bars import bars as operation_bars
@@ -214,3 +214,33 @@ def test_potentials_are_held_to_their_bars():
     assert potentials.missed(document) == ["sevennet-0 at 32 atoms: 5.90x, not 6x"]
     row |= {"ratio": 6.1, "force_difference": 1.0}
     assert potentials.missed(document) == ["sevennet-0 at 32 atoms: forces differ by 1.0e+00 eV/Å"]
+
+
+def test_bars_that_lacked_something_are_measured_when_it_is_there(tmp_path, monkeypatch, capsys):
+    lacks = [Judged("relax", "needs torch-sim", ">= 1.2 x")]
+    found = [Judged.at_least("relax", 1.3, 1.2, "x")]
+    answers = [lacks, found]
+    monkeypatch.setattr(bars, "ROWS", {"large torchsim": lambda quick: answers.pop(0)})
+    monkeypatch.setattr(bars, "code_digest", lambda: "this code")
+    words = ["bars", "--quick", "--out", str(tmp_path / "bars.json")]
+    n_threads = torch.get_num_threads()
+    for last in ("bars: 0 met, 0 missed, 1 not measured (relax >= 1.2 x)", "bars: 1 met, 0 missed"):
+        assert benchmark.main(words) == 0
+        assert capsys.readouterr().out.splitlines()[-1] == last
+    assert benchmark.main(words) == 0  # and then no more
+    torch.set_num_threads(n_threads)
+
+
+def test_large_structures_are_judged_by_the_worst_of_them():
+    sizes = {500: 40e6, 4000: 144e6, 20_000: 280e6}
+    rows = [{"atoms": n, "bytes": size} for n, size in sizes.items()]
+    results = {
+        "graph": {"atoms": 4000, "ratio": 1.4},
+        "memory": {"rows": rows, "exponent": 0.5},
+        "threads": {"500": {"speedup": 1.5, "cpu_of_two_over_one": 1.1}},
+        "torchsim": {"lacks": "torch-sim"},
+    }
+    lines = list(large.bars(results))
+    assert [line.met for line in lines] == [True, False, True, True, True, False, True, None]
+    assert lines[1].measured == "80 kB"
+    assert set(results) == set(large.MEASUREMENTS)
