@@ -1,14 +1,18 @@
 """README and docs: short, links lead somewhere, commands exist, and their Python runs."""
 
+import inspect
 import re
 import shlex
+import subprocess
 from contextlib import suppress
 from pathlib import Path
 
 import benchmark
 import pytest
+from lightning.pytorch import Trainer
 
 from atomeq.cli import main as command
+from atomeq.training.callbacks import RunCheckpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -38,6 +42,21 @@ def help_of(verb: str, second: list[str], capsys: pytest.CaptureFixture[str]) ->
     text = capsys.readouterr().out
     assert text.startswith(f"usage: atomeq {verb}")
     return text
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "docs" / "examples").iterdir()), ids=lambda path: path.name
+)
+def test_examples_for_clusters_are_what_they_seem(path: Path) -> None:
+    """They parse, and every option of atomeq that they give is one."""
+    if path.suffix == ".sh":
+        subprocess.run(["bash", "-n", str(path)], check=True)
+    else:
+        compile(path.read_text(), str(path), "exec")
+    keys = set(re.findall(r"--(trainer|checkpoint)\.(\w+)", path.read_text()))
+    known = {"trainer": inspect.signature(Trainer), "checkpoint": inspect.signature(RunCheckpoint)}
+    assert keys
+    assert [key for part, key in keys if key not in known[part].parameters] == []
 
 
 def test_readme_is_short_and_the_index_has_every_page() -> None:

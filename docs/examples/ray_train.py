@@ -17,14 +17,10 @@ def fit(config: dict[str, str | int]) -> None:
     """Run ``atomeq fit`` as one of the processes."""
     context = ray.train.get_context()
     os.environ |= {"LOCAL_RANK": str(context.get_local_rank()), "OMP_NUM_THREADS": "1"}
-    ray_nodes = int(config["workers"]) // context.get_local_world_size()
-    main(
-        [
-            *("fit", "-c", str(config["experiment"]), "--trainer.strategy=ddp", "--ckpt_path=last"),
-            f"--trainer.num_nodes={ray_nodes}",
-            f"--trainer.devices={context.get_local_world_size()}",
-        ]
-    )
+    devices = context.get_local_world_size()
+    words = ["fit", "-c", str(config["experiment"]), "--trainer.strategy=ddp", "--ckpt_path=last"]
+    words += [f"--trainer.num_nodes={int(config['workers']) // devices}"]
+    main([*words, f"--trainer.devices={devices}"])
 
 
 if __name__ == "__main__":
