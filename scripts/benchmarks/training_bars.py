@@ -17,6 +17,7 @@ from ase import Atoms
 from ase.build import bulk
 from torch import Tensor, nn
 
+from atomeq.models.base import AtomisticModel
 from atomeq.models.escn import ESCN
 from atomeq.potential.checkpoint import build_model
 from atomeq.potential.potential import Potential
@@ -66,7 +67,7 @@ def loss(energy: Tensor, forces: Tensor) -> Tensor:
     return (energy / len(forces)).square().sum() + (forces - 1).square().mean()
 
 
-def work(model: nn.Module) -> tuple[Call, Call]:
+def work(model: AtomisticModel) -> tuple[Call, Call]:
     """Return energy and forces of our potential, and a step as AtomisticTask does it."""
     torch.manual_seed(0)
     potential = Potential(model.float())

@@ -22,7 +22,7 @@ def second_gradient(
     found = empty_gradients(layer, wanted)
     if "grad" in wanted:
         found["grad"] = torch.zeros_like(grad)
-    inside = dict(zip(("y", "u"), kept[:2], strict=True))
+    inside: Named = dict(zip(("y", "u"), kept[:2], strict=True))
     inside |= zip(
         ("ga", "gz"), [rows for rows in kept[2:] if len(rows)], strict=False
     )  # or nothing

@@ -262,17 +262,17 @@ void scale_second(const REAL *r, const REAL *dr, const REAL *g, const REAL *dg, 
       out[c] = by[c] * grad[c];
     }
     if (!dsg) continue;
-    REAL *dout = dsg + AT_ROWS;
+    REAL *moved_out = dsg + AT_ROWS;
     if (ds) {
       const REAL *dby = ds + AT_SCALE;
-      EACH(SIZE(m)) dout[c] = dby[c] * grad[c];
+      EACH(SIZE(m)) moved_out[c] = dby[c] * grad[c];
     } else
-      memset(dout, 0, SIZE(m) * sizeof(REAL));
+      memset(moved_out, 0, SIZE(m) * sizeof(REAL));
     if (!dg) continue;
     const REAL *dgrad = dg + AT_ROWS;
     EACH(SIZE(m)) {
       dto[c] += dgrad[c] * in[c];
-      dout[c] += by[c] * dgrad[c];
+      moved_out[c] += by[c] * dgrad[c];
     }
   }
 }
