@@ -153,12 +153,12 @@ class AtomisticTask(LightningModule):
         self.scale_source: float | Literal["forces", "energy"] | None = scale
         self.offset = offset
         self.metrics = metrics or _errors_of(self.target)
-        self.errors = nn.ModuleDict({"val": self.metrics.clone()})
-        self.val_loss = MeanMetric()
         self._begin()
 
     def _begin(self) -> None:
         """Know nothing yet of the run."""
+        self.errors = nn.ModuleDict({"val": self.metrics.clone()})
+        self.val_loss = MeanMetric()
         self.test_results: dict[str, dict[str, float]] = {}
         self.val_results: dict[str, float] = {}
         self.start_results: dict[str, float] = {}
