@@ -138,11 +138,11 @@ class Evaluator:
         """
         failure = _geometry_failures(graph, stress=stress)
         connected, fine = self._connect(graph, failure)
-        properties: tuple[PropertyKey, ...] = ("energy", "forces")
+        properties: list[PropertyKey] = ["energy", "forces"]
         if stress:
-            properties += ("stress",)
+            properties.append("stress")
         if self.max_uncertainty is not None:
-            properties += ("energy_uncertainty", "forces_uncertainty")
+            properties += "energy_uncertainty", "forces_uncertainty"
         if connected is None:
             return _with_results(graph, {}, fine, failure, properties)
         results = self._answer(connected, properties)
@@ -150,12 +150,10 @@ class Evaluator:
             self._refuse_no_numbers(connected, results["energy"])
         self.n_edges = _spread(_count_edges(connected), fine, graph.n_graphs)
         found = _with_results(graph, results, fine, failure, properties)
-        return found if self.max_uncertainty is None else self._certain(found)
-
-    def _certain(self, graph: AtomGraph) -> AtomGraph:
-        """Return the graph with structures marked whose forces are less certain than asked for."""
-        uncertain = any_atom(graph["forces_uncertainty"] > self.max_uncertainty, graph)
-        return graph.replace(failure=marked(graph["failure"], uncertain, Failure.UNCERTAIN))
+        if self.max_uncertainty is None:
+            return found
+        uncertain = any_atom(found["forces_uncertainty"] > self.max_uncertainty, found)
+        return found.replace(failure=marked(found["failure"], uncertain, Failure.UNCERTAIN))
 
     def _refuse_no_numbers(self, graph: AtomGraph, energy: Tensor) -> None:
         self._has_answered = bool(torch.isfinite(energy).any())

@@ -288,9 +288,11 @@ def _versions(weights: Sequence[Tensor]) -> list[Any]:
 
 def _of_the_real(results: Results, graph: AtomGraph) -> Results:
     """Return copies of what belongs to the structures: the next replay writes over the results."""
-    of_graphs: tuple[PropertyKey, ...] = ("energy", "energy_uncertainty", "stress")
-    sizes = dict.fromkeys(of_graphs, graph.n_graphs)
-    return {key: value[: sizes.get(key, graph.n_atoms)].clone() for key, value in results.items()}
+    of_graphs = ("energy", "energy_uncertainty", "stress")
+    return {
+        key: value[: graph.n_graphs if key in of_graphs else graph.n_atoms].clone()
+        for key, value in results.items()
+    }
 
 
 def _step(n: int, least: int) -> int:

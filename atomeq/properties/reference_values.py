@@ -123,8 +123,7 @@ class CrystalProperties:
         return fit.stiffness
 
     def _lattice_constant(self) -> float:
-        """Return the cube root of the volume of as many cells as the conventional one holds."""
-        return float(np.linalg.norm(self._crystal.cell[0]))
+        return float(self._crystal.cell.lengths()[0])
 
     def _bulk_modulus(self) -> float:
         fit, _ = equation_of_state(self._crystal, self._calculator, fmax=_FMAX, report=self._report)
