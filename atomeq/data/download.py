@@ -146,6 +146,37 @@ DATA_SETS: dict[str, DataSet] = {
             ),
         },
     ),
+    "mattersim_benchmarks": DataSet(  # parts are of the Materials Project and of Alexandria
+        source="https://raw.githubusercontent.com/microsoft/mattersim/"
+        "296630372948fd35613939d14d3f97daa27cefda/data/benchmarks",
+        licence="MIT",
+        files={
+            "alexandria-random-1k.extxyz.gz": (
+                "alexandria-random-1k.xyz",
+                "2d407d2a3e3a5a12aee3c20e3b853fc875c64cca33c5d852f45f0bc4daac9950",
+            ),
+            "mpf-TP.extxyz.gz": (
+                "mpf-TP.xyz",
+                "1a5b6947252d74f1b1d51578dde346c97c0cb959699471d3f3165624e672ae7a",
+            ),
+            "mpf-alkali-TP.extxyz.gz": (
+                "mpf-alkali-TP.xyz",
+                "8c2fd02748b7619fca4845af43ebbc3316daa068214ca1f4da121a305091a24f",
+            ),
+            "mptrj-highest-stress-1k.extxyz.gz": (
+                "mptrj-highest-stress-1k.xyz",
+                "e90b8740a40b797fde6e6cc2e2cdae351b19d5bc6d0d8f3e493730221a9cea11",
+            ),
+            "mptrj-random-1k.extxyz.gz": (
+                "mptrj-random-1k.xyz",
+                "7a10c90710842452ccc30d58094c9031802e8366dd488ac2c592d4f4fef12aac",
+            ),
+            "random-TP.extxyz.gz": (
+                "random-TP.xyz",
+                "4cbf4e037547243f3e9f6257bcb74ff5daeb17e59be8385552e64ab0de87056c",
+            ),
+        },
+    ),
     "mvl_snap": DataSet(
         source="https://raw.githubusercontent.com/materialsvirtuallab/snap/"
         "5fc2251b45c72dea0c9799d7aad3e3261a077a5b/Cu/training",

@@ -152,7 +152,17 @@ def test_every_set_that_a_configuration_names_can_be_downloaded():
         for path in configs.rglob("*.yaml")
         for part in path.read_text().split("${ATOMEQ_DATA}/")[1:]
     }
-    assert {"acac", "mvl_snap", "qm7", "qm9", "opv", "pcqm4mv2", "oc20", *RMD17} == named
+    assert {
+        "acac",
+        "mattersim_benchmarks",
+        "mvl_snap",
+        "qm7",
+        "qm9",
+        "opv",
+        "pcqm4mv2",
+        "oc20",
+        *RMD17,
+    } == named
     assert named - {"oc20"} <= {*DATA_SETS, *MOLECULE_SETS}
     parts = ("is2re", "s2ef-2m", "s2ef-all", "s2ef-md", "s2ef-val-id", "s2ef-val-ood-ads")
     assert {f"oc20-{part}" for part in parts} <= set(ARCHIVES)
