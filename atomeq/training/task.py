@@ -239,8 +239,7 @@ class AtomisticTask(LightningModule):
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Differentiate by what is trained, not by the positions that forces are derivatives by."""
-        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        loss.backward(*args, inputs=trained, **kwargs)
+        loss.backward(*args, inputs=[p for p in self.parameters() if p.requires_grad], **kwargs)
 
     def validation_step(self, batch: AtomGraph, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Add a batch to the validation errors, those of new or of old data."""

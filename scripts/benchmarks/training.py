@@ -80,7 +80,8 @@ def steps(name: str, n_steps: int) -> dict[str, Any]:
         prediction = potential.train()(batch, loss.properties, create_graph=True)
         error = loss(prediction, batch)["loss"]
         marks.append(time.process_time())
-        error.backward(inputs=list(potential.parameters()))  # as AtomisticTask does
+        trained = [p for p in potential.parameters() if p.requires_grad]
+        error.backward(inputs=trained)  # as AtomisticTask does
         marks.append(time.process_time())
         optimizer.step()
         optimizer.zero_grad()

@@ -120,7 +120,10 @@ def test_the_verb_writes_what_phono3py_reads(tmp_path, monkeypatch, capsys):
     again.init_phph_interaction()
     again.run_thermal_conductivity(temperatures=[300.0], is_isotope=True)
     tensor = found["conductivity"]["tensor_W_per_m_K"][0]
-    assert again.thermal_conductivity.kappa[0][0][0] == pytest.approx(tensor[0][0], rel=1e-3)
+    # The diagonals of fcc's grid are of one length: rounding of the cell chooses the tetrahedra.
+    assert again.thermal_conductivity.kappa[0][0][0] == pytest.approx(tensor[0][0], rel=2e-2)
+    computed = [one.get_forces() for one in ase.io.read("k.extxyz", index=":")]
+    np.testing.assert_allclose(again.forces, computed, atol=1e-7)
 
 
 @with_phono3py

@@ -75,6 +75,8 @@ WRITERS = {
     "export": "export small --out out.pt2",
     "convert": "convert absent.pt out",
     "check": "check small --only pickling --json out.json",
+    "evaluate": "evaluate small cu.extxyz --out out.json",
+    "calibrate": "calibrate small --train cu.extxyz --held-out cu.extxyz --out out",
     "is2re": "is2re . --potential small --out out.json",
     "data": "data nbody out.npz --num 1 --n-bodies 2 --frames 0",
     "screen": "screen cu.extxyz --potential small --out run --export-db out.db",

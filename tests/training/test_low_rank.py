@@ -35,7 +35,7 @@ NETWORKS = {
 
 @pytest.fixture(params=NETWORKS)
 def potential(request: pytest.FixtureRequest) -> Potential:
-    potential = Potential(NETWORKS[request.param]())
+    potential = Potential(NETWORKS[request.param]()).double()
     scatter_weights(potential)
     return potential
 
@@ -54,7 +54,8 @@ def test_updates_begin_at_nothing_are_all_that_is_trained_and_are_merged(
     before = answers(potential).detach()
     names = set(potential.state_dict())
     add_low_rank_updates(potential.model, LoRA(rank=2))
-    torch.testing.assert_close(answers(potential).detach(), before, rtol=0, atol=0)
+    # What is fixed now may be served by other kernels, hence not to the last bit.
+    torch.testing.assert_close(answers(potential).detach(), before, rtol=1e-12, atol=1e-12)
     trained = {name for name, p in potential.named_parameters() if p.requires_grad}
     updates = [m for m in potential.modules() if isinstance(m, LowRankUpdate)]
     assert len(trained) == 2 * len(updates) > 8
