@@ -8,7 +8,6 @@ from torch import Tensor
 
 from atomeq.graph.atom_graph import AtomGraph
 from atomeq.models.mace import MACE
-from atomeq.nn.radial_tables import exact_radial_functions
 from atomeq.potential.derivatives import energy_and_gradients
 from atomeq.potential.import_mace import mace_potential
 from atomeq.potential.potential import Potential
@@ -93,8 +92,7 @@ def _of_head(potential: Potential, graph: AtomGraph) -> Tensors:
     properties, (gradient, strain) = energy_and_gradients(potential.evaluate, graph, strain=True)
     for hook in hooks:
         hook.remove()
-    with exact_radial_functions():
-        edges, _ = model._edges(graph)
+    edges, _ = model._edges(graph)
     found |= {"mid.edge_attrs": edges.harmonics, "mid.edge_feats": edges.radial}
     found["out.energy"] = properties["energy"]
     found["out.node_energy"] = properties["energies"]
