@@ -2,7 +2,7 @@
 
 Networks of the length alone have one table, those of the elements too one for each pair that came.
 A table is a polynomial of degree five for each of equal intervals; of forces it changes less than
-their rounding does, and of second derivatives some 1e-5 (docs/operations.md). Double precision,
+their rounding does, and of second derivatives below 1e-4 (docs/operations.md). Double precision,
 training and traces compute the networks, and so does all within :func:`exact_radial_functions`.
 """
 

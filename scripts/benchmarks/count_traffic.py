@@ -130,7 +130,8 @@ def traffic(lmax: int, channels: int, n_edges: int) -> list[Traffic]:
     out = counted(0, lambda: compute(*inputs))
     moved = [inputs[0], inputs[1]]
     first = counted(1, lambda: torch.autograd.grad(out.sum(), moved, create_graph=True))
-    loss = torch.stack([gradient.sum() for gradient in first]).sum()
+    # A loss of energies and forces: the layer's gradient by the energy is merged with the second.
+    loss = torch.stack([out.sum(), *(gradient.sum() for gradient in first)]).sum()
     counted(2, lambda: torch.autograd.grad(loss, inputs, allow_unused=True))
     return found
 
