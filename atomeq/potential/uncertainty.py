@@ -193,13 +193,11 @@ def _held_out(
         predicted = potential(graph, ("energy", "forces"), create_graph=False)
         features = _features(potential, graph)
         means = segment_mean(features, graph.batch, graph.n_graphs)
-        energy = (predicted["energy"] - graph.energy) / graph.natoms
-        errors: dict[str, Tensor] = {"energy": energy[:, None]}
-        forces = graph.get("forces")
-        if forces is not None:
-            errors["forces"] = (predicted["forces"] - forces).to(torch.float64)
-        else:
-            errors["forces"] = torch.full_like(graph.pos, math.nan)
+        energy = predicted["energy"] - graph.get("energy", math.nan)
+        errors = {
+            "energy": (energy / graph.natoms)[:, None],
+            "forces": (predicted["forces"] - graph.get("forces", math.nan)).to(torch.float64),
+        }
         rows = {}
         for name, of in (("energy", means), ("forces", features)):
             known = torch.isfinite(errors[name]).all(dim=1)

@@ -300,6 +300,7 @@ class SavePotential(SaveBest):
             potential = copy.deepcopy(potential).eval().requires_grad_(False)
             potential.uncertainty = None  # that of what the fit started from is of other weights
             if self.calibrate_on:
+                save_potential(potential, folder, metadata=metadata)  # whatever comes of the rest
                 metadata = {**metadata, **self._calibrated(potential, pl_module.trainer)}
         save_potential(potential, folder, metadata=metadata)
 

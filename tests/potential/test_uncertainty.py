@@ -139,6 +139,9 @@ def test_labels_that_are_missing_are_passed_over_and_too_few_refused():
     assert torch.equal(found.forces, fewer.forces)
     with pytest.raises(ValueError, match="2 held-out energies are too few"):
         calibrated(potential, training, [potential.build_graph(HELD_OUT[:2])])
+    without = potential.build_graph(HELD_OUT).replace(energy=None)
+    with pytest.raises(ValueError, match="0 held-out energies are too few"):
+        calibrated(potential, training, [without])
     bare = [labelled(k, forces=False) for k in range(8)]
     with pytest.raises(ValueError, match="no forces to calibrate by"):
         calibrated(potential, training, [potential.build_graph(bare)])
