@@ -49,9 +49,14 @@ class Job:
         dtype = _DTYPES[self.dtype] if self.dtype else None
         if not isinstance(potential, Potential):
             return load_potential(potential, device=device, dtype=dtype, precision=self.precision)
-        own = copy.deepcopy(potential).to(resolve_device(device))
-        own.precision = checked_precision(self.precision) or own.precision
-        return own.to(own.dtype if dtype is None else dtype)
+        precision = checked_precision(self.precision) or potential.precision
+        wanted = resolve_device(device), dtype or potential.dtype, precision
+        frozen = not (potential.training or any(p.requires_grad for p in potential.parameters()))
+        if frozen and wanted == (potential.device, potential.dtype, potential.precision):
+            return potential
+        own = copy.deepcopy(potential).to(wanted[0])
+        own.precision = precision
+        return own.to(wanted[1])
 
     def device_of(self, worker: int) -> str:
         """Return the device of a worker."""

@@ -2,13 +2,14 @@
 
 import platform
 import subprocess
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from atomeq.calculators.ase import AtomeqCalculator
+from atomeq.potential.committee import provenance_of as origin_of
 from atomeq.potential.potential import Potential
 from atomeq.screening.steps import hash_settings
 
@@ -35,9 +36,7 @@ def provenance_of(
         steps: As plain values, with all defaults.
         columns: Settings of what sources say of structures, ``id_key`` and ``info``.
     """
-    origin = AtomeqCalculator(
-        loaded if isinstance(potential, Potential) else str(potential)
-    ).provenance
+    origin = origin_of(None if isinstance(potential, Potential) else str(potential), loaded)
     name = origin["name"] or type(loaded.model).__name__
     dtype = str(loaded.dtype).removeprefix("torch.")
     settings = {"steps": steps, "dtype": dtype, "potential_sha256": origin["sha256"], **columns}
@@ -50,7 +49,7 @@ def provenance_of(
         "potential": {"name": Path(name).name, "sha256": origin["sha256"]},
         "dtype": dtype,
         "device": _device(loaded.device),
-        "versions": _versions(),
+        "versions": dict(_versions()),
     }
 
 
@@ -60,6 +59,7 @@ def _device(device: torch.device) -> str:
     return str(device)
 
 
+@cache  # what was imported stays what it is
 def _versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
     for name in _PACKAGES:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from ase import Atoms
 
 from atomeq.files import write_atomically
 from atomeq.screening.compute import OF_A_STRUCTURE
@@ -39,22 +40,26 @@ def best_rows(folder: Path, steps: Sequence[Step]) -> list[Row]:
     with closing(Ledger(":memory:")) as ledger:
         matcher = Matcher(tolerances, ledger)
         best: list[Row] = []
+        originals: list[Atoms] = []  # of the best
         begin, end = 0, 2 * step.top
         while rows := _first(folder, step, begin, end):
             for row in rows:
-                if len(best) < step.top and _is_new(row, matcher):
+                atoms = structure_of(row)
+                assert atoms is not None  # a row that is done has a structure
+                if len(best) < step.top and _is_new(row["hash"], atoms, originals, matcher):
                     best.append(row)
+                    originals.append(atoms)
             if len(best) == step.top:
                 break
             begin, end = end, 4 * end
     return best
 
 
-def _is_new(row: Row, matcher: Matcher) -> bool:
-    atoms = structure_of(row)
-    assert atoms is not None  # a row that is done has a structure
+def _is_new(identifier: str, atoms: Atoms, originals: Sequence[Atoms], matcher: Matcher) -> bool:
     with contextlib.suppress(*OF_A_STRUCTURE):  # what cannot be compared is no copy
-        return matcher.original_of(row["hash"], atoms) is None
+        # Relaxed into one minimum from starts alike, most copies are told without their symmetry.
+        close = any(matcher.are_close(atoms, original) for original in originals)
+        return not close and matcher.original_of(identifier, atoms) is None
     return True
 
 

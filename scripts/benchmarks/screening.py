@@ -16,7 +16,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -56,9 +56,9 @@ def crystals(n: int) -> Iterator[Atoms]:
         yield atoms
 
 
-def found(n: int) -> Iterator[Found]:
-    """Yield crystals as a source does."""
-    return (Found(f"s#{k}", atoms) for k, atoms in enumerate(crystals(n)))
+def found(n: int, structures: Iterable[Atoms] = ()) -> Iterator[Found]:
+    """Yield structures, by default so many crystals, as a source does."""
+    return (Found(f"s#{k}", atoms) for k, atoms in enumerate(structures or crystals(n)))
 
 
 def throughput(quick: bool) -> dict[str, Any]:
@@ -74,7 +74,7 @@ def throughput(quick: bool) -> dict[str, Any]:
         bare = time.process_time() - started
         with tempfile.TemporaryDirectory() as folder:
             started = time.process_time()
-            summary = screen(found(n), potential, out=folder, steps=steps)
+            summary = screen(found(n, structures), potential, out=folder, steps=steps)
             ratios.append(bare / (time.process_time() - started))
         assert sum(summary.counts.values()) == n_done == n
     return {"structures": n, "rounds": ratios, "pipeline_over_bare": float(np.median(ratios))}

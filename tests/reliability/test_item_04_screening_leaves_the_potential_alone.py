@@ -31,3 +31,12 @@ def test_the_device_is_honoured(tmp_path):
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="finds no CUDA"):
             screen([], potential, out=tmp_path, device="cuda")
+
+
+def test_what_nobody_can_train_is_not_copied():
+    """A copy would make its radial tables again; what can be trained may change meanwhile."""
+    potential = of(Pairs()).requires_grad_(False).eval()
+    job = Job(potential, [{"single_point": {}}])
+    assert job.load(potential) is potential
+    assert Job(potential, [], dtype="float32").load(potential) is not potential
+    assert job.load(potential.train()) is not potential

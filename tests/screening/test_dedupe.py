@@ -115,3 +115,27 @@ def test_what_distances_tell_apart_is_not_compared_site_by_site(matcher, monkeyp
     monkeypatch.setattr(matcher, "_same", pytest.fail)
     assert matcher.original_of("exchanged", exchanged) is None
     assert matcher.original_of("moved", moved) is None
+
+
+def test_copies_atom_by_atom_are_copies_by_symmetry_too(matcher):
+    crystal = rattled_crystal()
+    images = crystal.copy()
+    images.translate((0.3, 0.2, 0.1))
+    images.positions[1:3] += images.cell.array[1:]
+    strained = crystal.copy()
+    strained.set_cell(strained.cell.array * 1.004, scale_atoms=True)
+    for copy in (rattled(crystal), images, strained):
+        assert matcher.are_close(copy, crystal)
+    assert matcher.original_of("first", crystal) is None
+    for k, copy in enumerate((rattled(crystal), images, strained)):
+        assert matcher.original_of(str(k), copy) == "first"
+
+
+def test_what_has_moved_is_not_close(matcher):
+    crystal = rattled_crystal()
+    moved, swollen, other = crystal.copy(), crystal.copy(), crystal.copy()
+    moved.positions[0] += (0.05, 0, 0)
+    swollen.set_cell(swollen.cell.array * 1.006, scale_atoms=True)
+    other.numbers[0] = 14
+    different = (moved, swollen, other, permuted(crystal), skewed(crystal), crystal[1:])
+    assert not any(matcher.are_close(atoms, crystal) for atoms in different)

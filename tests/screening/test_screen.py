@@ -15,6 +15,7 @@ from small_potential import small_potential
 
 from atomeq.dynamics.run import relax
 from atomeq.potential.checkpoint import save_potential
+from atomeq.screening import dedupe
 from atomeq.screening.results import read_rows, read_run
 from atomeq.screening.rows import structure_of
 from atomeq.screening.run import screen
@@ -379,3 +380,18 @@ def test_single_atoms_and_molecules_are_screened(tmp_path):
     source = write(tmp_path / "in", [Atoms("Cu"), Atoms("Cu2", [[0, 0, 0], [0, 0, 2.4]])])
     steps = ["validate", LOOSE, "properties"]
     assert screen(source, potential(), out=tmp_path / "o", steps=steps).counts == {"done": 2}
+
+
+def test_copies_by_relaxation_leave_the_ranking_without_their_symmetry(tmp_path, monkeypatch):
+    """Finding a primitive cell takes longer than a small crystal's relaxation."""
+    starts = [crystal() for _ in range(6)]
+    for k, atoms in enumerate(starts):
+        atoms.rattle(0.01, seed=k)
+    asked = []
+    find = dedupe._primitive
+    monkeypatch.setattr(dedupe, "_primitive", lambda *args: asked.append(args) or find(*args))
+    stream = iter(Found(f"s#{k}", atoms) for k, atoms in enumerate(starts))
+    steps = [{"relax": {"fmax": 0.01, "max_steps": 200}}, "rank"]
+    summary = screen(stream, potential(), out=tmp_path, steps=steps)
+    assert summary.counts == {"done": 6}
+    assert len(_ranking(tmp_path)) == len(asked) == 1
