@@ -25,6 +25,7 @@ class EdgeLayer:
     n_atoms: int = 4
     n_edges: int = 9
     chiral: bool = False
+    biased: bool = False
     radial: str = "map"  # map, factors or none
     dtype: torch.dtype = torch.float64
     seed: int = 0
@@ -56,6 +57,9 @@ class EdgeLayer:
             leaves["envelope"] = random(len(vectors)).square()
         leaves |= self._weights("first", degrees, 2 * self.channels, self.hidden, random)
         leaves |= self._weights("second", degrees, self.hidden, self.channels, random)
+        if self.biased:
+            leaves["first_bias"] = random(len(leaves["first.0"]))
+            leaves["second_bias"] = random(len(leaves["second.0"]))
         self.leaves = {name: t.to(self.dtype).requires_grad_() for name, t in leaves.items()}
 
     def _weights(self, name, degrees, c_in, c_out, random) -> dict[str, Tensor]:
@@ -95,6 +99,7 @@ class EdgeLayer:
                 radial=leaves.get("radial"),
                 radial_map=radial_map,
                 envelope=leaves.get("envelope"),
+                biases=(leaves.get("first_bias"), leaves.get("second_bias")),
                 recompute=recompute,
             )
 

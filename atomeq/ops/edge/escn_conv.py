@@ -35,7 +35,10 @@ from atomeq.ops.edge.so2_map import Gradients
 from atomeq.ops.edge.so2_shape import views
 from atomeq.ops.registration import WANT_SEGMENTS, kernels_of, registered
 
-INPUTS = ("x", "vectors", "radial", "radial_weight", "radial_bias", "envelope")
+INPUTS = (
+    *("x", "vectors", "radial", "radial_weight", "radial_bias", "envelope"),
+    *("first_bias", "second_bias"),
+)
 _OTHERS = ("grad", "y", "u")  # what the second gradient can be of besides
 
 
@@ -48,16 +51,17 @@ def conv(
     radial: Tensor | None = None,
     radial_map: tuple[Tensor, Tensor | None] | None = None,
     envelope: Tensor | None = None,
+    biases: tuple[Tensor | None, Tensor | None] = (None, None),
     recompute: bool = False,
     kernels: str,
 ) -> Tensor:
     """Return the whole edge layer as one operation of some kernels."""
-    mapped: Sequence[Tensor | None] = (None, None) if radial_map is None else radial_map
+    mapped = [*((None, None) if radial_map is None else radial_map), *biases]
     weights = [*first, *second]
     if any([leaf is not None and leaf.requires_grad for leaf in (*weights, *mapped)]):
         weights = views(weights)
         mapped = [leaf if leaf is None else views([leaf])[0] for leaf in mapped]
-    inputs = [x, frame.vectors, radial, *mapped, envelope]
+    inputs = [x, frame.vectors, radial, *mapped[:2], envelope, *mapped[2:]]
     present = [tensor for tensor in inputs if tensor is not None]
     given = [tensor is not None for tensor in inputs]
     keep = torch.is_grad_enabled() and not recompute

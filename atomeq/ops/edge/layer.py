@@ -3,7 +3,7 @@
 For each edge, with G the gather of both atoms, W the rotation into its frame, S the sum on the
 target atoms,
 
-    r = W G x,  z = s r,  y = M_1 z,  a = gate(y),  u = M_2 a,  out = S f W^T u.
+    r = W G x,  z = s r,  y = M_1 z + b_1,  a = gate(y),  u = M_2 a + b_2,  out = S f W^T u.
 
 Edges are worked on a block at a time, and between the passes nothing of an edge is kept but y and
 u, and for a second derivative dE/da and dE/dz, or not even these.
@@ -23,7 +23,8 @@ from atomeq.ops.edge.so2_shape import SO2Shape
 
 Named = dict[str, Tensor]
 RADIAL = {"radial", "radial_weight", "radial_bias"}
-INWARD = {"first", "x", "vectors", *RADIAL}  # what a gradient must pass the first map for
+# what a gradient must pass the first map for
+INWARD = {"first", "first_bias", "x", "vectors", *RADIAL}
 
 
 class WayIn(NamedTuple):
@@ -64,7 +65,8 @@ class EdgeLayer:
         by: The kernels.
         tensors: x (n_atoms, n_sph, C); wigner (n_edges, n_rows, n_sph); source and target
             (n_edges,); where given, radial (n_edges, n_scales), or (n_edges, k) with radial_weight
-            (n_scales, k) and radial_bias (n_scales,); envelope (n_edges,). All are contiguous.
+            (n_scales, k) and radial_bias (n_scales,); envelope (n_edges,); first_bias and
+            second_bias, of the outputs of m = 0. All are contiguous.
         weights: One for each order of M_1, whose extra outputs are the gates, and then of M_2.
         segments: Of the source and the target, or empty.
     """
@@ -153,6 +155,7 @@ class EdgeBlock:
         segments = layer.segments
         if segments and self.n != layer.n_edges:
             segments = [own for index in indices for own in segments_of(index, len(self.x))]
+        self.biases = [layer.tensors.get(f"{name}_bias") for name in layer.maps]
         self.both = Ends(by, layer.tensors["wigner"][part], indices, segments)
         self.target = self.both._replace(indices=indices[1:], segments=segments[2:])
         self.envelope = self.edges("envelope")
@@ -171,6 +174,10 @@ class EdgeBlock:
         shape = self.layer.maps[name].shape
         into = [found[f"{name}.{m}"] for m in range(shape.mmax + 1)]
         self.layer.by.add_weight_gradients(rows, grad, into, shape)
+
+    def outputs(self, a: Tensor, out: Tensor | None = None) -> Tensor:
+        """Return u from a."""
+        return self.second.forward(a, out, self.biases[1])
 
     def add_radial_gradients(
         self, through: Tensor, moved: tuple[Tensor, Named] | None, found: Named
@@ -208,7 +215,8 @@ def value(layer: EdgeLayer, *, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
         own_y, own_u = (
             kept[block.part] if keep else by.empty((block.n, kept.shape[1]), x) for kept in (y, u)
         )
-        block.second.forward(block.first.gated(rows, own_y, keep=keep), own_u)
+        gated = block.first.gated(rows, own_y, block.biases[0], keep=keep)
+        block.outputs(gated, own_u)
         block.target.back(own_u, total, factor=block.envelope)
     return total, y, u
 
@@ -246,16 +254,18 @@ def gradient(
 def _block_gradient(block: EdgeBlock, grad: Tensor, inside: Named, found: Named) -> None:
     y, u, envelope = inside.get("y"), inside.get("u"), block.envelope
     if y is None:
-        y = block.first.forward(block.both.into(block.x, scale=block.scale))
+        rows = block.both.into(block.x, scale=block.scale)
+        y = block.first.forward(rows, None, block.biases[0])
     gate = block.layer.by.Gate(y, block.first.shape)
     q = block.target.into(grad)
     leaving = {"envelope", "vectors"} & found.keys()
     a = gate.value() if "second" in found or (leaving and u is None) else None
     if leaving:
-        _leave_gradient(block, grad, q, block.second.forward(a) if u is None else u, found)
+        _leave_gradient(block, grad, q, block.outputs(a) if u is None else u, found)
     p = q if envelope is None else q.mul_(envelope[:, None])
     if "also_u" in inside:
         p += inside["also_u"]
+    _add_bias_gradient(p, found, "second_bias")
     if a is not None and "second" in found:
         block.add_weight_gradients(a, p, found, "second")
     if not INWARD & found.keys():
@@ -263,6 +273,7 @@ def _block_gradient(block: EdgeBlock, grad: Tensor, inside: Named, found: Named)
     gy = gate.gradient(block.second.transposed(p, inside.get("ga")))
     if "also_y" in inside:
         gy += inside["also_y"]
+    _add_bias_gradient(gy, found, "first_bias")
     if "first" in found:
         rows = block.both.into(block.x, scale=block.scale)
         block.add_weight_gradients(rows, gy, found, "first")
@@ -270,6 +281,11 @@ def _block_gradient(block: EdgeBlock, grad: Tensor, inside: Named, found: Named)
     if "gz" in inside:
         inside["gz"].copy_(gz)
     _block_inputs(block, gz, found)
+
+
+def _add_bias_gradient(grad: Tensor, found: Named, name: str) -> None:
+    if name in found:
+        found[name] += grad[:, : len(found[name])].sum(0)
 
 
 def _leave_gradient(block: EdgeBlock, grad: Tensor, q: Tensor, u: Tensor, found: Named) -> None:

@@ -209,13 +209,17 @@ def _verified_layer(
     radial: Float[Tensor, "n_edges n_radial"] | None = None,
     radial_map: tuple[Tensor, Tensor | None] | None = None,
     envelope: Float[Tensor, " n_edges"] | None = None,
+    biases: tuple[Tensor | None, Tensor | None] = (None, None),
     recompute: bool = False,
 ) -> Size:
     _check_features(x, frame, (frame.n_atoms, (frame.lmax + 1) ** 2), "atoms")
     lmax, mmax, n_edges = frame.lmax, frame.mmax, frame.vectors.shape[0]
     hidden = second[0].shape[-1] // (lmax + 1)
     shape = so2_shape(2 * x.shape[2], first, lmax, mmax, lmax * hidden)
-    so2_shape(hidden, second, lmax, mmax, 0)
+    sizes = (shape.n_biases, so2_shape(hidden, second, lmax, mmax, 0).n_biases)
+    for name, bias, n in zip(("first", "second"), biases, sizes, strict=True):
+        if bias is not None and bias.shape != (n,):
+            raise ValueError(f"bias of the {name} map is {tuple(bias.shape)}; expected ({n},)")
     if shape.c_out != hidden:
         raise ValueError(
             f"weights[0] of the first map is {tuple(first[0].shape)}; with {hidden} hidden "
@@ -246,6 +250,7 @@ def escn_conv(
     radial: Float[Tensor, "n_edges n_radial"] | None = None,
     radial_map: tuple[Tensor, Tensor | None] | None = None,
     envelope: Float[Tensor, " n_edges"] | None = None,
+    biases: tuple[Tensor | None, Tensor | None] = (None, None),
     recompute: bool = False,
 ) -> Float[Tensor, "n_atoms n_sph c_out"]:
     """Apply a whole edge layer: both atoms, SO(2) map, gate, SO(2) map, sum on the targets.
@@ -266,6 +271,7 @@ def escn_conv(
         radial_map: Weight (n_scales, n_radial) and bias (n_scales,) of a last linear layer that
             gives the factors, which are then never written out for all edges.
         envelope: Factor of each edge's message, (n_edges,).
+        biases: Of both maps, added to their outputs of m = 0, gates included.
         recompute: Keep nothing of an edge, at the price of computing both maps again.
 
     Returns:
@@ -280,11 +286,12 @@ def escn_conv(
     lmax, mmax = frame.lmax, frame.mmax
     hidden = second[0].shape[-1] // (lmax + 1)
     rows = rotate_to_edge(x, frame, side="both")
+    options = {"lmax": lmax, "mmax": mmax}
     rows, gates = so2_linear_with_scalars(
-        rows, first, lmax=lmax, mmax=mmax, scale=radial, n_scalars=lmax * hidden
+        rows, first, bias=biases[0], scale=radial, n_scalars=lmax * hidden, **options
     )
     rows = reference.gated(rows, gates, lmax, mmax)
-    rows = so2_linear(rows, second, lmax=lmax, mmax=mmax)
+    rows = so2_linear(rows, second, bias=biases[1], **options)
     return rotate_from_edge(rows, frame, envelope=envelope)
 
 

@@ -81,6 +81,8 @@ class _Second:
         if "first" in self.others:
             z = r if self.scale is None else by.scaled_rows(r, self.scale, shape)
             moved_y += self.others["first"].forward(z)
+        if "first_bias" in self.along:
+            moved_y[:, : len(self.along["first_bias"])] += self.along["first_bias"]
         gate = by.Gate(self.y, shape)
         p, to_u = self._targets()
         ga = block.second.transposed(p) if self.ga is None else self.ga
@@ -144,6 +146,8 @@ class _Second:
         moved_u = block.second.forward(moved_a)
         if "second" in self.others:
             moved_u += self.others["second"].forward(gate.value())
+        if "second_bias" in self.along:
+            moved_u[:, : len(self.along["second_bias"])] += self.along["second_bias"]
         if "envelope" in found:
             found["envelope"][part] += torch.linalg.vecdot(self.q, moved_u)
             if self.moved_q is not None:

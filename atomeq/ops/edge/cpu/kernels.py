@@ -199,9 +199,9 @@ class SO2Map:
             out[:, : len(bias)] += bias
         return out
 
-    def gated(self, rows: Tensor, out: Tensor, *, keep: bool) -> Tensor:
-        """Write y = M rows to ``out``; return a(y)."""
-        return Gate(self.forward(rows, out), self.shape).value()
+    def gated(self, rows: Tensor, out: Tensor, bias: Tensor | None, *, keep: bool) -> Tensor:
+        """Write y = M rows + bias to ``out``; return a(y)."""
+        return Gate(self.forward(rows, out, bias), self.shape).value()
 
     def transposed(self, grad: Tensor, out: Tensor | None = None) -> Tensor:
         """Return M^T grad, (n_edges, width) -> (n_edges, n_rows * c_in)."""

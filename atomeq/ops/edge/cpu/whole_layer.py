@@ -65,7 +65,9 @@ def layer_second(layer: EdgeLayer, grad: Tensor, inside: Named, along: Named, fo
 
 
 def _whole_layer_serves(layer: EdgeLayer) -> bool:
-    """Say whether layer.c knows the layer's weights, chiral ones it does not, and gains by them."""
+    """Say whether layer.c gains by it, and knows what there is: no chiral weights, no biases."""
+    if layer.tensors.keys() & {"first_bias", "second_bias"}:
+        return False
     weights = [*layer.weights["first"], *layer.weights["second"]]
     return all([w.ndim == 2 for w in weights]) and weights[0].shape[1] <= _MOST_INPUTS
 

@@ -99,14 +99,14 @@ class SO2Map:
             out[:, : len(bias)] += bias
         return out
 
-    def gated(self, rows: Tensor, out: Tensor, *, keep: bool) -> Tensor:
-        """Write M rows to ``out``, or of them but the gates unless ``keep``; return gated rows.
+    def gated(self, rows: Tensor, out: Tensor, bias: Tensor | None, *, keep: bool) -> Tensor:
+        """Write M rows + bias to ``out``, or but the gates unless ``keep``; return gated rows.
 
         These, (n_edges, n_rows * c_out), are fit to be read by a map and by nobody else.
         """
         shape = self.shape
-        if not _grouped(rows, out) or shape.lmax == 0:
-            return Gate(self.forward(rows, out), shape).value()
+        if bias is not None or not _grouped(rows, out) or shape.lmax == 0:
+            return Gate(self.forward(rows, out, bias), shape).value()
         gated = rows.new_empty(len(rows), shape.n_rows * shape.c_out, dtype=operand_dtype(out))
         groups, buffer = _groups(self.weights, shape, back=False, gated=True)
         for part in (groups[:1], groups[1:]):  # m = 0 makes the gates of all
