@@ -67,7 +67,8 @@ class AtomeqCalculator(Calculator):
     Given several potentials it is their committee: every result is their mean, and ``energy_std``,
     ``energies_std``, ``forces_std`` and ``stress_std`` are their standard deviation (of n - 1).
     A potential that was calibrated gives ``energy_uncertainty``, ``forces_uncertainty`` and
-    ``extrapolation`` (:class:`~atomeq.potential.uncertainty.LastLayerUncertainty`).
+    ``extrapolation`` (:class:`~atomeq.potential.uncertainty.LastLayerUncertainty`), the folder of a
+    committee the first two, its members' spread (:class:`~atomeq.potential.mean.MeanPotential`).
 
     One instance may be shared by threads, pickled and copied. It holds a frozen copy of the
     potential it was given: training that potential further does not change it.
@@ -450,8 +451,8 @@ def _properties(committee: Committee) -> list[str]:
         names.append("stress")
     if committee.twice_differentiable:
         names.append("hessian")
-    if committee.members[0].uncertainty is not None and len(committee.members) == 1:
-        names += UNCERTAINTIES
+    if len(committee.members) == 1:
+        names += committee.members[0].uncertainties
     if len(committee.members) > 1:
         names += [name for name in SPREADS if name.removesuffix("_std") in names]
     return names

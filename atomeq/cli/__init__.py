@@ -47,6 +47,7 @@ VERBS = {
     "benchmark": Verb(_BENCHMARK, "write the prediction files of a public benchmark"),
     "check": Verb(_INSPECT, "hold a potential or any ASE calculator to the laws of physics"),
     "evaluate": Verb(_INSPECT, "errors on labelled structures, and properties beside references"),
+    "select": Verb(_INSPECT, "choose the structures of a pool that are worth labelling"),
     "calibrate": Verb(_INSPECT, "teach a potential how far off it may be, by labelled structures"),
     "convert": Verb(_INSPECT, "turn a published checkpoint (.pt) into a potential"),
     "potentials": Verb(_INSPECT, "list, show and install published potentials"),

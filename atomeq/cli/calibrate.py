@@ -11,10 +11,9 @@ from atomeq.graph.atom_graph import AtomGraph
 from atomeq.potential.checkpoint import load_potential, save_potential
 from atomeq.potential.folders import CONFIG_FILE, find_potential
 from atomeq.potential.potential import Potential
+from atomeq.potential.selection import in_batches
 from atomeq.potential.uncertainty import calibrated
 from atomeq.potential.untrusted import read_yaml
-
-_MAX_EDGES = 20_000  # of a batch
 
 
 def calibrate(options: Namespace) -> int:
@@ -40,17 +39,6 @@ def calibrate(options: Namespace) -> int:
 def _batches(files: Sequence[str], potential: Potential, name: str) -> Iterator[AtomGraph]:
     """Yield the labelled structures of files as batches with edges."""
     structures = [atoms for file in files for atoms in read_structures(file)]
-    waiting: list[AtomGraph] = []
-    n_edges = 0
     meter = Meter(name, len(structures), unit="structures")
     with meter.running():
-        for atoms in structures:
-            graph = potential.build_graph(atoms)
-            if waiting and n_edges + graph.n_edges > _MAX_EDGES:
-                yield AtomGraph.concatenate(waiting)
-                waiting, n_edges = [], 0
-            waiting.append(graph)
-            n_edges += graph.n_edges
-            meter.advance()
-        if waiting:
-            yield AtomGraph.concatenate(waiting)
+        yield from in_batches(potential, structures, observe=meter.advance)

@@ -25,6 +25,7 @@ import torch
 import yaml
 from ase import Atoms
 from jsonargparse import Namespace
+from jsonargparse.typing import PositiveInt
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
@@ -44,6 +45,7 @@ from atomeq.graph.atom_graph import AtomGraph
 from atomeq.graph.to_structures import to_ase
 from atomeq.models.base import ConfiguredModule
 from atomeq.models.registry import MODELS, PROPAGATORS
+from atomeq.potential.checkpoint import write_committee
 from atomeq.potential.folders import CONFIG_FILE
 from atomeq.propagation.callbacks import SavePropagator
 from atomeq.propagation.datamodules import PropagationDataModule
@@ -122,8 +124,9 @@ class SaveConfig(SaveConfigCallback):
 class TrainingCLI(LightningCLI):
     """Adds the run's folder, averaged weights and result tables to Lightning's command line."""
 
-    def __init__(self, args: list[str]) -> None:
+    def __init__(self, args: list[str], *, member: int = 0) -> None:
         self.kind = TASKS[_task_name(args)]
+        self.member, self.n_members, self.begins_late = member, 0, False
         self.replaced: list[Path] = []
         # A parser knows all arguments of all classes and is slow to build: that of this verb alone.
         verbs = {verb: skipped for verb, skipped in self.subcommands().items() if verb in args[:1]}
@@ -166,6 +169,12 @@ class TrainingCLI(LightningCLI):
             default=False,
             help="Replace what an earlier run left in trainer.default_root_dir.",
         )
+        parser.add_argument(
+            "--seeds",
+            type=PositiveInt | None,
+            default=None,
+            help="Fit as many potentials, from seed_everything on, to one committee.",
+        )
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         parser.add_lightning_class_args(ExponentialMovingAverage, "ema")
         parser.add_lightning_class_args(self.kind.saver, self.kind.saver_section)
@@ -183,6 +192,21 @@ class TrainingCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse what was given, whatever the process itself was called with."""
         self.config = parser.parse_args(args)
+        config = self.config[self.config.subcommand]
+        if config.seeds is not None:
+            self.n_members, config["seeds"] = config.seeds, None  # what a member saves is its own
+            self._refuse_no_committee(config)
+            if type(config.seed_everything) is int:
+                config.seed_everything += self.member
+
+    def _refuse_no_committee(self, config: Namespace) -> None:
+        if self.config.subcommand != "fit" or self.kind.task is not AtomisticTask:
+            raise ValueError("seeds are of a fit of potentials, and nothing else makes a committee")
+        if config.model.target is not None or self.n_members < 2:
+            raise ValueError(
+                f"a committee is of two potentials or more, not of {self.n_members} seeds"
+                + (f" and the target {config.model.target}" if config.model.target else "")
+            )
 
     def before_instantiate_classes(self) -> None:
         """Name the run's folder after its experiment, and refuse one that holds another run."""
@@ -190,12 +214,25 @@ class TrainingCLI(LightningCLI):
         files = config.get("config") or ["latest"]
         if config.trainer.default_root_dir is None:
             config.trainer.default_root_dir = f"runs/{Path(str(files[-1])).stem}"
+        if self.n_members:
+            self._become_member(config)
         # Not kept: the saved configuration, run again, is asked again.
         overwrite, config["overwrite"] = config.overwrite, False
         if not getattr(
             rank_zero_only, "rank", 0
         ):  # the others start when this one has begun to write
             self._refuse_earlier_run(config, overwrite=overwrite)
+
+    def _become_member(self, config: Namespace) -> None:
+        """Keep this run and its potential apart from those of the other members."""
+        root, name = Path(config.trainer.default_root_dir), f"seed-{self.member}"
+        section = config[self.kind.saver_section]
+        self.committee = Path(section.folder or root / "committee")
+        section.folder = str(self.committee / name)
+        config.trainer.default_root_dir = str(root / name)
+        begun = any((root / name / "checkpoints").glob("last*.ckpt"))
+        if config.get("ckpt_path") == "last" and not begun:
+            config.ckpt_path, self.begins_late = None, True
 
     def _refuse_earlier_run(self, config: Namespace, *, overwrite: bool) -> None:
         folder = Path(config.trainer.default_root_dir)
@@ -208,9 +245,8 @@ class TrainingCLI(LightningCLI):
         }
         found = [path for path in left.get(self.subcommand or "", []) if path.exists()]
         start = config.get("ckpt_path")
-        goes_on = start == "last" or (
-            start and checkpoints.resolve() in Path(start).resolve().parents
-        )
+        goes_on = start == "last" or self.begins_late
+        goes_on = goes_on or (start and checkpoints.resolve() in Path(start).resolve().parents)
         if not found or (self.subcommand == "fit" and goes_on):
             return
         if not overwrite:
@@ -321,7 +357,11 @@ def main(argv: Sequence[str]) -> None:
     try:
         with warnings.catch_warnings():
             _set_up_messages()
-            TrainingCLI(list(argv))
+            cli = TrainingCLI(list(argv))
+            for member in range(1, cli.n_members):
+                TrainingCLI(list(argv), member=member)
+            if cli.n_members and cli.trainer.is_global_zero:
+                write_committee(cli.committee, [f"seed-{k}" for k in range(cli.n_members)])
     except MisconfigurationException as error:
         raise ValueError(str(error)) from error
     except RuntimeError as error:

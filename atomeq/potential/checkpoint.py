@@ -7,6 +7,7 @@ that scalar and is no potential.
 
 import dataclasses
 import hashlib
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,6 +26,7 @@ from atomeq.models.registry import MODELS, build, refuse_unregistered
 from atomeq.ops.precision import checked_precision
 from atomeq.potential.distances import KnownDistances
 from atomeq.potential.folders import (
+    COMMITTEE_FILE,
     CONFIG_FILE,
     WEIGHTS_FILE,
     CheckpointError,
@@ -32,6 +34,7 @@ from atomeq.potential.folders import (
     split_head,
 )
 from atomeq.potential.heads import HeadedPotential, weights_of_head
+from atomeq.potential.mean import MeanPotential
 from atomeq.potential.potential import Potential
 from atomeq.potential.predictor import Predictor
 from atomeq.potential.references import AtomicReferences
@@ -48,6 +51,7 @@ from atomeq.registry import Registry, RegistryError
 from atomeq.typing import Precision
 
 CHECKPOINT_VERSION = 1
+COMMITTEE_VERSION = 1
 
 T = TypeVar("T")
 
@@ -85,6 +89,8 @@ def refuse_unsaveable(predictor: Predictor) -> None:
 
 def _description(predictor: Predictor) -> dict[str, Any]:
     """Return what ``model.yaml`` says of a predictor, all of it registered."""
+    if isinstance(predictor, MeanPotential):
+        raise CheckpointError("a committee is saved member by member, and by write_committee()")
     dtype = str(predictor.dtype).removeprefix("torch.")
     document = {"model": saveable_node(predictor.model, MODELS), "dtype": dtype}
     if predictor.precision is not None:
@@ -170,7 +176,8 @@ def load_potential(
 
     Args:
         name_or_path: ``"cu-pbe"``, or a folder that :func:`save_potential` wrote; of one with
-            several heads ``NAME@HEAD``.
+            several heads ``NAME@HEAD``. Of a committee's folder the members' mean
+            (:class:`~atomeq.potential.mean.MeanPotential`).
         device: Where to put it; by default the CPU.
         dtype: The dtype the network computes in; by default the one it was saved with.
         precision: How coarse the operands of tensor products may be on a GPU: ``highest`` (fp32),
@@ -203,6 +210,13 @@ def load_predictor(
     Arguments and errors are those of :func:`load_potential`.
     """
     folder = find_potential(name_or_path)
+    if (folder / COMMITTEE_FILE).is_file():
+        names, head = _members(folder), split_head(name_or_path)[1]
+        each = [folder / (name if head is None else f"{name}@{head}") for name in names]
+        how: dict[str, Any] = {"device": device, "dtype": dtype, "precision": precision}
+        committee = _committee([load_potential(one, **how) for one in each], folder)
+        committee.name = str(name_or_path)
+        return committee.eval()
     document = read_document(folder)
     if "view" in document:
         raise CheckpointError(
@@ -231,6 +245,43 @@ def load_predictor(
     load_weights(potential, weights, folder)
     potential = potential.to(dtype if dtype is not None else getattr(torch, document["dtype"]))
     return potential.to(resolve_device(device)).requires_grad_(False).eval()
+
+
+def write_committee(folder: Path, members: Sequence[str]) -> None:
+    """Make potentials that lie in a folder a committee, which loads as one potential.
+
+    Args:
+        folder: Holds them.
+        members: Names of the folders in it, two or more.
+    """
+    text = yaml.safe_dump({"committee_version": COMMITTEE_VERSION, "members": list(members)})
+    with write_atomically(folder / COMMITTEE_FILE) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def _members(folder: Path) -> list[str]:
+    """Return the names of the folders that a committee's file lists."""
+    document = read_yaml(folder / COMMITTEE_FILE)
+    version, names = document.get("committee_version"), document.get("members")
+    if version != COMMITTEE_VERSION:
+        raise CheckpointError(
+            f"{folder} has committee_version {version!r}, this package reads {COMMITTEE_VERSION}"
+        )
+    plain = isinstance(names, list) and all(
+        isinstance(name, str) and name == Path(name).name and name not in (".", "..")
+        for name in names
+    )
+    if not plain:
+        raise CheckpointError(f"members of {folder} are names of folders in it, not {names!r}")
+    assert isinstance(names, list)
+    return names
+
+
+def _committee(members: Sequence[Potential], folder: Path) -> MeanPotential:
+    try:
+        return MeanPotential(members)
+    except ValueError as error:
+        raise CheckpointError(f"{folder / COMMITTEE_FILE}: {error}") from error
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:

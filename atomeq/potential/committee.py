@@ -198,9 +198,6 @@ def provenance_of(origin: str | None, potential: Potential) -> dict[str, Any]:
     if origin is None:
         return {"name": None, "folder": None, "sha256": potential.fingerprint(), **terms}
     folder = find_potential(origin)
-    return {
-        "name": origin,
-        "folder": str(folder.resolve()),
-        "sha256": sha256(folder / WEIGHTS_FILE),
-        **terms,
-    }
+    alone = (folder / WEIGHTS_FILE).is_file()  # a committee has those of its members
+    digest = sha256(folder / WEIGHTS_FILE) if alone else potential.fingerprint()
+    return {"name": origin, "folder": str(folder.resolve()), "sha256": digest, **terms}

@@ -33,7 +33,7 @@ from atomeq.potential.compiled import (
     machine,
 )
 from atomeq.potential.derivatives import energy_and_gradients
-from atomeq.potential.folders import WEIGHTS_FILE, find_potential
+from atomeq.potential.folders import WEIGHTS_FILE, find_single_potential
 from atomeq.potential.potential import Potential
 
 _SIZES = (3, 4, 5, 6, 4, 5, 4)  # 31 atoms: no size may look like a number of the model, or like 1
@@ -82,11 +82,9 @@ def export_potential(
         loaded = loaded.requires_grad_(False).eval()
         origin = {"name": None, "sha256": loaded.fingerprint()}
     else:
+        folder = find_single_potential(potential)
         loaded = load_potential(potential, dtype=dtype)
-        origin = {
-            "name": str(potential),
-            "sha256": sha256(find_potential(potential) / WEIGHTS_FILE),
-        }
+        origin = {"name": str(potential), "sha256": sha256(folder / WEIGHTS_FILE)}
     _refuse(loaded)
     _refuse_without_compiler()
     metadata = {**origin, **_description(loaded)}

@@ -9,6 +9,7 @@ from pathlib import Path
 
 CONFIG_FILE = "model.yaml"
 WEIGHTS_FILE = "weights.safetensors"
+COMMITTEE_FILE = "committee.yaml"  # of a folder whose subfolders are potentials
 
 
 class CheckpointError(ValueError):
@@ -22,7 +23,7 @@ def split_head(name_or_path: str | Path) -> tuple[str | Path, str | None]:
 
 
 def find_potential(name_or_path: str | Path) -> Path:
-    """Return the folder of a potential given by path or by the name of a known one.
+    """Return the folder of a potential or committee given by path or by the name of a known one.
 
     Args:
         name_or_path: ``NAME@HEAD`` chooses a head, which is in the same folder.
@@ -34,7 +35,7 @@ def find_potential(name_or_path: str | Path) -> Path:
     roots = (*_shipped_roots(), user_root()) if len(path.parts) == 1 else ()
     candidates = [path, *(root / path for root in roots)]
     for candidate in candidates:
-        if (candidate / CONFIG_FILE).is_file():
+        if (candidate / CONFIG_FILE).is_file() or (candidate / COMMITTEE_FILE).is_file():
             return candidate
     if path.suffix == ".pt2" and path.is_file():
         raise CheckpointError(
@@ -49,6 +50,21 @@ def find_potential(name_or_path: str | Path) -> Path:
         + (f"; did you mean {close[0]!r}?" if close else "")
         + "; `atomeq potentials list` shows what can be installed"
     )
+
+
+def find_single_potential(name_or_path: str | Path) -> Path:
+    """Return the folder of a potential, for who can use no committee.
+
+    Raises:
+        CheckpointError: There is no such folder, or it is a committee's.
+    """
+    folder = find_potential(name_or_path)
+    if (folder / COMMITTEE_FILE).is_file():
+        raise CheckpointError(
+            f"{folder} is a committee, and one potential is needed; name a member, one of the "
+            f"folders in it"
+        )
+    return folder
 
 
 def find_propagator(path: str | Path) -> Path:

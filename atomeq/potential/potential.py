@@ -214,9 +214,14 @@ class Potential(Predictor):
                     setattr(module, name, clone)
         return bool(normal)
 
+    @property
+    def uncertainties(self) -> tuple[PropertyKey, ...]:
+        """What it gives beside its results, once it is calibrated."""
+        return () if self.uncertainty is None else UNCERTAINTIES
+
     def refuse_uncalibrated(self) -> None:
         """Raise ``ValueError`` where it does not know its uncertainty."""
-        if self.uncertainty is None:
+        if not self.uncertainties:
             raise ValueError(
                 f"potential {self.name!r} does not know its uncertainty; calibrate it with `atomeq "
                 "calibrate` on its training set and on structures it was not trained on"

@@ -115,7 +115,7 @@ def calibrated(
     """
     sums = _Sums()
     for graph in training:
-        sums.add(_features(potential, graph), graph)
+        sums.add(atom_features(potential, graph), graph)
     if not sums.n_atoms:
         raise ValueError("the training set is empty: there is nothing to know features from")
     found = list(_held_out(potential, held_out))
@@ -174,7 +174,12 @@ class _Sums:
         }
 
 
-def _features(potential: "Potential", graph: AtomGraph) -> Tensor:
+def atom_features(potential: "Potential", graph: AtomGraph) -> Tensor:
+    """Return what the last linear map of a network sees of each atom, (n_atoms, n_features).
+
+    Raises:
+        ValueError: The model offers no features.
+    """
     with torch.no_grad():
         outputs = potential.model(graph)
     if "features" not in outputs:
@@ -191,7 +196,7 @@ def _held_out(
     """Yield features and errors: of energies per atom, (n, 1), and of forces, (n, 3)."""
     for graph in graphs:
         predicted = potential(graph, ("energy", "forces"), create_graph=False)
-        features = _features(potential, graph)
+        features = atom_features(potential, graph)
         means = segment_mean(features, graph.batch, graph.n_graphs)
         energy = predicted["energy"] - graph.get("energy", math.nan)
         errors = {

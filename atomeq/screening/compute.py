@@ -124,7 +124,7 @@ class Computation:
     ) -> None:
         self._steps = {type(step): step for step in steps}
         self._filtered = Filters(steps)
-        known = potential.uncertainty is not None
+        known = bool(potential.uncertainties)
         self._evaluate = Evaluator(potential, max_uncertainty=math.inf if known else None)
         self._members = [Evaluator(member) for member in members]
         self._hull, self._max_edges = hull, max_edges

@@ -19,6 +19,7 @@ from atomeq.potential.derivatives import energy_and_derivatives
 from atomeq.potential.dispersion import DispersionD3
 from atomeq.potential.distances import KnownDistances, shortest_distances
 from atomeq.potential.heads import HeadedPotential
+from atomeq.potential.mean import MeanPotential
 from atomeq.potential.potential import Potential
 from atomeq.potential.predictor import Predictor
 from atomeq.potential.references import AtomicReferences
@@ -77,6 +78,8 @@ def predictor_to_train(
         DataError: The potential has another network.
     """
     start = load_predictor(expand_data_path(start_from)) if start_from is not None else None
+    if isinstance(start, MeanPotential):
+        raise ValueError(f"start_from {start_from} is a committee; name a member, a folder in it")
     model = _network(model, start, conservative)
     model = electrons.told_to(model) if electrons is not None else model
     predictor = Potential(model) if target is None else ScalarPredictor(model, target)

@@ -76,6 +76,7 @@ WRITERS = {
     "convert": "convert absent.pt out",
     "check": "check small --only pickling --json out.json",
     "evaluate": "evaluate small cu.extxyz --out out.json",
+    "select": "select cu.extxyz --potential small --number 1 --out out.extxyz",
     "calibrate": "calibrate small --train cu.extxyz --held-out cu.extxyz --out out",
     "is2re": "is2re . --potential small --out out.json",
     "data": "data nbody out.npz --num 1 --n-bodies 2 --frames 0",

@@ -5,18 +5,21 @@ from pathlib import Path
 from typing import Literal
 
 from jsonargparse import Namespace
-from jsonargparse.typing import PositiveFloat
+from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 
 from atomeq.cli.door import (
     checkable,
+    data_source,
     device_name,
     existing_file,
+    output_format,
     refuse_old_files,
+    refuse_old_output,
     refuse_old_potential,
 )
 from atomeq.cli.terminal import Parser
 from atomeq.files import refuse_unwritable
-from atomeq.potential.folders import find_potential
+from atomeq.potential.folders import find_potential, find_single_potential
 
 _CHECK = """\
 Measure the laws of physics and of good behaviour on a potential or on any ASE calculator. One line
@@ -90,6 +93,22 @@ told apart (extrapolation above 1), but how far off they are is not promised.
 example:
   atomeq calibrate cu-pbe --train train.extxyz --held-out held_out.extxyz --out my-cu
 """
+_SELECT = """\
+Choose the structures of a pool that are worth labelling, by what a potential knows of them; labels
+are not needed. OUT.extxyz has them, the most telling first, and OUT.summary.json the table: rank,
+id (the hash of a structure, the same in every pool), score, file and frame, and the copies that
+were left out. Copies count once, and those of the training set not at all.
+
+  d-optimal  what enlarges the volume of the last layer's features most (default)
+  farthest   what lies farthest, in these features, from all that is known
+  spread     what a committee (`atomeq fit --seeds 4`) disagrees on most, or what a potential that
+             `atomeq calibrate` has seen doubts most
+  random     what the others are measured by
+
+examples:
+  atomeq select md.extxyz --potential my-cu --train train.extxyz --number 50 --out to_label.extxyz
+  atomeq select md.extxyz --potential runs/cu/committee --by spread --number 9 --out chosen.extxyz
+"""
 _EXPORT = """\
 Compile a potential for the processor of this machine: OUT.pt2 computes energy, forces and stress of
 structures of any size without the package's operations, faster for small structures. It takes about
@@ -117,6 +136,7 @@ def main(argv: Sequence[str]) -> int:
         "convert": (_convert_parser, "atomeq.cli.convert:convert"),
         "potentials": (_potentials_parser, "atomeq.cli.potentials:potentials"),
         "evaluate": (_evaluate_parser, "atomeq.cli.evaluate:evaluate"),
+        "select": (_select_parser, "atomeq.cli.select:choose"),
         "calibrate": (_calibrate_parser, "atomeq.cli.calibrate:calibrate"),
         "export": (_export_parser, "atomeq.cli.export:export"),
     }[verb]
@@ -286,7 +306,40 @@ def _calibrate_parser() -> Parser:
     parser.add_argument("--out", required=True, type=Path, help="folder of the new potential")
     parser.add_overwrite(refuse_old_potential)
     parser.add_argument("--device", type=str, default="cpu", help="cpu or cuda")
-    parser.door(potential=find_potential, device=device_name)
+    parser.door(potential=find_single_potential, device=device_name)
+    return parser
+
+
+def _select_parser() -> Parser:
+    parser = Parser("atomeq select", _SELECT)
+    parser.add_argument("pool", metavar="POOL", nargs="+", type=str, help="files of structures")
+    parser.add_argument(
+        "--potential", required=True, type=str, help="name or folder of a potential or committee"
+    )
+    parser.add_argument("--number", required=True, type=PositiveInt, help="how many to choose")
+    parser.add_argument(
+        "--by",
+        type=Literal["d-optimal", "farthest", "spread", "random"],
+        default="d-optimal",
+        help="what makes a structure worth its label",
+    )
+    parser.add_argument(
+        "--train", nargs="+", type=str, default=[], help="files of what is labelled already"
+    )
+    parser.add_argument("--seed", type=NonNegativeInt, default=0, help="of random")
+    parser.add_argument("--out", required=True, type=str, help="OUT.extxyz or OUT.traj")
+    parser.add_overwrite(refuse_old_output("select"))
+    parser.add_argument("--device", type=str, default="cpu", help="cpu or cuda")
+    parser.add_argument(
+        "--ignore", type=str, default="", help="charge, spin or both: leave them out of account"
+    )
+    parser.door(
+        pool=data_source,
+        train=data_source,
+        potential=find_potential,
+        out=output_format,
+        device=device_name,
+    )
     return parser
 
 
@@ -303,5 +356,5 @@ def _export_parser() -> Parser:
         default=None,
         help="precision of the network; by default that of the potential",
     )
-    parser.door(potential=find_potential, out=refuse_unwritable)
+    parser.door(potential=find_single_potential, out=refuse_unwritable)
     return parser

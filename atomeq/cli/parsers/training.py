@@ -17,6 +17,7 @@ _KEYS = """\
   --data.KEY VALUE          files, labels, batches
   --ckpt_path FILE          a checkpoint to start from
   --overwrite               replace what an earlier run left in the folder
+  --seeds NUMBER            of fit: so many potentials from seeds, one committee
   --seed_everything NUMBER  of weights and batches; 0 by default
   --print_config            write the whole configuration as it would be used, and end
 
@@ -32,6 +33,7 @@ begins again there.
 examples:
   atomeq fit -c configs/experiment/acac_escn.yaml
   atomeq fit -c configs/experiment/acac_escn.yaml --trainer.max_epochs 50
+  atomeq fit -c configs/experiment/acac_escn.yaml --seeds 4    (committee/ in the run's folder)
 """,
     "validate": """\
 Errors of a checkpoint on the validation set.
