@@ -1,7 +1,7 @@
 """Graphs made from graphs: without their subsurface atoms, and in many orientations at once."""
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from atomeq.graph.atom_graph import AtomGraph
@@ -95,3 +95,69 @@ def _shifted(graph: AtomGraph, name: str, value: Tensor, n_copies: int) -> Tenso
     if name == "batch":
         return (value + shift).reshape(-1)
     return (value[:, None] + shift.mT[..., None].expand(2, -1, 1)).reshape(2, -1)
+
+
+def views_of_atoms(
+    graph: AtomGraph,
+    atoms: Int[Tensor, " n_views"],
+    orientations: Float[Tensor, "n_views 3 3"],
+    *,
+    num_hops: int | None = None,
+) -> tuple[AtomGraph, Int[Tensor, " n_views"]]:
+    """Return a batch with what single atoms see of their structures, each in an orientation.
+
+    Args:
+        graph: Structures with edges.
+        atoms: Who looks, in each view.
+        orientations: Orthogonal matrices R, x -> x R.
+        num_hops: How many edges away an atom may be; None for any number.
+
+    Returns:
+        The views as structures of their own, without labels, and which of their atoms looks.
+
+    Raises:
+        ValueError: The graph has hyperedges, which are not followed.
+    """
+    if "hyperedge_index" in graph:
+        raise ValueError("views of atoms do not follow hyperedges; use frames of whole structures")
+    seen = _within_hops(graph, num_hops)[atoms]  # (n_views, n_atoms)
+    view, member = torch.nonzero(seen, as_tuple=True)
+    place = torch.zeros_like(seen, dtype=torch.int64)
+    place[view, member] = torch.arange(len(view), device=view.device)
+    source, target = graph.edge_index
+    edge_view, edge = torch.nonzero(seen[:, source] & seen[:, target], as_tuple=True)
+    structure = graph.batch[atoms]
+    matrices = orientations.to(graph.pos.dtype)
+    from_looker = graph.pos.index_select(0, member) - graph.pos.index_select(0, atoms[view])
+    views = AtomGraph(
+        torch.einsum("ai,aij->aj", from_looker, matrices.index_select(0, view)),
+        graph.atomic_numbers[member],
+        cell=graph.cell.index_select(0, structure) @ matrices,
+        pbc=graph.pbc[structure],
+        natoms=seen.sum(dim=1),
+        edge_index=torch.stack([place[edge_view, source[edge]], place[edge_view, target[edge]]]),
+        cell_offsets=graph.cell_offsets[edge],
+        tags=graph.tags[member] if "tags" in graph else None,
+        **{
+            name: graph[name].index_select(0, structure)
+            for name in ("charge", "multiplicity", "electronic_state")
+            if name in graph
+        },
+    )
+    return views, place[torch.arange(len(atoms), device=atoms.device), atoms]
+
+
+def _within_hops(graph: AtomGraph, num_hops: int | None) -> Bool[Tensor, "n_atoms n_atoms"]:
+    """Return which atoms (columns) are no more than so many edges from which (rows)."""
+    source, target = graph.edge_index
+    joined = torch.eye(graph.n_atoms, device=graph.pos.device)
+    joined[target, source] = 1.0
+    reach, n_hops = joined > 0, 1
+    if num_hops == 0:
+        return torch.eye(graph.n_atoms, dtype=torch.bool, device=graph.pos.device)
+    while num_hops is None or n_hops < num_hops:
+        further = (reach.float() @ joined) > 0
+        if bool((further == reach).all()):
+            break
+        reach, n_hops = further, n_hops + 1
+    return reach

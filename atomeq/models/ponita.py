@@ -142,9 +142,11 @@ class PONITA(AtomisticModel):
 
 
 class PONITAPropagator(Propagator):
-    """Carries particles a long step ahead: x + v + a vector that the network gives.
+    """Carries particles a long step ahead in several short ones, each with the same layers.
 
-    Directions of a particle are those to all others, and in place of zero that of its velocity.
+    Directions of a particle are those to all others, and in place of zero that of its velocity. The
+    layers give accelerations along them; in the next step they see the particles moved. The
+    published network gives the whole displacement at once.
 
     Args:
         n_inputs: Input features of a particle.
@@ -152,21 +154,21 @@ class PONITAPropagator(Propagator):
             the product of charges does.
         hidden_channels: Channels of a particle at each direction.
         basis_channels: Channels that the kernels of all layers are linear in.
-        num_layers: Message-passing layers.
+        num_layers: Message-passing layers of a step.
+        num_steps: Steps.
         lmax: Highest degree of the kernel between directions.
         widening: Hidden channels of a layer, in ``hidden_channels``.
     """
-
-    gives_velocities = False
 
     def __init__(
         self,
         n_inputs: int = 1,
         n_edge_features: int = 2,
         *,
-        hidden_channels: int = 48,
-        basis_channels: int = 32,
-        num_layers: int = 3,
+        hidden_channels: int = 32,
+        basis_channels: int = 24,
+        num_layers: int = 1,
+        num_steps: int = 6,
         lmax: int = 1,
         widening: int = 2,
     ) -> None:
@@ -186,8 +188,9 @@ class PONITAPropagator(Propagator):
             avg_num_neighbors=4.0,
             avg_num_directions=4.0,
         )
-        self.move = nn.Linear(hidden_channels, 1)
-        nn.init.zeros_(self.move.weight)
+        self.push = nn.Linear(hidden_channels, 1)
+        nn.init.zeros_(self.push.weight)
+        self.num_steps = num_steps
 
     def forward(
         self,
@@ -196,8 +199,24 @@ class PONITAPropagator(Propagator):
         node_features: Tensor,
         edge_features: Tensor,
         edge_index: EdgeIndex,
-    ) -> tuple[Positions, None]:
-        """Return positions (n_atoms, 3) a time ahead, and None for the velocities."""
+    ) -> tuple[Positions, Tensor]:
+        """Return positions and velocities, each (n_atoms, 3), a long step ahead."""
+        given = node_features.index_select(0, edge_index[0])
+        x, dt = self.embedding(node_features)[:, None], 1 / self.num_steps
+        for _ in range(self.num_steps):
+            directions, radial, angular = self._geometry(pos, velocities, edge_features, edge_index)
+            ends = self.pointed_at(torch.cat([given, radial], dim=1))
+            x = x + at_directions(ends, directions)
+            x = self.network(x, directions, radial, angular, None, edge_index)
+            strengths = self.push(x) * directions.weights[:, :, None]
+            velocities = velocities + dt * (strengths * directions.vectors).sum(dim=1)
+            pos = pos + dt * velocities
+        return pos, velocities
+
+    def _geometry(
+        self, pos: Positions, velocities: Tensor, edge_features: Tensor, edge_index: EdgeIndex
+    ) -> tuple[Directions, Tensor, Tensor]:
+        """Return directions, and functions of edges (n_edges, any) and of both together."""
         source, target = edge_index
         vectors = pos.index_select(0, source) - pos.index_select(0, target)
         lengths = torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
@@ -206,7 +225,6 @@ class PONITAPropagator(Propagator):
         inverse = 1 / (lengths + _NEAR)
         along = [(v * units).sum(dim=1, keepdim=True) for v in (own, theirs)]
         radial = [edge_features, lengths, inverse, edge_features[:, :1] * inverse, *along]
-        radial = torch.cat(radial, dim=1)  # (n_edges, n_radial)
 
         directions = neighbour_directions(units, target, torch.ones_like(lengths[:, 0]), len(pos))
         speed = ((velocities * velocities).sum(dim=1, keepdim=True) + _SMALLEST_SPEED**2).sqrt()
@@ -214,15 +232,10 @@ class PONITAPropagator(Propagator):
         directions = directions._replace(
             vectors=torch.cat([drift, directions.vectors[:, 1:]], dim=1)
         )
-        ends = self.pointed_at(torch.cat([node_features.index_select(0, source), radial], dim=1))
-        x = self.embedding(node_features)[:, None] + at_directions(ends, directions)
-        angular = powers_of_cosines(units, target, directions)
         o = directions.vectors.index_select(0, target)
-        angular = [angular, *(o @ v[:, :, None] for v in (own, theirs))]
-        angular = torch.cat(angular, dim=2)  # (n_edges, n_directions, n_angular)
-        x = self.network(x, directions, radial, angular, None, edge_index)
-        lengths_of_moves = self.move(x) * directions.weights[:, :, None]
-        return pos + velocities + (lengths_of_moves * directions.vectors).sum(dim=1), None
+        angular = [powers_of_cosines(units, target, directions)]
+        angular += [o @ v[:, :, None] for v in (own, theirs)]
+        return directions, torch.cat(radial, dim=1), torch.cat(angular, dim=2)
 
 
 class OrientedNetwork(nn.Module):
