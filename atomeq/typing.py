@@ -5,7 +5,7 @@ The shape strings are jaxtyping's; they are checked at run time in the tests onl
 everywhere inside the package; other units exist only at the doors (see :mod:`atomeq.units`).
 """
 
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -38,8 +38,20 @@ Stress: TypeAlias = Float[Tensor, "n_graphs 3 3"]  # eV/Å³, ASE's sign: positi
 
 Scalars: TypeAlias = Float[Tensor, " n_graphs"]  # a property that is no energy, in its own unit
 
+# What a structure does in an electric field; of atoms, d dipole / d position
+Dipoles: TypeAlias = Float[Tensor, "n_graphs 3"]  # e·Å
+Quadrupoles: TypeAlias = Float[Tensor, "n_graphs 3 3"]  # e·Å², without trace
+Polarizabilities: TypeAlias = Float[Tensor, "n_graphs 3 3"]  # e²·Å²/eV
+BornCharges: TypeAlias = Float[Tensor, "n_atoms 3 3"]  # e; [atom, of the dipole, of the position]
+
 # How coarse the operands of matrix products may be: fp32, TF32, bfloat16; see ops/precision.py
 Precision: TypeAlias = Literal["highest", "high", "medium"]
+
+ElectricProperty: TypeAlias = Literal["dipole", "quadrupole", "polarizability"]
+#: What an AtomGraph holds for a structure, and not for each of its atoms.
+OF_STRUCTURES = frozenset(
+    {"energy", "stress", "scalar", "energy_uncertainty", *get_args(ElectricProperty)}
+)
 
 PropertyKey: TypeAlias = Literal[
     "energy",
@@ -48,7 +60,12 @@ PropertyKey: TypeAlias = Literal[
     "gradient_forces",
     "stress",
     "scalar",
+    "dipole",
+    "quadrupole",
+    "polarizability",
+    "born_effective_charges",
     "features",
+    "sphere_features",
     "energy_uncertainty",
     "forces_uncertainty",
     "extrapolation",

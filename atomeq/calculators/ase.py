@@ -35,11 +35,11 @@ from atomeq.graph.to_structures import to_ase
 from atomeq.graph.topology import KeptTopologies
 from atomeq.potential.checkpoint import resolve_device, resolve_dtype
 from atomeq.potential.committee import Committee, frozen, provenance_of
-from atomeq.potential.potential import Potential
+from atomeq.potential.potential import ELECTRIC, Potential
 from atomeq.potential.terms import EnergyTerm
 from atomeq.potential.uncertainty import UNCERTAINTIES
 from atomeq.potential.untrusted import refuse_meta_device
-from atomeq.typing import Precision, PropertyKey
+from atomeq.typing import OF_STRUCTURES, Precision, PropertyKey
 
 #: Asked of a committee, what its members' spread is called.
 SPREADS = ("energy_std", "energies_std", "forces_std", "stress_std")
@@ -66,6 +66,8 @@ class AtomeqCalculator(Calculator):
 
     Given several potentials it is their committee: every result is their mean, and ``energy_std``,
     ``energies_std``, ``forces_std`` and ``stress_std`` are their standard deviation (of n - 1).
+    One with electric moments gives ``dipole``, ``quadrupole``, ``polarizability`` (3, 3) and
+    ``born_effective_charges`` (n_atoms, 3, 3), in e, Å and eV.
     A potential that was calibrated gives ``energy_uncertainty``, ``forces_uncertainty`` and
     ``extrapolation`` (:class:`~atomeq.potential.uncertainty.LastLayerUncertainty`), the folder of a
     committee the first two, its members' spread (:class:`~atomeq.potential.mean.MeanPotential`).
@@ -446,13 +448,15 @@ def has_volume(atoms: Atoms) -> bool:
 
 def _properties(committee: Committee) -> list[str]:
     """Return what a committee can compute."""
+    if not committee.members[0].gives_energies:
+        return list(committee.members[0].electric)
     names = ["energy", "free_energy", "energies", "forces"]
     if committee.gives_stress:
         names.append("stress")
     if committee.twice_differentiable:
         names.append("hessian")
     if len(committee.members) == 1:
-        names += committee.members[0].uncertainties
+        names += [*committee.members[0].uncertainties, *committee.members[0].electric]
     if len(committee.members) > 1:
         names += [name for name in SPREADS if name.removesuffix("_std") in names]
     return names
@@ -461,18 +465,18 @@ def _properties(committee: Committee) -> list[str]:
 def _keys(names: Iterable[str]) -> tuple[PropertyKey, ...]:
     """Return what a potential must be asked for to give ASE's properties."""
     wanted = {name.removesuffix("_std") for name in names}
-    keys: list[PropertyKey] = ["energy", "energies"]
+    keys: list[PropertyKey] = ["energy", "energies"] if wanted - set(ELECTRIC) else []
     if "forces" in wanted:
         keys.append("forces")
     if "stress" in wanted:
         keys.append("stress")
-    return (*keys, *(name for name in UNCERTAINTIES if name in wanted))
+    return (*keys, *(name for name in (*ELECTRIC, *UNCERTAINTIES) if name in wanted))
 
 
 def _of_structure(results: Mapping[str, NDArray], k: int, atoms: slice) -> dict[str, NDArray]:
     """Return the results of the k-th structure of a batch, as a batch of one."""
     return {
-        key: value[k : k + 1] if key.startswith(("energy", "stress")) else value[atoms]
+        key: value[k : k + 1] if key.removesuffix("_std") in OF_STRUCTURES else value[atoms]
         for key, value in results.items()
     }
 
@@ -486,7 +490,10 @@ def _in_ase_form(results: Mapping[str, NDArray]) -> dict[str, Any]:
             converted[key] = float(value[0])
         elif name == "stress":
             converted[key] = full_3x3_to_voigt_6_stress(value[0].astype(np.float64))
+        elif name in OF_STRUCTURES:
+            converted[key] = value[0].astype(np.float64)
         else:
             converted[key] = value.astype(np.float64)
-    converted["free_energy"] = converted["energy"]  # no electrons, no entropy
+    if "energy" in converted:
+        converted["free_energy"] = converted["energy"]  # no electrons, no entropy
     return converted

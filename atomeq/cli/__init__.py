@@ -41,6 +41,7 @@ VERBS = {
     "elastic": Verb(_PROPERTIES, "elastic constants and moduli of a crystal"),
     "phonons": Verb(_PROPERTIES, "phonon bands, density of states, thermal properties"),
     "kappa": Verb(_PROPERTIES, "lattice thermal conductivity of a crystal"),
+    "spectrum": Verb(_PROPERTIES, "infrared spectrum of a molecule or a trajectory"),
     "neb": Verb(_SIMULATION, "reaction path and barrier between two structures"),
     "serve": Verb(_SIMULATION, "energies and forces for i-PI and codes that speak like it"),
     "screen": Verb(_SCREEN, "many structures to a ranked table; may be interrupted"),

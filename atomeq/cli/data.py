@@ -15,6 +15,7 @@ from atomeq.calculators.ase import AtomeqCalculator
 from atomeq.cli.terminal import Meter, say, show_table
 from atomeq.data.ase_files import (
     DATA_VARIABLE,
+    ELECTRIC_SHAPES,
     DataError,
     LabelKeys,
     expand_data_path,
@@ -130,7 +131,7 @@ def label_keys(text: str) -> LabelKeys:
     Raises:
         ValueError: There is no such label, or no key.
     """
-    allowed = ["energy", "forces", "stress", "scalar", "weight"]
+    allowed = ["energy", "forces", "stress", *ELECTRIC_SHAPES, "scalar", "weight"]
     given: dict[str, str] = {}
     for word in filter(None, text.split(",")):
         name, _, given[name] = word.partition("=")

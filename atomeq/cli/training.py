@@ -38,6 +38,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from atomeq.cli.parsers.training import HELP, named_in_words
 from atomeq.cli.terminal import show_table
+from atomeq.data.batching import LABELS
 from atomeq.data.datamodule import AtomisticDataModule
 from atomeq.data.targets import ScalarTarget
 from atomeq.files import write_atomically
@@ -422,10 +423,9 @@ def _predicted(
     graph: AtomGraph, prediction: dict[PropertyKey, Tensor], target: ScalarTarget | None
 ) -> list[Atoms]:
     """Return structures with what was predicted of them: labels, or the scalar by its name."""
-    bare = graph.replace(energy=None, forces=None, stress=None, scalar=None, weight=None)
+    bare = graph.replace(**dict.fromkeys((*LABELS, "weight")))
     if target is None:
-        labels = {"energy": prediction["energy"], "forces": prediction["forces"]}
-        return to_ase(bare.replace(**labels))
+        return to_ase(bare.replace(**prediction))
     structures = to_ase(bare)
     for atoms, value in zip(structures, prediction["scalar"].tolist(), strict=True):
         atoms.info[target.name] = value

@@ -21,20 +21,32 @@ from typing import Any
 import ase.db
 import ase.io
 import numpy as np
+import torch
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.data import atomic_numbers
 from ase.io.formats import UnknownFileTypeError
+from ase.stress import voigt_6_to_full_3x3_stress
+from torch import Tensor
 
 from atomeq.files import write_atomically
 from atomeq.graph.atom_graph import AtomGraph
 from atomeq.graph.convert import StructureError, validate_structure
 from atomeq.graph.to_structures import to_ase
+from atomeq.typing import OF_STRUCTURES
 
 DATA_VARIABLE = "ATOMEQ_DATA"
 DATABASE_SUFFIXES = (".db", ".aselmdb")
 _OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 _LABELS = ("energy", "forces", "stress")
+#: Labels that stay in ``atoms.info`` or, those of atoms, in ``atoms.arrays``, and their shape.
+ELECTRIC_SHAPES = {
+    "dipole": (3,),
+    "quadrupole": (3, 3),
+    "polarizability": (3, 3),
+    "born_effective_charges": (3, 3),
+}
+_IN_INFO = ("scalar", *(key for key in ELECTRIC_SHAPES if key in OF_STRUCTURES))
 #: What ``atoms.info`` calls the weights of the labels of a structure.
 LABEL_WEIGHTS = tuple(f"{label}_weight" for label in _LABELS)
 _VARIABLE = re.compile(r"\$\{(\w+)\}")
@@ -52,6 +64,10 @@ class LabelKeys:
         energy: Total energy, eV.
         forces: Forces, eV/Å.
         stress: Stress, eV/Å³ in ASE's sign; 6 Voigt components or 3 x 3.
+        dipole: e·Å; a task whose model gives dipoles looks for ``dipole``, and so on.
+        quadrupole: e·Å², about the mean position; 6 Voigt components or 3 x 3.
+        polarizability: e²·Å²/eV, 1/14.4 of its volume in Å³; likewise.
+        born_effective_charges: e, 3 x 3 of each atom: [of the dipole, of the position].
         scalar: Any other number of a structure; a task with a target looks for its name.
         weight: Weight of the structure in the loss; 1 where absent. ``energy_weight``,
             ``forces_weight`` and ``stress_weight`` multiply it for one of its labels.
@@ -63,6 +79,10 @@ class LabelKeys:
     energy: str = "energy"
     forces: str = "forces"
     stress: str = "stress"
+    dipole: str | None = None
+    quadrupole: str | None = None
+    polarizability: str | None = None
+    born_effective_charges: str | None = None
     scalar: str | None = None
     weight: str = "weight"
     kind: str = "config_type"
@@ -74,6 +94,21 @@ class LabelKeys:
                 raise DataError(
                     f"kind_weights of {kind} are of energy, forces or stress, not {weights}"
                 )
+
+
+def other_labels(atoms: Atoms) -> dict[str, Tensor]:
+    """Return the labels beside energy, forces and stress of a structure that was read here.
+
+    Args:
+        atoms: As :func:`read_structures` yields it.
+
+    Returns:
+        The scalar (1,), and electric properties (1, ...) or (n_atoms, 3, 3), where it has them.
+    """
+    given = {key: np.array([atoms.info[key]]) for key in _IN_INFO if key in atoms.info}
+    of_atoms = {key: shape for key, shape in ELECTRIC_SHAPES.items() if key in atoms.arrays}
+    given |= {key: atoms.arrays[key].reshape(-1, *shape) for key, shape in of_atoms.items()}
+    return {key: torch.tensor(value, dtype=torch.float64) for key, value in given.items()}
 
 
 def resolve_data_path(path: str | os.PathLike[str]) -> Path:
@@ -131,7 +166,8 @@ def read_structures(
     Yields:
         Structures whose labels, where present, are ``energy`` (eV), ``forces`` (eV/Å) and
         ``stress`` (eV/Å³, Voigt) of ``atoms.calc``, and ``atoms.info["weight"]``; the scalar, if
-        one is asked for, is ``atoms.info["scalar"]``.
+        one is asked for, is ``atoms.info["scalar"]``, and electric properties are in ``atoms.info``
+        and ``atoms.arrays``.
 
     Raises:
         DataError: The file is missing, damaged or empty, or a frame is not a usable structure; the
@@ -254,8 +290,29 @@ def _normalise_labels(atoms: Atoms, labels: LabelKeys, name: str) -> None:
         results["stress"] = _voigt(results["stress"].reshape(3, 3))
     if "energy" in results:
         results["energy"] = float(results["energy"])
+    _normalise_electric(atoms, labels, name)
     atoms.info.update(_weights(atoms, labels, name))
     atoms.calc = SinglePointCalculator(atoms, **results) if results else None
+
+
+def _normalise_electric(atoms: Atoms, labels: LabelKeys, name: str) -> None:
+    """Keep electric properties under their own names, matrices as such."""
+    for label, shape in ELECTRIC_SHAPES.items():
+        key = getattr(labels, label)
+        if key is None or (value := _take(atoms, key)) is None:
+            continue
+        what, of_atoms = f"{name}: label {key!r}", label not in OF_STRUCTURES
+        if of_atoms:
+            allowed: tuple[tuple[int, ...], ...] = ((len(atoms), 3, 3), (len(atoms), 9))
+        else:
+            allowed = (shape,) if shape == (3,) else (shape, (6,), (9,))
+        found = _checked(value, allowed, what)
+        if found.shape == (6,):
+            found = voigt_6_to_full_3x3_stress(found)
+        if of_atoms:
+            atoms.arrays[label] = found.reshape(-1, 9)  # extxyz has no more axes
+        else:
+            atoms.info[label] = found.reshape(shape)
 
 
 def _weights(atoms: Atoms, labels: LabelKeys, name: str) -> dict[str, float]:

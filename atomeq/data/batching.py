@@ -12,10 +12,10 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from atomeq.data.ase_files import DataError
+from atomeq.data.ase_files import ELECTRIC_SHAPES, DataError
 from atomeq.graph.atom_graph import AtomGraph
 
-LABELS = ("energy", "forces", "stress", "scalar")
+LABELS = ("energy", "forces", "stress", "scalar", *ELECTRIC_SHAPES)
 
 
 class GraphDataset(Dataset[AtomGraph]):

@@ -15,9 +15,11 @@ from ase import Atoms
 from lightning.pytorch import LightningDataModule
 
 from atomeq.data.ase_files import (
+    ELECTRIC_SHAPES,
     LABEL_WEIGHTS,
     DataError,
     LabelKeys,
+    other_labels,
     read_structures,
     resolve_data_path,
 )
@@ -38,6 +40,10 @@ _LABEL_SHAPES = {
     "forces": lambda g: (g.n_atoms, 3),
     "stress": lambda g: (1, 3, 3),
     "scalar": lambda g: (1,),
+    **{
+        key: lambda g, key=key, shape=shape: (1 if key in OF_STRUCTURES else g.n_atoms, *shape)
+        for key, shape in ELECTRIC_SHAPES.items()
+    },
 }
 
 _Structures: TypeAlias = list[Atoms] | StoredStructures
@@ -344,13 +350,16 @@ class AtomisticDataModule(LightningDataModule):
         return found
 
     def label_keys(self) -> LabelKeys:
-        """Return what files call their labels, the target of the task included."""
+        """Return what files call their labels, those included that the task alone asks for."""
         # AtomisticTask lives one floor up and cannot be imported here.
         task = self.trainer.lightning_module if self.trainer is not None else None
         target = getattr(task, "target", None)
-        if target is None or self.labels.scalar is not None:
-            return self.labels
-        return replace(self.labels, scalar=target.name)
+        learned = set(getattr(getattr(task, "potential", None), "electric", ()))
+        found = {key: key for key in ELECTRIC_SHAPES if key in learned}
+        found |= {} if target is None else {"scalar": target.name}
+        return replace(
+            self.labels, **{k: v for k, v in found.items() if getattr(self.labels, k) is None}
+        )
 
     def _dataset(self, structures: _Structures, name: str) -> GraphDataset:
         if isinstance(structures, StoredStructures):
@@ -402,8 +411,6 @@ def _some(structures: _Structures, chosen: list[int]) -> _Structures:
 
 def _labelled(graph: AtomGraph, atoms: Atoms) -> AtomGraph:
     weight = torch.tensor([atoms.info.get("weight", 1.0)], dtype=graph.pos.dtype)
-    given = atoms.info.get("scalar")
-    scalar = None if given is None else torch.tensor([given], dtype=torch.float64)
     number = atoms.info.get(_HEAD)
     head = None if number is None else torch.tensor([number])
     weights = {
@@ -411,7 +418,7 @@ def _labelled(graph: AtomGraph, atoms: Atoms) -> AtomGraph:
         for key in LABEL_WEIGHTS
         if key in atoms.info
     }
-    return graph.to("cpu").replace(weight=weight, scalar=scalar, head=head, **weights)
+    return graph.to("cpu").replace(weight=weight, head=head, **weights, **other_labels(atoms))
 
 
 def _with_same_labels(graphs: list[AtomGraph]) -> list[AtomGraph]:

@@ -20,7 +20,7 @@ import torch
 from ase import Atoms
 from numpy.typing import ArrayLike, NDArray
 
-from atomeq.data.ase_files import LABEL_WEIGHTS, DataError
+from atomeq.data.ase_files import LABEL_WEIGHTS, DataError, other_labels
 from atomeq.data.batching import LABELS, GraphDataset
 from atomeq.data.molecule_files import HDF5_SUFFIXES
 from atomeq.files import write_atomically
@@ -73,11 +73,10 @@ def write_hdf5(
 
 
 def _labelled(atoms: Atoms) -> AtomGraph:
-    scalar = atoms.info.get("scalar")
     graph = from_ase(atoms)
     given = {key: atoms.info[key] for key in LABEL_WEIGHTS if key in atoms.info}
-    given |= {} if scalar is None else {"scalar": scalar}
-    return graph.replace(**{k: torch.tensor([v], dtype=torch.float64) for k, v in given.items()})
+    weights = {k: torch.tensor([v], dtype=torch.float64) for k, v in given.items()}
+    return graph.replace(**weights, **other_labels(atoms))
 
 
 def _append(file: _File, graph: AtomGraph, n_before: int) -> None:

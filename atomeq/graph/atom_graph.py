@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from atomeq.typing import (
+    OF_STRUCTURES,
     AtomicNumbers,
     BatchIndex,
     CellOffsets,
@@ -37,29 +38,24 @@ UNKNOWN: dict[str, float | bool] = {
     "tags": 0,
     "fixed": False,
     "velocities": 0.0,
-    "masses": float("nan"),
-    "energy": float("nan"),
-    "forces": float("nan"),
-    "stress": float("nan"),
-    "energy_uncertainty": float("nan"),
-    "forces_uncertainty": float("nan"),
-    "scalar": float("nan"),
-    "weight": 1.0,
-    "energy_weight": 1.0,
-    "forces_weight": 1.0,
-    "stress_weight": 1.0,
     "charge": 0,
     "multiplicity": 0,
     "num_hyperedges": 0,
+    **dict.fromkeys(("weight", "energy_weight", "forces_weight", "stress_weight"), 1.0),
+    **dict.fromkeys(("masses", "forces", "forces_uncertainty", *OF_STRUCTURES), float("nan")),
+    "born_effective_charges": float("nan"),
 }
 # In float32 the total of a large structure loses its meV.
 _ALWAYS_DOUBLE = ("energy", "scalar")
 _FIELDS: dict[Level, str] = {
-    "atom": "pos atomic_numbers batch tags fixed velocities masses forces forces_uncertainty",
+    "atom": (
+        "pos atomic_numbers batch tags fixed velocities masses forces forces_uncertainty "
+        "born_effective_charges"
+    ),
     "graph": (
         "cell pbc natoms energy energy_uncertainty stress scalar weight head charge multiplicity "
         "energy_weight forces_weight stress_weight "
-        "num_hyperedges"
+        "num_hyperedges dipole quadrupole polarizability"
     ),
     "edge": "edge_index cell_offsets",
     "incidence": "hyperedge_index",
@@ -90,7 +86,9 @@ class AtomGraph:
         batch: (n_atoms,) structure of each atom, ascending; follows from ``natoms``.
         kwargs: ``tags`` (n_atoms,), ``fixed`` (n_atoms,) bool, ``velocities`` (n_atoms, 3) Å/fs,
             ``masses`` (n_atoms,) amu, labels ``energy`` (n_graphs,) eV, ``forces`` (n_atoms, 3)
-            eV/Å, ``stress`` (n_graphs, 3, 3) eV/Å³, ``scalar`` (n_graphs,) in the unit of the
+            eV/Å, ``stress`` (n_graphs, 3, 3) eV/Å³, ``dipole`` (n_graphs, 3) e·Å, ``quadrupole``
+            and ``polarizability`` (n_graphs, 3, 3), ``born_effective_charges`` (n_atoms, 3, 3) e,
+            ``scalar`` (n_graphs,) in the unit of the
             property that is learned, ``weight`` (n_graphs,), ``charge`` (n_graphs,) e and
             ``multiplicity`` (n_graphs,), 0 where nobody said, ``head`` (n_graphs,) which of the
             heads of a potential it is of, ``hyperedge_index``

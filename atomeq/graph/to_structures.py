@@ -3,7 +3,8 @@
 ``convert`` is the way in; what goes out here comes back there.
 """
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from atomeq.graph.atom_graph import AtomGraph
 from atomeq.graph.convert import Structures, from_structures
 from atomeq.graph.hyperedges import INFO_KEY, Hyperedges
 from atomeq.graph.neighbors import complete_cell
+from atomeq.typing import ElectricProperty
 
 if TYPE_CHECKING:
     from pymatgen.core import Molecule, Structure
@@ -104,13 +106,12 @@ def _atoms_of_graph(graph: AtomGraph) -> Atoms:
         atoms.set_velocities(array("velocities") / units.fs)
     if "fixed" in graph and bool(graph["fixed"].any()):
         atoms.set_constraint(FixAtoms(mask=graph["fixed"].numpy()))
-    if "forces_uncertainty" in graph:
-        atoms.set_array("forces_uncertainty", array("forces_uncertainty"))
+    for name in _known(graph, ("forces_uncertainty", "born_effective_charges")):
+        values = array(name)
+        atoms.set_array(name, values.reshape(len(atoms), -1) if values.ndim > 2 else values)
     atoms.info.update(_info_of_graph(graph))
     results: dict[str, Any] = {
-        name: array(name)
-        for name in ("energy", "forces", "stress")
-        if name in graph and bool(torch.isfinite(graph[name]).all())
+        name: array(name) for name in _known(graph, ("energy", "forces", "stress"))
     }
     if "energy" in results:
         results["energy"] = results["energy"].item()
@@ -121,9 +122,16 @@ def _atoms_of_graph(graph: AtomGraph) -> Atoms:
     return atoms
 
 
+def _known(graph: AtomGraph, names: Sequence[str]) -> list[str]:
+    """Return those of some fields that are there, and everywhere a number."""
+    return [name for name in names if name in graph and bool(torch.isfinite(graph[name]).all())]
+
+
 def _info_of_graph(graph: AtomGraph) -> dict[str, Any]:
     plain = ("weight", "energy_uncertainty", "charge")
     info: dict[str, Any] = {name: float(graph[name][0]) for name in plain if name in graph}
+    for name in _known(graph, get_args(ElectricProperty)):
+        info[name] = graph[name][0].detach().numpy().astype(np.float64)
     if "multiplicity" in graph and graph["multiplicity"][0]:
         info["multiplicity"] = int(graph["multiplicity"][0])
     if "num_hyperedges" in graph:

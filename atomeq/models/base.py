@@ -139,7 +139,8 @@ class AtomisticModel(ConfiguredModule):
         Returns:
             ``energies`` (n_atoms,) and whatever else ``outputs`` names; and, where uncertainties
             are wanted of the model, ``features`` (n_atoms, any): invariants that its last map makes
-            the energies of, or the nearest thing to them.
+            the energies of, or the nearest thing to them. One whose features turn by degree returns
+            them as ``sphere_features`` (n_atoms, n_sph, channels), see :attr:`sphere_shape`.
         """
         raise NotImplementedError(f"{type(self).__name__} does not define forward()")
 
@@ -169,6 +170,14 @@ class AtomisticModel(ConfiguredModule):
     def node_channels(self) -> int:
         """Channels of :meth:`node_features`."""
         raise NotImplementedError(f"{type(self).__name__} does not offer node_features()")
+
+    @property
+    def sphere_shape(self) -> tuple[int, int]:
+        """Highest degree and channels of the ``sphere_features`` that :meth:`forward` returns.
+
+        (0, node_channels) where it returns none, but there are :meth:`node_features`.
+        """
+        return 0, self.node_channels
 
     @property
     def embedding_channels(self) -> int:

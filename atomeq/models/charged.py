@@ -71,6 +71,11 @@ class Charged(AtomisticModel):
         return self.model.node_channels
 
     @property
+    def sphere_shape(self) -> tuple[int, int]:
+        """Degree and channels of the ``sphere_features`` of the model inside."""
+        return self.model.sphere_shape
+
+    @property
     def embedding_channels(self) -> int:
         """Channels of the embedding of the model inside."""
         return self.model.embedding_channels

@@ -216,7 +216,7 @@ class EquiformerV3(AtomisticModel):
                 by default a rule without randomness.
 
         Returns:
-            ``energies`` (n_atoms,) and ``features``; ``forces`` (n_atoms, 3) and ``stress``
+            ``energies`` (n_atoms,) and both features; ``forces`` (n_atoms, 3) and ``stress``
             (n_graphs, 3, 3) if they have a head.
         """
         x, frame, edges = self._transform(graph, edge_rotation)
@@ -224,6 +224,7 @@ class EquiformerV3(AtomisticModel):
         outputs: dict[PropertyKey, Tensor] = {
             "energies": energies[:, 0] / self.energy_divisor,
             "features": features,
+            "sphere_features": x,
         }
         if self.forces is not None:
             outputs["forces"] = self.forces(x, frame, edges)[:, 1:4, 0]  # l = 1 is (x, y, z)
@@ -235,6 +236,11 @@ class EquiformerV3(AtomisticModel):
     def node_channels(self) -> int:
         """Channels of :meth:`node_features`."""
         return self.sphere_channels
+
+    @property
+    def sphere_shape(self) -> tuple[int, int]:
+        """Highest degree and channels of the features of the last block."""
+        return self.lmax, self.sphere_channels
 
     def node_features(self, graph: AtomGraph) -> Tensor:
         """Return the scalars of the last block, normalised, (n_atoms, sphere_channels)."""

@@ -118,9 +118,10 @@ class ESCN(AtomisticModel):
         self.energy = MLP((sphere_channels, hidden_channels, 1), zero_output=True)
 
     def forward(self, graph: AtomGraph) -> dict[PropertyKey, Tensor]:
-        """Return per-atom ``energies`` (n_atoms,), in the model's own scale, and ``features``."""
-        energies, features = self.energy.with_hidden(self.node_features(graph))
-        return {"energies": energies[:, 0], "features": features}
+        """Return per-atom ``energies`` (n_atoms,), in the model's own scale, and both features."""
+        x = self._atoms(graph)
+        energies, features = self.energy.with_hidden(x[:, 0])
+        return {"energies": energies[:, 0], "features": features, "sphere_features": x}
 
     def stages(self) -> list[Stage]:
         """Return the density of neighbours, then layer after layer; the last gives energies."""
@@ -135,11 +136,20 @@ class ESCN(AtomisticModel):
 
     def node_features(self, graph: AtomGraph) -> Tensor:
         """Return the scalars of the last layer, normalised, (n_atoms, sphere_channels)."""
+        return self._atoms(graph)[:, 0]
+
+    @property
+    def sphere_shape(self) -> tuple[int, int]:
+        """Highest degree and channels of the features of the last layer."""
+        return self.lmax, self.sphere_channels
+
+    def _atoms(self, graph: AtomGraph) -> NodeFeatures:
+        """Return the features of the last layer, normalised, (n_atoms, n_sph, sphere_channels)."""
         edges = self._edges(graph)
         x = self._density(graph, edges)
         for layer in self.layers:
             x = layer(x, *edges)
-        return self.norm(x)[:, 0]
+        return self.norm(x)
 
     def _edges(self, graph: AtomGraph) -> tuple[EdgeFrame, Pairs, Tensor | None]:
         """Return their frames, what radial networks see of them, and the envelope (n_edges,)."""

@@ -174,7 +174,7 @@ class ESEN(AtomisticModel):
                 by default a rule without randomness.
 
         Returns:
-            ``energies`` (n_atoms,) and ``features``; ``forces`` (n_atoms, 3) and ``stress``
+            ``energies`` (n_atoms,) and both features; ``forces`` (n_atoms, 3) and ``stress``
             (n_graphs, 3, 3) if they have a head.
         """
         x = self._transform(graph, edge_rotation)  # (n_atoms, n_sph, C)
@@ -183,6 +183,7 @@ class ESEN(AtomisticModel):
         if self.energy_reduce == "mean":
             energies = energies / graph.natoms[graph.batch]
         outputs: dict[PropertyKey, Tensor] = {"energies": energies, "features": features}
+        outputs["sphere_features"] = x
         if self.forces is not None:
             outputs["forces"] = self.forces(x[:, :4])[:, 1:, 0]  # l = 1 is (x, y, z)
         if isinstance(self.stress, EquivariantStress):
@@ -198,6 +199,11 @@ class ESEN(AtomisticModel):
     def node_channels(self) -> int:
         """Channels of :meth:`node_features`."""
         return self.sphere_channels
+
+    @property
+    def sphere_shape(self) -> tuple[int, int]:
+        """Highest degree and channels of the features of the last block."""
+        return self.lmax, self.sphere_channels
 
     def node_features(self, graph: AtomGraph) -> Tensor:
         """Return the scalars of the last block, normalised, (n_atoms, sphere_channels)."""

@@ -35,7 +35,7 @@ from atomeq.nn.canonicalization import CanonicalVectors, canonical_frames
 from atomeq.nn.frame_averaging import FrameMethod, FrameSet, principal_frames
 from atomeq.nn.radial import PolynomialEnvelope
 from atomeq.ops.segment.operations import segment_mean
-from atomeq.typing import PropertyKey
+from atomeq.typing import OF_STRUCTURES, PropertyKey
 
 #: Number of kinds of atoms that labels of edges tell apart.
 _N_LABELS = 128
@@ -82,7 +82,7 @@ class OverFrames(AtomisticModel, ABC):
         matrices, weights = self.frames(graph)  # (n_frames, n_graphs, 3, 3), (n_frames, n_graphs)
         averaged: dict[PropertyKey, Tensor] = {}
         for key, value in self._evaluate(graph, matrices).items():
-            index = ... if key in ("energy", "stress", "scalar") else graph.batch
+            index = ... if key in OF_STRUCTURES else graph.batch
             turns = matrices.to(value.dtype)[:, index]
             if key == "forces":
                 value = torch.einsum("kaj,kaij->kai", value, turns)

@@ -27,7 +27,7 @@ from atomeq.ops.precision import matmul_precision
 from atomeq.potential.compiled import CompiledPotential, graph_fields
 from atomeq.potential.potential import Potential
 from atomeq.potential.predictor import full_precision
-from atomeq.typing import PropertyKey
+from atomeq.typing import OF_STRUCTURES, PropertyKey
 
 logger = logging.getLogger(__name__)
 
@@ -288,9 +288,8 @@ def _versions(weights: Sequence[Tensor]) -> list[Any]:
 
 def _of_the_real(results: Results, graph: AtomGraph) -> Results:
     """Return copies of what belongs to the structures: the next replay writes over the results."""
-    of_graphs = ("energy", "energy_uncertainty", "stress")
     return {
-        key: value[: graph.n_graphs if key in of_graphs else graph.n_atoms].clone()
+        key: value[: graph.n_graphs if key in OF_STRUCTURES else graph.n_atoms].clone()
         for key, value in results.items()
     }
 

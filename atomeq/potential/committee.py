@@ -24,7 +24,7 @@ from atomeq.potential.folders import WEIGHTS_FILE, find_potential
 from atomeq.potential.potential import Potential
 from atomeq.potential.scalar import ScalarPredictor
 from atomeq.potential.terms import EnergyTerm
-from atomeq.typing import Precision, PropertyKey
+from atomeq.typing import OF_STRUCTURES, Precision, PropertyKey
 
 
 class NotFiniteError(ValueError):
@@ -118,7 +118,7 @@ class Committee:
             for key, values in results.items():
                 if not np.isfinite(values).all():
                     row = int(np.nonzero(~np.isfinite(values))[0][0])
-                    k = row if key.startswith(("energy", "stress")) else int(graphs[0].batch[row])
+                    k = row if key in OF_STRUCTURES else int(graphs[0].batch[row])
                     numbers = graphs[0].atomic_numbers[graphs[0].batch == k]
                     raise NotFiniteError(one.name, key, first + k, numbers)
         if len(each) == 1:

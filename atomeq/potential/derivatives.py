@@ -1,4 +1,4 @@
-"""Forces, stress and Hessian as derivatives of the energy: all of autograd.grad above ``ops/``.
+"""Forces, stress, Hessian and Born effective charges: all of autograd.grad above ``ops/``.
 
 Both come from one backward pass through a symmetric strain ε of the structure
 (r -> r (1 + ε), cell -> cell (1 + ε)):  F = -dE/dr,  σ = (1/V) dE/dε.
@@ -96,6 +96,33 @@ def energy_and_gradients(
         for key, value in properties.items():
             properties[key] = value.detach()
     return properties, gradients
+
+
+def born_effective_charges(
+    evaluate: Callable[[AtomGraph], dict[PropertyKey, Tensor]],
+    graph: AtomGraph,
+    *,
+    create_graph: bool = False,
+) -> Tensor:
+    """Return how the dipole of each structure changes with the positions of its atoms.
+
+    Args:
+        evaluate: Maps a graph to properties among which is ``dipole`` (n_graphs, 3), e·Å.
+        graph: The structures; not modified.
+        create_graph: Keep the derivatives differentiable.
+
+    Returns:
+        Z*, (n_atoms, 3, 3), e: [i, a, b] is dμ_a / dr_ib.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        graph = _differentiable(graph)
+        positions = graph.pos if graph.pos.requires_grad else graph.pos.detach().requires_grad_()
+        dipoles = evaluate(graph.replace(pos=positions))["dipole"]
+        rows = [
+            _gradients(component, [positions], graph, create_graph=create_graph, retain_graph=True)
+            for component in dipoles.unbind(dim=1)
+        ]
+        return torch.stack([row[0] for row in rows], dim=1)
 
 
 def force_constants(potential: ForceField, graph: AtomGraph, *, max_edges: int) -> Tensor:

@@ -94,3 +94,14 @@ class MeanPotential(Potential):
     def gives_stress(self) -> bool:
         """Whether every member gives a stress."""
         return all(one.gives_stress for one in self._each())
+
+    @property
+    def gives_energies(self) -> bool:
+        """Whether every member gives energies."""
+        return all(one.gives_energies for one in self._each())
+
+    @property
+    def electric(self) -> tuple[PropertyKey, ...]:
+        """The electric properties that every member gives."""
+        first, *others = (one.electric for one in self._each())
+        return tuple(key for key in first if all(key in other for other in others))

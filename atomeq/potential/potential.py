@@ -8,7 +8,7 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +18,17 @@ from atomeq.models.base import AtomisticModel
 from atomeq.ops.precision import use_precision
 from atomeq.ops.segment.operations import segment_sum
 from atomeq.potential.blocks import divisible, energies_in_blocks
-from atomeq.potential.derivatives import energy_and_derivatives, refuse_flat_cells
+from atomeq.potential.derivatives import (
+    born_effective_charges,
+    energy_and_derivatives,
+    refuse_flat_cells,
+)
 from atomeq.potential.distances import SHORTEST, KnownDistances
 from atomeq.potential.predictor import Predictor, full_precision
 from atomeq.potential.references import AtomicReferences
 from atomeq.potential.terms import EnergyTerm
 from atomeq.potential.uncertainty import UNCERTAINTIES, LastLayerUncertainty
-from atomeq.typing import PropertyKey
+from atomeq.typing import ElectricProperty, PropertyKey
 
 logger = logging.getLogger(__name__)
 
@@ -32,12 +36,15 @@ _GUESS = (
     "its numbers are guesses there and may be far off. Look at the structure, or add the repulsion "
     f"of nuclei: `atomeq potentials install NAME --zbl`, AtomeqCalculator(terms=[ZBL({SHORTEST})])"
 )
+#: What a model may have beside energies, forces and stress.
+ELECTRIC: tuple[PropertyKey, ...] = (*get_args(ElectricProperty), "born_effective_charges")
 _PROPERTIES: tuple[PropertyKey, ...] = (
     "energy",
     "energies",
     "forces",
     "gradient_forces",
     "stress",
+    *ELECTRIC,
     *UNCERTAINTIES,
 )
 
@@ -114,13 +121,16 @@ class Potential(Predictor):
         Returns:
             ``energy`` (n_graphs,) eV and ``energies`` (n_atoms,) eV in float64; ``forces``
             (n_atoms, 3) eV/Å; ``stress`` (n_graphs, 3, 3) eV/Å³, positive when stretched; of a
-            model with a force head also ``gradient_forces``, what -dE/dx is, without a gradient;
+            model with a force head also ``gradient_forces``, what -dE/dx is, without a gradient; of
+            an :class:`~atomeq.models.electric.Electric` one ``dipole`` (n_graphs, 3) e·Å,
+            ``quadrupole`` (n_graphs, 3, 3) e·Å², ``polarizability`` (n_graphs, 3, 3) e²·Å²/eV and
+            the derivative ``born_effective_charges`` (n_atoms, 3, 3) e, [atom, dipole, position];
             of a calibrated one what :class:`~atomeq.potential.uncertainty.LastLayerUncertainty`
             gives.
 
         Raises:
-            ValueError: An unknown property, the stress of a structure without volume, or an
-                uncertainty of a potential that was not calibrated.
+            ValueError: An unknown property, the stress of a structure without volume, an
+                uncertainty of a potential that was not calibrated, or a moment of one without.
         """
         self.check_electrons(graph)
         if self.training:  # in mixed precision perhaps
@@ -146,6 +156,7 @@ class Potential(Predictor):
         self, graph: AtomGraph, properties: Sequence[PropertyKey], create_graph: bool | None
     ) -> dict[PropertyKey, Tensor]:
         refuse_unknown_properties(properties)
+        self.refuse_missing(properties)
         if "stress" in properties:
             if not self.gives_stress:
                 raise ValueError(
@@ -193,9 +204,40 @@ class Potential(Predictor):
                     stress="stress" in derived,
                     create_graph=create_graph,
                 )
+            if "born_effective_charges" in properties:
+                charges = born_effective_charges(self.evaluate, graph, create_graph=create_graph)
+                computed["born_effective_charges"] = charges
         for key in derived:
             computed[key] = self.references.of_derivative(key, computed[key])
         return {key: computed[key] for key in properties}
+
+    @property
+    def electric(self) -> tuple[PropertyKey, ...]:
+        """Which of dipole, quadrupole, polarizability and Born effective charges it gives."""
+        own = self.model.outputs
+        derived: set[PropertyKey] = {"born_effective_charges"} if "dipole" in own else set()
+        return tuple(key for key in ELECTRIC if key in own | derived)
+
+    @property
+    def learnable(self) -> tuple[PropertyKey, ...]:
+        """What it gives that there are labels of."""
+        stress: tuple[PropertyKey, ...] = ("stress",) if self.gives_stress else ()
+        energies: tuple[PropertyKey, ...] = ("energy", "forces", *stress)
+        return (*(energies if self.gives_energies else ()), *self.electric)
+
+    def refuse_missing(self, properties: Sequence[PropertyKey]) -> None:
+        """Raise ``ValueError`` naming the first property that its model has nothing to give for."""
+        if not self.gives_energies and (others := set(properties) - set(self.electric)):
+            raise ValueError(
+                f"potential {self.name!r} was made for {', '.join(self.electric)} alone: it has no "
+                f"energy and so no {sorted(others)[0]}"
+            )
+        missing = [key for key in properties if key in ELECTRIC and key not in self.electric]
+        if missing:
+            raise ValueError(
+                f"potential {self.name!r} gives no {missing[0]}: its model is none with electric "
+                "moments; train one, Electric(model, properties=[...])"
+            )
 
     def _leave_inference_mode(self) -> bool:
         """Put clones in place of weights that inference mode made; return whether there were any.
@@ -266,6 +308,8 @@ class Potential(Predictor):
             outputs: dict[PropertyKey, Tensor] = {"energies": energies_in_blocks(self.model, graph)}
         else:
             outputs = self.model(graph)
+        if "energies" not in outputs:
+            return dict(outputs)
         energies = self.references(outputs["energies"], graph.atomic_numbers)
         for term in self.terms:
             energies = energies + term(graph)
@@ -274,12 +318,20 @@ class Potential(Predictor):
             "energies": energies + (offset / graph.natoms)[graph.batch],  # they sum to the energy
             "energy": segment_sum(energies, graph.batch, graph.natoms.shape[0]) + offset,
         }
+        for key in ELECTRIC:
+            if key in outputs:
+                computed[key] = outputs[key]
         if uncertainty is not None:
             computed.update(uncertainty(outputs["features"], graph))
         if "forces" in outputs or "stress" in outputs:
             heads = self.references.of_heads(outputs.get("forces"), outputs.get("stress"))
             computed.update(heads)
         return computed
+
+    @property
+    def gives_energies(self) -> bool:
+        """Whether there are energies; else there are electric properties alone."""
+        return "energies" in self.model.outputs
 
     @property
     def conservative(self) -> bool:

@@ -15,8 +15,8 @@ from atomeq.ops.segment.operations import segment_sum
 from atomeq.potential.distances import COVALENT_RADII
 from atomeq.potential.references import MAX_ATOMIC_NUMBER
 from atomeq.potential.terms import EnergyTerm
+from atomeq.units import COULOMB_CONSTANT
 
-_COULOMB = 14.399645478425668  # eV·Å, e²/(4πε₀)
 _SCREENING_LENGTH = 0.46850  # Å, 0.8854 Bohr radii
 _POWER = 0.23
 _AMPLITUDES = (0.18175, 0.50986, 0.28022, 0.02817)
@@ -68,7 +68,7 @@ class ZBL(EnergyTerm):
             amplitude * torch.exp(-decay * x)
             for amplitude, decay in zip(_AMPLITUDES, _DECAYS, strict=True)
         )
-        pairs = _COULOMB * charge_i * charge_j / lengths * screening
+        pairs = COULOMB_CONSTANT * charge_i * charge_j / lengths * screening
         pairs = pairs * self._switch(lengths / self._reach(numbers[source], numbers[target]))
         return segment_sum(pairs / 2, target, graph.n_atoms)
 

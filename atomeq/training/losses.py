@@ -8,8 +8,12 @@ import torch
 from torch import Tensor
 
 from atomeq.graph.atom_graph import AtomGraph
+from atomeq.potential.potential import ELECTRIC
 from atomeq.training.distributed import joint_count
-from atomeq.typing import PropertyKey
+from atomeq.typing import OF_STRUCTURES, PropertyKey
+
+#: What potentials learn.
+LABELS: tuple[PropertyKey, ...] = ("energy", "forces", "stress", *ELECTRIC)
 
 
 class Loss(Protocol):
@@ -82,6 +86,11 @@ class PotentialLoss:
         energy: c_E; errors in eV/atom, or in eV as ``energy_per`` says.
         forces: c_F; errors in eV/Å.
         stress: c_S; errors in eV/Å³.
+        dipole: Its coefficient, and so on: of an :class:`~atomeq.models.electric.Electric` model;
+            errors in e·Å.
+        quadrupole: Errors in e·Å².
+        polarizability: Errors in e²·Å²/eV.
+        born_effective_charges: Errors in e.
         gradient_forces: c_G; draws a force head to the gradient of the energy, which is held fixed
             (FAENet's ``direct_with_gradient_target``). In training alone.
         pressure: Whether the trace of the stress counts. Labels from plane waves of a fixed cutoff
@@ -97,6 +106,10 @@ class PotentialLoss:
     energy: float = 1.0
     forces: float = 10.0
     stress: float = 0.0
+    dipole: float = 0.0
+    quadrupole: float = 0.0
+    polarizability: float = 0.0
+    born_effective_charges: float = 0.0
     gradient_forces: float = 0.0
     pressure: bool = True
     kind: Literal["mse", "mae", "huber", "conditional_huber", "l2mae"] = "mse"
@@ -105,13 +118,10 @@ class PotentialLoss:
     free_atoms_only: bool = False
 
     def __post_init__(self) -> None:
-        coefficients = (self.energy, self.forces, self.stress)
-        if min(*coefficients, self.gradient_forces) < 0 or max(coefficients) == 0:
-            raise ValueError(
-                f"loss coefficients are >= 0 and not all zero; got energy={self.energy}, "
-                f"forces={self.forces}, stress={self.stress}, "
-                f"gradient_forces={self.gradient_forces}"
-            )
+        coefficients = {key: getattr(self, key) for key in (*LABELS, "gradient_forces")}
+        if min(coefficients.values()) < 0 or not self.labels:
+            shown = ", ".join(f"{key}={value}" for key, value in coefficients.items() if value)
+            raise ValueError(f"loss coefficients are >= 0 and not all zero; got {shown or 'zeros'}")
         if self.gradient_forces and not self.forces:
             raise ValueError("gradient_forces are a target beside the labels: set forces above 0")
         if isinstance(self.huber_delta, dict) and set(self.huber_delta) != set(self.labels):
@@ -136,8 +146,7 @@ class PotentialLoss:
     @property
     def labels(self) -> tuple[PropertyKey, ...]:
         """What it needs labels of."""
-        keys: tuple[PropertyKey, ...] = ("energy", "forces", "stress")
-        return tuple(key for key in keys if getattr(self, key) > 0)
+        return tuple(key for key in LABELS if getattr(self, key) > 0)
 
     def __call__(
         self, prediction: Mapping[PropertyKey, Tensor], graph: AtomGraph
@@ -168,8 +177,8 @@ class PotentialLoss:
             error, known = label_error(key, prediction[key], graph)
         if key == "energy" and self.energy_per == "structure":
             error = error * graph.natoms
-        of_atoms = key in ("forces", "gradient_forces")
-        if of_atoms:
+        of_atoms = key not in OF_STRUCTURES
+        if key in ("forces", "gradient_forces"):
             if self.free_atoms_only and "fixed" in graph:
                 known = known & ~graph["fixed"].bool()[:, None]
             if self.kind == "l2mae":
@@ -223,8 +232,8 @@ def label_error(key: str, predicted: Tensor, graph: AtomGraph) -> tuple[Tensor, 
     """Return prediction minus label and where the label is known.
 
     Args:
-        key: ``energy`` (per atom), ``forces``, ``stress`` or ``scalar``.
-        predicted: (n_graphs,) eV, (n_atoms, 3) eV/Å, (n_graphs, 3, 3) eV/Å³, or (n_graphs,).
+        key: ``energy`` (per atom), ``forces``, ``stress``, ``scalar`` or an electric property.
+        predicted: As a potential or a predictor of scalars returns it.
         graph: The batch with its labels.
 
     Returns:

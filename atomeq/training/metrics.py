@@ -8,24 +8,22 @@ from torchmetrics import Metric
 
 from atomeq.data.targets import ScalarTarget
 from atomeq.graph.atom_graph import AtomGraph
-from atomeq.training.losses import label_error
+from atomeq.training.losses import LABELS, label_error
 from atomeq.typing import PropertyKey
-from atomeq.units import GPA
+from atomeq.units import BOHR, COULOMB_CONSTANT, DEBYE, GPA, MEV
 
-#: Result name -> unit, as the tables and logs show it.
-UNITS = {
-    "energy": "eV",
-    "energy_per_atom": "meV/atom",
-    "forces": "meV/Å",
-    "stress": "GPa",
+#: Result name -> title and unit, as the tables and logs show it, and the size of the unit in ours.
+_SHOWN: dict[str, tuple[str, str, float]] = {
+    "energy": ("energy", "eV", 1.0),
+    "energy_per_atom": ("energy/atom", "meV/atom", MEV),
+    "forces": ("forces", "meV/Å", MEV),
+    "stress": ("stress", "GPa", GPA),
+    "dipole": ("dipole", "D", DEBYE),
+    "quadrupole": ("quadrupole", "D·Å", DEBYE),
+    "polarizability": ("polarizability", "bohr³", BOHR**3 / COULOMB_CONSTANT),
+    "born_effective_charges": ("Born charges", "e", 1.0),
 }
-_TITLES = {
-    "energy": "energy",
-    "energy_per_atom": "energy/atom",
-    "forces": "forces",
-    "stress": "stress",
-}
-_FACTORS = {"energy": 1.0, "energy_per_atom": 1e3, "forces": 1e3, "stress": 1 / GPA}
+UNITS = {name: unit for name, (_, unit, _) in _SHOWN.items()}
 
 
 class ErrorMetric(Metric):
@@ -111,17 +109,18 @@ class PotentialErrors(SummedErrors):
     """Errors of a potential.
 
     ``energy`` [eV per structure], ``energy_per_atom`` [meV/atom], ``forces`` [meV/Å, components]
-    and ``stress`` [GPa, nine components], each as ``<name>_mae`` and ``<name>_rmse``.
+    and ``stress`` [GPa, nine components], ``dipole`` [D], ``quadrupole`` [D·Å], ``polarizability``
+    [bohr³] and ``born_effective_charges`` [e], each as ``<name>_mae`` and ``<name>_rmse``.
     """
 
     columns: Mapping[str, tuple[str, str]] = {
-        f"{name}_{kind}": (f"{_TITLES[name]} {kind.upper()}", unit)
-        for name, unit in UNITS.items()
+        f"{name}_{kind}": (f"{title} {kind.upper()}", unit)
+        for name, (title, unit, _) in _SHOWN.items()
         for kind in ("mae", "rmse")
     }
 
     def __init__(self) -> None:
-        super().__init__(_FACTORS)
+        super().__init__({name: 1 / size for name, (_, _, size) in _SHOWN.items()})
 
     def update(self, prediction: Mapping[PropertyKey, Tensor], graph: AtomGraph) -> None:
         """Add a batch.
@@ -130,7 +129,7 @@ class PotentialErrors(SummedErrors):
             prediction: Properties from the potential; those without labels are left out.
             graph: The batch with its labels.
         """
-        for key in ("energy", "forces", "stress"):
+        for key in LABELS:
             if key not in prediction or getattr(graph, key, None) is None:
                 continue
             error, known = label_error(key, prediction[key].detach(), graph)

@@ -236,6 +236,8 @@ def _fit_references(task: "AtomisticTask", dataset: GraphDataset) -> AtomicRefer
     if task.target is None:
         potential = task.potential
         assert isinstance(potential, Potential)
+        if not potential.gives_energies:
+            return AtomicReferences(dict.fromkeys(dataset.elements, 0.0))
         return fit_references(
             without_terms(potential, dataset),
             shift=task.reference_source or "least_squares",
@@ -283,9 +285,21 @@ def _replay(task: "AtomisticTask", data: AtomisticDataModule) -> None:
     task.potential.train()
 
 
+def _refuse_untrained(potential: Potential, wanted: set[PropertyKey]) -> None:
+    """Refuse a loss of what there is not, or one that leaves energies as they were drawn."""
+    potential.refuse_missing(tuple(wanted))
+    if potential.gives_energies and not wanted & {"energy", "forces"}:
+        raise DataError(
+            f"the loss is of {', '.join(wanted)} alone, and the potential would give energies that "
+            "were never trained; say energies: false of its Electric model"
+        )
+
+
 def _refuse_missing_labels(task: "AtomisticTask", dataset: GraphDataset) -> None:
     wanted = dict.fromkeys(key for loss in task.losses for key in loss.labels)
     missing = [key for key in wanted if key not in dataset.labels]
+    if isinstance(task.potential, Potential):
+        _refuse_untrained(task.potential, set(wanted))
     if missing and task.target is not None:
         raise DataError(
             f"no training structure has a label for the target {task.target.name!r}; name the "

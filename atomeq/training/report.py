@@ -19,6 +19,7 @@ from atomeq.data.splits import DataFiles
 from atomeq.files import write_atomically
 from atomeq.potential.checkpoint import CONFIG_FILE, load_predictor
 from atomeq.potential.heads import HeadedPotential
+from atomeq.potential.potential import ELECTRIC, Potential
 from atomeq.potential.predictor import Predictor
 from atomeq.training.callbacks import ExponentialMovingAverage, SavePotential
 from atomeq.training.figures import Parity, draw_learning_curve, draw_parity
@@ -193,6 +194,9 @@ def _parity(
                 values += (tensor.detach() / per_atom).flatten().tolist()
     names = {"energy": ("energy", "eV/atom"), "forces": ("forces", "eV/Å")}
     names["stress"] = ("stress", "eV/Å³")
+    units = dict.fromkeys(ELECTRIC, "e·Å²") | {"dipole": "e·Å", "born_effective_charges": "e"}
+    units["polarizability"] = "e²·Å²/eV"
+    names |= {key: (key.replace("_", " "), unit) for key, unit in units.items()}
     if task.target is not None:
         names["scalar"] = (task.target.name, task.target.unit)
     return len(chosen), [Parity(*names[key], *found[key]) for key in keys]
@@ -202,6 +206,10 @@ def _facts(saved: Predictor, task: AtomisticTask, data: AtomisticDataModule) -> 
     target = task.target
     derived = "forces and stress are its derivatives" if saved.conservative else "forces by a head"
     what = f"energy; {derived}" if target is None else f"{target.name} [{target.unit}], no energy"
+    if isinstance(saved, Potential) and saved.electric:
+        what = ", ".join(
+            [what] * saved.gives_energies + [key.replace("_", " ") for key in saved.electric]
+        )
     load = "load_potential" if target is None else "load_predictor"
     return {
         "model": f"`{saved.model.config()['class_path']}`: "

@@ -22,7 +22,7 @@ from atomeq.potential.terms import EnergyTerm
 from atomeq.training.callbacks import forget_scores
 from atomeq.training.distributed import is_empty_share, joint_counts, joint_structures
 from atomeq.training.electrons import Electrons
-from atomeq.training.losses import Loss, PotentialLoss, ScalarLoss
+from atomeq.training.losses import LABELS, Loss, PotentialLoss, ScalarLoss
 from atomeq.training.low_rank import LoRA
 from atomeq.training.metrics import ErrorMetric, PotentialErrors, ScalarErrors
 from atomeq.training.normalisation import PotentialSource, Shift
@@ -261,7 +261,8 @@ class AtomisticTask(LightningModule):
             results["loss"] = self.val_loss.compute()
             self.val_loss.reset()
         for name, value in results.items():
-            shown = name in ("loss", "energy_per_atom_mae", "forces_mae") or self.target is not None
+            main = ("loss", "energy_per_atom_mae", "forces_mae", "dipole_mae")
+            shown = name in main or self.target is not None
             self.log(f"val/{name}", value, prog_bar=shown)
         self.val_results = {name: float(value) for name, value in results.items()}
         if self._plateau is not None and self.trainer.state.fn == "fit":
@@ -294,8 +295,10 @@ class AtomisticTask(LightningModule):
     def predict_step(
         self, batch: AtomGraph, batch_idx: int, dataloader_idx: int = 0
     ) -> tuple[AtomGraph, dict[PropertyKey, Tensor]]:
-        """Return a batch and its energies and forces, or its scalar."""
-        properties = ("energy", "forces") if self.target is None else ("scalar",)
+        """Return a batch and its energies, forces and moments, or its scalar."""
+        derived = ("stress", "born_effective_charges")
+        given = ("scalar",) if self.target is not None else self.potential.learnable
+        properties = tuple(key for key in given if key not in derived)
         with torch.enable_grad():
             prediction = self.potential(batch, properties, create_graph=False)
         return batch, prediction
@@ -442,10 +445,7 @@ class AtomisticTask(LightningModule):
         labels = set(dataset.labels)
         if self.target is not None:
             return ("scalar",)
-        if not self.potential.gives_stress:
-            labels.discard("stress")
-        keys: tuple[PropertyKey, ...] = ("energy", "forces", "stress")
-        return tuple(key for key in keys if key in labels)
+        return tuple(key for key in LABELS if key in labels & set(self.potential.learnable))
 
     def _errors_before_training(self, name: str, data: AtomisticDataModule) -> dict[str, float]:
         if name not in data.val_sets:

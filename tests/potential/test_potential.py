@@ -67,8 +67,8 @@ def test_stress_of_a_molecule_is_refused(potential):
 
 
 def test_unknown_property_is_refused(potential):
-    with pytest.raises(ValueError, match="unknown property 'dipole'"):
-        potential(potential.build_graph(rattled_molecule()), ("dipole",))
+    with pytest.raises(ValueError, match="unknown property 'magmom'"):
+        potential(potential.build_graph(rattled_molecule()), ("magmom",))
 
 
 def test_large_offsets_of_position_do_not_cost_precision(potential):

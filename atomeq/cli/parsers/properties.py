@@ -1,4 +1,4 @@
-"""Command lines of ``atomeq eos``, ``elastic``, ``phonons`` and ``kappa``."""
+"""Command lines of ``atomeq eos``, ``elastic``, ``phonons``, ``kappa`` and ``spectrum``."""
 
 from collections.abc import Sequence
 
@@ -45,6 +45,17 @@ interrupted leaves OUT.forces.jsonl, with which --restart does not compute again
 example:
   atomeq kappa si.cif --potential FOLDER --out kappa.extxyz --min-length 10 --mesh 80
 """,
+    "spectrum": """\
+Compute the infrared spectrum of a molecule, in km/mol. Of a structure it is harmonic: the molecule
+is relaxed, and the Hessian of --potential and the Born effective charges of --dipole give wave
+numbers and intensities; OUT.extxyz is the relaxed molecule. Of a trajectory whose frames are
+--interval apart it is that of the dipoles of the frames, which --dipole gives; OUT.extxyz holds
+them. Beside it stand OUT.summary.json and OUT.png.
+
+examples:
+  atomeq spectrum ethanol.xyz --potential FOLDER --dipole DIPOLES --out ir.extxyz
+  atomeq spectrum md.extxyz --potential DIPOLES --out ir.extxyz --interval 1 --temperature 300
+""",
 }
 
 
@@ -58,7 +69,8 @@ def main(argv: Sequence[str]) -> int:
         0, or 1 where a crystal is elastically unstable.
     """
     verb, *words = argv
-    return build_parser(verb).serve(words, f"atomeq.cli.properties:{verb}")
+    module = "spectrum" if verb == "spectrum" else "properties"
+    return build_parser(verb).serve(words, f"atomeq.cli.{module}:{verb}")
 
 
 def build_parser(verb: str) -> Parser:
@@ -81,6 +93,8 @@ def build_parser(verb: str) -> Parser:
         _add_phonon_options(parser)
     if verb == "kappa":
         _add_kappa_options(parser)
+    if verb == "spectrum":
+        _add_spectrum_options(parser)
     return parser
 
 
@@ -128,3 +142,22 @@ def _add_kappa_options(parser: Parser) -> None:
     parser.add_argument(
         "--isotopes", type=bool, default=True, help="whether isotopes scatter; --isotopes false"
     )
+
+
+def _add_spectrum_options(parser: Parser) -> None:
+    parser.add_argument(
+        "--dipole",
+        type=str,
+        default=None,
+        help="potential that gives dipoles; by default --potential",
+    )
+    parser.add_argument(
+        "--interval",
+        type=PositiveFloat,
+        default=None,
+        help="fs between frames: the file is a trajectory",
+    )
+    parser.add_argument(
+        "--temperature", type=PositiveFloat, default=300.0, help="of the trajectory, K"
+    )
+    parser.add_argument("--width", type=PositiveFloat, default=10.0, help="of lines, cm⁻¹")
