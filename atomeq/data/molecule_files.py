@@ -6,6 +6,7 @@ from pathlib import Path
 from ase import Atoms
 
 from atomeq.data.ase_files import DataError
+from atomeq.data.md_archives import read_md_archive
 from atomeq.data.molecules import (
     atoms_of_block,
     numbers_in,
@@ -26,6 +27,7 @@ def reader_of(path: Path) -> Reader | None:
     * ``*.h5``, ``*.hdf5``: what ``atomeq data convert --format hdf5`` writes
     * ``dsgdb9nsd*``, ``gdb9.sdf``, ``qm9_v3.pt``, ``data_v3.pt``: QM9
     * ``pcqm4m-v2*.sdf[.tar.gz]``: the geometries of PCQM4Mv2
+    * ``*.npz``: frames of MD17, rMD17 and MD22
     * ``*.csv[.gz]``: SMILES or MOL blocks with labels, as OPV and PCQM4Mv2 have them
     """
     name = path.name
@@ -33,6 +35,8 @@ def reader_of(path: Path) -> Reader | None:
         from atomeq.data.hdf5_files import read_hdf5  # brings h5py
 
         return read_hdf5
+    if path.suffix == ".npz":
+        return read_md_archive
     if name.startswith("dsgdb9nsd"):
         return read_raw
     if name == "gdb9.sdf":

@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -44,20 +44,26 @@ class Split:
     Attributes:
         val: Fraction held out for validation, or a number of structures if 1 or more.
         test: The same of the test set ``held_out``.
+        train: How many of the others train, by the same seed; None is all.
         seed: Of the permutation; the test part depends on ``test`` and ``seed`` alone.
         file: .npz or .json with index lists ``train``, ``val`` and ``test``, or OGB's
             ``split_dict.pt``, whose test sets have no labels and are left out; replaces the above.
+            Or ``index_train_*.csv`` of rMD17, beside which lies ``index_test_*.csv``: ``val`` of
+            those that it lists validate.
         copies: ``together``: no two parts share copies of a structure, rotated, reflected,
             reordered or repeated ones included; ``anywhere`` does not look for them.
     """
 
     val: float = 0.0
     test: float = 0.0
+    train: int | None = None
     seed: int = 0
     file: DataFile | None = None
     copies: Literal["together", "anywhere"] = "anywhere"
 
     def __post_init__(self) -> None:
+        if self.train is not None and self.train < 1:
+            raise ValueError(f"split.train is a number of structures, 1 or more, not {self.train}")
         if self.file is not None and self.copies == "together":
             raise ValueError("a file of indices parts copies as it does: leave out copies or file")
 
@@ -80,7 +86,7 @@ def split_indices(
         DataError: Fractions or indices out of range, an index used twice, nothing left to train on.
     """
     if split.file is not None:
-        return _indices_from_file(resolve_data_path(split.file), n_structures)
+        return _indices_from_file(resolve_data_path(split.file), n_structures, split)
     fractions = max(split.val, split.test) < 1
     if min(split.val, split.test) < 0 or (fractions and split.val + split.test >= 1):
         raise DataError(
@@ -99,7 +105,9 @@ def split_indices(
         order, ends = _by_group(order, np.asarray(groups), ends)
         if ends[1] >= n_structures:
             raise DataError(f"copies of a structure are too many to train on any after {split}")
-    parts = np.split(order, ends)
+    if split.train is not None and ends[1] + split.train > n_structures:
+        raise DataError(f"{n_structures} structures are too few for the split {split}")
+    parts = np.split(order if split.train is None else order[: ends[1] + split.train], ends)
     return {
         key: sorted(part.tolist())
         for key, part in zip(("test", "val", "train"), parts, strict=True)
@@ -122,14 +130,17 @@ def _by_group(
     return order, met
 
 
-def _indices_from_file(path: Path, n_structures: int) -> dict[str, list[int]]:
+def _indices_from_file(path: Path, n_structures: int, split: Split) -> dict[str, list[int]]:
     try:
-        given = _READ_SPLIT.get(path.suffix, _read_json)(path)
+        if path.suffix == ".csv":
+            given = _read_csv(path, split)
+        else:
+            given = _READ_SPLIT.get(path.suffix, _read_json)(path)
         indices = {key: [int(i) for i in given.get(key, [])] for key in ("train", "val", "test")}
     except (ValueError, OSError, AttributeError, TypeError, RuntimeError, UnpicklingError) as error:
         raise DataError(
-            f"split file {path} is not an .npz or .json of index lists, nor OGB's split_dict.pt: "
-            f"{error}"
+            f"split file {path} is not an .npz or .json of index lists, nor OGB's split_dict.pt, "
+            f"nor rMD17's index_train_*.csv: {error}"
         ) from error
     if not indices["train"]:
         raise DataError(f"split file {path} lists no 'train' indices; it has {', '.join(given)}")
@@ -144,6 +155,15 @@ def _indices_from_file(path: Path, n_structures: int) -> dict[str, list[int]]:
 
 def _read_json(path: Path) -> Mapping[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _read_csv(path: Path, split: Split) -> Mapping[str, Any]:
+    beside = path.with_name(path.name.replace("train", "test"))
+    if beside == path:
+        raise ValueError("of lists of indices the one of training is named, index_train_01.csv")
+    listed, test = ([int(line) for line in p.read_text().split()] for p in (path, beside))
+    own = split_indices(len(listed), replace(split, file=None, test=0.0))
+    return {"test": test, **{part: [listed[k] for k in own[part]] for part in ("train", "val")}}
 
 
 def _read_npz(path: Path) -> Mapping[str, Any]:

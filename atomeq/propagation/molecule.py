@@ -7,6 +7,7 @@ one that ``atomeq md`` wrote.
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from ase.units import fs
 from torch import Tensor
 
 from atomeq.data.ase_files import DataError, read_structures
+from atomeq.data.molecule_files import reader_of
 from atomeq.propagation.nbody import Trajectories
 from atomeq.units import ACCELERATION
 
@@ -104,7 +106,11 @@ def read_motion(
         DataError: Frames of different molecules, periodic ones, unequal times or none, or frames
             without velocities that are in no order of time.
     """
-    return motion_of(list(read_structures(path)), name=str(path), frame_time=frame_time)
+    return motion_of(
+        list(read_structures(path, reader=reader_of(Path(path)))),
+        name=str(path),
+        frame_time=frame_time,
+    )
 
 
 def motion_of(
