@@ -45,6 +45,9 @@ SMALL_MODELS: dict[str, dict[str, Any]] = {
     "nequip": node(
         "nequip", "NequIP", irreps=["4x0e", "4x0e+3x1o", "4x0e"], radial_channels=[4], num_radial=4
     ),
+    "ponita": node(
+        "ponita", "PONITA", direction_cutoff=2.5, num_layers=1, basis_channels=4, **_LIGHT
+    ),
     "equihgnn": wrapped(
         "equihgnn", "EquiHGNN", encoder=EGNN, num_layers=1, hidden_channels=6, perceive=False
     ),

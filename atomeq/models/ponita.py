@@ -203,8 +203,16 @@ class PONITAPropagator(Propagator):
         """Return positions and velocities, each (n_atoms, 3), a long step ahead."""
         given = node_features.index_select(0, edge_index[0])
         x, dt = self.embedding(node_features)[:, None], 1 / self.num_steps
+        table = neighbour_directions(
+            torch.zeros_like(pos[edge_index[1]]),
+            edge_index[1],
+            edge_features.new_ones(len(given)),
+            len(pos),
+        )
         for _ in range(self.num_steps):
-            directions, radial, angular = self._geometry(pos, velocities, edge_features, edge_index)
+            directions, radial, angular = self._geometry(
+                pos, velocities, edge_features, edge_index, table
+            )
             ends = self.pointed_at(torch.cat([given, radial], dim=1))
             x = x + at_directions(ends, directions)
             x = self.network(x, directions, radial, angular, None, edge_index)
@@ -214,7 +222,12 @@ class PONITAPropagator(Propagator):
         return pos, velocities
 
     def _geometry(
-        self, pos: Positions, velocities: Tensor, edge_features: Tensor, edge_index: EdgeIndex
+        self,
+        pos: Positions,
+        velocities: Tensor,
+        edge_features: Tensor,
+        edge_index: EdgeIndex,
+        table: Directions,
     ) -> tuple[Directions, Tensor, Tensor]:
         """Return directions, and functions of edges (n_edges, any) and of both together."""
         source, target = edge_index
@@ -226,12 +239,10 @@ class PONITAPropagator(Propagator):
         along = [(v * units).sum(dim=1, keepdim=True) for v in (own, theirs)]
         radial = [edge_features, lengths, inverse, edge_features[:, :1] * inverse, *along]
 
-        directions = neighbour_directions(units, target, torch.ones_like(lengths[:, 0]), len(pos))
         speed = ((velocities * velocities).sum(dim=1, keepdim=True) + _SMALLEST_SPEED**2).sqrt()
         drift = (velocities / speed)[:, None]
-        directions = directions._replace(
-            vectors=torch.cat([drift, directions.vectors[:, 1:]], dim=1)
-        )
+        others = at_directions(units, table)[:, 1:]
+        directions = table._replace(vectors=torch.cat([drift, others], dim=1))
         o = directions.vectors.index_select(0, target)
         angular = [powers_of_cosines(units, target, directions)]
         angular += [o @ v[:, :, None] for v in (own, theirs)]
@@ -293,7 +304,7 @@ class OrientedNetwork(nn.Module):
             edge_index: Row 0 is the source, row 1 the target.
         """
         # Linear in all products of both, of which none is formed.
-        products = self.products(radial).view(len(radial), self.n_angular, -1)
+        products = self.products(radial).unflatten(1, (self.n_angular, -1))
         basis = silu(self.kernel_basis(silu(angular @ products)))  # (n_edges, n_directions, B)
         basis = basis if envelope is None else basis * envelope
         harmonics = spherical_harmonics(directions.vectors, self.lmax, normalize=False)

@@ -117,9 +117,11 @@ class Space(NamedTuple):
     Attributes:
         atom: Of each point, (n_points,).
         directions: (n_points or 1, n_ori, 3).
-        edge_index: Of points, (2, n_edges).
+        edge_index: Of points, (2, n_edges); loops and the way back are left out if ``mirrored``.
         invariants: Of each edge at each direction, (n_edges, n_ori, 1 to 3).
         window: (n_edges, 1, 1), or 1.
+        mirrored: Whether the second half of the directions are the opposites of the first: then the
+            way back at the opposite direction has the same invariants. The last edge is the loop.
     """
 
     atom: Tensor
@@ -127,6 +129,7 @@ class Space(NamedTuple):
     edge_index: EdgeIndex
     invariants: Tensor
     window: Tensor | float
+    mirrored: bool = False
 
 
 class PositionOrientationNetwork(nn.Module):
@@ -222,7 +225,7 @@ class PositionOrientationNetwork(nn.Module):
         readouts = []
         layers = zip(self.interaction_layers, kernels, self.read_out_layers, strict=True)
         for layer, kernel, read_out in layers:
-            x = layer(x, kernel, fibers, space.edge_index)
+            x = layer(x, kernel, fibers, space)
             if isinstance(read_out, nn.Linear):
                 readouts.append(read_out(x))
         return self._read(torch.stack(readouts).mean(dim=0), space, len(pos))
@@ -236,13 +239,19 @@ class PositionOrientationNetwork(nn.Module):
             separation = pos.index_select(0, source) - pos.index_select(0, target)  # to the source
             if self.num_ori:
                 grid = self.ori_grid[None]
+                if mirrored := self._mirrored(source, target):
+                    source, target = source[source > target], target[source > target]
+                    separation = pos.index_select(0, source) - pos.index_select(0, target)
+                    separation = torch.cat([separation, separation.new_zeros(1, 3)])
                 invariants = cylinder(separation[:, None], grid)
             else:
+                mirrored = False
                 grid = pos.new_zeros(1, 1, 3)
                 invariants = torch.linalg.vector_norm(separation, dim=1)[:, None, None]
             directions = grid.expand(n_atoms, -1, -1)
             edges = torch.stack([source, target])
-            return Space(loops[0], directions, edges, invariants, self._window(separation))
+            window = self._window(separation)
+            return Space(loops[0], directions, edges, invariants, window, mirrored)
         edges = _coalesced(edge_index[:, edge_index[0] != edge_index[1]], n_atoms)
         bonds = pos.index_select(0, edges[0]) - pos.index_select(0, edges[1])
         directions = bonds / torch.linalg.vector_norm(bonds, dim=1, keepdim=True)
@@ -259,6 +268,13 @@ class PositionOrientationNetwork(nn.Module):
         invariants = torch.cat([cylinder(separation, o), cosine[:, None]], dim=1)[:, None]
         edges = torch.stack([source, target])
         return Space(atom, directions[:, None], edges, invariants, self._window(separation))
+
+    def _mirrored(self, source: Tensor, target: Tensor) -> bool:
+        """Return whether directions come with their opposites, and edges with the way back."""
+        first, second = self.ori_grid.tensor_split(2)
+        n = int(source.max()) + 1
+        back = torch.sort(target * n + source).values
+        return torch.equal(first, -second) and torch.equal(source * n + target, back)
 
     def _window(self, separation: Tensor) -> Tensor | float:
         if self.windowing_fn is None:
@@ -298,11 +314,9 @@ class PublishedLayer(nn.Module):
         self.linear_2 = nn.Linear(widening * channels, channels)
         self.layer_scale = None if scale is None else nn.Parameter(torch.full((channels,), scale))
 
-    def forward(
-        self, x: Tensor, kernel: Tensor, fibers: Tensor | None, edge_index: EdgeIndex
-    ) -> Tensor:
+    def forward(self, x: Tensor, kernel: Tensor, fibers: Tensor | None, space: Space) -> Tensor:
         """Return features (n_points, n_ori, C), updated."""
-        y = self.norm(self.conv(x, kernel, fibers, edge_index))
+        y = self.norm(self.conv(x, kernel, fibers, space))
         y = self.linear_2(nn.functional.gelu(self.linear_1(y)))
         return x + (y if self.layer_scale is None else self.layer_scale * y)
 
@@ -316,12 +330,17 @@ class SeparableConvolution(nn.Module):
         self.fiber_kernel = nn.Linear(n_basis, channels, bias=False) if fibers else None
         self.bias = nn.Parameter(torch.zeros(channels))
 
-    def forward(
-        self, x: Tensor, kernel: Tensor, fibers: Tensor | None, edge_index: EdgeIndex
-    ) -> Tensor:
+    def forward(self, x: Tensor, kernel: Tensor, fibers: Tensor | None, space: Space) -> Tensor:
         """Return the convolved features, (n_points, n_ori, C)."""
-        source, target = edge_index
-        m = segment_sum(kernel * x.index_select(0, source), target, len(x))
+        source, target = space.edge_index
+        if space.mirrored:
+            half, loop = x.shape[1] // 2, kernel[-1]
+            kernel, opposite = kernel[:-1], x.roll(half, dims=1)
+            back = segment_sum(kernel * opposite.index_select(0, target), source, len(x))
+            m = back.roll(half, dims=1) + loop * x
+            m = m + segment_sum(kernel * x.index_select(0, source), target, len(x))
+        else:
+            m = segment_sum(kernel * x.index_select(0, source), target, len(x))
         if self.fiber_kernel is not None:
             m = torch.einsum("pac,abc->pbc", m, self.fiber_kernel(fibers)) / m.shape[1]
         return m + self.bias
@@ -362,11 +381,17 @@ def cylinder(separation: Tensor, directions: Tensor) -> Tensor:
 
 
 def spiral_grid(n: int) -> Tensor:
-    """Return n directions evenly spread over the sphere, (n, 3), the same at every call."""
-    z = 1 - (2 * torch.arange(n, dtype=torch.float64) + 1) / n
-    turn = math.pi * (3 - math.sqrt(5)) * torch.arange(n)
+    """Return n directions evenly spread over the sphere, (n, 3), the same at every call.
+
+    Of an even number the second half are the opposites of the first.
+    """
+    n_drawn = n // 2 if n % 2 == 0 else n
+    steps = torch.arange(n_drawn, dtype=torch.float64)
+    z = 1 - (2 * steps + 1) / n
+    turn = math.pi * (3 - math.sqrt(5)) * steps
     rho = (1 - z * z).sqrt()
-    return torch.stack([rho * turn.cos(), rho * turn.sin(), z], dim=1).float()
+    grid = torch.stack([rho * turn.cos(), rho * turn.sin(), z], dim=1).float()
+    return grid if n % 2 else torch.cat([grid, -grid])
 
 
 def _coalesced(edge_index: EdgeIndex, n_atoms: int) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from atomeq.models.base import Propagator
 from atomeq.models.egnn_published import MoleculeEGNN, VelocityEGNN
+from atomeq.models.ponita import PONITAPropagator
 from atomeq.models.segno import Motion, SEGNOPropagator, md22_form, nbody_form
 from atomeq.ops.edge.wigner import rotation_matrix
 from atomeq.propagation.particles import fully_connected
@@ -39,6 +40,7 @@ def system() -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
 MODELS = {
     "egnn": VelocityEGNN,
     "egnn_normalized": lambda: VelocityEGNN(normalize=True, tanh=True),
+    "ponita": lambda: PONITAPropagator(hidden_channels=8, basis_channels=6, num_steps=2),
     "segno": SEGNOPropagator,
     "segno_leapfrog": lambda: SEGNOPropagator(integrator="leapfrog"),
     "segno_md22": lambda: md22_form(n_inputs=1, n_edge_features=2),
