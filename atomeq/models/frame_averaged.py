@@ -260,14 +260,7 @@ class Canonicalized(OverFrames):
 
     def frames(self, graph: AtomGraph) -> FrameSet:
         """Return one frame for each structure, or the principal ones where it has none."""
-        vectors = self.vectors(
-            graph.atomic_numbers,
-            graph.edge_vectors().to(self.dtype),
-            graph.edge_index,
-            batch=graph.batch,
-            n_graphs=graph.n_graphs,
-        )
-        frames, degenerate = canonical_frames(vectors.to(graph.pos.dtype), proper=self.proper)
+        frames, degenerate = self.orientations(graph)
         if not bool(degenerate.any()):
             return FrameSet(frames[None], frames.new_ones(1, graph.n_graphs))
         principal = self.edge_frames(graph, proper=self.proper)
@@ -277,3 +270,14 @@ class Canonicalized(OverFrames):
             torch.where(degenerate[:, None, None], principal.matrices, frames),
             torch.where(degenerate, principal.weights, first),
         )
+
+    def orientations(self, graph: AtomGraph) -> tuple[Tensor, Tensor]:
+        """Return the canonical frame (n_graphs, 3, 3) of each structure, and which have none."""
+        vectors = self.vectors(
+            graph.atomic_numbers,
+            graph.edge_vectors().to(self.dtype),
+            graph.edge_index,
+            batch=graph.batch,
+            n_graphs=graph.n_graphs,
+        )
+        return canonical_frames(vectors.to(graph.pos.dtype), proper=self.proper)

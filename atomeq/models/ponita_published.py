@@ -18,7 +18,6 @@ ebekkers/ponita, commit a584aa2. These take its weights and give its numbers. Wh
 
 import math
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -69,13 +68,11 @@ class PublishedPONITA(AtomisticModel):
         self.keep_arguments(locals())
         self.cutoff, self.elements = cutoff, list(elements)
         if num_ori > 0:
-            self.exempt_laws: Mapping[str, str] = MappingProxyType(
-                dict.fromkeys(
-                    ("rotation", "reflection"),
-                    "its grid of directions stays where it is: energies change by 2 % with 20 "
-                    "directions, forces by 5 %",
-                )
+            reason = (
+                "its grid of directions stays where it is: energies change by 2 % with 20 "
+                "directions, forces by 5 %"
             )
+            self.exempt_laws: Mapping[str, str] = dict.fromkeys(("rotation", "reflection"), reason)
         self.network = PositionOrientationNetwork(
             len(self.elements),
             hidden_channels=hidden_channels,
