@@ -9,6 +9,7 @@ from edge_layers import POLES
 from torch import Tensor
 
 from atomeq.ops.atoms.operations import gated_update, rms_norm
+from atomeq.ops.clifford.operations import geometric_product
 from atomeq.ops.coupling.operations import cg_conv, tensor_product
 from atomeq.ops.coupling.symmetric_contraction import symmetric_contraction
 from atomeq.ops.dispatch import use_backend
@@ -120,6 +121,7 @@ OPERATIONS: dict[str, Operation] = {
         convolve_radially, [(4, 4, C), (5, 4), (5, 3), (4, C, 3), (4, C)]
     ),
     "tensor_product": Operation(couple, [(5, 4, C), (5, 4), (5, 4, C)]),
+    "geometric_product": Operation(geometric_product, [(5, 8, C), (5, 8, C), (20, C)]),
     "symmetric_contraction": Operation(contract, [(3, 4, C), (2, 5, C)]),
     "spherical_harmonics": Operation(lambda v: spherical_harmonics(v, 3), [(5, 3)], 0),
     "pair_functions": Operation(functions_of_pairs, [(5, 3)]),

@@ -1,0 +1,1 @@
+"""Products of multivectors in Clifford algebras."""

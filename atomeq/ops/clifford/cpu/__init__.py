@@ -1,0 +1,1 @@
+"""C kernels, and the Python that calls them."""
