@@ -8,6 +8,7 @@ from published.segno_motion import SEGNOMotion
 from torch import Tensor
 
 from atomeq.models.base import Propagator
+from atomeq.models.clifford import CGENNPropagator
 from atomeq.models.egnn_published import MoleculeEGNN, VelocityEGNN
 from atomeq.models.ponita import PONITAPropagator
 from atomeq.models.segno import Motion, SEGNOPropagator, md22_form, nbody_form
@@ -41,6 +42,9 @@ MODELS = {
     "egnn": VelocityEGNN,
     "egnn_normalized": lambda: VelocityEGNN(normalize=True, tanh=True),
     "ponita": lambda: PONITAPropagator(hidden_channels=8, basis_channels=6, num_steps=2),
+    "cgenn": lambda: CGENNPropagator(hidden_channels=6),
+    "cgenn_centred": lambda: CGENNPropagator(hidden_channels=6, centred=True),
+    "glgenn": lambda: CGENNPropagator(hidden_channels=6, sharing="quaternion"),
     "segno": SEGNOPropagator,
     "segno_leapfrog": lambda: SEGNOPropagator(integrator="leapfrog"),
     "segno_md22": lambda: md22_form(n_inputs=1, n_edge_features=2),
