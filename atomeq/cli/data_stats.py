@@ -65,7 +65,7 @@ def _sets_of(source: str, labels: LabelKeys) -> dict[str, Iterator[tuple[str, At
             "`atomeq data download` fetches known sets"
         )
     if path.suffix in (".yaml", ".yml"):
-        divided = _data_module(path).structures()
+        divided = data_module(path).structures()
         return {name: _divided(some) for name, some in divided.items()}
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     readable = [file for file in files if path.is_file() or _plain_suffix(file) in _SUFFIXES]
@@ -83,12 +83,12 @@ def _plain_suffix(file: Path) -> str:
     return Path(file.stem).suffix if file.suffix in _COMPRESSED else file.suffix
 
 
-def _data_module(path: Path) -> AtomisticDataModule:
+def data_module(path: Path) -> AtomisticDataModule:
     """Return the data of a configuration; paths in it are relative to the file they stand in."""
     node = yaml.safe_load(path.read_text(encoding="utf-8"))
     node = node.get("data", node) if isinstance(node, dict) else node
     if isinstance(node, str):
-        return _data_module(path.parent / node)
+        return data_module(path.parent / node)
     if not isinstance(node, dict) or node.get("class_path") != _DATA_CLASS:
         raise DataError(f"{path} does not name data of class_path {_DATA_CLASS}")
     given: dict[str, Any] = {**node.get("init_args", {})}

@@ -10,6 +10,8 @@ from ase import Atoms
 from jsonargparse import Namespace
 
 from atomeq.calculators.ase import AtomeqCalculator
+from atomeq.cli.card import write_card
+from atomeq.cli.data_stats import data_module
 from atomeq.cli.plots import Cloud, plot_clouds
 from atomeq.cli.structures import versions
 from atomeq.cli.terminal import Meter, say, show_table
@@ -34,7 +36,8 @@ def evaluate(options: Namespace) -> int:
         precise = AtomeqCalculator(options.potential, device=options.device, dtype="float64")
         properties = CrystalProperties(read_yaml(options.properties), precise)
     document: dict[str, Any] = {
-        "potential": calculator.provenance,
+        "potential": {key: calculator.provenance[key] for key in ("name", "sha256")},
+        "command": _command(options),
         "files": list(map(str, options.files)),
         "versions": versions(),
     }
@@ -50,13 +53,25 @@ def evaluate(options: Namespace) -> int:
         _show_properties(document["properties"])
     with write_atomically(options.out) as partial:
         partial.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    if options.card:
+        written.append(write_card(options.out.parent))
     say(f"wrote {', '.join(map(str, written))}")
     return 0
+
+
+def _command(options: Namespace) -> str:
+    words = ["atomeq evaluate", str(options.potential), *map(str, options.files)]
+    given = {"kind": options.kind, "properties": options.properties, "dtype": options.dtype}
+    words += [f"--{name} {value}" for name, value in given.items() if value is not None]
+    return " ".join([*words, f"--out {options.out}", *["--card"] * options.card, "--overwrite"])
 
 
 def _evaluation(options: Namespace, calculator: AtomeqCalculator) -> Evaluation:
     structures: list[Atoms] = []
     for file in options.files:
+        if Path(file).suffix in (".yaml", ".yml"):
+            structures += _tests_of(Path(file), options.kind)
+            continue
         for atoms in read_structures(file):
             atoms.info["_kind"] = _kind(atoms, options.kind, file, several=len(options.files) > 1)
             structures.append(atoms)
@@ -68,6 +83,28 @@ def _evaluation(options: Namespace, calculator: AtomeqCalculator) -> Evaluation:
             kind=lambda atoms: atoms.info["_kind"],
             report=lambda done: meter.advance(done - meter.done),
         )
+
+
+def _tests_of(path: Path, kind: str | None) -> list[Atoms]:
+    """Return the test structures of an experiment, whole ones, less its offset of the stress."""
+    data = data_module(path)
+    data.reduce_supercells = False
+    sets = data.structures()
+    named = {name: some for name, some in sets.items() if name.startswith("test/")}
+    offset = (read_yaml(path).get("model") or {}).get("stress_offset", 0.0)
+    found: list[Atoms] = []
+    for name, some in named.items():
+        for atoms in some:
+            set_name = name.removeprefix("test/")
+            label = atoms.info.get(kind or data.labels.kind, set_name)
+            atoms.info["_kind"] = str(label).removeprefix("set=")
+            results = getattr(atoms.calc, "results", {})
+            if isinstance(offset, float) and "stress" in results:
+                results["stress"] = results["stress"] - offset * np.array([1, 1, 1, 0, 0, 0])
+            found.append(atoms)
+    if not found:
+        raise ValueError(f"{path} has no test set; name files of labelled structures")
+    return found
 
 
 def _kind(atoms: Atoms, key: str | None, file: str, *, several: bool) -> str:
@@ -82,6 +119,7 @@ def _told(evaluation: Evaluation) -> dict[str, Any]:
         "errors": evaluation.errors(),
         "by_element": evaluation.by_element(),
         "uncertainty": evaluation.coverage(),
+        "calibration": evaluation.calibration(),
     }
 
 

@@ -1,5 +1,6 @@
 """How far a potential is off labelled structures: by kind of structure, by element, by promise."""
 
+import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from atomeq.calculators.ase import AtomeqCalculator
 from atomeq.units import GPA
 
+_SIGMAS = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0)
 _CHUNK = 8  # structures between two reports of progress
 _FACTORS = {"energy_meV_per_atom": 1e3, "forces_meV_per_A": 1e3, "stress_GPa": 1 / GPA}
 
@@ -178,6 +180,19 @@ class Evaluation:
             n_atoms = sum(map(len, self.compared["forces_meV_per_A"].label)) or 1
             found["atoms_beyond_training"] = self.n_outside / n_atoms
         return found
+
+    def calibration(self) -> dict[str, list[float]]:
+        """Return shares of errors within multiples of σ, beside those of a normal distribution."""
+        found = {"sigmas": list(_SIGMAS)}
+        found["promised"] = [math.erf(z / math.sqrt(2)) for z in _SIGMAS]
+        for name in ("energy_meV_per_atom", "forces_meV_per_A"):
+            part = self.compared[name]
+            if part.sigma and part.label:
+                sigma = np.concatenate(part.sigma)
+                errors = np.abs(np.concatenate(part.predicted) - np.concatenate(part.label))
+                ratios = errors.reshape(len(sigma), -1) / sigma[:, None]
+                found[name.partition("_")[0]] = [float((ratios <= z).mean()) for z in _SIGMAS]
+        return found if len(found) > 2 else {}
 
 
 def _labels(atoms: Atoms) -> Mapping[str, Any]:

@@ -6,6 +6,7 @@ import analytic_potentials
 import ase.io
 import numpy as np
 import pytest
+import yaml
 from ase import Atoms
 from ase.build import bulk
 from ase.calculators.singlepoint import SinglePointCalculator
@@ -14,6 +15,7 @@ from small_potential import small_potential
 
 from atomeq.calculators.ase import AtomeqCalculator
 from atomeq.cli import main
+from atomeq.cli.card import card_of
 from atomeq.potential.checkpoint import save_potential
 from atomeq.potential.uncertainty import calibrated
 from atomeq.properties.evaluation import Evaluation
@@ -151,3 +153,47 @@ def test_command_writes_tables_and_pictures(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         main(["evaluate", "small", "--out", "other.json"])
     assert "nothing to evaluate" in capsys.readouterr().err
+
+
+def test_calibration_counts_errors_within_sigma():
+    potential = small_potential()
+    structures = [off_by(0.01 * k, 0.1 * (k % 3), kind="a", seed=k) for k in range(8)]
+    assert Evaluation(structures, AtomeqCalculator(potential)).calibration() == {}
+    batch = [potential.build_graph(structures)]
+    potential.uncertainty, promised = calibrated(potential, batch, batch)
+    found = Evaluation(structures, AtomeqCalculator(potential)).calibration()
+    assert found["promised"][1] == pytest.approx(0.6827, abs=1e-4)
+    assert found["promised"][3] == pytest.approx(0.9545, abs=1e-4)
+    assert found["forces"][1] == pytest.approx(promised["forces_68"], abs=0.05)
+    assert found["forces"] == sorted(found["forces"])
+
+
+def test_card_is_made_of_the_evaluation_of_an_experiments_test_set(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    save_potential(small_potential(), "small")
+    offset = 2.0 * GPA
+    few = [off_by(0.01, 0.1, kind="set=a", seed=seed, stress=2.0) for seed in range(3)]
+    for atoms in few:  # a pressure alone, as of plane waves
+        atoms.calc.results["stress"] = atoms.calc.results["stress"] * np.array([1, 1, 1, 0, 0, 0])
+    ase.io.write("few.extxyz", few)
+    (tmp_path / "split.json").write_text(json.dumps({"train": [0], "val": [1], "test": [2]}))
+    data = {"train": "few.extxyz", "split": {"file": "split.json"}, "supercells": "reduce"}
+    node = {"class_path": "atomeq.data.datamodule.AtomisticDataModule", "init_args": data}
+    (tmp_path / "small.yaml").write_text(
+        yaml.safe_dump({"data": node, "model": {"stress_offset": offset}})
+    )
+    (tmp_path / "small" / "about.md").write_text("# small\n\nFor tests.\n\n## Failures\n\nAll.\n")
+    words = ["evaluate", "small", "small.yaml", "--out", "small/metrics.json", "--card"]
+    main(words)
+    document = json.loads((tmp_path / "small" / "metrics.json").read_text())
+    assert document["structures"] == {"all": 1, "a": 1}
+    assert document["errors"]["a"]["energy_meV_per_atom"]["mae"] == pytest.approx(10, rel=1e-3)
+    card = (tmp_path / "small" / "README.md").read_text()
+    assert card == card_of(tmp_path / "small")
+    assert card.startswith("# small\n\nFor tests.")
+    assert "| a | 1 | 10 (10) |" in card
+    assert "## Failures\n\nAll." in card
+    assert document["command"] in card
+    with pytest.raises(SystemExit):
+        main(["evaluate", "small", "small.yaml", "--out", "other.json", "--card"])
+    assert "about.md" in capsys.readouterr().err

@@ -7,6 +7,7 @@ from typing import Literal
 from jsonargparse import Namespace
 from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 
+from atomeq.cli.card import ABOUT, METRICS
 from atomeq.cli.door import (
     checkable,
     data_source,
@@ -76,7 +77,9 @@ Measure a potential: errors on labelled structures, in all, by kind and by eleme
 labels against predictions; of a calibrated potential also what its uncertainties are worth. With
 --properties also textbook properties of a crystal (lattice, elastic constants, vacancy, surfaces,
 other structures, a dimer's core) beside the reference values that a YAML file names. OUT.json holds
-it all, OUT.png the pictures.
+it all, OUT.png the pictures. An experiment's YAML stands for its test structures, whole ones where
+it trains on reduced cells, and less the offset of stresses that it names. --card writes README.md
+beside OUT.json, which is then the potential's metrics.json, around the text of its about.md.
 
 examples:
   atomeq evaluate cu-pbe test.extxyz --kind tag --out cu.json
@@ -253,7 +256,11 @@ def _evaluate_parser() -> Parser:
         "potential", metavar="POTENTIAL", type=str, help="name or folder of a potential"
     )
     parser.add_argument(
-        "files", metavar="FILE", nargs="*", type=str, help="structures with energies and forces"
+        "files",
+        metavar="FILE",
+        nargs="*",
+        type=str,
+        help="structures with energies and forces, or the YAML of an experiment that has test sets",
     )
     parser.add_argument("--out", required=True, type=Path, help="OUT.json")
     parser.add_overwrite(_refuse_nothing_to_evaluate)
@@ -265,6 +272,9 @@ def _evaluate_parser() -> Parser:
     )
     parser.add_argument(
         "--properties", type=Path, default=None, help="YAML of a crystal and reference values"
+    )
+    parser.add_argument(
+        "--card", action="store_true", help="write the model card of the potential in OUT's folder"
     )
     parser.add_argument("--device", type=str, default="cpu", help="cpu or cuda")
     parser.add_argument(
@@ -285,6 +295,11 @@ def _evaluate_parser() -> Parser:
 def _refuse_nothing_to_evaluate(options: Namespace) -> None:
     if not options.files and options.properties is None:
         raise ValueError("nothing to evaluate by: name labelled structures or --properties")
+    if options.card and (options.out.name != METRICS or not (options.out.parent / ABOUT).is_file()):
+        raise ValueError(
+            f"--card needs --out FOLDER/{METRICS} of a potential whose folder has {ABOUT}, not "
+            f"{options.out}"
+        )
     refuse_old_files("out")(options)
 
 
