@@ -306,8 +306,8 @@ class AtomeqCalculator(Calculator):
     def get_hessian(self, atoms: Atoms | None = None) -> NDArray[np.float64]:
         """Return the second derivatives of the energy, (3 n_atoms, 3 n_atoms), eV/Å².
 
-        They are exact, by differentiating the forces, and symmetric. Memory grows with the square
-        of the number of atoms.
+        Of ``atoms``, by default those of the last calculation. They are exact, by differentiating
+        the forces, and symmetric. Memory grows with the square of the number of atoms.
         """
         return self.get_property("hessian", atoms)
 
@@ -363,7 +363,7 @@ class AtomeqCalculator(Calculator):
         return found
 
     def get_spin_polarized(self) -> bool:
-        """Say that there are no spins."""
+        """Return that there are no spins."""
         return False
 
     @property

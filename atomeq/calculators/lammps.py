@@ -119,6 +119,12 @@ class LammpsForces:
         """Let LAMMPS execute a command, ``run`` or ``minimize``, and raise what went wrong in it.
 
         An error cannot pass through LAMMPS: forces become NaN then, and the run ends.
+
+        Args:
+            command: As LAMMPS' input has it.
+
+        Raises:
+            Exception: What the potential raised on the way.
         """
         self._error = None
         try:

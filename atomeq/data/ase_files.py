@@ -196,6 +196,9 @@ def read_structures(
 def read_isolated_atoms(path: str | os.PathLike[str]) -> dict[int, float]:
     """Return the energy of each element, eV by atomic number, from structures of one atom each.
 
+    Args:
+        path: Any file that ASE reads.
+
     Raises:
         DataError: A structure has more than one atom or no energy, or an element occurs twice.
     """

@@ -220,7 +220,7 @@ class AtomisticDataModule(LightningDataModule):
         return {name: dataset for name, dataset in sets.items() if dataset is not None}
 
     def replay_labelled(self, train: Sequence[AtomGraph], val: Sequence[AtomGraph]) -> None:
-        """Train on old data beside the new ones, and validate on old ones, all with labels."""
+        """Train on old data ``train`` beside the new, and validate on ``val``, all with labels."""
         new, old = self.train_set, self.old_train_set
         assert new is not None
         assert old is not None

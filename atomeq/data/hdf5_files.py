@@ -258,7 +258,11 @@ class StoredDataset(GraphDataset):
 
 
 def read_hdf5(path: Path) -> Iterator[Atoms]:
-    """Yield the structures of a file with their labels, as ASE's Atoms."""
+    """Yield the structures of a file with their labels, as ASE's Atoms.
+
+    Args:
+        path: Of a file of :func:`write_hdf5`.
+    """
     for graph in StoredStructures([path]):
         (atoms,) = to_ase(graph)
         if "scalar" in graph and bool(torch.isfinite(graph["scalar"]).all()):

@@ -52,6 +52,9 @@ def open_frames(path: str | os.PathLike[str]) -> Frames:
         path: A file, or a folder of one kind of files: ``*.lmdb``, ``*.aselmdb``, or
             ``<k>.extxyz[.xz]`` with ``<k>.txt[.xz]`` beside it.
 
+    Returns:
+        A sequence of frames, read when they are asked for.
+
     Raises:
         DataError: There is none of these, or more than one kind.
 

@@ -35,6 +35,9 @@ _TABLE_NAMES = {"u0": "U0", "u298": "U", "h298": "H", "g298": "G", "cv": "Cv"}
 def read_raw(path: Path) -> Iterator[Atoms]:
     """Yield the molecules of ``dsgdb9nsd.xyz.tar.bz2``, or of one file out of it.
 
+    Args:
+        path: Of the archive or of a file of it.
+
     Raises:
         DataError: A file is damaged, or ``uncharacterized.txt`` is missing beside the archive.
     """
@@ -81,6 +84,9 @@ def parse_raw(text: str, *, name: str) -> tuple[int, Atoms]:
 def read_moleculenet(path: Path) -> Iterator[Atoms]:
     """Yield the molecules of ``gdb9.sdf``, whose labels are in ``gdb9.sdf.csv`` beside it.
 
+    Args:
+        path: Of the SDF.
+
     Raises:
         DataError: The table or ``uncharacterized.txt`` is missing, or does not fit.
     """
@@ -104,6 +110,9 @@ def read_pyg(path: Path) -> Iterator[Atoms]:
 
     Nothing in the file is executed. PyG keeps labels in float32, in which the total energies U0 to
     G are exact to 1 meV only; the raw files have them in full.
+
+    Args:
+        path: Of the ``.pt`` file.
 
     Raises:
         DataError: The file is damaged or of another form.

@@ -39,6 +39,9 @@ class ScalarTarget:
 def known_target(target: str | ScalarTarget) -> ScalarTarget:
     """Return a target given by name or spelled out.
 
+    Args:
+        target: A name such as ``gap``, or the target itself.
+
     Raises:
         DataError: No data set that is known here has a target of that name.
     """

@@ -66,7 +66,12 @@ class FrechetCell:
             )
 
     def deformation(self, coordinates: Tensor, graph: AtomGraph) -> Tensor:
-        """Return F of cell coordinates: (n_graphs, 3, 3) to (n_graphs, 3, 3)."""
+        """Return F of cell coordinates: (n_graphs, 3, 3) to (n_graphs, 3, 3).
+
+        Args:
+            coordinates: Of the cells, (n_graphs, 3, 3).
+            graph: The undeformed structures.
+        """
         change = torch.linalg.matrix_exp(self._log(coordinates, graph)) - _eye(coordinates)
         return _eye(coordinates) + self._masked(change)
 
@@ -87,6 +92,10 @@ class FrechetCell:
 
     def forces(self, graph: AtomGraph, coordinates: Tensor) -> tuple[Tensor, Tensor]:
         """Return minus the gradient of the enthalpy.
+
+        Args:
+            graph: Deformed structures with forces and stress.
+            coordinates: Of their cells, (n_graphs, 3, 3).
 
         Returns:
             On the undeformed positions (n_atoms, 3), eV/Å, and on the cell's coordinates
@@ -111,7 +120,7 @@ class FrechetCell:
         return forces, cell_forces / graph.natoms[:, None, None]
 
     def exploded(self, coordinates: Tensor, graph: AtomGraph) -> Tensor:
-        """Tell which cells deformed beyond all reason, (n_graphs,)."""
+        """Return which of ``coordinates`` deform a cell of ``graph`` beyond reason, (n_graphs,)."""
         return self._log(coordinates, graph).abs().flatten(1).amax(dim=1) > _MAX_LOG_STRAIN
 
     def _log(self, coordinates: Tensor, graph: AtomGraph) -> Tensor:

@@ -209,7 +209,15 @@ class FIRE(_Optimizer[FIREState]):
     state_type: ClassVar[type[OptimizerState]] = FIREState
 
     def init(self, graph: AtomGraph, evaluate: Evaluator) -> FIREState:
-        """Evaluate the structures where they are, at rest."""
+        """Evaluate the structures where they are, at rest.
+
+        Args:
+            graph: The structures, without edges.
+            evaluate: The potential.
+
+        Returns:
+            The state at step 0.
+        """
         start = self._start(graph, evaluate)
         ones = torch.ones_like(graph.cell[:, 0, 0])
         return FIREState(
@@ -222,7 +230,15 @@ class FIRE(_Optimizer[FIREState]):
         )
 
     def step(self, state: FIREState, evaluate: Evaluator) -> FIREState:
-        """Take one step; structures that broke stay where they were."""
+        """Take one step; structures that broke stay where they were.
+
+        Args:
+            state: As :meth:`init` or the last step gave it; it stays as it is.
+            evaluate: The potential.
+
+        Returns:
+            The state one step later.
+        """
         turned = self._turn(state)
         atoms, batch = turned.graph, turned.graph.batch
         velocities = turned.velocities + turned.dt[batch, None] * turned.forces
@@ -282,7 +298,15 @@ class LBFGS(_Optimizer[LBFGSState]):
     state_type: ClassVar[type[OptimizerState]] = LBFGSState
 
     def init(self, graph: AtomGraph, evaluate: Evaluator) -> LBFGSState:
-        """Evaluate the structures where they are, without history."""
+        """Evaluate the structures where they are, without history.
+
+        Args:
+            graph: The structures, without edges.
+            evaluate: The potential.
+
+        Returns:
+            The state at step 0.
+        """
         pos, cell = graph.pos, graph.cell
         return LBFGSState(
             **vars(self._start(graph, evaluate)),
@@ -294,7 +318,15 @@ class LBFGS(_Optimizer[LBFGSState]):
         )
 
     def step(self, state: LBFGSState, evaluate: Evaluator) -> LBFGSState:
-        """Take one step; structures that broke stay where they were."""
+        """Take one step; structures that broke stay where they were.
+
+        Args:
+            state: As :meth:`init` or the last step gave it; it stays as it is.
+            evaluate: The potential.
+
+        Returns:
+            The state one step later.
+        """
         graph = state.graph
         step, cell_step = self._direction(state)
         longest = torch.maximum(

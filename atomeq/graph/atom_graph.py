@@ -196,7 +196,7 @@ class AtomGraph:
         return dict(self.__dict__)
 
     def get(self, name: str, default: Any = None) -> Any:
-        """Return a field, or a default where there is none."""
+        """Return the field ``name``, or ``default`` where there is none."""
         return self.__dict__.get(name, default)
 
     @property
@@ -263,7 +263,7 @@ class AtomGraph:
         )
 
     def replace(self, **fields: Tensor | None) -> "AtomGraph":
-        """Return a shallow copy with some fields exchanged; None leaves a field out."""
+        """Return a shallow copy with some ``fields`` exchanged; None leaves a field out."""
         copy = AtomGraph()
         copy.__dict__.update(self.__dict__)
         for name, value in fields.items():
@@ -279,7 +279,7 @@ class AtomGraph:
 
     @classmethod
     def concatenate(cls, graphs: "Sequence[AtomGraph]") -> "AtomGraph":
-        """Join graphs, each of one or many structures, in their order.
+        """Return ``graphs``, each of one or many structures, joined in their order.
 
         A field that only some of them have is filled in for the others: tags and velocities with
         zeros, ``weight`` with one, labels with NaN, which means unknown.

@@ -87,7 +87,7 @@ def from_structures(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
 ) -> AtomGraph:
-    """Make one graph, without edges, of structures of any kind; kinds may be mixed.
+    """Return one graph, without edges, of structures of any kind; kinds may be mixed.
 
     Args:
         structures: One or many of ASE's Atoms, pymatgen's Structure or Molecule, AtomGraph; or the
@@ -119,7 +119,7 @@ def from_ase(
     dtype: torch.dtype = torch.float64,
     device: torch.device | str = "cpu",
 ) -> AtomGraph:
-    """Make a graph without edges of one or many Atoms.
+    """Return a graph without edges of one or many Atoms.
 
     Tags, FixAtoms constraints (``fixed``) and momenta (``velocities``, Å/fs) come along, and the
     labels energy, forces and stress where the calculator holds results for this very structure, or
@@ -151,7 +151,7 @@ def from_pymatgen(
     dtype: torch.dtype = torch.float64,
     device: torch.device | str = "cpu",
 ) -> AtomGraph:
-    """Make a graph without edges of one or many Structures or Molecules of pymatgen.
+    """Return a graph without edges of one or many Structures or Molecules of pymatgen.
 
     Site properties ``tags``, ``forces``, ``selective_dynamics`` and the properties ``energy`` and
     ``stress`` come along. The way back is ``to_structures.to_pymatgen``.

@@ -68,7 +68,12 @@ class Hyperedges:
 
     @classmethod
     def from_lists(cls, members: Iterable[Iterable[int]], types: Iterable[int]) -> "Hyperedges":
-        """Make hyperedges of any nested sequences of integers."""
+        """Return hyperedges of any nested sequences of integers.
+
+        Args:
+            members: Atoms of each hyperedge.
+            types: Kind of each hyperedge.
+        """
         return cls(
             tuple(tuple(int(atom) for atom in edge) for edge in members),
             tuple(int(kind) for kind in types),
@@ -76,7 +81,7 @@ class Hyperedges:
 
     @classmethod
     def from_info(cls, given: Any) -> "Hyperedges":
-        """Read what stands in ``atoms.info[INFO_KEY]``.
+        """Return what stands in ``atoms.info[INFO_KEY]``.
 
         Raises:
             ValueError: It is not ``{"members": [[0, 1], ...], "types": [0, ...]}``.
@@ -182,6 +187,9 @@ def perceive_hyperedges(
         charge: Total charge, e.
         name: Of the structure, for messages.
 
+    Returns:
+        Bonds, rings and functional groups.
+
     Raises:
         ValueError: Valences of the structure make no sense, or an element has no fixed valence.
         ImportError: RDKit is not installed.
@@ -200,6 +208,9 @@ def fix_topology(atoms: "Atoms", *, charge: int = 0) -> Hyperedges:
     Args:
         atoms: Not periodic.
         charge: Total charge, e.
+
+    Returns:
+        What was perceived.
 
     Raises:
         ValueError: The structure is periodic, or its valences make no sense.

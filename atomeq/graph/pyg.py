@@ -18,6 +18,9 @@ def to_pyg(graph: AtomGraph) -> "AtomData":
 
     They give the numbers of :meth:`AtomGraph.concatenate` where all graphs have the same fields.
 
+    Args:
+        graph: Of one structure or a batch.
+
     Example:
         >>> water = AtomGraph(torch.rand(3, 3), torch.tensor([8, 1, 1]))
         >>> batch = Batch.from_data_list([to_pyg(water), to_pyg(water)])  # doctest: +SKIP

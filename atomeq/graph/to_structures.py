@@ -27,7 +27,14 @@ _VACUUM = 20.0  # Å, beyond the atoms along a direction that has no lattice vec
 
 
 def to_ase(graph: AtomGraph) -> list[Atoms]:
-    """Make one Atoms of each structure: hyperedges in its info, labels as calculator results."""
+    """Make one Atoms of each structure: hyperedges in its info, labels as calculator results.
+
+    Args:
+        graph: Of one or many structures.
+
+    Returns:
+        One Atoms for each structure.
+    """
     return [_atoms_of_graph(single) for single in graph.to("cpu").to_list()]
 
 
@@ -41,6 +48,9 @@ def to_pymatgen(structures: Structures) -> "list[Structure | Molecule]":
 
     Args:
         structures: One or many: AtomGraphs, as those of relaxation outcomes, or ASE's Atoms.
+
+    Returns:
+        One Structure or Molecule for each structure, in their order.
 
     Raises:
         StructureError: A structure is not usable.

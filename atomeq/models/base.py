@@ -191,7 +191,7 @@ class AtomisticModel(ConfiguredModule):
 
     @staticmethod
     def with_state(atoms: Tensor, graph: AtomGraph) -> Tensor:
-        """Add to embedded atoms (n_atoms, C) what a ``Charged`` around the model says of them."""
+        """Return embedded ``atoms`` (n_atoms, C) with what a ``Charged`` says of ``graph``."""
         state = vars(graph).get("electronic_state")
         return atoms if state is None else atoms + state.index_select(0, graph.batch)
 

@@ -174,9 +174,18 @@ class MoleculeEGNN(AtomisticModel):
         *,
         state: Tensor | None = None,
     ) -> Tensor:
-        """Return the property of each molecule, (n_graphs,); edges join all pairs of a molecule.
+        """Compute the property of each molecule.
 
-        A ``state`` (n_graphs, hidden_channels) is added to the embedded atoms.
+        Args:
+            atomic_numbers: (n_atoms,).
+            pos: (n_atoms, 3), Å.
+            edge_index: All pairs of each molecule, (2, n_edges).
+            batch: The molecule of each atom, (n_atoms,).
+            n_graphs: Number of molecules.
+            state: Added to the embedded atoms, (n_graphs, hidden_channels).
+
+        Returns:
+            (n_graphs,).
         """
         inputs = self.input_features(atomic_numbers).to(pos.dtype)
         h = self.embedding(inputs)

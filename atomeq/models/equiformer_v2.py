@@ -93,6 +93,9 @@ class EquiformerV2(AtomisticModel):
         alpha_drop: Dropout of attention weights.
         drop_path: Probability that a structure skips a block's branch.
         proj_drop: Dropout of channels after each branch.
+
+    Raises:
+        ValueError: ``mmax`` is not between 0 and ``lmax``, or an option is none of those above.
     """
 
     lmax: int

@@ -98,6 +98,9 @@ class EquiformerV3(AtomisticModel):
         alpha_drop: Dropout of attention weights.
         drop_path: Probability that a structure skips a block's branch.
         proj_drop: Dropout of channels after each branch.
+
+    Raises:
+        ValueError: ``mmax`` is not between 0 and ``lmax``, or a divisor is not positive.
     """
 
     lmax: int

@@ -61,6 +61,9 @@ class ESCN(AtomisticModel):
         update: What an atom does with its messages: ``gate``, a gated perceptron; ``gaunt``, which
             adds products of two features on the sphere to it (:class:`GauntUpdate`); ``product``,
             such products with gates alone (:class:`~atomeq.nn.activations.ScalarsAndSphere`).
+
+    Raises:
+        ValueError: ``mmax`` is not between 0 and ``lmax``, or there is no such update.
     """
 
     def __init__(

@@ -62,6 +62,9 @@ class PublishedESCN(AtomisticModel):
             (:class:`~atomeq.graph.builders.NearestNeighborGraph`).
         direct_forces: Whether there is a force head.
         energy_reduce: ``sum`` over atoms times 0.001, or ``mean``.
+
+    Raises:
+        ValueError: An ``mmax`` exceeds its ``lmax``.
     """
 
     cutoff: float

@@ -82,6 +82,9 @@ class ESEN(AtomisticModel):
             the options of :class:`~atomeq.nn.stress.Rank2Stress`. None derives it, where forces are
             derived.
         energy_reduce: The energy is the ``sum`` or the ``mean`` over the atoms.
+
+    Raises:
+        ValueError: ``mmax`` is not between 0 and ``lmax``, or an option is none of those above.
     """
 
     lmax: int

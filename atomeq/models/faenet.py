@@ -222,7 +222,7 @@ class FAENet(AtomisticModel):
         return _filled(self.atomwise(smaller).hidden, kept)
 
     def atomwise(self, graph: AtomGraph) -> FAENetOutput:
-        """Run the network; see :class:`FAENetOutput`."""
+        """Return what the network makes of a graph; see :class:`FAENetOutput`."""
         vectors = graph.edge_vectors().to(self.dtype)  # (n_edges, 3)
         lengths = torch.linalg.vector_norm(vectors, dim=1)
         envelope = self.polynomial(lengths)[:, None] if self.envelope else None

@@ -68,6 +68,9 @@ class SEGNOPropagator(Propagator):
             ``recurrent`` is off, whatever the length of a step.
         tanh: Bound the strength of a pull to +-1.
         pull_scale: Factor of the mean pull, ``coords_weight`` of the reference.
+
+    Raises:
+        ValueError: Steps or horizon are not positive, or there is no such integrator.
     """
 
     def __init__(

@@ -143,6 +143,9 @@ def use_backend(name: str) -> Iterator[None]:
     Args:
         name: ``cpu`` (C kernels), ``reference`` (plain torch) or ``auto``.
 
+    Returns:
+        A context manager.
+
     Raises:
         ValueError: If no backend has this name.
 

@@ -106,6 +106,9 @@ def explain(
         mode: How channels couple, in Clebsch-Gordan products.
         weighted: Whether the paths of such a product have weights.
 
+    Returns:
+        The report; ``print`` shows it as text.
+
     Raises:
         ValueError: If the operation is unknown.
 

@@ -308,6 +308,9 @@ def install_potential(
 def published_potential(name: str) -> PublishedPotential:
     """Return what is known of a published potential.
 
+    Args:
+        name: As `atomeq potentials list` prints it.
+
     Raises:
         InstallError: There is none of this name.
     """

@@ -207,7 +207,17 @@ def load_predictor(
 ) -> Predictor:
     """Load whatever a folder holds, a :class:`Potential` or a :class:`ScalarPredictor`.
 
-    Arguments and errors are those of :func:`load_potential`.
+    Args:
+        name_or_path: Of a folder.
+        device: As of :func:`load_potential`.
+        dtype: Likewise.
+        precision: Likewise.
+
+    Returns:
+        Of the kind that was saved, in evaluation mode.
+
+    Raises:
+        CheckpointError: As :func:`load_potential`, or the folder holds a propagator.
     """
     folder = find_potential(name_or_path)
     if (folder / COMMITTEE_FILE).is_file():

@@ -174,6 +174,9 @@ def load_compiled(path: str | Path) -> CompiledPotential:
     Args:
         path: A .pt2 file of :func:`~atomeq.potential.export.export_potential`.
 
+    Returns:
+        A potential whose energy, forces and stress come in one call.
+
     Raises:
         CheckpointError: No such file, no package of this kind, or one that was compiled by another
             version of torch or for another kind of machine.

@@ -182,6 +182,9 @@ class Potential(Predictor):
             graph: As of :meth:`forward`.
             properties: Likewise.
             create_graph: Likewise.
+
+        Returns:
+            As :meth:`forward`.
         """
         derived: list[PropertyKey] = [
             key for key in _DERIVABLE if key in properties and key not in self.model.outputs

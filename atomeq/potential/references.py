@@ -83,7 +83,15 @@ class AtomicReferences(nn.Module):
         return self.scale * energies.to(torch.float64) + self.shift[atomic_numbers]
 
     def of_heads(self, forces: Tensor | None, stress: Tensor | None) -> dict[PropertyKey, Tensor]:
-        """Turn what a network has heads for into forces, eV/Å, and stress, eV/Å³."""
+        """Turn what a network has heads for into forces, eV/Å, and stress, eV/Å³.
+
+        Args:
+            forces: Of the network, (n_atoms, 3).
+            stress: Of the network, (n_graphs, 3, 3).
+
+        Returns:
+            Those that are given, by name.
+        """
         found: dict[PropertyKey, Tensor] = {}
         if forces is not None:
             found["forces"] = forces * self.force_scale.to(forces.dtype)
@@ -100,6 +108,13 @@ class AtomicReferences(nn.Module):
 
         Those are the energy's, so that nothing changes, but for published models whose files say
         something else of each.
+
+        Args:
+            key: ``forces`` or ``stress``.
+            derivative: Of the energy, of any shape.
+
+        Returns:
+            The same shape.
         """
         if key == "forces":
             return derivative * (self.force_scale / self.scale)
@@ -146,6 +161,9 @@ def least_squares_shift(
     Returns:
         Shift by atomic number, eV. Where compositions leave a direction undetermined (one
         stoichiometry only), the solution of minimum norm shares the energy among its elements.
+
+    Raises:
+        ValueError: No structures, or not one energy for each.
     """
     if len(compositions) != len(energies) or not len(energies):
         raise ValueError(

@@ -126,6 +126,9 @@ def fit_elasticity(
         atoms: The unstrained structure.
         strains: As :func:`strained_structures` returns them.
         stresses: Of the strained structures, each (3, 3), eV/Å³, ASE's sign.
+
+    Returns:
+        Elastic constants and moduli.
     """
     measured = [Stress(stress / GPA) for stress in stresses]
     # Strains come in pairs of both signs, so a stress at rest, whatever it is, changes no slope.

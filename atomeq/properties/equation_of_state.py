@@ -119,6 +119,9 @@ def fit_equation_of_state(volumes: Sequence[float], energies: Sequence[float]) -
         volumes: Å³.
         energies: eV.
 
+    Returns:
+        The fit.
+
     Raises:
         ValueError: The energy has no minimum within these volumes.
     """

@@ -118,6 +118,9 @@ def phonons(
         results: Of supercells that were computed before, in their order; new ones are appended.
         report: Told of progress.
 
+    Returns:
+        Bands, density of states and thermal properties, with phonopy's object.
+
     Raises:
         ValueError: No crystal, or an argument that cannot be used.
 
@@ -236,7 +239,12 @@ def lengths(phonon: Phonopy, path: BandPath) -> list[float]:
 
 
 def band_frequencies(phonon: Phonopy, path: BandPath) -> list[NDArray[np.float64]]:
-    """Run the band structure; return the frequencies of each leg, (n_points, n_modes), THz."""
+    """Return the frequencies of each leg of a band structure, (n_points, n_modes), THz.
+
+    Args:
+        phonon: With force constants.
+        path: As :func:`band_path` gives it.
+    """
     phonon.run_band_structure(path.legs, path_connections=path.connected, labels=path.labels)
     return [np.asarray(leg) for leg in _present(phonon.band_structure).frequencies]
 
@@ -259,14 +267,23 @@ def mesh_frequencies(
 
 
 def density_of_states(phonon: Phonopy) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return frequencies (THz) and density of states (per THz and primitive cell) of the mesh."""
+    """Return frequencies (THz) and density of states (per THz and primitive cell) of the mesh.
+
+    Args:
+        phonon: After :func:`mesh_frequencies`.
+    """
     phonon.run_total_dos()
     dos = _present(phonon.total_dos)
     return np.asarray(dos.frequency_points), np.asarray(dos.dos)
 
 
 def thermal_properties(phonon: Phonopy, temperatures: Sequence[float]) -> list[dict[str, float]]:
-    """Return free energy, entropy and heat capacity per mole of primitive cells, from the mesh."""
+    """Return free energy, entropy and heat capacity per mole of primitive cells, from the mesh.
+
+    Args:
+        phonon: After :func:`mesh_frequencies`.
+        temperatures: K.
+    """
     # At Γ the three acoustic modes are zero, and their free energy is not a number.
     phonon.run_thermal_properties(temperatures=list(temperatures), exclude_gamma_acoustic=True)
     thermal = _present(phonon.thermal_properties)

@@ -43,6 +43,9 @@ def relaxed(
         what: Names them in errors and progress.
         report: Told of progress.
 
+    Returns:
+        The relaxed structures.
+
     Raises:
         ValueError: A structure does not relax.
     """
@@ -97,6 +100,9 @@ def relax_frame(
         calculator: Any ASE calculator; for energies like OC20's labels one trained on them.
         fmax: Force at which a relaxation has converged, eV/Å.
         max_steps: Steps after which it ends anyhow, as the published evaluations do.
+
+    Returns:
+        Where it ended, and whether that is a minimum.
     """
     atoms = frame.to_atoms()
     atoms.calc = calculator

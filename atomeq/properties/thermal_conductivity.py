@@ -91,6 +91,9 @@ def thermal_conductivity(
         results: Of supercells that were computed before, in their order; new ones are appended.
         report: Told of progress.
 
+    Returns:
+        Conductivities by temperature, with phono3py's object.
+
     Raises:
         ImportError: phono3py is not installed.
         ValueError: No crystal, an argument that cannot be used, or imaginary modes on the mesh.

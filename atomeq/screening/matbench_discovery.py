@@ -96,6 +96,9 @@ def predict_matbench_discovery(
         max_steps: After which a structure is left as it is, ``converged`` false.
         **screening: As :func:`~atomeq.screening.run.screen` takes them: engine, workers, shard ...
 
+    Returns:
+        Where the files are, and how many structures have predictions.
+
     Raises:
         ValueError: A file is not what it should be, a structure has no or another's id, or the
             folder holds results of other structures or settings.

@@ -67,6 +67,9 @@ def count_structures(sources: Iterable[str | Path]) -> int | None:
     """Return how many structures sources hold, without building them; None where that is not known.
 
     JSON documents do not tell before they are read.
+
+    Args:
+        sources: Files and folders.
     """
     total = 0
     for source in map(Path, sources):

@@ -193,6 +193,9 @@ def parse_steps(given: Sequence[Any] | None) -> list[Step]:
     Args:
         given: Names, ``{name: options}``, or steps; None for the default list.
 
+    Returns:
+        Steps that can be run.
+
     Raises:
         ValueError: There is no such step or option, a value is not allowed, or the order is wrong.
     """
@@ -202,7 +205,10 @@ def parse_steps(given: Sequence[Any] | None) -> list[Step]:
 
 
 def read_steps(path: str | Path) -> list[Any]:
-    """Read the list of steps from a YAML file, plain or under the key ``steps``.
+    """Return the list of steps in a YAML file, plain or under the key ``steps``.
+
+    Args:
+        path: Of the YAML file.
 
     Raises:
         ValueError: It is not readable, or no list.

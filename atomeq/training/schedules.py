@@ -61,6 +61,9 @@ class WarmupCosine(RunSchedule):
         warmup: Part of the run that warms up.
         final: Learning rate at the end, as a fraction of the peak.
         start: Learning rate from which it warms up, as a fraction of the peak.
+
+    Raises:
+        ValueError: ``final`` is not between 0 and 1.
     """
 
     def __init__(
@@ -89,6 +92,9 @@ class WarmupSteps(RunSchedule):
         gamma: What multiplies it there.
         warmup: Part of the run that warms up.
         start: Learning rate from which it warms up, as a fraction of the peak.
+
+    Raises:
+        ValueError: Milestones are no fractions of a run.
     """
 
     def __init__(

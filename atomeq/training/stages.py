@@ -36,7 +36,12 @@ class Stage:
             )
 
     def has_begun(self, epoch: int, step: int) -> bool:
-        """Whether it is on at an epoch and an optimizer step."""
+        """Return whether it is on at an epoch and an optimizer step.
+
+        Args:
+            epoch: From 0.
+            step: Of the optimizer, from 0.
+        """
         return epoch >= self.epoch if self.epoch is not None else step >= (self.step or 0)
 
 

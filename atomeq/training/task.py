@@ -76,7 +76,7 @@ class AtomisticTask(LightningModule):
             models are normalised. Not extensive, so zero for any other data.
         train_references: Train the shift of the elements with the network.
         avg_num_neighbors: ``auto``: the network divides by the mean number of neighbours in the
-            training structures, which is saved with it.
+            training structures, which is saved with it. ValueError beside ``start_from``.
         terms: Known physics added to the network, which learns what it leaves of the labels:
             ``zbl``, ``d3`` (of PBE), or any by ``class_path``.
         metrics: What validation and tests report; by default :class:`PotentialErrors`, or
@@ -173,7 +173,7 @@ class AtomisticTask(LightningModule):
         self.neighbor_count: float | None = None
 
     def build_graph(self, structures: Structures) -> AtomGraph:
-        """Build graphs for this potential, on the CPU; its elements are not known yet."""
+        """Return graphs for this potential, on the CPU; its elements are not known yet."""
         return self.potential.model.graph_builder()(structures)
 
     def setup(self, stage: str) -> None:

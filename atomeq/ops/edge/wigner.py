@@ -45,6 +45,9 @@ def build_edge_frame(
         mmax: Highest order kept in the edge frame, at most lmax.
         rotation: Rotations taking each edge to +y, to fix the roll too; (n_edges, 3, 3).
 
+    Returns:
+        What the operations on edges take.
+
     Raises:
         ValueError: If mmax exceeds lmax or the shapes do not belong together.
         IndexError: If an edge ends at no atom.
@@ -135,7 +138,11 @@ def wigner_from_euler(
 
 
 def rotation_matrix(quaternion: Quaternion) -> Rotation:
-    """Return the matrices of unit quaternions (w, x, y, z), (*, 4) -> (*, 3, 3)."""
+    """Return the matrices of unit quaternions (w, x, y, z), (*, 4) -> (*, 3, 3).
+
+    Args:
+        quaternion: (*, 4).
+    """
     w, x, y, z = quaternion.unbind(-1)
     rows = (
         1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y),
@@ -195,7 +202,14 @@ def edge_quaternion(unit_vectors: Float[Tensor, "*batch 3"]) -> Quaternion:
 def block_diagonal(
     matrices: list[Float[Tensor, "*batch _ _"]],
 ) -> Float[Tensor, "*batch n_sph n_sph"]:
-    """Join the D_l of l = 0..lmax into one matrix acting on all coefficients."""
+    """Join the D_l of l = 0..lmax into one matrix acting on all coefficients.
+
+    Args:
+        matrices: D_l, (*, 2l + 1, 2l + 1) each.
+
+    Returns:
+        (*, n_sph, n_sph).
+    """
     lmax = len(matrices) - 1
     padded = [
         torch.nn.functional.pad(matrix, (l * l, (lmax + 1) ** 2 - (l + 1) ** 2))
