@@ -37,8 +37,9 @@ OC20 = [path for path in EXPERIMENTS if path.stem.startswith("oc20_")]
 #: What makes the networks of OC20 small, by the key that each class has.
 NARROW = {
     "num_layers": 1, "sphere_channels": 4, "hidden_channels": 40, "edge_channels": 4,
-    "num_heads": 2, "attn_hidden_channels": 4, "attn_alpha_channels": 4, "attn_value_channels": 2, "num_radial": 8,
-    "ffn_hidden_channels": 4, "num_filters": 8, "num_interactions": 1, "num_gaussians": 8,
+    "num_heads": 2, "attn_hidden_channels": 4, "attn_alpha_channels": 4, "attn_value_channels": 2,
+    "num_radial": 8, "ffn_hidden_channels": 4, "num_filters": 8, "num_interactions": 1,
+    "num_gaussians": 8,
     "decoder_channels": 8, "tag_channels": 4, "pg_channels": 4, "num_sphere_samples": 8,
 }  # fmt: skip
 FAST = ["--trainer.fast_dev_run=true", "--trainer.accelerator=cpu", "--trainer.devices=1"]
