@@ -18,37 +18,29 @@ is compatible with published weights. In both the frame's roll is fixed, where t
 draws it at random; ``edge_rotation`` feeds one in.
 """
 
-from collections.abc import Mapping
-from typing import Any, Literal, cast
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from atomeq.graph.atom_graph import AtomGraph
-from atomeq.graph.builders import GraphBuilder, neighbor_graph
-from atomeq.models.base import AtomisticModel, outputs_of, refuse_nonpositive
+from atomeq.models.base import outputs_of, refuse_nonpositive
+from atomeq.models.transformer import EquivariantTransformer, TransformerBlock, radial_basis_of
 from atomeq.nn.activations import ActivationName
 from atomeq.nn.attention import (
     EquivariantAttention,
     Weighing,
 )
-from atomeq.nn.dropout import EquivariantDropout, GraphDropPath
-from atomeq.nn.edge_network import DegreeEmbedding, EdgeNetwork, EdgeScalars, ElementPair
+from atomeq.nn.edge_network import DegreeEmbedding, EdgeNetwork, ElementPair
 from atomeq.nn.feed_forward import FeedForward, Nonlinearity
 from atomeq.nn.norms import NormName, equivariant_norm
-from atomeq.nn.pair_networks import PairNetworks
-from atomeq.nn.radial import BesselBasis, GaussianBasis, PolynomialEnvelope
-from atomeq.nn.radial_tables import RadialTables
-from atomeq.nn.sphere import set_resolution, with_scalars
-from atomeq.nn.stress import EquivariantStress, Rank2Stress
-from atomeq.ops.edge.frame import EdgeFrame
-from atomeq.ops.edge.wigner import build_edge_frame
-from atomeq.typing import NodeFeatures, PropertyKey
-
-GAUSSIAN_WIDTH = 2.0  # of the grid spacing, as published
+from atomeq.nn.radial import PolynomialEnvelope
+from atomeq.nn.sphere import set_resolution
+from atomeq.nn.stress import StressHead, stress_head_of
+from atomeq.typing import NodeFeatures
 
 
-class EquiformerV2(AtomisticModel):
+class EquiformerV2(EquivariantTransformer):
     """Equivariant transformer; conservative by default, with a force head as published.
 
     Args:
@@ -120,15 +112,13 @@ class EquiformerV2(AtomisticModel):
     chiral: bool
     max_neighbors: int | None
     strict_neighbors: bool
-    stress_head: Literal["equivariant"] | Mapping[str, bool | int | float] | None
+    stress_head: StressHead
     avg_degree: float
     energy_divisor: float
     energy_reduce: Literal["sum", "mean"]
     alpha_drop: float
     drop_path: float
     proj_drop: float
-
-    readouts = ("energy", "forces", "stress")
 
     def __init__(
         self,
@@ -159,7 +149,7 @@ class EquiformerV2(AtomisticModel):
         max_neighbors: int | None = None,
         strict_neighbors: bool = True,
         direct_forces: bool = False,
-        stress_head: Literal["equivariant"] | Mapping[str, bool | int | float] | None = None,
+        stress_head: StressHead = None,
         linear_reference: bool = False,
         avg_degree: float = 40.0,
         energy_divisor: float = 1.0,
@@ -168,7 +158,7 @@ class EquiformerV2(AtomisticModel):
         drop_path: float = 0.0,
         proj_drop: float = 0.0,
     ) -> None:
-        super().__init__()
+        super().__init__(cutoff)
         if not 0 <= mmax <= lmax:
             raise ValueError(f"mmax must lie between 0 and lmax; got mmax={mmax}, lmax={lmax}")
         _refuse_unknown(element_pairs=element_pairs, energy_reduce=energy_reduce)
@@ -177,9 +167,8 @@ class EquiformerV2(AtomisticModel):
         self.outputs = outputs_of(forces=direct_forces, stress=stress_head is not None)
 
         self.embedding = nn.Embedding(num_elements, sphere_channels)
-        self.basis = self._radial_basis()
+        self.basis = radial_basis_of(radial_basis, num_radial, cutoff)
         self.cut = PolynomialEnvelope(cutoff) if envelope else None
-        self._tables = RadialTables(cutoff)
         shared = element_pairs == "shared"
         self.pairs = ElementPair(num_elements, edge_channels) if shared else None
         self.degree_embedding = self._degree_embedding()
@@ -187,107 +176,22 @@ class EquiformerV2(AtomisticModel):
         self.norm_out = equivariant_norm(norm, lmax, sphere_channels)
         self.energy = self._feed_forward(1)
         self.forces = self._attention(1, dropout=0.0) if direct_forces else None
-        self.stress = self._stress() if stress_head is not None else None
+        self.stress = stress_head_of(stress_head, lmax, sphere_channels, ffn_hidden_channels, norm)
         linear = nn.Parameter(torch.zeros(num_elements), requires_grad=False)
         self.linear_energies = linear if linear_reference else None
-
-    def graph_builder(self) -> GraphBuilder:
-        """Return the builder of all pairs within the cutoff, or of the nearest neighbours."""
-        return neighbor_graph(self.cutoff, self.max_neighbors, strict=self.strict_neighbors)
 
     def set_grid_resolution(self, grid_resolution: int | None) -> None:
         """Compute on other grids from now on; the finer, the more equivariant and the slower."""
         self.grid_resolution = grid_resolution
         set_resolution(self, grid_resolution)
 
-    def forward(
-        self, graph: AtomGraph, *, edge_rotation: Tensor | None = None
-    ) -> dict[PropertyKey, Tensor]:
-        """Compute energies, and what has a head of its own, in the model's own scale.
-
-        Args:
-            graph: Structures with edges.
-            edge_rotation: Rotations that take each edge to +y, (n_edges, 3, 3), to set its roll;
-                by default a rule without randomness.
-
-        Returns:
-            ``energies`` (n_atoms,) and both features; ``forces`` (n_atoms, 3) and ``stress``
-            (n_graphs, 3, 3) if they have a head.
-        """
-        x, frame, edges = self._transform(graph, edge_rotation)
+    def _energies(self, x: NodeFeatures, graph: AtomGraph) -> tuple[Tensor, Tensor]:
         divisor = graph.natoms[graph.batch] if self.energy_reduce == "mean" else self.energy_divisor
         energies, features = self.energy.invariants(x)
         energies = energies[:, 0] / divisor
         if self.linear_energies is not None:
             energies = energies + self.linear_energies[graph.atomic_numbers]
-        outputs: dict[PropertyKey, Tensor] = {"energies": energies, "features": features}
-        outputs["sphere_features"] = x
-        if self.forces is not None:
-            outputs["forces"] = self.forces(x, frame, edges)[:, 1:4, 0]  # l = 1 is (x, y, z)
-        if isinstance(self.stress, EquivariantStress):
-            outputs["stress"] = self.stress(x, graph.batch, graph.n_graphs)
-        elif self.stress is not None:
-            vectors = graph.edge_vectors().detach().to(self.dtype)
-            outputs["stress"] = self.stress(
-                x, vectors, graph.edge_index, graph.batch, graph.n_graphs
-            )
-        return outputs
-
-    @property
-    def node_channels(self) -> int:
-        """Channels of :meth:`node_features`."""
-        return self.sphere_channels
-
-    @property
-    def sphere_shape(self) -> tuple[int, int]:
-        """Highest degree and channels of the features of the last block."""
-        return self.lmax, self.sphere_channels
-
-    def node_features(self, graph: AtomGraph) -> Tensor:
-        """Return the scalars of the last block, normalised, (n_atoms, sphere_channels)."""
-        return self._transform(graph, None)[0][:, 0]
-
-    def _transform(
-        self, graph: AtomGraph, edge_rotation: Tensor | None
-    ) -> tuple[NodeFeatures, EdgeFrame, EdgeScalars]:
-        """Return the atoms after the last block (n_atoms, n_sph, C), and the edges they saw."""
-        numbers = graph.atomic_numbers
-        frame = build_edge_frame(
-            graph.edge_vectors().to(self.dtype),
-            graph.edge_index,
-            n_atoms=graph.n_atoms,
-            lmax=self.lmax,
-            mmax=self.mmax,
-            rotation=edge_rotation,
-        )
-        pairs, envelope = self._pair_networks().evaluate(
-            frame, numbers, graph.edge_index, self._tables
-        )
-        edges = EdgeScalars(pairs, numbers, envelope)
-        x = self.degree_embedding(frame, edges, edges.envelope)
-        x = with_scalars(x, x[:, 0] + self.with_state(self.embedding(numbers), graph))
-        for block in self.blocks:
-            x = block(x, frame, edges, graph.batch, graph.n_graphs)
-        return self.norm_out(x), frame, edges
-
-    def _pair_networks(self) -> PairNetworks:
-        blocks = cast("list[TransformerBlock]", list(self.blocks))  # a ModuleList has no types
-        attentions = [block.attention for block in blocks]
-        attentions += [] if self.forces is None else [self.forces]
-        return PairNetworks(
-            self.basis,
-            self.cut,
-            self.pairs,
-            self.degree_embedding.radial,
-            tuple(one.radial for one in attentions),
-        )
-
-    def _radial_basis(self) -> nn.Module:
-        if self.radial_basis == "bessel":
-            return BesselBasis(self.num_radial, self.cutoff)
-        if self.radial_basis == "gaussian":
-            return GaussianBasis(self.num_radial, self.cutoff, width=GAUSSIAN_WIDTH)
-        raise ValueError(f"radial_basis is bessel or gaussian, not {self.radial_basis!r}")
+        return energies, features
 
     @property
     def _num_edge_scalars(self) -> int:
@@ -338,12 +242,6 @@ class EquiformerV2(AtomisticModel):
             dropout=dropout,
         )
 
-    def _stress(self) -> EquivariantStress | Rank2Stress:
-        if self.stress_head == "equivariant":
-            return EquivariantStress(self.lmax, self.sphere_channels, self.ffn_hidden_channels)
-        options: Any = self.stress_head  # the head checks them
-        return Rank2Stress(self.lmax, self.sphere_channels, self.norm, **options)
-
     def _feed_forward(self, out_channels: int) -> FeedForward:
         return FeedForward(
             self.lmax,
@@ -353,37 +251,6 @@ class EquiformerV2(AtomisticModel):
             nonlinearity=self.feed_forward,
             grid_resolution=self.grid_resolution,
         )
-
-
-class TransformerBlock(nn.Module):
-    """Attention over the neighbours, then a network on each atom, both residual behind a norm."""
-
-    def __init__(
-        self,
-        *,
-        norm_1: nn.Module,
-        attention: EquivariantAttention,
-        norm_2: nn.Module,
-        feed_forward: FeedForward,
-        drop_path: float,
-        proj_drop: float,
-    ) -> None:
-        super().__init__()
-        self.norm_1 = norm_1
-        self.attention = attention
-        self.norm_2 = norm_2
-        self.feed_forward = feed_forward
-        self.drop_path = GraphDropPath(drop_path)
-        self.proj_drop = EquivariantDropout(proj_drop)
-
-    def forward(
-        self, x: NodeFeatures, frame: EdgeFrame, edges: EdgeScalars, batch: Tensor, n_graphs: int
-    ) -> NodeFeatures:
-        """Update ``x`` (n_atoms, n_sph, channels)."""
-        y = self.attention(self.norm_1(x), frame, edges)
-        x = x + self.drop_path(self.proj_drop(y), batch, n_graphs)
-        y = self.feed_forward(self.norm_2(x))
-        return x + self.drop_path(self.proj_drop(y), batch, n_graphs)
 
 
 _CHOICES = {"element_pairs": ("per_block", "shared", "none"), "energy_reduce": ("sum", "mean")}

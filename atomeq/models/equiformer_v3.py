@@ -20,39 +20,32 @@ are computed, and each structure has its own periodicity. Weights of the publish
 for denoising apart, which no structure without noise feels.
 """
 
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from atomeq.graph.atom_graph import AtomGraph
-from atomeq.graph.builders import GraphBuilder, neighbor_graph
-from atomeq.models.base import AtomisticModel, outputs_of, refuse_nonpositive
+from atomeq.models.base import outputs_of, refuse_nonpositive
+from atomeq.models.transformer import EquivariantTransformer, TransformerBlock, radial_basis_of
 from atomeq.nn.activations import PAIRED, ActivationName, ScalarsAndSphere
 from atomeq.nn.attention import (
     EquivariantAttention,
     Weighing,
 )
-from atomeq.nn.dropout import EquivariantDropout, GraphDropPath
-from atomeq.nn.edge_network import DegreeEmbedding, EdgeNetwork, EdgeScalars
+from atomeq.nn.edge_network import DegreeEmbedding, EdgeNetwork
 from atomeq.nn.feed_forward import FeedForward, Nonlinearity
 from atomeq.nn.mlp import MLP
 from atomeq.nn.norms import NormName, equivariant_norm
-from atomeq.nn.pair_networks import PairNetworks
-from atomeq.nn.radial import BesselBasis, GaussianBasis, PolynomialEnvelope
-from atomeq.nn.radial_tables import RadialTables
+from atomeq.nn.radial import PolynomialEnvelope
 from atomeq.nn.so3 import SO3Linear
 from atomeq.nn.sphere import GridResolution, set_resolution, with_scalars
-from atomeq.nn.stress import EquivariantStress
+from atomeq.nn.stress import stress_head_of
 from atomeq.ops.atoms.reference import so3_linear
-from atomeq.ops.edge.frame import EdgeFrame
-from atomeq.ops.edge.wigner import build_edge_frame
-from atomeq.typing import NodeFeatures, PropertyKey
-
-GAUSSIAN_WIDTH = 2.0  # of the grid spacing, as published
+from atomeq.typing import NodeFeatures
 
 
-class EquiformerV3(AtomisticModel):
+class EquiformerV3(EquivariantTransformer):
     """Equivariant transformer; conservative by default, with heads as published for pre-training.
 
     Args:
@@ -136,8 +129,6 @@ class EquiformerV3(AtomisticModel):
     drop_path: float
     proj_drop: float
 
-    readouts = ("energy", "forces", "stress")
-
     def __init__(
         self,
         cutoff: float = 6.0,
@@ -181,7 +172,7 @@ class EquiformerV3(AtomisticModel):
         drop_path: float = 0.0,
         proj_drop: float = 0.0,
     ) -> None:
-        super().__init__()
+        super().__init__(cutoff)
         if not 0 <= mmax <= lmax:
             raise ValueError(f"mmax must lie between 0 and lmax; got mmax={mmax}, lmax={lmax}")
         refuse_nonpositive(avg_degree=avg_degree, energy_divisor=energy_divisor)
@@ -189,107 +180,29 @@ class EquiformerV3(AtomisticModel):
         self.outputs = outputs_of(forces=direct_forces, stress=direct_stress)
 
         self.embedding = nn.Embedding(num_elements, sphere_channels)
-        self.basis = _radial_basis(radial_basis, num_radial, cutoff)
+        self.basis = radial_basis_of(radial_basis, num_radial, cutoff)
         self.cut = PolynomialEnvelope(cutoff) if envelope else None
+        self.pairs = None  # networks embed elements for themselves
         self.degree_embedding = self._degree_embedding()
         self.blocks = nn.ModuleList(self._block() for _ in range(num_layers))
         self.norm_out = equivariant_norm(norm, lmax, sphere_channels)
         self.energy = MLP((sphere_channels, ffn_hidden_channels, 1))
         self.forces = self._attention(1, force_activation, dropout=0.0) if direct_forces else None
-        self.stress = self._stress() if direct_stress else None
-        self._tables = RadialTables(cutoff)
-
-    def graph_builder(self) -> GraphBuilder:
-        """Return the builder of all pairs within the cutoff, or of the nearest neighbours."""
-        return neighbor_graph(self.cutoff, self.max_neighbors, strict=self.strict_neighbors)
+        head = "equivariant" if direct_stress else None
+        self.stress = stress_head_of(head, lmax, sphere_channels, ffn_hidden_channels, norm)
 
     def set_grid_resolution(self, grid_resolution: int | None) -> None:
         """Compute on other grids; where products are exact, finer ones change nothing."""
         self.attn_grid = self.ffn_grid = grid_resolution
         set_resolution(self, grid_resolution)
 
-    def forward(
-        self, graph: AtomGraph, *, edge_rotation: Tensor | None = None
-    ) -> dict[PropertyKey, Tensor]:
-        """Compute energies, and what has a head of its own, in the model's own scale.
-
-        Args:
-            graph: Structures with edges.
-            edge_rotation: Rotations that take each edge to +y, (n_edges, 3, 3), to set its roll;
-                by default a rule without randomness.
-
-        Returns:
-            ``energies`` (n_atoms,) and both features; ``forces`` (n_atoms, 3) and ``stress``
-            (n_graphs, 3, 3) if they have a head.
-        """
-        x, frame, edges = self._transform(graph, edge_rotation)
+    def _energies(self, x: NodeFeatures, graph: AtomGraph) -> tuple[Tensor, Tensor]:
         energies, features = self.energy.with_hidden(x[:, 0])
-        outputs: dict[PropertyKey, Tensor] = {
-            "energies": energies[:, 0] / self.energy_divisor,
-            "features": features,
-            "sphere_features": x,
-        }
-        if self.forces is not None:
-            outputs["forces"] = self.forces(x, frame, edges)[:, 1:4, 0]  # l = 1 is (x, y, z)
-        if self.stress is not None:
-            outputs["stress"] = self.stress(x, graph.batch, graph.n_graphs)
-        return outputs
-
-    @property
-    def node_channels(self) -> int:
-        """Channels of :meth:`node_features`."""
-        return self.sphere_channels
-
-    @property
-    def sphere_shape(self) -> tuple[int, int]:
-        """Highest degree and channels of the features of the last block."""
-        return self.lmax, self.sphere_channels
-
-    def node_features(self, graph: AtomGraph) -> Tensor:
-        """Return the scalars of the last block, normalised, (n_atoms, sphere_channels)."""
-        return self._transform(graph, None)[0][:, 0]
-
-    def _transform(
-        self, graph: AtomGraph, edge_rotation: Tensor | None
-    ) -> tuple[NodeFeatures, EdgeFrame, EdgeScalars]:
-        """Return the atoms after the last block (n_atoms, n_sph, C), and the edges they saw."""
-        numbers = graph.atomic_numbers
-        frame = build_edge_frame(
-            graph.edge_vectors().to(self.dtype),
-            graph.edge_index,
-            n_atoms=graph.n_atoms,
-            lmax=self.lmax,
-            mmax=self.mmax,
-            rotation=edge_rotation,
-        )
-        pairs, envelope = self._pair_networks().evaluate(
-            frame, numbers, graph.edge_index, self._tables
-        )
-        edges = EdgeScalars(pairs, numbers, envelope)
-        x = self.degree_embedding(frame, edges, edges.envelope)
-        x = with_scalars(x, x[:, 0] + self.with_state(self.embedding(numbers), graph))
-        for block in self.blocks:
-            x = block(x, frame, edges, graph.batch, graph.n_graphs)
-        return self.norm_out(x), frame, edges
-
-    def _pair_networks(self) -> PairNetworks:
-        blocks = cast("list[TransformerBlock]", list(self.blocks))  # a ModuleList has no types
-        attentions = [block.attention for block in blocks]
-        attentions += [] if self.forces is None else [self.forces]
-        return PairNetworks(
-            self.basis,
-            self.cut,
-            None,  # networks embed elements for themselves
-            self.degree_embedding.radial,
-            tuple(one.radial for one in attentions),
-        )
+        return energies[:, 0] / self.energy_divisor, features
 
     @property
     def _elements(self) -> int | None:
         return self.num_elements if self.element_pairs else None
-
-    def _stress(self) -> EquivariantStress:
-        return EquivariantStress(self.lmax, self.sphere_channels, self.ffn_hidden_channels)
 
     def _degree_embedding(self) -> DegreeEmbedding:
         n_weights = (self.lmax + 1) * self.sphere_channels
@@ -352,37 +265,6 @@ class EquiformerV3(AtomisticModel):
         )
 
 
-class TransformerBlock(nn.Module):
-    """Attention over the neighbours, then a network on each atom, both residual behind a norm."""
-
-    def __init__(
-        self,
-        *,
-        norm_1: nn.Module,
-        attention: EquivariantAttention,
-        norm_2: nn.Module,
-        feed_forward: nn.Module,
-        drop_path: float,
-        proj_drop: float,
-    ) -> None:
-        super().__init__()
-        self.norm_1 = norm_1
-        self.attention = attention
-        self.norm_2 = norm_2
-        self.feed_forward = feed_forward
-        self.drop_path = GraphDropPath(drop_path)
-        self.proj_drop = EquivariantDropout(proj_drop)
-
-    def forward(
-        self, x: NodeFeatures, frame: EdgeFrame, edges: EdgeScalars, batch: Tensor, n_graphs: int
-    ) -> NodeFeatures:
-        """Update ``x`` (n_atoms, n_sph, channels)."""
-        y = self.attention(self.norm_1(x), frame, edges)
-        x = x + self.drop_path(self.proj_drop(y), batch, n_graphs)
-        y = self.feed_forward(self.norm_2(x))
-        return x + self.drop_path(self.proj_drop(y), batch, n_graphs)
-
-
 class FactoredFeedForward(nn.Module):
     """The published feed-forward network, with linear maps of its own on the grid.
 
@@ -440,11 +322,3 @@ class FactoredFeedForward(nn.Module):
             return with_scalars(y, y[:, 0] + self.second.bias)
         scalars = act.of_scalars(self.scalars(invariants))
         return act.meet(y, nn.functional.linear(scalars, self.second.weight[0], self.second.bias))
-
-
-def _radial_basis(name: str, num_radial: int, cutoff: float) -> nn.Module:
-    if name == "bessel":
-        return BesselBasis(num_radial, cutoff)
-    if name == "gaussian":
-        return GaussianBasis(num_radial, cutoff, width=GAUSSIAN_WIDTH)
-    raise ValueError(f"radial_basis is bessel or gaussian, not {name!r}")

@@ -20,8 +20,7 @@ see the roll of the frame, forces leave the roll out; they are as exact as the g
 """
 
 import math
-from collections.abc import Mapping
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +40,7 @@ from atomeq.nn.radial import BesselBasis, GaussianBasis, PolynomialEnvelope
 from atomeq.nn.radial_tables import RadialTables
 from atomeq.nn.so3 import SO3Linear
 from atomeq.nn.sphere import set_resolution, with_scalars
-from atomeq.nn.stress import EquivariantStress, Rank2Stress
+from atomeq.nn.stress import StressHead, stress_head_of, stress_of
 from atomeq.ops.edge.frame import EdgeFrame
 from atomeq.ops.edge.wigner import build_edge_frame
 from atomeq.typing import EdgeLengths, NodeFeatures, PropertyKey
@@ -100,7 +99,7 @@ class ESEN(AtomisticModel):
     bias: bool
     max_neighbors: int | None
     skip_isolated: bool
-    stress_head: Literal["equivariant"] | Mapping[str, bool | int | float] | None
+    stress_head: StressHead
     energy_reduce: Literal["sum", "mean"]
 
     readouts = ("energy", "forces", "stress")
@@ -128,7 +127,7 @@ class ESEN(AtomisticModel):
         max_neighbors: int | None = None,
         skip_isolated: bool = False,
         direct_forces: bool = False,
-        stress_head: Literal["equivariant"] | Mapping[str, bool | int | float] | None = None,
+        stress_head: StressHead = None,
         energy_reduce: Literal["sum", "mean"] = "sum",
     ) -> None:
         super().__init__()
@@ -155,7 +154,7 @@ class ESEN(AtomisticModel):
         self.norm_out = equivariant_norm(norm, lmax, sphere_channels)
         self.energy = MLP((sphere_channels, hidden_channels, hidden_channels, 1))
         self.forces = SO3Linear(1, sphere_channels, 1) if direct_forces else None
-        self.stress = self._stress() if stress_head is not None else None
+        self.stress = stress_head_of(stress_head, lmax, sphere_channels, hidden_channels, norm)
 
     def graph_builder(self) -> GraphBuilder:
         """Return the builder of all pairs within the cutoff, or of the nearest neighbours."""
@@ -189,13 +188,8 @@ class ESEN(AtomisticModel):
         outputs["sphere_features"] = x
         if self.forces is not None:
             outputs["forces"] = self.forces(x[:, :4])[:, 1:, 0]  # l = 1 is (x, y, z)
-        if isinstance(self.stress, EquivariantStress):
-            outputs["stress"] = self.stress(x, graph.batch, graph.n_graphs)
-        elif self.stress is not None:
-            vectors = graph.edge_vectors().detach().to(self.dtype)
-            outputs["stress"] = self.stress(
-                x, vectors, graph.edge_index, graph.batch, graph.n_graphs
-            )
+        if self.stress is not None:
+            outputs["stress"] = stress_of(self.stress, x, graph)
         return outputs
 
     @property
@@ -238,12 +232,6 @@ class ESEN(AtomisticModel):
                 grid_resolution=self.grid_resolution,
             ),
         )
-
-    def _stress(self) -> EquivariantStress | Rank2Stress:
-        if self.stress_head == "equivariant":
-            return EquivariantStress(self.lmax, self.sphere_channels, self.hidden_channels)
-        options: Any = self.stress_head  # the head checks them
-        return Rank2Stress(self.lmax, self.sphere_channels, self.norm, **options)
 
     def _transform(self, graph: AtomGraph, edge_rotation: Tensor | None) -> NodeFeatures:
         """Return the atoms after the last block and its norm, (n_atoms, n_sph, C)."""

@@ -3,10 +3,13 @@
 import functools
 import logging
 import math
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from atomeq.graph.atom_graph import AtomGraph
 from atomeq.nn.feed_forward import FeedForward
 from atomeq.nn.mlp import MLP
 from atomeq.nn.norms import NormName, equivariant_norm
@@ -14,6 +17,8 @@ from atomeq.ops.harmonics.operations import spherical_harmonics
 from atomeq.ops.segment.operations import segment_mean, segment_sum
 from atomeq.ops.tables import constant_table, table_like
 from atomeq.typing import BatchIndex, EdgeIndex, EdgeVectors, NodeFeatures, Stress
+
+StressHead = Literal["equivariant"] | Mapping[str, bool | int | float] | None
 
 logger = logging.getLogger(__name__)
 
@@ -163,6 +168,26 @@ class Rank2Stress(nn.Module):
         ends = edge_index if self.source_and_target else edge_index[1:]
         found = [torch.einsum("esk,esc->ec", harmonics, x.index_select(0, end)) for end in ends]
         return self.edge_norm(torch.cat(found, dim=1))
+
+
+def stress_head_of(
+    option: StressHead, lmax: int, channels: int, hidden_channels: int, norm: NormName
+) -> EquivariantStress | Rank2Stress | None:
+    """Return the head of an option: ``equivariant``, those of :class:`Rank2Stress`, or None."""
+    if option is None:
+        return None
+    if option == "equivariant":
+        return EquivariantStress(lmax, channels, hidden_channels)
+    options: Any = option  # the head checks them
+    return Rank2Stress(lmax, channels, norm, **options)
+
+
+def stress_of(head: EquivariantStress | Rank2Stress, x: NodeFeatures, graph: AtomGraph) -> Stress:
+    """Return what a head reads from the features of a graph's atoms."""
+    if isinstance(head, EquivariantStress):
+        return head(x, graph.batch, graph.n_graphs)
+    vectors = graph.edge_vectors().detach().to(x.dtype)
+    return head(x, vectors, graph.edge_index, graph.batch, graph.n_graphs)
 
 
 @functools.cache

@@ -19,9 +19,9 @@ import atomeq.models.esen
 import atomeq.nn.attention
 import atomeq.nn.edge_convolution
 import atomeq.nn.edge_network
-from atomeq.models.equiformer_v2 import TransformerBlock
 from atomeq.models.escn import GatedUpdate
 from atomeq.models.escn_published import GridUpdate, PointNetwork, SO2Block, SumNetwork
+from atomeq.models.transformer import TransformerBlock
 from atomeq.nn.activations import ScalarsAndSphere
 from atomeq.nn.attention import EquivariantAttention
 from atomeq.nn.edge_network import DegreeEmbedding, EdgeNetwork
