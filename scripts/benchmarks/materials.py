@@ -37,9 +37,10 @@ from atomeq.potential.potential import Potential
 from atomeq.potential.references import AtomicReferences
 from atomeq.typing import PropertyKey
 from benchmarks.judged import Judged, summary, table_of
-from benchmarks.models import MODELS, PeerProcess, largest_difference, start_peer
+from benchmarks.models import MODELS, largest_difference, start_peer
 from benchmarks.models import relative_difference as relative
 from benchmarks.peers.fairchem_core import LEARNING_RATE
+from benchmarks.peers.process import PeerProcess
 from benchmarks.potentials import silicon
 from benchmarks.record import RESULTS, in_own_process, machine, read, write
 

@@ -19,10 +19,8 @@ needs what atomeq needs and fairchem-core, no more:
 """
 
 import argparse
-import json
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -44,6 +42,7 @@ from atomeq.potential.checkpoint import build_model
 from atomeq.potential.official_names import official_weights
 from atomeq.potential.potential import Potential
 from atomeq.potential.references import AtomicReferences
+from benchmarks.peers.process import PeerProcess
 from benchmarks.record import RESULTS, ROOT, in_own_process, machine, read, write
 from benchmarks.stages import stage_shares
 
@@ -181,36 +180,6 @@ def cpu_seconds(potential: Potential, atoms: Atoms) -> float:
 # Against fairchem-core
 
 
-class PeerProcess:
-    """peers/fairchem_core.py in another Python.
-
-    Args:
-        python: Its interpreter.
-    """
-
-    def __init__(self, python: str) -> None:
-        script = Path(__file__).parent / "peers" / "fairchem_core.py"
-        self._process = subprocess.Popen(
-            [python, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
-
-    def ask(self, do: str, **values: Any) -> dict[str, Any]:
-        """Send a request and wait for the answer."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        print(json.dumps({"do": do, **values}), file=self._process.stdin, flush=True)
-        answer = self._process.stdout.readline()
-        if not answer:
-            _, errors = self._process.communicate()
-            raise SystemExit(f"the peer failed at {do!r}:\n{errors[-2000:]}")
-        return json.loads(answer)
-
-    def close(self) -> None:
-        """End it."""
-        self._process.communicate()
-
-
 def against_peer(potential: Potential, name: str, rounds: int, python: str) -> Row:
     """Run the peer in turn with ours; return both times, their ratio and how outputs differ."""
     atoms = slab()
@@ -254,7 +223,7 @@ def start_peer(
         cell=np.stack([atoms.cell.array for atoms in structures]),
         natoms=np.array([len(atoms) for atoms in structures]),
     )
-    peer = PeerProcess(python)
+    peer = PeerProcess(python, "fairchem_core")
     peer.ask("build", model=name, config=config, weights=str(folder / "weights.pt"))
     peer.ask("take", structures=str(inputs))
     return peer

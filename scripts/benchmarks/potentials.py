@@ -16,14 +16,12 @@ The peer's Python needs what atomeq needs and, no more, sevenn:
 """
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -37,9 +35,9 @@ from rich.table import Table
 
 from atomeq.calculators.ase import AtomeqCalculator
 from atomeq.potential.catalogue import install_potential
+from benchmarks.peers.process import PeerProcess
 from benchmarks.record import RESULTS, machine, write
 
-PEER = Path(__file__).parent / "peers" / "sevennet.py"
 PEER_NAMES = {"sevennet-0": "7net-0", "sevennet-l3i5": "7net-l3i5"}
 BARS = {
     ("sevennet-0", 8): 4.0,
@@ -132,12 +130,12 @@ def pair(name: str, n_atoms: int, options: argparse.Namespace) -> Row:
     with ExitStack() as stack:
         theirs = None
         if options.peer_python:
-            ask = stack.enter_context(Peer(options.peer_python))
+            ask = stack.enter_context(PeerProcess(options.peer_python, "sevennet")).ask
             folder = stack.enter_context(tempfile.TemporaryDirectory())
             path = Path(folder) / "structure.json"
             atoms.write(path)
-            row["peer"] = ask(do="take", checkpoint=PEER_NAMES[name], structure=str(path))
-            theirs = lambda: ask(do="compute")["cpu_s"]  # noqa: E731
+            row["peer"] = ask("take", checkpoint=PEER_NAMES[name], structure=str(path))
+            theirs = lambda: ask("compute")["cpu_s"]  # noqa: E731
             for _ in range(3):  # TorchScript optimises in its first calls
                 theirs()
         ours(), ours()
@@ -148,7 +146,7 @@ def pair(name: str, n_atoms: int, options: argparse.Namespace) -> Row:
                 peers.append(theirs())
         row["cpu_s"] = statistics.median(found)
         if theirs:
-            expected = ask(do="compute")
+            expected = ask("compute")
             row |= differences(calculator.results, expected, n_atoms)
             row["peer_cpu_s"] = statistics.median(peers)
             ratios = [theirs / ours for theirs, ours in zip(peers, found, strict=True)]
@@ -165,39 +163,6 @@ def differences(found: Row, expected: Row, n_atoms: int) -> Row:
         "force_difference": float(np.abs(found["forces"] - expected["forces"]).max()),
         "stress_difference": float(stress.max()),
     }
-
-
-class Peer:
-    """A process that answers requests."""
-
-    def __init__(self, python: str) -> None:
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        environment.pop("PYTHONPATH", None)
-        self._process = subprocess.Popen(
-            [python, str(PEER)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-
-    def __enter__(self) -> Callable[..., Row]:
-        return self._ask
-
-    def _ask(self, **request: Any) -> Row:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        assert self._process.stderr is not None
-        try:
-            print(json.dumps(request), file=self._process.stdin, flush=True)
-            return json.loads(self._process.stdout.readline())
-        except (BrokenPipeError, json.JSONDecodeError) as error:
-            complaint = self._process.stderr.read().strip().splitlines() or ["it ended"]
-            raise SystemExit(f"--peer-python cannot run sevenn: {complaint[-1]}") from error
-
-    def __exit__(self, *_: object) -> None:
-        self._process.communicate()
 
 
 def labels(name: str, n: int) -> Row:

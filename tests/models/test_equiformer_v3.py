@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from along_axis import check_forces_beside_y, computed
 from ase import Atoms
 from ase.build import bulk
 from structures import rattled_crystal, rattled_molecule
@@ -39,8 +40,6 @@ OC20 = {
     "num_radial_basis": 128, "regress_stress": False, "avg_num_nodes": 77.81317,
 }  # fmt: skip
 EXACT = 1e-12  # rounding of float64
-FORCE_TOLERANCE = 1e-8  # eV/Å, of differences of a float64 energy
-STEP = 1e-4  # Å
 
 
 def potential_of(**options) -> Potential:
@@ -48,11 +47,6 @@ def potential_of(**options) -> Potential:
     potential = Potential(EquiformerV3(**{**SMALL, **options})).double().eval()
     scatter_weights(potential)
     return potential
-
-
-def computed(potential: Potential, atoms: Atoms) -> tuple[float, np.ndarray]:
-    result = potential(potential.build_graph(atoms), ("energy", "forces"))
-    return float(result["energy"].detach()), result["forces"].detach().numpy()
 
 
 @pytest.mark.parametrize(
@@ -102,19 +96,7 @@ def test_configurations_of_published_models_have_their_size(name, size):
 @pytest.mark.parametrize("options", [{}, PUBLISHED], ids=["default", "published"])
 def test_forces_are_right_for_an_edge_along_y(options, angle):
     """The reference cuts the gradient within 0.081 degrees of the axis."""
-    potential = potential_of(**options)
-    tilt = np.radians(angle)
-    bond = 1.2 * np.array([np.sin(tilt), np.cos(tilt), 0.0])
-    atoms = Atoms("COHH", [[0, 0, 0], bond, [0.9, -0.5, 0.3], [-0.6, -0.7, -0.5]])
-    _, forces = computed(potential, atoms)
-    differences = np.zeros_like(forces)
-    for index in np.ndindex(forces.shape):
-        for sign, weight in ((2, 1), (1, -8), (-1, 8), (-2, -1)):
-            moved = atoms.copy()
-            moved.positions[index] += sign * STEP
-            differences[index] += weight / (12 * STEP) * computed(potential, moved)[0]
-    assert np.abs(forces[:2, [0, 2]]).max() > 1e-3  # there are transverse forces to get wrong
-    np.testing.assert_allclose(forces, differences, atol=FORCE_TOLERANCE)
+    check_forces_beside_y(potential_of(**options), angle)
 
 
 def test_only_the_published_form_tells_mirror_images_apart():

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from along_axis import FIVE_POINTS, STEP, check_forces_beside_y, computed
 from ase import Atoms
-from scipy.spatial.transform import Rotation
 from structures import rattled_crystal, rattled_molecule
 
 from atomeq.models.esen import ESEN
@@ -22,9 +22,6 @@ PUBLISHED = {
     "bias": True, "max_neighbors": 300, "skip_isolated": True,
 }  # fmt: skip
 GRID = {"activation": "separable_s2", "feed_forward": "grid_mlp", "grid_resolution": 40}
-# Published forces across such an edge are off by 0.1 of their size (its gradient is cut there).
-FORCE_TOLERANCE = 1e-8  # eV/Å, of differences of a float64 energy
-STEP = 1e-4  # Å
 
 
 def potential_of(**options) -> Potential:
@@ -32,11 +29,6 @@ def potential_of(**options) -> Potential:
     potential = Potential(ESEN(**{**SMALL, **options})).double().eval()
     scatter_weights(potential)
     return potential
-
-
-def computed(potential: Potential, atoms: Atoms) -> tuple[float, np.ndarray]:
-    result = potential(potential.build_graph(atoms), ("energy", "forces"))
-    return float(result["energy"].detach()), result["forces"].detach().numpy()
 
 
 @pytest.mark.parametrize(
@@ -56,22 +48,7 @@ def test_published_sizes(num_radial, published):
 @pytest.mark.parametrize("options", [{}, PUBLISHED], ids=["default", "published"])
 def test_forces_are_right_for_an_edge_along_y(options, angle):
     """The reference cuts the gradient within 0.081 degrees of the axis."""
-    potential = potential_of(**options)
-    tilt = np.radians(angle)
-    bond = 1.2 * np.array([np.sin(tilt), np.cos(tilt), 0.0])
-    atoms = Atoms("COHH", [[0, 0, 0], bond, [0.9, -0.5, 0.3], [-0.6, -0.7, -0.5]])
-    _, forces = computed(potential, atoms)
-    differences = np.zeros_like(forces)
-    for index in np.ndindex(forces.shape):
-        for sign, weight in ((2, 1), (1, -8), (-1, 8), (-2, -1)):
-            moved = atoms.copy()
-            moved.positions[index] += sign * STEP
-            differences[index] += weight / (12 * STEP) * computed(potential, moved)[0]
-    assert np.abs(forces[:2, [0, 2]]).max() > 3e-3  # there are transverse forces to get wrong
-    np.testing.assert_allclose(forces, differences, atol=FORCE_TOLERANCE)
-    turn = Rotation.from_rotvec([0.4, 0.2, -0.7]).as_matrix()
-    turned = Atoms(atoms.symbols, atoms.positions @ turn.T)
-    np.testing.assert_allclose(computed(potential, turned)[1] @ turn, forces, atol=1e-12)
+    check_forces_beside_y(potential_of(**options), angle)
 
 
 @pytest.mark.parametrize("options", [{}, PUBLISHED, GRID, {"direct_forces": True}], ids=str)
@@ -145,7 +122,7 @@ def test_golden_checks_add_what_forces_of_the_reference_have_through_the_roll():
     )
     differences = torch.zeros_like(blind)
     for index in np.ndindex(*blind.shape):
-        for sign, weight in ((2, 1), (1, -8), (-1, 8), (-2, -1)):
+        for sign, weight in FIVE_POINTS:
             pos = graph.pos.clone()
             pos[index] += sign * STEP
             moved = graph.replace(pos=pos)

@@ -18,6 +18,7 @@ from benchmarks import bars, large, potentials, record, rollout, training
 from benchmarks.judged import Judged, summary
 from benchmarks.models import slab
 from benchmarks.operation_bars import bars as operation_bars
+from benchmarks.peers.process import PeerProcess
 from benchmarks.stages import stage_shares
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -202,10 +203,9 @@ def test_traffic_of_a_layer_is_counted():
 
 
 def test_a_peer_that_is_missing_is_said():
-    request = {"do": "take", "checkpoint": "7net-0", "structure": "none"}
-    missing = pytest.raises(SystemExit, match="cannot run sevenn: ModuleNotFoundError")
-    with missing, potentials.Peer(sys.executable) as ask:
-        ask(**request)
+    missing = pytest.raises(SystemExit, match=r"sevennet failed(.|\n)*ModuleNotFoundError")
+    with missing, PeerProcess(sys.executable, "sevennet") as peer:
+        peer.ask("take", checkpoint="7net-0", structure="none")
 
 
 def test_potentials_are_held_to_their_bars():

@@ -1,13 +1,11 @@
 """Runs fairchem-core 1.10.0 for benchmarks/models.py and materials.py, in a Python that has it.
 
-It reads one request as JSON from each line of standard input and answers with one line on standard
-output. torch_scatter's one function that matters here is torch_geometric's of the same name;
-huggingface_hub, which downloads weights, and a function that SciPy has dropped are replaced by
-placeholders.
+Requests are calls of Peer's methods (serve.py). torch_scatter's one function that matters here is
+torch_geometric's of the same name; huggingface_hub, which downloads weights, and a function that
+SciPy has dropped are replaced by placeholders.
 """
 
 import importlib
-import json
 import resource
 import sys
 import time
@@ -143,16 +141,7 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def main() -> None:
-    """Answer requests until there are no more."""
-    answers, sys.stdout = sys.stdout, sys.stderr  # the package prints
-    torch.set_num_threads(1)
-    peer = Peer()
-    for line in sys.stdin:
-        request = json.loads(line)
-        answer = getattr(peer, request.pop("do"))(**request)
-        print(json.dumps(answer), file=answers, flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    from serve import serve  # this folder is where the interpreter looks first
+
+    serve(Peer())

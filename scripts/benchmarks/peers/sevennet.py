@@ -1,11 +1,8 @@
 """Runs SevenNet's own code for `benchmark.py potentials`, in a Python that has it; see there.
 
-It reads one request as JSON from each line of standard input and answers with one line on standard
-output.
+Requests are calls of Peer's methods (serve.py).
 """
 
-import json
-import sys
 import time
 from importlib.metadata import version
 from typing import Any
@@ -39,16 +36,7 @@ class Peer:
         }
 
 
-def main() -> None:
-    """Answer requests until there are no more."""
-    answers, sys.stdout = sys.stdout, sys.stderr  # the package prints
-    torch.set_num_threads(1)
-    peer = Peer()
-    for line in sys.stdin:
-        request = json.loads(line)
-        answer = getattr(peer, request.pop("do"))(**request)
-        print(json.dumps(answer), file=answers, flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    from serve import serve  # this folder is where the interpreter looks first
+
+    serve(Peer())
