@@ -39,6 +39,13 @@ SMALL_MODELS: dict[str, dict[str, Any]] = {
     "equiformer_v3": node("equiformer_v3", "EquiformerV3", **_TRANSFORMER),
     "esen": node("esen", "ESEN", hidden_channels=4, **_SPHERE),
     "clifford": node("clifford", "CGENN", num_layers=1, hidden_channels=4, num_radial=4),
+    "geometric_algebra": node(
+        "geometric_algebra",
+        "GeometricAlgebraAttention",
+        num_layers=1,
+        hidden_channels=4,
+        num_radial=4,
+    ),
     "faenet": wrapped("frame_averaged", "FrameAveraged", model=FAENET),
     "mace": node(
         "mace", "MACE", irreps="4x0e+4x1o", lmax_edge=1, radial_channels=[4], num_radial=4
