@@ -46,6 +46,14 @@ SMALL_MODELS: dict[str, dict[str, Any]] = {
         hidden_channels=4,
         num_radial=4,
     ),
+    "se3_transformer": node(
+        "se3_transformer",
+        "SE3Transformer",
+        num_layers=1,
+        hidden_channels=4,
+        num_heads=2,
+        num_radial=4,
+    ),
     "faenet": wrapped("frame_averaged", "FrameAveraged", model=FAENET),
     "mace": node(
         "mace", "MACE", irreps="4x0e+4x1o", lmax_edge=1, radial_channels=[4], num_radial=4

@@ -1,10 +1,10 @@
 """Geometric algebra attention: an energy from products of the vectors to an atom's neighbours.
 
 Spellings, arXiv:2110.02393 (Geometric algebra attention networks for small point clouds). The
-points of a cloud are multiplied in Cl(3, 0); invariants of the products of all tuples of points make
-values, and a softmax of scores of these weighs the sums. The published layers and the potential
-of its notebook stand beside their golden cases (tests/golden/published); there an atom has for cloud
-the whole molecule. This is our default form, with the edges of an atom for its cloud:
+points of a cloud are multiplied in Cl(3, 0); invariants of the products of all tuples of points
+make values, and a softmax of scores of these weighs the sums. The published layers and the
+potential of its notebook stand beside their golden cases (tests/golden/published); there the cloud
+of an atom is the whole molecule. This is our default form, an atom's edges being its cloud:
 
 * the softmax is over tuples of neighbours within the cutoff, weighed by their envelopes, with an
   empty seat: what it gives is smooth where a neighbour leaves, and separate fragments are additive;

@@ -11,6 +11,7 @@ from atomeq.models.base import Propagator
 from atomeq.models.clifford import CGENNPropagator
 from atomeq.models.egnn_published import MoleculeEGNN, VelocityEGNN
 from atomeq.models.ponita import PONITAPropagator
+from atomeq.models.se3_transformer import SE3TransformerPropagator
 from atomeq.models.segno import Motion, SEGNOPropagator, md22_form, nbody_form
 from atomeq.ops.edge.wigner import rotation_matrix
 from atomeq.propagation.particles import fully_connected
@@ -45,6 +46,7 @@ MODELS = {
     "cgenn": lambda: CGENNPropagator(hidden_channels=6),
     "cgenn_centred": lambda: CGENNPropagator(hidden_channels=6, centred=True),
     "glgenn": lambda: CGENNPropagator(hidden_channels=6, sharing="quaternion"),
+    "se3_transformer": lambda: SE3TransformerPropagator(hidden_channels=4, num_layers=1, lmax=2),
     "segno": SEGNOPropagator,
     "segno_leapfrog": lambda: SEGNOPropagator(integrator="leapfrog"),
     "segno_md22": lambda: md22_form(n_inputs=1, n_edge_features=2),
