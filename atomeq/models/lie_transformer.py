@@ -1,7 +1,7 @@
 """LieTransformer in an exact form: attention between atoms lifted to a group.
 
-Hutchinson, Le Lan, Zaidi, Dupont, Teh and Kim, LieTransformer: Equivariant self-attention for Lie
-Groups, ICML 2021, arXiv:2012.10885. Each atom is lifted to elements g = (x, R) of the group; what
+Hutchinson et al., LieTransformer: Equivariant self-attention for Lie Groups, ICML 2021,
+arXiv:2012.10885. Each atom is lifted to elements g = (x, R) of the group; what
 attention sees of a pair is g_i⁻¹ g_j, which no motion of the whole changes.
 
 It differs from the paper on purpose:

@@ -68,7 +68,7 @@ class LocalFrames(AtomisticModel):
                 f"frame_cutoff {frame_cutoff} Å is beyond the model's cutoff, {model.cutoff} Å"
             )
         self.keep_arguments(locals())
-        self.model = model
+        self.model, self.proper, self.num_hops = model, proper, num_hops
         self.cutoff, self.outputs, self.told = model.cutoff, model.outputs, model.told
         self.envelope = PolynomialEnvelope(frame_cutoff or model.cutoff)
         self._generator = torch.Generator().manual_seed(seed)

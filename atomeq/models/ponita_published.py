@@ -281,7 +281,9 @@ class PositionOrientationNetwork(nn.Module):
 
     def _kernels(self, basis: Tensor) -> tuple[Tensor, ...]:
         """Return the kernels of all layers, each (n_edges, n_ori, C), from one product."""
-        weights = [layer.get_parameter("conv.kernel.weight") for layer in self.interaction_layers]
+        weights: list[Tensor] = [
+            layer.get_parameter("conv.kernel.weight") for layer in self.interaction_layers
+        ]
         joined = nn.functional.linear(basis, torch.cat(weights))
         return joined.chunk(len(weights), dim=-1)
 
