@@ -178,7 +178,6 @@ class EquiformerV3(EquivariantTransformer):
         refuse_nonpositive(avg_degree=avg_degree, energy_divisor=energy_divisor)
         self.keep_arguments(locals())
         self.outputs = outputs_of(forces=direct_forces, stress=direct_stress)
-
         self.embedding = nn.Embedding(num_elements, sphere_channels)
         self.basis = radial_basis_of(radial_basis, num_radial, cutoff)
         self.cut = PolynomialEnvelope(cutoff) if envelope else None
