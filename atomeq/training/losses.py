@@ -7,6 +7,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from atomeq.data.targets import ScalarTarget
 from atomeq.graph.atom_graph import AtomGraph
 from atomeq.potential.potential import ELECTRIC
 from atomeq.training.distributed import joint_count
@@ -246,3 +247,26 @@ def label_error(key: str, predicted: Tensor, graph: AtomGraph) -> tuple[Tensor, 
     if key == "energy":
         error = error / graph.natoms
     return error, known
+
+
+def loss_of(
+    target: ScalarTarget | None,
+    loss: PotentialLoss | None,
+    scalar_loss: ScalarLoss | None,
+    *,
+    staged: bool,
+) -> Loss:
+    """Return the loss of a potential or of a scalar, by default the plain one.
+
+    Raises:
+        ValueError: What is given is of the other.
+    """
+    if target is None:
+        if scalar_loss is not None:
+            raise ValueError("scalar_loss is of a target, and a potential is trained; set target")
+        return loss or PotentialLoss()
+    if loss is not None or staged:
+        raise ValueError(
+            f"loss and stages are of potentials; for the target {target.name} set scalar_loss"
+        )
+    return scalar_loss or ScalarLoss()

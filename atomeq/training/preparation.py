@@ -186,8 +186,35 @@ def prepare(task: "AtomisticTask", data: AtomisticDataModule) -> None:
         _set_references_of_heads(task, task.potential, data)
     else:
         _set_references(task, data.train_set)
+    refuse_precision(task, data.train_set)
     if data.replay is not None:
         _replay(task, data)
+
+
+def refuse_precision(task: "AtomisticTask", dataset: GraphDataset) -> None:
+    """Refuse, before the first step, a ``trainer.precision`` that potentials are not trained in.
+
+    Raises:
+        ValueError: It rounds the weights, or the network takes no mixed precision.
+    """
+    precision = task.trainer.precision
+    if precision in ("32-true", "64-true"):
+        return
+    way = (
+        "leave trainer.precision at 32-true; model.precision, high (TF32) or medium (bfloat16), "
+        "rounds what tensor products multiply on a GPU"
+    )
+    if precision != "bf16-mixed":
+        why = {"16-mixed": "forces are derivatives, which no scale of the loss keeps in its range"}
+        rest = "weights are trained and saved in 32 or 64 bits"
+        raise ValueError(f"trainer.precision {precision}: {why.get(str(precision), rest)}; {way}")
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+            task.potential(dataset.sample()[0], task.loss.properties, create_graph=False)
+    except TypeError as error:
+        raise ValueError(
+            f"{type(task.potential.model).__name__} takes no mixed precision ({error}); {way}"
+        ) from error
 
 
 def _set_references(task: "AtomisticTask", dataset: GraphDataset) -> None:

@@ -4,9 +4,30 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+
+
+def total_steps(trainer: Trainer, n_batches: int) -> int:
+    """Return the number of optimizer steps of a run, the same before and after a resume.
+
+    Lightning's own estimate sets up the loader before a checkpoint tells it where to go on.
+
+    Args:
+        trainer: Of the run.
+        n_batches: Of an epoch.
+    """
+    limits = [trainer.max_steps] if trainer.max_steps >= 0 else []
+    if trainer.max_epochs is not None and trainer.max_epochs >= 0:
+        limit = trainer.limit_train_batches
+        share = limit if isinstance(limit, int) else int(n_batches * (limit or 1.0))
+        n_batches = min(n_batches, share)
+        limits.append(trainer.max_epochs * -(-n_batches // trainer.accumulate_grad_batches))
+    if not limits:
+        raise ValueError("this schedule needs an end: set trainer.max_epochs or trainer.max_steps")
+    return min(limits)
 
 
 class RunSchedule(LRScheduler):

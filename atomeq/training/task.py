@@ -22,7 +22,7 @@ from atomeq.potential.terms import EnergyTerm
 from atomeq.training.callbacks import forget_scores
 from atomeq.training.distributed import is_empty_share, joint_counts, joint_structures
 from atomeq.training.electrons import Electrons
-from atomeq.training.losses import LABELS, Loss, PotentialLoss, ScalarLoss
+from atomeq.training.losses import LABELS, Loss, PotentialLoss, ScalarLoss, loss_of
 from atomeq.training.low_rank import LoRA
 from atomeq.training.metrics import ErrorMetric, PotentialErrors, ScalarErrors
 from atomeq.training.normalisation import PotentialSource, Shift
@@ -31,7 +31,8 @@ from atomeq.training.optimizers import refuse_two_averages, save_averages, train
 from atomeq.training.parameters import Decay, freeze_parts, make_optimizer
 from atomeq.training.preparation import predictor_to_train, prepare, with_neighbor_count
 from atomeq.training.random_state import get_rng_states, set_own_rng_state
-from atomeq.training.schedules import RunSchedule
+from atomeq.training.recomputed import predicted, refuse_to_recompute
+from atomeq.training.schedules import RunSchedule, total_steps
 from atomeq.training.stages import Stage, forget_best, stage_of
 from atomeq.training.stress_offset import StressOffset
 from atomeq.typing import Precision, PropertyKey
@@ -91,6 +92,8 @@ class AtomisticTask(LightningModule):
             of weights, and what is plain torch, follow torch's own setting.
         electrons: Total charges and multiplicities that the model is told of, or ignores;
             structures that carry others are refused.
+        recompute: Structures whose activations are held at once; those of the others in a batch
+            are computed again for the gradient, which takes less memory and more time.
 
     Example:
         >>> task = AtomisticTask(model, optimizer=torch.optim.AdamW)  # doctest: +SKIP
@@ -123,6 +126,7 @@ class AtomisticTask(LightningModule):
         conservative: bool = False,
         precision: Precision | None = None,
         electrons: Electrons | None = None,
+        recompute: int | None = None,
     ) -> None:
         super().__init__()
         self.target = known_target(target) if target is not None else None
@@ -140,19 +144,20 @@ class AtomisticTask(LightningModule):
         if self.measure_neighbors and start_from is not None:
             raise ValueError("avg_num_neighbors is that of the potential that is started from")
         freeze_parts(self.potential, rates or {})
-        self.rates = rates
+        refuse_to_recompute(self.potential, recompute)
+        self.rates, self.recompute = rates, recompute
         self.potential.precision = checked_precision(precision) or self.potential.precision
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.decay: Decay = decay
-        self.loss = _loss_of(self.target, loss, scalar_loss, stages)
+        self.loss = loss_of(self.target, loss, scalar_loss, staged=bool(stages))
         self.stages = stages or []
         self.losses: list[Loss] = [self.loss, *(stage.loss for stage in self.stages)]
         self.stress_offset = StressOffset(stress_offset)
         self.reference_source = references
         self.scale_source: float | Literal["forces", "energy"] | None = scale
         self.offset = offset
-        self.metrics = metrics or _errors_of(self.target)
+        self.metrics = metrics or (ScalarErrors(self.target) if self.target else PotentialErrors())
         self._begin()
 
     def _begin(self) -> None:
@@ -191,7 +196,7 @@ class AtomisticTask(LightningModule):
     def training_step(self, batch: AtomGraph, batch_idx: int) -> Tensor:
         """Return the loss of a batch."""
         self._enter_stage()
-        prediction = self.potential(batch, self.loss.properties, create_graph=True)
+        prediction = predicted(self.potential, batch, self.loss.properties, self.recompute)
         self.stress_offset.fit(prediction.get("stress"), batch)
         batch = self.stress_offset.without(batch)
         with joint_counts():
@@ -316,7 +321,8 @@ class AtomisticTask(LightningModule):
             return optimizer
         per_step = isinstance(scheduler, RunSchedule)
         if per_step:
-            scheduler.set_total_steps(self._total_steps())
+            data = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+            scheduler.set_total_steps(total_steps(self.trainer, data.n_training_batches()))
         return {
             "optimizer": optimizer,
             "lr_scheduler": {
@@ -324,27 +330,6 @@ class AtomisticTask(LightningModule):
                 "interval": "step" if per_step else "epoch",
             },
         }
-
-    def _total_steps(self) -> int:
-        """Return the number of optimizer steps of the run, the same before and after a resume.
-
-        Lightning's own estimate sets up the loader before a checkpoint tells it where to go on.
-        """
-        trainer = self.trainer
-        limits = [trainer.max_steps] if trainer.max_steps >= 0 else []
-        if trainer.max_epochs is not None and trainer.max_epochs >= 0:
-            assert isinstance(trainer.datamodule, AtomisticDataModule)  # pyright: ignore
-            n_batches = trainer.datamodule.n_training_batches()  # pyright: ignore
-            limit = trainer.limit_train_batches
-            n_batches = (
-                min(n_batches, limit) if isinstance(limit, int) else int(n_batches * (limit or 1.0))
-            )
-            limits.append(trainer.max_epochs * -(-n_batches // trainer.accumulate_grad_batches))
-        if not limits:
-            raise ValueError(
-                "this schedule needs an end: set trainer.max_epochs or trainer.max_steps"
-            )
-        return min(limits)
 
     def on_validation_start(self) -> None:
         """Refuse a trainer under which forces cannot be derived."""
@@ -476,23 +461,6 @@ class AtomisticTask(LightningModule):
 
 def _errors_of(target: ScalarTarget | None) -> ErrorMetric:
     return PotentialErrors() if target is None else ScalarErrors(target)
-
-
-def _loss_of(
-    target: ScalarTarget | None,
-    loss: PotentialLoss | None,
-    scalar_loss: ScalarLoss | None,
-    stages: list[Stage] | None,
-) -> Loss:
-    if target is None:
-        if scalar_loss is not None:
-            raise ValueError("scalar_loss is of a target, and a potential is trained; set target")
-        return loss or PotentialLoss()
-    if loss is not None or stages:
-        raise ValueError(
-            f"loss and stages are of potentials; for the target {target.name} set scalar_loss"
-        )
-    return scalar_loss or ScalarLoss()
 
 
 def _key(name: str) -> str:
