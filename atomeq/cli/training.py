@@ -25,7 +25,6 @@ import torch
 import yaml
 from ase import Atoms
 from jsonargparse import Namespace
-from jsonargparse.typing import PositiveInt
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
@@ -172,7 +171,7 @@ class TrainingCLI(LightningCLI):
         )
         parser.add_argument(
             "--seeds",
-            type=PositiveInt | None,
+            type=int | None,
             default=None,
             help="Fit as many potentials, from seed_everything on, to one committee.",
         )

@@ -12,6 +12,11 @@ from atomeq.potential.references import AtomicReferences
 from atomeq.potential.terms import EnergyTerm
 from atomeq.typing import PropertyKey
 
+_SPREAD_OF: dict[PropertyKey, PropertyKey] = {
+    "energy_uncertainty": "energy",
+    "forces_uncertainty": "forces",
+}
+
 
 class MeanPotential(Potential):
     """What several potentials say of the same graphs: the mean, and as uncertainty the spread.
@@ -68,8 +73,9 @@ class MeanPotential(Potential):
         if "extrapolation" in properties:
             raise ValueError("a committee has no extrapolation; ask for forces_uncertainty")
         spreads = [key for key in self.uncertainties if key in properties]
-        of = dict.fromkeys(key.removesuffix("_uncertainty") for key in spreads)
-        keys = tuple(dict.fromkeys([*(k for k in properties if k not in spreads), *of]))
+        asked: list[PropertyKey] = [key for key in properties if key not in spreads]
+        asked += [_SPREAD_OF[key] for key in spreads]
+        keys = tuple(dict.fromkeys(asked))
         with use_precision(self.precision):
             each = [one.derive(graph, keys, create_graph=create_graph) for one in self._each()]
         found = {key: torch.stack([one[key] for one in each]).mean(dim=0) for key in keys}
