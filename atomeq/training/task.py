@@ -459,10 +459,6 @@ class AtomisticTask(LightningModule):
             )
 
 
-def _errors_of(target: ScalarTarget | None) -> ErrorMetric:
-    return PotentialErrors() if target is None else ScalarErrors(target)
-
-
 def _key(name: str) -> str:
     # Module names may not hold dots.
     return name.replace(".", "_")
