@@ -139,7 +139,7 @@ def draw(rows: dict[str, dict[str, dict[str, float]]]) -> None:
         numbers = sorted(map(int, found))
         errors = [first, *(found[str(number)]["forces"] for number in numbers)]
         style = {"color": "0.6", "linestyle": "--"} if name.startswith("random") else {}
-        axes.plot([0, *numbers], errors, "o-", markersize=4, label=name, **style)
+        axes.plot([0, *numbers], errors, marker="o", markersize=4, label=name, **style)
     axes.set(xlabel="labels added", ylabel="rms error of forces at 600 K / meV/Å")
     axes.legend()
     figure.savefig(FILE.with_suffix(".png"), dpi=150, metadata={"Software": None})
