@@ -37,6 +37,7 @@ from atomeq.nn.norms import NormName, equivariant_norm
 from atomeq.nn.radial import PolynomialEnvelope
 from atomeq.nn.sphere import set_resolution
 from atomeq.nn.stress import StressHead, stress_head_of
+from atomeq.ops.orders import check_orders
 from atomeq.typing import NodeFeatures
 
 
@@ -159,8 +160,7 @@ class EquiformerV2(EquivariantTransformer):
         proj_drop: float = 0.0,
     ) -> None:
         super().__init__(cutoff)
-        if not 0 <= mmax <= lmax:
-            raise ValueError(f"mmax must lie between 0 and lmax; got mmax={mmax}, lmax={lmax}")
+        check_orders(lmax, mmax)
         _refuse_unknown(element_pairs=element_pairs, energy_reduce=energy_reduce)
         refuse_nonpositive(avg_degree=avg_degree, energy_divisor=energy_divisor)
         self.keep_arguments(locals())

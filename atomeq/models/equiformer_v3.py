@@ -42,6 +42,7 @@ from atomeq.nn.so3 import SO3Linear
 from atomeq.nn.sphere import GridResolution, set_resolution, with_scalars
 from atomeq.nn.stress import stress_head_of
 from atomeq.ops.atoms.reference import so3_linear
+from atomeq.ops.orders import check_orders
 from atomeq.typing import NodeFeatures
 
 
@@ -173,8 +174,7 @@ class EquiformerV3(EquivariantTransformer):
         proj_drop: float = 0.0,
     ) -> None:
         super().__init__(cutoff)
-        if not 0 <= mmax <= lmax:
-            raise ValueError(f"mmax must lie between 0 and lmax; got mmax={mmax}, lmax={lmax}")
+        check_orders(lmax, mmax)
         refuse_nonpositive(avg_degree=avg_degree, energy_divisor=energy_divisor)
         self.keep_arguments(locals())
         self.outputs = outputs_of(forces=direct_forces, stress=direct_stress)

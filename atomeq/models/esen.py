@@ -43,6 +43,7 @@ from atomeq.nn.sphere import set_resolution, with_scalars
 from atomeq.nn.stress import StressHead, stress_head_of, stress_of
 from atomeq.ops.edge.frame import EdgeFrame
 from atomeq.ops.edge.wigner import build_edge_frame
+from atomeq.ops.orders import check_orders
 from atomeq.typing import EdgeLengths, NodeFeatures, PropertyKey
 
 RadialBasis = Literal["bessel", "gaussian", "enveloped_bessel"]
@@ -131,8 +132,7 @@ class ESEN(AtomisticModel):
         energy_reduce: Literal["sum", "mean"] = "sum",
     ) -> None:
         super().__init__()
-        if not 0 <= mmax <= lmax:
-            raise ValueError(f"mmax must lie between 0 and lmax; got mmax={mmax}, lmax={lmax}")
+        check_orders(lmax, mmax)
         if energy_reduce not in ("sum", "mean"):
             raise ValueError(f"energy_reduce is sum or mean, not {energy_reduce!r}")
         if direct_forces and not lmax:

@@ -59,4 +59,4 @@ def orders_of(n_rows: int, n_sph: int) -> tuple[int, int]:
 def check_orders(lmax: int, mmax: int) -> None:
     """Refuse orders above the degree with a ValueError."""
     if not 0 <= mmax <= lmax:
-        raise ValueError(f"mmax is {mmax} and lmax {lmax}; need 0 <= mmax <= lmax")
+        raise ValueError(f"mmax must lie between 0 and lmax; got mmax={mmax}, lmax={lmax}")

@@ -110,7 +110,7 @@ def test_refuses_grids_that_cannot_resolve_the_features() -> None:
         SphereGrid(4, 2, n_beta=11)
     with pytest.raises(ValueError, match="n_alpha at least 5"):
         SphereGrid(4, 2, n_alpha=4)
-    with pytest.raises(ValueError, match="need 0 <= mmax <= lmax"):
+    with pytest.raises(ValueError, match="mmax must lie between 0 and lmax"):
         SphereGrid(2, 3)
     with pytest.raises(ValueError, match="'norm'"):
         SphereGrid(2, 2, normalization="norm")  # type: ignore[arg-type]

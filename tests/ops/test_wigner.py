@@ -207,7 +207,7 @@ def test_frame_without_edges_is_empty() -> None:
 
 
 def test_frame_refuses_what_does_not_fit() -> None:
-    with pytest.raises(ValueError, match="mmax is 3 and lmax 2"):
+    with pytest.raises(ValueError, match="got mmax=3, lmax=2"):
         frame_of(torch.randn(4, 3), 2, 3)
     with pytest.raises(ValueError, match="n_edges, 3"):
         build_edge_frame(
