@@ -12,6 +12,7 @@ from checkers.report import Report
 
 # The reference registers the networks of its attentions a second time.
 _TWICE = ("scale_nets.", "score_nets.", "value_nets.")
+ROUNDING = 1e-15  # of sums of numbers of order one
 
 
 def handles(case: Case) -> bool:
@@ -33,18 +34,15 @@ def check(case: FileCase, report: Report) -> None:
             found[name] for name in case.document["outputs"] if name in found
         )
         parameters = dict(model.named_parameters())
-        names = [name for name in wanted if name.startswith("gradparam.")]
+        names = {n: n.removeprefix("gradparam.") for n in wanted if n.startswith("gradparam.")}
         found |= gradients(loss, leaves)
-        own = {
-            name: parameters[ours_of(rest)]
-            for name in names
-            if not (rest := name.removeprefix("gradparam.")).startswith(_TWICE)
-        }
+        own = {name: parameters[ours_of(rest)] for name, rest in names.items()}
         found |= gradients(loss, own) if own else {}
-        twice = [name for name in names if name not in own]
-        # A softmax does not see the bias of its scores: the reference's gradient is rounding.
-        biases = [name for name in own if re.search(r"score_net\.[23]\.bias", name)]
-        compare_all(case, report, found, dtype, without=[*twice, *biases])
+        # A softmax does not see the bias of its scores: both gradients are rounding.
+        biases = [name for name in own if re.search(r"score_nets?\.(\d\.)?[23]\.bias", name)]
+        compare_all(case, report, found, dtype, without=biases)
+        for name in biases:
+            report.compare(name, found[name], wanted[name], dtype, noise=ROUNDING)
 
 
 def weights_of(case: FileCase, dtype: torch.dtype) -> Tensors:
@@ -52,6 +50,13 @@ def weights_of(case: FileCase, dtype: torch.dtype) -> Tensors:
 
 
 def ours_of(name: str) -> str:
+    """Return our name of a weight: the first the reference gave it, which has its attention."""
+    if found := re.match(r"(score|value)_nets\.(\d)\.(.*)", name):
+        kind, number, rest = found.groups()
+        attention = ("eqvar", "invar")[int(number) % 2]
+        return f"{attention}_att_nets.{int(number) // 2}.{kind}_net.{rest}"
+    if found := re.match(r"scale_nets\.(\d)\.(.*)", name):
+        return f"eqvar_att_nets.{found[1]}.scale_net.{found[2]}"
     return name.removeprefix("layer.")
 
 
