@@ -223,8 +223,8 @@ class SteerableProduct(nn.Module):
             y = self._product(x, right, self.weight)
         else:
             pairs = self.weight.flatten(1)
-            repeated = (part.repeat(1, 1, self.out_channels) for part in (x, right))
-            y = self._product(*repeated, pairs).unflatten(2, (self.out_channels, -1)).sum(dim=3)
+            left, right = (part.repeat(1, 1, self.out_channels) for part in (x, right))
+            y = self._product(left, right, pairs).unflatten(2, (self.out_channels, -1)).sum(dim=3)
         if self.linear_left is None:
             return y
         return (self.linear_left(x) + y) * math.sqrt(0.5)

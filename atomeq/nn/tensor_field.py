@@ -268,9 +268,8 @@ class SE3Attention(nn.Module):
             sources[1] = torch.cat([first, sources[1][:, :, 1:]], dim=2)
         keys, queries = self.key(sources, edges), self.query(h)
         terms = [(keys[l] * q.index_select(0, target)).sum(dim=1) for l, q in queries.items()]
-        logits = sum(t.unflatten(1, (self.num_heads, -1)).sum(dim=2) for t in terms)
-        assert isinstance(logits, Tensor)
-        logits = logits / self.temperature
+        by_head = [t.view(len(t), self.num_heads, t.shape[1] // self.num_heads) for t in terms]
+        logits = torch.cat(by_head, dim=2).sum(dim=2) / self.temperature
         if edges.envelope is None:
             weights = segment_softmax(logits, target, n_atoms)  # (n_edges, num_heads)
         else:
