@@ -5,8 +5,8 @@ its turn: force training needs the gradient of a gradient, in eager mode as in a
 """
 
 import inspect
-from collections.abc import Callable, Mapping
-from functools import cache, partial, wraps
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, wraps
 from importlib import import_module
 from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
@@ -20,6 +20,8 @@ NAMESPACE = "atomeq"
 # Kernels that sum on sorted edges; the others add as they go.
 WANT_SEGMENTS = frozenset({"triton", *(f"triton:{one}" for one in PRECISIONS)})
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
+# What torch itself takes to come to the value of an operation, and has no public name for.
+_BELOW_AUTOGRAD: Any = getattr(torch._C, "_AutoDispatchBelowAutograd", None)
 
 # From the saved inputs by name, the names whose gradient is wanted, and the gradients of the
 # outputs (None for one that nothing depends on), to the gradients by name; a missing name is zero.
@@ -65,7 +67,8 @@ def registered(
     """
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        names = tuple(inspect.signature(function).parameters)
+        signature = inspect.signature(function)
+        names = tuple(signature.parameters)
         operation = f"{NAMESPACE}::{function.__name__}"
         schema = torch.library.infer_schema(function, mutates_args=())
         if "kernels" in names:
@@ -79,16 +82,54 @@ def registered(
         torch.library.define(operation, schema, tags=tags)
         torch.library.impl(operation, "default", function)
         torch.library.register_fake(operation, fake)
-        tape = _Tape(function.__name__, names, only_for or {}, keeps)
-        formula = tape.refuse if gradient is None else partial(tape.gradients, gradient)
-        # Without a formula torch would give no gradient at all, and no more than a warning.
-        torch.library.register_autograd(operation, formula, setup_context=tape.save)
+        tape = _Tape(function.__name__, names, gradient, only_for or {}, keeps)
         registered = getattr(getattr(torch.ops, NAMESPACE), function.__name__).default
+        if _BELOW_AUTOGRAD is None:
+            torch.library.register_autograd(operation, tape.nested, setup_context=tape.save)
+        else:
+            taped = _taped(registered, tape, in_list=signature.return_annotation == list[Tensor])
+            _library.impl(function.__name__, taped, "Autograd")
         for key in ("AutocastCPU", "AutocastCUDA"):
             _library.impl(function.__name__, _outside_autocast(registered), key)
         return registered
 
     return decorate
+
+
+def _taped(registered: Any, tape: "_Tape", *, in_list: bool) -> Callable[..., Any]:
+    """Return what torch calls of an operation first: its value, on the tape where it is wanted.
+
+    torch.library.register_autograd does the same at three times the price, and calls of a small
+    structure are not worth much more.
+
+    Args:
+        registered: The operation.
+        tape: Its own.
+        in_list: Whether it returns a list of tensors.
+    """
+
+    def forward(ctx: Any, values: tuple[Any, ...], *tensors: Tensor) -> Any:
+        with _BELOW_AUTOGRAD():
+            output = registered(*values)
+        tape.save(ctx, values, output)
+        return tuple(output) if in_list else output
+
+    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        return None, *tape.gradients(ctx, *([list(grads)] if in_list else grads))
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    taped = type(tape.operation, (torch.autograd.Function,), methods)
+
+    def run(*values: Any) -> Any:
+        if torch.is_grad_enabled():
+            tensors = [one for value in values for one in _tensors_of(value)]
+            if any([tensor.requires_grad for tensor in tensors]):
+                output = taped.apply(values, *tensors)
+                return list(output) if in_list else output
+        with _BELOW_AUTOGRAD():
+            return registered(*values)
+
+    return run
 
 
 def _with_its_precision(function: Callable[..., Any], place: int) -> Callable[..., Any]:
@@ -136,48 +177,48 @@ class _Tape:
         self,
         operation: str,
         names: tuple[str, ...],
+        gradient: Gradient | None,
         only_for: Mapping[str, tuple[str, ...]],
         keeps: tuple[int, ...],
     ) -> None:
         self.operation = operation
         self.names = names
+        # Without a formula torch would give no gradient at all, and no more than a warning.
+        self.gradient = self._refuse if gradient is None else gradient
         self.only_for = only_for
         self.keeps = keeps
 
     def save(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.set_materialize_grads(False)
-        required = _requiring_grad(self.names, inputs)
+        members = [_tensors_of(value) for value in inputs]
+        required = _requiring_grad(self.names, members)
         tensors: list[Tensor] = []
         layout: dict[str, Any] = {}
-        counts: list[int] = []
-        for name, value in zip(self.names, inputs, strict=True):
+        for name, value, own in zip(self.names, inputs, members, strict=True):
             single = isinstance(value, Tensor)
             if not single and not _is_list_of_tensors(value):
                 layout[name] = value
-                counts.append(0)
-                continue
-            members = [value] if single else value
-            counts.append(len(members))
-            if name in self.only_for and not required.intersection(self.only_for[name]):
+            elif name in self.only_for and not required.intersection(self.only_for[name]):
                 layout[name] = None
-                continue
-            layout[name] = _Place(single, len(tensors), len(members))
-            tensors += members
+            else:
+                layout[name] = _Place(single, len(tensors), len(own))
+                tensors += own
         tensors += [output[number] for number in self.keeps]
-        ctx.layout, ctx.tensor_counts, ctx.required = layout, counts, required
+        ctx.layout, ctx.required = layout, required
+        ctx.tensor_counts = [len(own) for own in members]
         ctx.save_for_backward(*tensors)
 
-    def refuse(self, ctx: Any, *grads: Any) -> tuple[Any, ...]:
+    def _refuse(self, *_: Any) -> Mapping[str, Any]:
         raise NotImplementedError(
             f"{NAMESPACE}::{self.operation} has no derivative; with use_backend('reference') the "
             f"same function is plain torch, with derivatives of any order"
         )
 
-    def gradients(self, gradient: Gradient, ctx: Any, *grads: Any) -> tuple[Any, ...]:
+    def gradients(self, ctx: Any, *grads: Any) -> list[Tensor | None]:
+        """Return the gradient of each tensor among the inputs, those in lists one by one."""
         tensors = list(ctx.saved_tensors)
         saved = SimpleNamespace(outputs=tensors[len(tensors) - len(self.keeps) :])
-        for name in self.names:
-            value = ctx.layout[name]
+        for name, value in ctx.layout.items():
             if isinstance(value, _Place):
                 members = tensors[value.start : value.start + value.length]
                 value = members[0] if value.single else members
@@ -186,28 +227,36 @@ class _Tape:
         if any([grad is not None for grad in grads]):
             wanted = ctx.required & _on_the_way(ctx, self.names)
             mixed = torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
-            found = (_outside_autocast(gradient) if mixed else gradient)(saved, wanted, *grads)
-        results, needed = [], ctx.needs_input_grad
-        for name, count, need in zip(self.names, ctx.tensor_counts, needed, strict=True):
+            found = (_outside_autocast(self.gradient) if mixed else self.gradient)(
+                saved, wanted, *grads
+            )
+        results: list[Tensor | None] = []
+        for name, count in zip(self.names, ctx.tensor_counts, strict=True):
             own = found.get(name)
-            results.append((own or [None] * count) if isinstance(need, list | tuple) else own)
-        return tuple(results)
+            results += (
+                own
+                if isinstance(own, list | tuple) and own
+                else [None if own == [] else own] * count
+            )
+        return results
+
+    def nested(self, ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        """Return the gradients as torch.library wants them: those of a list in a list."""
+        flat = iter(self.gradients(ctx, *grads))
+        return tuple(
+            [next(flat) for _ in range(count)] if isinstance(need, list | tuple)
+            else next(flat) if count else None
+            for count, need in zip(ctx.tensor_counts, ctx.needs_input_grad, strict=True)
+        )  # fmt: skip
 
 
-def _requiring_grad(names: tuple[str, ...], inputs: tuple[Any, ...]) -> set[str]:
-    """Return the inputs that require a gradient; of a list also its members, ``weights.0``.
-
-    ``ctx.needs_input_grad`` counts the members of lists here, and the lists in the backward pass.
-    """
+def _requiring_grad(names: tuple[str, ...], members: list[Sequence[Tensor]]) -> set[str]:
+    """Return the inputs that require a gradient, and the members of lists as ``weights.0``."""
     required: set[str] = set()
-    for name, value in zip(names, inputs, strict=True):
-        if isinstance(value, Tensor):
-            if value.requires_grad:
-                required.add(name)
-        elif _is_list_of_tensors(value):
-            for n, member in enumerate(value):
-                if member.requires_grad:
-                    required |= {name, f"{name}.{n}"}
+    for name, own in zip(names, members, strict=True):
+        for n, member in enumerate(own):
+            if member.requires_grad:
+                required |= {name, f"{name}.{n}"}
     return required
 
 
@@ -240,6 +289,13 @@ def _will_run(node: Any) -> bool:
     if ask is None or node.name().endswith("AccumulateGrad"):  # torch cannot tell for leaves
         return True
     return ask(node)
+
+
+def _tensors_of(value: Any) -> Sequence[Tensor]:
+    """Return the tensors of an input: itself, or those of a list."""
+    if isinstance(value, Tensor):
+        return (value,)
+    return value if _is_list_of_tensors(value) else ()
 
 
 def _is_list_of_tensors(value: Any) -> bool:

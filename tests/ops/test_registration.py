@@ -12,6 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.profiler import profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from atomeq.ops import registration
 from atomeq.ops.dispatch import serving, use_backend
 from atomeq.ops.edge.wigner import wigner_rows
 from atomeq.ops.harmonics.registered import harmonics as any_harmonics
@@ -96,6 +97,43 @@ def test_gradients_do_not_need_to_know_which_of_them_are_wanted(
     monkeypatch.delattr(torch._C, "_will_engine_execute_node")
     for found, expected in zip(step(operation.compute, leaves), known, strict=True):
         torch.testing.assert_close(found, expected)
+
+
+def test_gradients_are_the_same_by_torchs_own_tape(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where torch has no name for what lies below autograd, its slower tape takes over."""
+    weights = [torch.randn(3, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    x = torch.randn(3, dtype=torch.float64, requires_grad=True)
+    found = []
+    for name in ("weighted_fast", "weighted_plain"):
+        if name == "weighted_plain":
+            monkeypatch.setattr(registration, "_BELOW_AUTOGRAD", None)
+        first, second = _weighted(name)(x, weights, [1], "cpu")
+        gradients = torch.autograd.grad((first * second).sum(), [*weights, x], create_graph=True)
+        again = torch.autograd.grad(sum(one.square().sum() for one in gradients), [*weights, x])
+        found.append([first, second, *gradients, *again])
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+    assert all(bool(one.any()) for one in found[0])
+
+
+def _weighted(name: str) -> Callable[..., list[Tensor]]:
+    """Register x w² for each of some weights, with a gradient in plain torch."""
+
+    def formula(saved, wanted, grads):
+        assert {"x", "weights", "weights.1"} <= wanted
+        pairs = list(zip(saved.weights, grads, strict=True))
+        return {
+            "x": sum(w**2 * grad for w, grad in pairs),
+            "weights": [2 * w * saved.x * grad for w, grad in pairs],
+        }
+
+    def weighted(x: Tensor, weights: list[Tensor], orders: list[int], kernels: str) -> list[Tensor]:
+        assert orders == [1]
+        return [x * w**2 for w in weights]
+
+    weighted.__name__ = name
+    outputs = lambda call: [torch.empty_like(call.x) for _ in call.weights]  # noqa: E731
+    return registration.registered(outputs=outputs, gradient=formula)(weighted)
 
 
 def test_the_mark_of_a_constant_is_the_one_torch_sets(monkeypatch: pytest.MonkeyPatch) -> None:
