@@ -92,6 +92,9 @@ def data_module(path: Path) -> AtomisticDataModule:
     if not isinstance(node, dict) or node.get("class_path") != _DATA_CLASS:
         raise DataError(f"{path} does not name data of class_path {_DATA_CLASS}")
     given: dict[str, Any] = {**node.get("init_args", {})}
+    if (given.get("split") or {}).get("file") is not None:
+        file = _resolved(given["split"]["file"], path.parent)
+        given["split"] = {**given["split"], "file": file}
     given.update((key, type_(**given[key])) for key, type_ in _PARTS.items() if key in given)
     for key in ("train", "val"):
         if given.get(key) is not None:

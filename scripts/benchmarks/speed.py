@@ -23,7 +23,7 @@ from atomeq.potential.untrusted import read_yaml
 from benchmarks.record import machine
 
 SIZES = {32: 1, 500: 1, 4000: 1, 10976: 1, -32: 32}  # atoms, less than 0 in a batch: structures
-ROUNDS, STEPS = 5, 4
+ROUNDS, STEPS = 3, 2
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -32,7 +32,7 @@ from small_potential import small_potential
 from atomeq.calculators.ase import AtomeqCalculator
 
 STEP = 0.5 * units.fs
-COPPER_A0, COPPER_B = 3.64, 109.0  # Å, GPa: the card of cu-pbe
+COPPER_A0, COPPER_B = 3.637, 138.0  # Å, GPa: the card of cu-pbe
 
 
 @pytest.fixture(scope="module")

@@ -84,7 +84,7 @@ def labelled(atoms: Atoms, n_structures: int) -> list[Atoms]:
 def generated_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with the names of the public sets and small structures of the same elements."""
     folder = tmp_path / "data"
-    names = ("acac", "ethanol_rmd17_pbe", "mvl_snap", "mattersim_benchmarks", "3bpa")
+    names = ("acac", "ethanol_rmd17_pbe", "mvl_snap", "mlearn", "mattersim_benchmarks", "3bpa")
     for name in (*names, "qm7", "qm9", "pcqm4mv2", "md22", "rmd17/npz_data", "rmd17/splits"):
         (folder / name).mkdir(parents=True)
     acid = labelled(molecule("CH3COOH"), 20)
@@ -101,7 +101,11 @@ def generated_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ase.io.write(folder / "ethanol_rmd17_pbe" / name, acid)
     for mode in (874, 3005):
         ase.io.write(folder / "ethanol_rmd17_pbe" / f"test_norm_mode_{mode}.extxyz", acid)
-    ase.io.write(folder / "mvl_snap" / "Cu.extxyz.gz", labelled(bulk("Cu", cubic=True), 30))
+    # As many as cu_split.json divides.
+    ase.io.write(folder / "mvl_snap" / "Cu.extxyz.gz", labelled(bulk("Cu"), 294))
+    monkeypatch.setenv("ELEMENT", "Si")
+    for part, n_structures in (("train", 214), ("test", 2)):
+        ase.io.write(folder / "mlearn" / f"Si_{part}.extxyz.gz", labelled(bulk("Si"), n_structures))
     salt = labelled(bulk("NaCl", "rocksalt", a=5.6), 12)
     ase.io.write(folder / "mattersim_benchmarks" / "mpf-alkali-TP.extxyz.gz", salt)
     for atoms in (energies_only := labelled(molecule("CH3COOH"), 30)):

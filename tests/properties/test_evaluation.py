@@ -176,14 +176,16 @@ def test_card_is_made_of_the_evaluation_of_an_experiments_test_set(tmp_path, mon
     for atoms in few:  # a pressure alone, as of plane waves
         atoms.calc.results["stress"] = atoms.calc.results["stress"] * np.array([1, 1, 1, 0, 0, 0])
     ase.io.write("few.extxyz", few)
-    (tmp_path / "split.json").write_text(json.dumps({"train": [0], "val": [1], "test": [2]}))
-    data = {"train": "few.extxyz", "split": {"file": "split.json"}, "supercells": "reduce"}
+    (tmp_path / "configs").mkdir()
+    split = {"train": [0], "val": [1], "test": [2]}
+    (tmp_path / "configs" / "split.json").write_text(json.dumps(split))
+    data = {"train": "../few.extxyz", "split": {"file": "split.json"}, "supercells": "reduce"}
     node = {"class_path": "atomeq.data.datamodule.AtomisticDataModule", "init_args": data}
-    (tmp_path / "small.yaml").write_text(
+    (tmp_path / "configs" / "small.yaml").write_text(
         yaml.safe_dump({"data": node, "model": {"stress_offset": offset}})
     )
     (tmp_path / "small" / "about.md").write_text("# small\n\nFor tests.\n\n## Failures\n\nAll.\n")
-    words = ["evaluate", "small", "small.yaml", "--out", "small/metrics.json", "--card"]
+    words = ["evaluate", "small", "configs/small.yaml", "--out", "small/metrics.json", "--card"]
     main(words)
     document = json.loads((tmp_path / "small" / "metrics.json").read_text())
     assert document["structures"] == {"all": 1, "a": 1}

@@ -1,0 +1,84 @@
+"""What ships under potentials/: small, described by its evaluation, sane where nothing was seen."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from ase import Atoms
+from ase.build import bulk
+
+from atomeq.calculators.ase import AtomeqCalculator
+from atomeq.cli.card import card_of
+from atomeq.cli.data_stats import data_module
+from atomeq.data.copies import RADIUS, fingerprint, groups_of_copies, kind_of
+from atomeq.graph.builders import RadiusGraph
+from atomeq.potential.folders import find_potential, shipped_potentials
+from atomeq.properties.evaluation import Evaluation
+
+ROOT = Path(__file__).resolve().parents[2]
+MAX_WEIGHTS = 5_000_000  # bytes
+#: eV over the free atoms; of copper's dimer -2.03, and chemistry ends long before 6 Å
+DEEPEST_DIMER, FREE = -3.5, 0.15
+# Torn apart the crystal climbs to free atoms; its curve may ripple by so much, eV per atom.
+RIPPLE = 0.1
+
+
+@pytest.mark.parametrize("name", shipped_potentials())
+def test_card_is_made_of_what_lies_in_the_folder(name: str):
+    folder = find_potential(name)
+    assert (folder / "README.md").read_text(encoding="utf-8") == card_of(folder)
+    weights = (folder / "weights.safetensors").read_bytes()
+    assert len(weights) <= MAX_WEIGHTS
+    document = yaml.safe_load((folder / "model.yaml").read_text())
+    assert document["sha256"] == hashlib.sha256(weights).hexdigest()
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["potential"]["sha256"] == document["sha256"]
+
+
+@pytest.mark.parametrize("name", shipped_potentials())
+def test_atoms_that_part_end_as_free_atoms(name: str):
+    calculator = AtomeqCalculator(name, dtype="float64")
+    crystal = yaml.safe_load((find_potential(name) / "references.yaml").read_text())["crystal"]
+    symbol = crystal["name"]
+
+    def energy(atoms: Atoms) -> float:
+        return calculator.evaluate([atoms], ["energy"])[0]["energy"] / len(atoms)
+
+    free = energy(Atoms(symbol))
+    distances = np.arange(0.5, 6.01, 0.1)
+    dimers = np.array([energy(Atoms([symbol] * 2, [[0, 0, 0], [0, 0, d]])) for d in distances])
+    bound = 2 * (dimers - free)
+    assert bound.min() > DEEPEST_DIMER
+    assert bound[distances < 1.25].min() > bound[np.isclose(distances, 2.2)].item()
+    assert abs(bound[-1]) < FREE
+    stretches = np.arange(1.0, 2.3, 0.05)
+    torn = np.array([energy(bulk(**crystal | {"a": s * crystal["a"]})) for s in stretches]) - free
+    assert (np.diff(torn) > -RIPPLE).all()
+    assert abs(torn[-1]) < FREE
+
+
+def test_no_validation_structure_is_a_copy_of_one_trained_on(data_folder: Path):
+    sets = data_module(ROOT / "configs" / "data" / "cu_published.yaml").structures()
+    build, kinds, prints = RadiusGraph(RADIUS), [], []
+    for atoms in (*sets["val"], *sets["train"]):
+        graph = build(atoms)
+        kinds.append(kind_of(graph.atomic_numbers, int(graph.pbc.sum())))
+        prints.append(fingerprint(graph))
+    groups, n_val = groups_of_copies(kinds, prints), len(sets["val"])
+    assert set(groups[:n_val]).isdisjoint(groups[n_val:])
+    assert len(sets["test/held_out"]) == 31
+
+
+def test_errors_of_the_card_are_those_of_today(data_folder: Path):
+    folder = find_potential("cu-pbe")
+    (file,) = json.loads((folder / "metrics.json").read_text())["files"]
+    data = data_module(ROOT / file)
+    data.reduce_supercells = False
+    vacancies = [a for a in data.structures()["test/held_out"] if "Vacancy" in a.info["tag"]]
+    found = Evaluation(vacancies, AtomeqCalculator(folder)).errors()["all"]
+    told = json.loads((folder / "metrics.json").read_text())["errors"]["Vacancy"]
+    for name in ("energy_meV_per_atom", "forces_meV_per_A"):
+        assert found[name]["mae"] == pytest.approx(told[name]["mae"], rel=1e-2)
