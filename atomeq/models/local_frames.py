@@ -42,6 +42,10 @@ class LocalFrames(AtomisticModel):
         training_frames: All, or one ``"stochastic"`` frame for each atom and step.
         seed: Of the stochastic frames.
 
+    Raises:
+        ValueError: The model gives more than energies and forces, or ``frame_cutoff`` exceeds its
+            cutoff.
+
     Example:
         >>> from atomeq.models.faenet import FAENet
         >>> LocalFrames(FAENet(cutoff=5.0)).cutoff

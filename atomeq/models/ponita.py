@@ -55,6 +55,9 @@ class PONITA(AtomisticModel):
         avg_num_neighbors: Sums over neighbours are divided by its square root.
         avg_num_directions: Sums over directions likewise.
         num_elements: Atomic numbers below this are embedded.
+
+    Raises:
+        ValueError: ``direction_cutoff`` exceeds ``cutoff``.
     """
 
     recordable = False  # how many directions there are is asked

@@ -37,7 +37,7 @@ class InfraredModes:
     displacements: NDArray[np.float64]
 
     def broadened(self, grid: NDArray[np.float64], width: float = 10.0) -> NDArray[np.float64]:
-        """Return the spectrum at wavenumbers, km/mol per cm⁻¹: Lorentzians of a width, in cm⁻¹."""
+        """Return the spectrum at ``grid`` (cm⁻¹), km/mol per cm⁻¹: Lorentzians of a ``width``."""
         half = width / 2
         lines = half / np.pi / ((grid[:, None] - self.wavenumbers) ** 2 + half**2)
         return lines @ self.intensities
@@ -52,6 +52,9 @@ def infrared_modes(
         atoms: A molecule, not periodic; translations and rotations are taken out of the Hessian.
         calculator: Gives the Hessian.
         dipoles: Gives Born effective charges; by default the same.
+
+    Returns:
+        Wavenumbers, intensities and displacements.
 
     Raises:
         ValueError: The structure is periodic.
@@ -118,6 +121,9 @@ def infrared_spectrum(
         interval: Between frames, fs; at most half the shortest period.
         temperature: Of the trajectory, K.
         width: cm⁻¹, of the Gaussian that lines are broadened by.
+
+    Returns:
+        Absorption by wavenumber.
 
     Raises:
         ValueError: There are fewer than 16 frames.
