@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes .venv and installs atomeq into it: bash scripts/setup.sh [run|test|dev]
+# Makes .venv and installs atomeq into it: bash scripts/setup.sh [run|test|dev|docs]
 # The other scripts call it first. A stamp in .venv remembers what was installed, so that a second
 # run installs nothing; it is void as soon as pyproject.toml or this file changes.
 set -euo pipefail
@@ -41,11 +41,12 @@ pip_install() {
 
 wanted=${1:-run}
 case "$wanted" in
-  run) enough="run test dev" groups=() ;;
+  run) enough="run test dev docs" groups=() ;;
   test) enough="test dev" groups=(--group test) ;;
   dev) enough="dev" groups=(--group dev) ;;
+  docs) enough="docs" groups=(--group docs) ;;
   *)
-    echo "setup: '$wanted' is none of run, test, dev" >&2
+    echo "setup: '$wanted' is none of run, test, dev, docs" >&2
     exit 2
     ;;
 esac
