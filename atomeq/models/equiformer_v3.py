@@ -41,7 +41,7 @@ from atomeq.nn.radial import PolynomialEnvelope
 from atomeq.nn.so3 import SO3Linear
 from atomeq.nn.sphere import GridResolution, set_resolution, with_scalars
 from atomeq.nn.stress import stress_head_of
-from atomeq.ops.atoms.reference import so3_linear
+from atomeq.ops.atoms.operations import so3_linear
 from atomeq.ops.orders import check_orders
 from atomeq.typing import NodeFeatures
 

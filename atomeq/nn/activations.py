@@ -15,10 +15,10 @@ from atomeq.nn.so3 import Gate
 from atomeq.nn.sphere import GridResolution, SphereBlock, with_scalars
 from atomeq.ops.harmonics.polynomials import harmonic_polynomials
 from atomeq.ops.orders import coefficient_index, m_primary_order
+from atomeq.ops.sphere.gaunt import pointwise_product
 from atomeq.ops.sphere.grid import GridNormalization
 from atomeq.ops.sphere.grid import Order as RowOrder
 from atomeq.ops.sphere.operations import sphere_silu
-from atomeq.ops.sphere.pointwise import pointwise_product
 from atomeq.ops.tables import constant_table, table_like
 
 ActivationName = Literal[

@@ -17,9 +17,8 @@ from torch import Tensor
 
 from atomeq.ops.coupling.irreps_conv import reads_tables
 from atomeq.ops.coupling.weight_table import ROWS, WeightTable, tabulated
-from atomeq.ops.dispatch import serving
+from atomeq.ops.dispatch import serving, size_of
 from atomeq.ops.pairs.operations import pair_functions
-from atomeq.ops.specification import size_of
 from atomeq.typing import AtomicNumbers, EdgeIndex, EdgeVectors
 
 _LEAST = 200  # intervals: smooth functions are then good to 1e-8 of the largest, slopes to 1e-6

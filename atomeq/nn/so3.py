@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from atomeq.ops.atoms.reference import Linear, so3_linear
+from atomeq.ops.atoms.operations import Linear, so3_linear
 from atomeq.ops.edge.operations import so2_linear_with_scalars
 
 

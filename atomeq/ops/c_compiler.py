@@ -1,14 +1,16 @@
 """C kernels made on the spot: compiled by the system's compiler and kept in the user's cache.
 
-A kernel is a C source, a ``.c`` file below this folder behind a few ``#define`` lines mostly, whose
-functions take plain pointers and numbers. A machine without a compiler has no C kernels, which
-:func:`unavailable` says; plain torch serves there.
+A kernel is a C source, a ``.c`` file below this folder behind a few ``#define`` lines mostly. What
+its functions and structures are made of is read off the source and stands nowhere else; a pointer
+of C is given as a tensor. A machine without a compiler has no C kernels, which :func:`unavailable`
+says; plain torch serves there.
 """
 
 import ctypes
 import hashlib
 import os
 import platform
+import re
 import shlex
 import shutil
 import stat
@@ -18,8 +20,10 @@ import threading
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from atomeq.ops.specification import OpSpec
 
@@ -67,6 +71,24 @@ def source_of(name: str, defines: Mapping[str, str | int]) -> str:
     return macros + _file(name)
 
 
+@cache
+def c_library(name: str, dtype: torch.dtype, **macros: int) -> Any:
+    """Return the library of a C file for one dtype, its REAL.
+
+    A function of C is called with tensors for pointers: one, a list of some, or None. A structure
+    is called for an instance by its name, ``library.form_t(n_paths=3, y=tensor)``.
+
+    Args:
+        name: As in :func:`source_of`.
+        dtype: Of the numbers, float32 or float64.
+        macros: Further ones.
+
+    Raises:
+        BuildError: As :func:`load` does.
+    """
+    return load(source_of(name, {"REAL": REALS[dtype], **macros}))
+
+
 def load(source: str) -> ctypes.CDLL:
     """Return the library of a C source, compiling it if nobody did before.
 
@@ -79,14 +101,119 @@ def load(source: str) -> ctypes.CDLL:
     library = _loaded.get(source)
     if library is None:
         with _lock:  # the second thread finds what the first has built
-            library = _loaded.get(source) or _library(source)
+            library = _loaded.get(source) or _declared(_library(source), source)
             _loaded[source] = library
     return library
 
 
-def n_threads() -> int:
-    """Return how many threads a kernel may use: as many as torch does."""
-    return torch.get_num_threads()
+def threads_for(n: int, each: int) -> int:
+    """Return how many of torch's threads share n things, of which each wants as many."""
+    return max(1, min(torch.get_num_threads(), n // each))
+
+
+def checked_index(index: Tensor, n: int, what: str) -> Tensor:
+    """Return contiguous int64 numbers, none of them beyond 0..n - 1: else C reads anything.
+
+    Args:
+        index: The numbers.
+        n: How many there are of what they count.
+        what: Begins the message, ``an edge ends at an atom``.
+
+    Raises:
+        IndexError: A number is beyond.
+    """
+    index = index.long().contiguous()
+    if not load(source_of("probe.c", {"VALUE": 42})).in_range(index, index.numel(), n):
+        raise IndexError(f"{what} that is not among the {n} given")
+    return index
+
+
+_NUMBERS = {
+    "int": ctypes.c_int,
+    "int32_t": ctypes.c_int32,
+    "int64_t": ctypes.c_int64,
+    "double": ctypes.c_double,
+}
+
+
+class _Function:
+    """A function of C that takes tensors, lists and structures for pointers."""
+
+    def __init__(self, function: Any, result: Any, parameters: list[Any]) -> None:
+        self.function = function
+        function.restype, function.argtypes = result, parameters
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self.function(*map(_for_c, arguments))
+
+
+def _for_c(value: Any) -> Any:
+    """Return what C is given for a tensor, some tensors or numbers, a structure, or anything else.
+
+    Raises:
+        ValueError: A tensor is not contiguous.
+    """
+    if isinstance(value, Tensor):
+        if not value.is_contiguous():
+            raise ValueError(f"a C kernel was given strides {value.stride()}; pass .contiguous()")
+        return value.data_ptr()
+    if isinstance(value, list | tuple):
+        numbers = bool(value) and isinstance(value[0], int)
+        kind = ctypes.c_int64 if numbers else ctypes.c_void_p
+        return (kind * max(1, len(value)))(*map(_for_c, value))
+    return ctypes.byref(value) if isinstance(value, ctypes.Structure) else value
+
+
+class _Structure(ctypes.Structure):
+    """A structure of C, filled by name; whatever is not given is null or 0."""
+
+    kinds: dict[str, Any]
+
+    def __init__(self, **given: Any) -> None:
+        super().__init__()
+        self.given = given  # alive as long as this
+        for name, value in given.items():
+            made = _for_c(value)
+            if isinstance(made, ctypes.Array) and self.kinds[name] is ctypes.c_void_p:
+                made = ctypes.addressof(made)  # an array of structures, that of the caller
+            setattr(self, name, made)
+
+
+def _declared(library: ctypes.CDLL, source: str) -> ctypes.CDLL:
+    """Give the functions of a library their kinds of arguments, and it its structures."""
+    functions = re.findall(r"^(void|int|int64_t) (\w+)\(([^)]*)\) \{", source, re.MULTILINE)
+    for result, name, parameters in functions:
+        kinds = [
+            ctypes.c_void_p if "*" in parameter else _NUMBERS[parameter.split()[-2]]
+            for parameter in parameters.split(",")
+            if parameter != "void"
+        ]
+        setattr(library, name, _Function(getattr(library, name), _NUMBERS.get(result), kinds))
+    sizes = dict(re.findall(r"^#define (\w+) (\d+)$", source, re.MULTILINE))
+    for body, name in re.findall(r"^typedef struct \{$(.*?)^\} (\w+);", source, re.M | re.S):
+        kinds = _members(re.sub(r"/\*.*?\*/", "", body, flags=re.DOTALL), sizes)
+        fields = {"_fields_": list(kinds.items()), "kinds": kinds}
+        setattr(library, name, type(name, (_Structure,), fields))
+    return library
+
+
+def _members(body: str, sizes: Mapping[str, str]) -> dict[str, Any]:
+    """Return the kinds of a structure's members that are numbers and pointers, or arrays of such.
+
+    Others are for C alone, and so is a structure that has one.
+    """
+    kinds: dict[str, Any] = {}
+    for declaration in body.split(";")[:-1]:
+        word, _, names = declaration.strip().removeprefix("const ").partition(" ")
+        for name in names.split(","):
+            member, _, length = name.strip(" *\n]").partition("[")
+            kind = ctypes.c_void_p if "*" in name else _NUMBERS.get(word)
+            if kind is None:
+                return {}
+            if length:
+                kind = kind * sum(int(sizes.get(part, part)) for part in length.split(" + "))
+            kinds[member] = kind
+    return kinds
 
 
 def _library(source: str) -> ctypes.CDLL:
@@ -201,4 +328,8 @@ def _digest(path: Path) -> str:
 
 @cache
 def _file(name: str) -> str:
-    return (Path(__file__).parent / name).read_text(encoding="utf-8")
+    """Return a file below this folder, with those that it includes from its own."""
+    text = (Path(__file__).parent / name).read_text(encoding="utf-8")
+    folder = name.rpartition("/")[0]
+    own = re.compile(r'^#include "(.+)"$', re.MULTILINE)
+    return own.sub(lambda found: _file(f"{folder}/{found[1]}"), text)

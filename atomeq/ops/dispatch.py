@@ -5,11 +5,11 @@ ATOMEQ_BACKEND, else ``auto``, the first backend of :data:`AUTO_ORDER` that serv
 backend asked for by name serves or the call raises, saying why; only ``auto`` may pass on.
 
 A backend is a module, or any object, with ``refusal(spec)``, which returns why it does not serve a
-call or None, and with a function for each operation it serves, of the operation's name and
-signature; these may trust the verifier. It is differentiable any number of times in whatever is a
-floating-point argument, and ``by_torch(spec)``, if it has one, says of which calls it leaves to the
-reference. Our own kernels are raw functions instead, tensors in and tensors out, which the
-operation calls by what it has registered with torch: see :func:`operation`.
+call or None, and with a function for each operation it serves, of the operation's name, which is
+given every argument by its own; these may trust the verifier. It is differentiable any number of
+times in whatever is a floating-point argument, and ``by_torch(spec)``, if it has one, says of which
+calls it leaves to the reference. Our own kernels are raw functions instead, tensors in and tensors
+out, which the operation calls by what it has registered with torch: see :func:`operation`.
 
 ``torch.compile`` traces the choice too, inside a compiled function or around it: a graph belongs to
 the choice it was traced under, and another one makes another graph. Only the environment is read
@@ -22,17 +22,19 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache, lru_cache, partial, wraps
+from functools import cache, lru_cache, wraps
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
+from inspect import Parameter, signature
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
+from torch import Tensor
 
 from atomeq.ops.precision import matmul_precision, use_precision
 from atomeq.ops.self_check import Example, deviation
-from atomeq.ops.specification import OpSpec, Size
+from atomeq.ops.specification import Mode, OpSpec, Size
 from atomeq.ops.tables import constant_in_traces
 from atomeq.typing import Precision
 
@@ -70,6 +72,8 @@ class Operation(NamedTuple):
         by_kernels: The same in terms of what is registered with torch, with the name of the
             kernels as one argument more, ``kernels``; None if no kernels of ours have it.
         example: A random problem by which kernels prove themselves, see self_check.
+        names: Of the arguments.
+        defaults: Of those that have some.
     """
 
     name: str
@@ -77,18 +81,35 @@ class Operation(NamedTuple):
     reference: Callable[..., Any]
     by_kernels: Callable[..., Any] | None
     example: Callable[[Size], Example] | None
+    names: tuple[str, ...]
+    defaults: dict[str, Any]
+
+    def arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Return every argument of a call by its name."""
+        return {**self.defaults, **dict(zip(self.names, args, strict=False)), **kwargs}
+
+    def served_by(self, kernels: str) -> Callable[..., Any]:
+        """Return a function of the operation's signature that some kernels compute."""
+
+        def compute(*args: Any, **kwargs: Any) -> Any:
+            assert self.by_kernels is not None
+            return self.by_kernels(**self.arguments(args, kwargs), kernels=kernels)
+
+        return compute
 
 
 OPERATIONS: dict[str, Operation] = {}
 
 
 def operation(
-    verify: Callable[P, Size],
+    verify: Callable[..., Size],
     *,
     by_kernels: Callable[..., Any] | None = None,
     example: Callable[[Size], Example] | None = None,
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Let backends serve a function that is written in plain torch.
+
+    Verifier, kernels and backends are given every argument by its name, the defaults too.
 
     Args:
         verify: Refuses arguments that do not fit together; returns what the choice depends on.
@@ -101,20 +122,46 @@ def operation(
 
     def decorate(reference: Callable[P, R]) -> Callable[P, R]:
         name, family = reference.__name__, reference.__module__.split(".")[-2]
-        OPERATIONS[name] = Operation(name, family, reference, by_kernels, example)
+        parameters = signature(reference).parameters
+        defaults = {n: p.default for n, p in parameters.items() if p.default is not Parameter.empty}
+        known = OPERATIONS[name] = Operation(
+            name, family, reference, by_kernels, example, tuple(parameters), defaults
+        )
 
         @wraps(reference)
         def served(*args: P.args, **kwargs: P.kwargs) -> R:
-            server = serving(name, verify(*args, **kwargs))
+            given = known.arguments(args, kwargs)
+            server = serving(name, verify(**given))
             if server == "reference":
                 return reference(*args, **kwargs)
             if by_kernels is not None and server in KERNELS:
-                return by_kernels(*args, **kwargs, kernels=_with_precision(server))
-            return getattr(_loaded[server, family], name)(*args, **kwargs)
+                return by_kernels(**given, kernels=_with_precision(server))
+            return getattr(_loaded[server, family], name)(**given)
 
         return served
 
     return decorate
+
+
+def size_of(
+    like: Tensor,
+    n_edges: int,
+    *,
+    lmax: int = 0,
+    mmax: int = 0,
+    channels: int = 1,
+    mode: Mode = "uvu",
+    weighted: bool = True,
+) -> Size:
+    """Return the size of a call on tensors like one of them.
+
+    Of ``n_edges`` is kept whether there are any; in a trace sizes may be symbols, of which the
+    channels become a number.
+    """
+    if torch.compiler.is_compiling():
+        channels = len(range(channels))
+    some = 1 if n_edges > 0 else 0
+    return Size(lmax, mmax, channels, some, like.dtype, like.device, mode, weighted)
 
 
 def _with_precision(server: str) -> str:
@@ -307,8 +354,7 @@ def _proof(name: str, precision: Precision, op: str, *size: Any) -> str | None:
     known = OPERATIONS[op]
     if known.example is None or known.by_kernels is None:
         return "it has no self-check"
-    by_kernels = partial(known.by_kernels, kernels=name)
-    found = deviation(known.example, known.reference, by_kernels, Size(*size), precision)
+    found = deviation(known.example, known.reference, known.served_by(name), Size(*size), precision)
     if found is None:
         return None
     logger.warning(

@@ -32,10 +32,9 @@ Outputs = Callable[[SimpleNamespace], Tensor | tuple[Tensor, ...] | list[Tensor]
 
 @cache
 def kernels_of(family: str, name: str) -> ModuleType:
-    """Return raw kernels: functions with the signatures of a family's registered operations.
+    """Return raw kernels, which take tensors, give tensors and know nothing of autograd.
 
-    They take tensors, give tensors and know nothing of autograd. A string names them, since that is
-    what an operation of a traced graph can carry.
+    A string names them, since that is what an operation of a traced graph can carry.
 
     Args:
         family: Folder of ops.
@@ -43,6 +42,49 @@ def kernels_of(family: str, name: str) -> ModuleType:
             precision may follow, ``triton:high``.
     """
     return import_module(f"atomeq.ops.{family}.{name.partition(':')[0]}.kernels")
+
+
+def kernel(
+    *,
+    outputs: Outputs,
+    gradient: Gradient | None = None,
+    only_for: Mapping[str, tuple[str, ...]] | None = None,
+    keeps: tuple[int, ...] = (),
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register what kernels of the family have by the same name; the function has but a signature.
+
+    A kernel takes one argument, the call: the operation's arguments by their names. Its tensors are
+    contiguous, those in lists too.
+
+    Args:
+        outputs: As in :func:`registered`.
+        gradient: Likewise.
+        only_for: Likewise.
+        keeps: Likewise.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        names = tuple(inspect.signature(function).parameters)
+        family = function.__module__.split(".")[-2]
+        of_kernels = names.index("kernels")
+
+        @wraps(function)
+        def run(*values: Any) -> Any:
+            by = kernels_of(family, values[of_kernels])
+            plain = [contiguous(v) if isinstance(v, Tensor | list) else v for v in values]
+            call = SimpleNamespace(**dict(zip(names, plain, strict=True)))
+            return getattr(by, function.__name__)(call)
+
+        return registered(outputs=outputs, gradient=gradient, only_for=only_for, keeps=keeps)(run)
+
+    return decorate
+
+
+def contiguous(value: Any) -> Any:
+    """Return a tensor, or some, in the order of their axes; anything else as it is."""
+    if isinstance(value, Tensor):
+        return value if value.is_contiguous() else value.contiguous()
+    return [*map(contiguous, value)] if _is_list_of_tensors(value) else value
 
 
 def registered(

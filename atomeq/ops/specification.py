@@ -3,7 +3,6 @@
 from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor
 
 Mode = Literal["uvu", "uvw", "uuu"]
 
@@ -44,24 +43,3 @@ class OpSpec(NamedTuple):
     device: torch.device
     mode: Mode = "uvu"
     weighted: bool = True
-
-
-def size_of(
-    like: Tensor,
-    n_edges: int,
-    *,
-    lmax: int = 0,
-    mmax: int = 0,
-    channels: int = 1,
-    mode: Mode = "uvu",
-    weighted: bool = True,
-) -> Size:
-    """Return the size of a call on tensors like one of them.
-
-    Of ``n_edges`` is kept whether there are any; in a trace sizes may be symbols, of which the
-    channels become a number.
-    """
-    if torch.compiler.is_compiling():
-        channels = len(range(channels))
-    some = 1 if n_edges > 0 else 0
-    return Size(lmax, mmax, channels, some, like.dtype, like.device, mode, weighted)

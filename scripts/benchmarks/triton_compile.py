@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import triton
@@ -27,7 +28,7 @@ from triton.compiler import ASTSource
 
 from atomeq.ops.coupling.clebsch_gordan import Form
 from atomeq.ops.coupling.triton import kernels as coupling
-from atomeq.ops.edge.so2_shape import SO2Shape
+from atomeq.ops.edge.so2_map import SO2Shape
 from atomeq.ops.edge.triton import gate, rotation, row_scale, so2
 from atomeq.ops.paths import tensor_product_paths
 from atomeq.ops.precision import matmul_precision, use_precision
@@ -133,7 +134,7 @@ def compile_all(lmax: int, mmax: int, channels: int, dtype: torch.dtype) -> None
     flat, scale = rows.flatten(1), zeros(n_edges, shape.n_scales)
     row_scale.moved_scaled(flat, flat, scale, scale, shape)
     row_scale.scaled_second(flat, flat, flat, flat, scale, scale, shape)
-    row_scale.scale_gradient_(flat, flat, scale, shape)
+    row_scale.scale_gradient(flat, flat, scale, shape, scale)
     row_scale.scaled_rows(flat, scale, shape)
     row_scale.row_products(flat, flat, shape)
     gated = gate.Gate(y, shape)
@@ -142,23 +143,25 @@ def compile_all(lmax: int, mmax: int, channels: int, dtype: torch.dtype) -> None
     gated.second(y, rows.flatten(1))
     form = Form(tensor_product_paths(lmax, lmax, lmax), "uvu", stacked=False)
     per_edge = zeros(n_edges, len(form.paths), channels)
-    coupling.cg_partials(
-        *(x, zeros(n_edges, n_sph), per_edge, x, [index] * 6, n_atoms),
-        *("x y weights z", form.code),
-    )
-    segment.segment_sum(rows, index, n_atoms)
-    segment.segment_softmax(zeros(n_edges, 8), index, n_atoms)
+    call = SimpleNamespace(x=x, y=zeros(n_edges, n_sph), weights=per_edge, z=x, edges=[index] * 6)
+    call.n_targets, call.arguments, call.form = n_atoms, "x y weights z", form.code
+    coupling.cg_partials(call)
+    segment.segment_total(SimpleNamespace(x=rows, index=index, n_segments=n_atoms))
+    few = zeros(n_edges, 8)
+    segment.segment_weights(SimpleNamespace(x=few, index=index, n_segments=n_atoms))
     grid = SphereGrid(lmax, mmax, order="m")
     to_grid, from_grid = grid.to_matrix(like=rows), grid.from_matrix(like=rows)
     for order in range(3):
-        given = [rows] * (order + 1), [to_grid] * (order + 1)
-        sphere.sphere_form(*given, from_grid, order)
+        form = SimpleNamespace(factors=[rows] * (order + 1), matrices=[to_grid] * (order + 1))
+        form.back, form.order = from_grid, order
+        sphere.sphere_form(form)
     for precision in ("high", "medium") if dtype == torch.float32 else ():
         with use_precision(precision):
             so2_map.forward(rows.flatten(1), y)
             so2_map.transposed(y, rows.flatten(1))
             so2_map.gated(rows.flatten(1), y, keep=True)
-            sphere.sphere_form([rows], [to_grid], from_grid, 0)
+            silu = SimpleNamespace(factors=[rows], matrices=[to_grid], back=from_grid, order=0)
+            sphere.sphere_form(silu)
 
 
 def show(columns: list[int]) -> bool:

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterator
-from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -38,18 +38,19 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     dispatch._remembered.cache_clear()
 
 
-def wrong_sum(x: Tensor, index: Tensor, n_segments: int) -> Tensor:
-    total = x.new_zeros(n_segments, *x.shape[1:]).index_add(0, index, x)
+def wrong_sum(call: SimpleNamespace) -> Tensor:
+    total = call.x.new_zeros(call.n_segments, *call.x.shape[1:])
+    total = total.index_add(0, call.index, call.x)
     total[0] *= 1.001
     return total
 
 
-def failing_sum(x: Tensor, index: Tensor, n_segments: int) -> Tensor:
+def failing_sum(call: SimpleNamespace) -> Tensor:
     raise RuntimeError("no kernel image is available")
 
 
-def nan_sum(x: Tensor, index: Tensor, n_segments: int) -> Tensor:
-    return x.new_full((n_segments, *x.shape[1:]), torch.nan)
+def nan_sum(call: SimpleNamespace) -> Tensor:
+    return call.x.new_full((call.n_segments, *call.x.shape[1:]), torch.nan)
 
 
 def who_serves(x: Tensor = X) -> str:
@@ -73,7 +74,7 @@ def test_kernels_that_are_right_serve_unasked() -> None:
 def test_a_wrong_kernel_is_said_once_and_plain_torch_serves(
     kernel, reason: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(triton_kernels, "segment_sum", kernel)
+    monkeypatch.setattr(triton_kernels, "segment_total", kernel)
     with caplog.at_level(logging.WARNING, logger="atomeq.ops.dispatch"):
         for _ in range(2):
             assert segment_sum(X, INDEX, 2).eq(2).all()
@@ -90,20 +91,20 @@ def test_a_wrong_kernel_is_said_once_and_plain_torch_serves(
 
 
 def test_who_asks_by_name_gets_the_kernel_nevertheless(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_kernels, "segment_sum", wrong_sum)
+    monkeypatch.setattr(triton_kernels, "segment_total", wrong_sum)
     with use_backend("triton"):
         assert not segment_sum(X, INDEX, 2).eq(2).all()
 
 
 def test_a_gradient_alone_that_is_wrong_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = triton_kernels.segment_softmax
+    right = triton_kernels.segment_weights
     calls = []
 
-    def wrong_the_second_time(x: Tensor, index: Tensor, n_segments: int) -> Tensor:
-        calls.append(x)
-        return right(x, index, n_segments) * (1 if len(calls) == 1 else 1.01)
+    def wrong_the_second_time(call: SimpleNamespace) -> Tensor:
+        calls.append(call)
+        return right(call) * (1 if len(calls) == 1 else 1.01)
 
-    monkeypatch.setattr(triton_kernels, "segment_softmax", wrong_the_second_time)
+    monkeypatch.setattr(triton_kernels, "segment_weights", wrong_the_second_time)
     spec = OpSpec("segment_softmax", 0, 0, 16, 1, X.dtype, DEVICE)
     assert "its gradient number 1 is off" in (dispatch.distrust("triton", spec) or "")
 
@@ -138,7 +139,7 @@ def test_every_operation_with_kernels_proves_itself(
         assert backend == "cpu"  # which needs no proof: its compiler is the one of the tests
         return
     assert load_backend(backend, known.family) is not None
-    by_kernels = partial(known.by_kernels, kernels=backend)
+    by_kernels = known.served_by(backend)
     assert deviation(known.example, known.reference, by_kernels, Size(*spec[1:]), "highest") is None
 
 

@@ -266,7 +266,8 @@ def test_arguments_for_openequivariance_say_the_same_product(
     x, y, w = (tensor.detach() for tensor in operands("uvu", weights=weights))
     edge_index = torch.tensor([[0, 1, 4, 2, 0, 3, 3], [3, 0, 0, 2, 1, 1, n_atoms - 1]])
     expected = cg_conv(x, y, w, edge_index, n_atoms, PATHS, output=output)
-    found = openequivariance.cg_conv(x, y, w, edge_index, n_atoms, PATHS, output=output)
+    form = {"mode": "uvu", "output": output, "radial_map": None}
+    found = openequivariance.cg_conv(x, y, w, edge_index, n_atoms, PATHS, **form)
     single = 1e-6  # e3nn's 3j symbols are made in float32 here
     assert found.shape == expected.shape
     assert (found - expected).abs().max() <= single * expected.abs().max()

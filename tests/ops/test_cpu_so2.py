@@ -9,7 +9,7 @@ from torch import Tensor
 from atomeq.ops.c_compiler import unavailable
 from atomeq.ops.edge import reference
 from atomeq.ops.edge.cpu import kernels
-from atomeq.ops.edge.so2_shape import SO2Shape
+from atomeq.ops.edge.so2_map import SO2Shape
 
 pytestmark = pytest.mark.skipif(unavailable() is not None, reason=f"no C kernels: {unavailable()}")
 

@@ -2,8 +2,8 @@ import pytest
 import torch
 from edge_layers import EdgeLayer, kept_bytes_of_an_edge, relative
 
-from atomeq.ops.c_compiler import BuildError, unavailable
-from atomeq.ops.edge.cpu import whole_layer
+from atomeq.ops.c_compiler import unavailable
+from atomeq.ops.edge.cpu import kernels
 from atomeq.ops.edge.wigner import edge_quaternion, rotation_matrix
 
 pytestmark = pytest.mark.skipif(unavailable() is not None, reason=f"no C kernels: {unavailable()}")
@@ -119,13 +119,13 @@ def test_gradient_at_fixed_weights_agrees_with_the_reference(
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What the whole layer was called for in C."""
-    made, call = [], whole_layer._call_layer
+    made, call = [], kernels._call_layer
 
     def counted(layer, name: str, *given) -> None:
         made.append(name)
         call(layer, name, *given)
 
-    monkeypatch.setattr(whole_layer, "_call_layer", counted)
+    monkeypatch.setattr(kernels, "_call_layer", counted)
     return made
 
 
@@ -212,13 +212,3 @@ def test_sigmoids_of_extreme_gates_are_those_of_torch() -> None:
             layer.leaves["first.0"].mul_(scale)
             out, expected = layer("cpu"), layer("reference")
             torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12, equal_nan=True)
-
-
-def test_the_arguments_of_c_are_held_to_its_struct(monkeypatch: pytest.MonkeyPatch) -> None:
-    build = whole_layer._layer_library.__wrapped__
-    build(torch.float64, 1, 1)
-    swapped = ("wigner", "x", *whole_layer._FIELDS[2:])
-    for fields in (swapped, swapped[1:], whole_layer._FIELDS[:-1]):
-        monkeypatch.setattr(whole_layer, "_FIELDS", fields)
-        with pytest.raises(BuildError, match=r"layer_t in layer\.c"):
-            build(torch.float64, 1, 1)

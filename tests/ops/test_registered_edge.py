@@ -20,13 +20,13 @@ from atomeq.ops.edge.escn_conv import (
 )
 from atomeq.ops.edge.rotation import gather_rotate, rotate_scatter, torque, turning_wigner
 from atomeq.ops.edge.so2_map import (
+    SO2Shape,
     row_products,
     scaled_rows,
     so2_forward,
     so2_transposed,
     so2_weight_gradient,
 )
-from atomeq.ops.edge.so2_shape import SO2Shape
 from atomeq.ops.edge.wigner import block_diagonal, build_edge_frame, wigner_matrices
 from atomeq.ops.orders import m_primary_order
 from atomeq.potential.potential import Potential
@@ -172,12 +172,12 @@ def test_layer_passes_gradcheck_and_gradgradcheck_at_the_poles_too(
 def layer_call(layer: EdgeLayer) -> dict[str, Any]:
     """Return what the three operations of a layer share, detached, by the names of arguments."""
     frame, leaves = layer.frame(), {name: leaf.detach() for name, leaf in layer.leaves.items()}
-    inputs, given = [leaves[n] for n in INPUTS if n in leaves], [n in leaves for n in INPUTS]
+    names = [name for name in INPUTS if name in leaves]
     weights = [leaves[f"{name}.{m}"] for name in ("first", "second") for m in range(layer.mmax + 1)]
     edges = [frame.wigner, frame.source, frame.target]
     return {
-        **{"inputs": inputs, "weights": weights, "edges": edges, "given": given},
-        "kernels": "cpu",
+        **{"inputs": [leaves[name] for name in names], "names": " ".join(names)},
+        **{"weights": weights, "edges": edges, "kernels": "cpu"},
     }
 
 
@@ -200,33 +200,25 @@ def test_operations_are_registered_as_torch_expects(
     for keep in (True, False):
         check(escn_conv, (), given | {"keep": keep})
     out, *kept = escn_conv(**given, keep=True)
-    assert len(given["inputs"]) == len(INPUTS) - 2  # no biases
-    x, edge_vectors, first, second, behind = (
-        0,
-        1,
-        [6, 7],
-        [8, 9],
-        [10, 11, 12],
-    )  # places of gradients
-    wanted = {"wanted": [x, edge_vectors, *first, *second], "kept": kept, "also": []}
+    assert given["names"] == " ".join(INPUTS[:-2])  # no biases
+    wanted = {"wanted": "x vectors first second", "kept": kept, "also": []}
     wanted["grad"] = torch.randn_like(out)
     for keep in (True, False):
         for also in ([], [torch.randn_like(rows) for rows in kept]):
             check(escn_conv_gradient, (), given | wanted | {"keep": keep, "also": also})
     *_, ga, gz = escn_conv_gradient(**given, **wanted, keep=True)
-    directions = [torch.randn_like(given["inputs"][place]) for place in (x, edge_vectors)]
-    along = {"along": [x, edge_vectors], "directions": directions}
-    of = {"kept": [*kept, ga, gz], "wanted": [x, *first, *behind], "grad": torch.randn_like(out)}
+    directions = [torch.randn_like(tensor) for tensor in given["inputs"][:2]]
+    along = {"along": "x vectors", "directions": directions}
+    of = {"kept": [*kept, ga, gz], "wanted": "x first grad y u", "grad": torch.randn_like(out)}
     check(escn_conv_second_gradient, (), given | along | of)
 
 
 def test_layer_feels_no_torque_about_its_edges() -> None:
     given = layer_call(EdgeLayer(3, 2, channels=8, hidden=8, n_edges=20, chiral=True))
     out, *kept = escn_conv(**given, keep=True)
-    grad, place = torch.randn_like(out), INPUTS.index("vectors")
-    found = escn_conv_gradient(grad, **given, kept=kept, also=[], wanted=[place], keep=False)
-    turn = found[place]
-    direction = torch.nn.functional.normalize(given["inputs"][place], dim=1)
+    wanted = {"kept": kept, "also": [], "wanted": "vectors", "keep": False}
+    turn, *_ = escn_conv_gradient(torch.randn_like(out), **given, **wanted)
+    direction = torch.nn.functional.normalize(given["inputs"][1], dim=1)
     assert turn.norm(dim=1).min() > 0
     assert (turn * direction).sum(1).abs().max() <= EXACT * turn.norm(dim=1).max()
 

@@ -13,10 +13,9 @@ from torch.profiler import profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from atomeq.ops import registration
-from atomeq.ops.dispatch import serving, use_backend
+from atomeq.ops.dispatch import serving, size_of, use_backend
 from atomeq.ops.edge.wigner import wigner_rows
-from atomeq.ops.harmonics.registered import harmonics as any_harmonics
-from atomeq.ops.specification import size_of
+from atomeq.ops.harmonics.operations import harmonics as any_harmonics
 from atomeq.ops.tables import constant_in_traces
 
 harmonics = partial(any_harmonics, normalization="component", normalize=True, kernels="cpu")

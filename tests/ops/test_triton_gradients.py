@@ -12,8 +12,7 @@ from atomeq.ops.explain import explain
 from atomeq.ops.specification import Mode
 from atomeq.ops.sphere.gaunt import gaunt_product
 from atomeq.ops.sphere.grid import SphereGrid
-from atomeq.ops.sphere.operations import sphere_silu
-from atomeq.ops.sphere.registered import sphere_form
+from atomeq.ops.sphere.operations import sphere_form, sphere_silu
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install atomeq[cuda]")
 

@@ -1,5 +1,7 @@
 """The C kernels of spherical harmonics write their results and not a number more."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -27,8 +29,10 @@ def test_nothing_behind_the_results_is_written(dtype, lmax, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda t, *size, **_: guarded(*size, like=t))
     for n in (7, 8, 15, 16, 32, 208):
         vectors, g, h = (torch.randn(n, size, dtype=dtype) for size in (3, (lmax + 1) ** 2, 3))
-        kernels.harmonics(vectors, lmax, "component", True)
-        kernels.harmonics_slope(vectors, g, lmax, "component", True)
-        kernels.harmonics_second(vectors, g, h, lmax, "component", True)
+        call = SimpleNamespace(vectors=vectors, g=g, h=h, lmax=lmax, normalize=True)
+        call.normalization = "component"
+        kernels.harmonics(call)
+        kernels.harmonics_slope(call)
+        kernels.harmonics_second(call)
     assert len(blocks) >= 4 * 6
     assert all(bool((block[n:] == _GUARD).all()) for block, n in blocks)

@@ -5,26 +5,51 @@ Where a weight wants a gradient plain torch computes, with derivatives of any or
 derivative by the features is plain torch's too.
 """
 
+import math
+from types import ModuleType, SimpleNamespace
+from typing import NamedTuple
+
+import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import linear, pad, silu
 
-from atomeq.ops.atoms import examples, reference, registered
-from atomeq.ops.atoms.reference import Linear
-from atomeq.ops.dispatch import operation
-from atomeq.ops.specification import Size, size_of
+from atomeq.ops.dispatch import operation, size_of
+from atomeq.ops.registration import differentiable_gradient, kernel, kernels_of, registered
+from atomeq.ops.self_check import Example, random
+from atomeq.ops.specification import Size
+from atomeq.ops.tables import constant_table, table_like
 from atomeq.typing import NodeFeatures
 
+Linear = tuple[Tensor, Tensor | None]  # weight and bias
 
-def _verified_norm(
-    x: NodeFeatures, weight: Tensor, bias: Tensor | None = None, *, epsilon: float = 1e-5
-) -> Size:
+
+def _verified_norm(x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float) -> Size:
     _check_rows(x, len(weight))
     _check("weight", weight, len(weight), x.shape[2])
     _check("bias", bias, x.shape[2])
     return size_of(x, x.shape[0], lmax=len(weight) - 1, channels=x.shape[2])
 
 
-@operation(_verified_norm, by_kernels=registered.rms_norm, example=examples.norm)
+def _example_norm(size: Size) -> Example:
+    """Return the features of some atoms; the weights of a normalisation are fixed."""
+    x, weight = (
+        random(size, n, rows, size.channels)
+        for n, rows in ((5, (size.lmax + 1) ** 2), (1, size.lmax + 1))
+    )
+    bias = random(size, size.channels)
+    return [x], lambda operation, x: operation(x, weight[0], bias)
+
+
+def _norm_by_kernels(
+    x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float, kernels: str
+) -> Tensor:
+    if _trained(weight, bias):
+        return _rms_norm(x, weight, bias, epsilon)
+    return atom_norm(x, weight, bias, epsilon, kernels)
+
+
+@operation(_verified_norm, by_kernels=_norm_by_kernels, example=_example_norm)
 def rms_norm(
     x: NodeFeatures,
     weight: Float[Tensor, "degrees channels"],
@@ -48,7 +73,7 @@ def rms_norm(
     Raises:
         ValueError: If the shapes do not fit together.
     """
-    return reference.rms_norm(x, weight, bias, epsilon)
+    return _rms_norm(x, weight, bias, epsilon)
 
 
 def _verified_update(x: NodeFeatures, first: Linear, gates: Linear, second: Linear) -> Size:
@@ -64,7 +89,27 @@ def _verified_update(x: NodeFeatures, first: Linear, gates: Linear, second: Line
     return size_of(x, x.shape[0], lmax=n_degrees - 1, channels=hidden)
 
 
-@operation(_verified_update, by_kernels=registered.gated_update, example=examples.update)
+def _example_update(size: Size) -> Example:
+    """Return the features of some atoms; the weights of an update are fixed."""
+    hidden, n_degrees = size.channels, size.lmax + 1
+    channels, c_out = hidden + 3, hidden + 1
+    x = random(size, 5, n_degrees**2, channels)
+    first = random(size, n_degrees, hidden, channels), random(size, hidden)
+    gates = random(size, size.lmax * hidden, channels), random(size, size.lmax * hidden)
+    second = random(size, n_degrees, c_out, hidden), random(size, c_out)
+    return [x], lambda operation, x: operation(x, first, gates, second)
+
+
+def _update_by_kernels(
+    x: Tensor, first: Linear, gates: Linear, second: Linear, kernels: str
+) -> Tensor:
+    weights = (*first, *gates, *second)
+    if _trained(*weights):
+        return _gated_update(x, first, gates, second)
+    return atom_update(x, *weights, kernels)
+
+
+@operation(_verified_update, by_kernels=_update_by_kernels, example=_example_update)
 def gated_update(
     x: NodeFeatures, first: Linear, gates: Linear, second: Linear
 ) -> Float[Tensor, "n_atoms n_sph c_out"]:
@@ -84,7 +129,7 @@ def gated_update(
     Raises:
         ValueError: If the shapes do not fit together.
     """
-    return reference.gated_update(x, first, gates, second)
+    return _gated_update(x, first, gates, second)
 
 
 def _check(name: str, tensor: Tensor | None, *shape: int) -> None:
@@ -95,3 +140,194 @@ def _check(name: str, tensor: Tensor | None, *shape: int) -> None:
 def _check_rows(x: Tensor, n_degrees: int) -> None:
     if x.ndim != 3 or x.shape[1] != n_degrees**2:
         raise ValueError(f"x is {tuple(x.shape)}; {n_degrees} degrees have {n_degrees**2} rows")
+
+
+def _rms_norm(x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float) -> Tensor:
+    if bias is not None:
+        scalars, higher = x.split([1, x.shape[1] - 1], dim=1)
+        scalars = scalars - scalars.mean(dim=2, keepdim=True)
+        x = torch.cat([scalars, higher], dim=1)
+    lmax = len(weight) - 1
+    mean_square = ((x * x).mean(dim=2) / table_like(_orders, lmax, like=x)).sum(dim=1) / len(weight)
+    scale = torch.rsqrt(mean_square + epsilon)[:, None, None]
+    x = x * scale * weight.index_select(0, table_like(_degrees, lmax, like=weight))
+    return x if bias is None else x + pad(bias[None], (0, 0, 0, x.shape[1] - 1))
+
+
+@constant_table
+def _degrees(lmax: int) -> Tensor:
+    """Return the degree of each coefficient, (n_sph,)."""
+    return torch.tensor([math.isqrt(row) for row in range((lmax + 1) ** 2)])
+
+
+@constant_table
+def _orders(lmax: int) -> Tensor:
+    """Return how many orders the degree of each coefficient has, (n_sph,)."""
+    return 2.0 * _degrees(lmax) + 1.0
+
+
+def so3_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Map channels by one matrix per degree.
+
+    Args:
+        x: (n_atoms, n_sph, in_channels).
+        weight: (lmax + 1, out_channels, in_channels).
+        bias: Added to l = 0, (out_channels,).
+
+    Returns:
+        (n_atoms, n_sph, out_channels).
+    """
+    # split, not slices: the backward of a slice fills a tensor of zeros, that of split is a cat
+    degrees = x.split([2 * l + 1 for l in range(len(weight))], dim=1)
+    blocks = [
+        block @ matrix.transpose(0, 1)
+        for block, matrix in zip(degrees, weight.unbind(0), strict=True)
+    ]
+    if bias is not None:
+        blocks[0] = blocks[0] + bias
+    return torch.cat(blocks, dim=1)
+
+
+def _gated_update(x: Tensor, first: Linear, gates: Linear, second: Linear) -> Tensor:
+    rows = so3_linear(x, *first)
+    scalars, *higher = rows.split([2 * l + 1 for l in range(len(first[0]))], dim=1)
+    opened = torch.sigmoid(linear(x[:, 0], *gates)).unflatten(1, (len(first[0]) - 1, -1))
+    gated = [part * gate[:, None] for part, gate in zip(higher, opened.unbind(1), strict=True)]
+    return so3_linear(torch.cat([silu(scalars), *gated], dim=1), *second)
+
+
+def _trained(*weights: Tensor | None) -> bool:
+    """Whether a weight is trained, be there a gradient now or not: one value has one way."""
+    return any([weight is not None and weight.requires_grad for weight in weights])
+
+
+def _like_x(call: SimpleNamespace) -> Tensor:
+    return torch.empty_like(call.x)
+
+
+def _norm_gradient(saved: SimpleNamespace, wanted: set[str], grad: Tensor) -> dict[str, Tensor]:
+    given = saved.weight, saved.bias, saved.epsilon
+    if torch.is_grad_enabled():
+        return {"x": differentiable_gradient(lambda x: _rms_norm(x, *given), saved.x, grad)}
+    centred = saved.bias is not None
+    found = atom_norm_gradient(saved.x, saved.weight, grad, centred, saved.epsilon, saved.kernels)
+    return {"x": found}
+
+
+@kernel(outputs=_like_x, gradient=_norm_gradient)
+def atom_norm(
+    x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float, kernels: str
+) -> Tensor:
+    """Return the normalised features."""
+    ...
+
+
+@kernel(outputs=_like_x)
+def atom_norm_gradient(
+    x: Tensor, weight: Tensor, grad: Tensor, centred: bool, epsilon: float, kernels: str
+) -> Tensor:
+    """Return the gradient by the features; ``centred`` where the mean of l = 0 is removed."""
+    ...
+
+
+def _fake_update(call: SimpleNamespace) -> Tensor:
+    return call.x.new_empty(*call.x.shape[:2], call.second.shape[1])
+
+
+def _update_gradient(saved: SimpleNamespace, wanted: set[str], grad: Tensor) -> dict[str, Tensor]:
+    first, gates = (saved.first, saved.first_bias), (saved.gates, saved.gates_bias)
+    if torch.is_grad_enabled():
+        second = saved.second, saved.second_bias
+
+        def update(x: Tensor) -> Tensor:
+            return _gated_update(x, first, gates, second)
+
+        return {"x": differentiable_gradient(update, saved.x, grad)}
+    return {"x": atom_update_gradient(saved.x, *first, *gates, saved.second, grad, saved.kernels)}
+
+
+@registered(outputs=_fake_update, gradient=_update_gradient)
+def atom_update(
+    x: Tensor,
+    first: Tensor,
+    first_bias: Tensor | None,
+    gates: Tensor,
+    gates_bias: Tensor | None,
+    second: Tensor,
+    second_bias: Tensor | None,
+    kernels: str,
+) -> Tensor:
+    """Return the update, (n_atoms, n_sph, c_out)."""
+    update = _Update(kernels_of("atoms", kernels), (first, first_bias), (gates, gates_bias))
+    return update.value(x, (second, second_bias))
+
+
+@registered(outputs=_like_x)
+def atom_update_gradient(
+    x: Tensor,
+    first: Tensor,
+    first_bias: Tensor | None,
+    gates: Tensor,
+    gates_bias: Tensor | None,
+    second: Tensor,
+    grad: Tensor,
+    kernels: str,
+) -> Tensor:
+    """Return the gradient of the update by the features."""
+    update = _Update(kernels_of("atoms", kernels), (first, first_bias), (gates, gates_bias))
+    return update.gradient(x, second, grad)
+
+
+class _Update(NamedTuple):
+    """The gated update in raw functions: products of matrices around a gate that kernels compute.
+
+    Inside, features lie degree by degree, (n_sph, n_atoms, channels): a degree is then one matrix,
+    and its map one product, where (n_atoms, n_sph, channels) would need a small one for each atom.
+
+    Attributes:
+        by: Kernels with ``gate`` and ``gate_gradient``.
+        first: Weight (lmax + 1, hidden, channels) and bias of the map of each degree.
+        gates: Weight (lmax * hidden, channels) and bias of the gates.
+    """
+
+    by: ModuleType
+    first: Linear
+    gates: Linear
+
+    def value(self, x: Tensor, second: Linear) -> Tensor:
+        """Return the update of ``x`` (n_atoms, n_sph, channels)."""
+        rows, gates = self._before(x)
+        return _by_atoms(_mapped(self.by.gate(rows, gates), second[0].mT, second[1]))
+
+    def gradient(self, x: Tensor, second: Tensor, grad: Tensor) -> Tensor:
+        """Return the gradient by ``x``; what the gate was given is computed again."""
+        rows, gates = self._before(x)
+        grad = _mapped(_by_degrees(grad), second)
+        to_rows, to_gates = self.by.gate_gradient(rows, gates, grad)
+        to_x = _mapped(to_rows, self.first[0])
+        to_x[0].addmm_(to_gates, self.gates[0])
+        return _by_atoms(to_x)
+
+    def _before(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what the gate is given: rows (n_sph, n_atoms, hidden), and gates."""
+        x = _by_degrees(x)
+        gates = linear(x[0], *self.gates)
+        return _mapped(x, self.first[0].mT, self.first[1]), gates
+
+
+def _by_degrees(x: Tensor) -> Tensor:
+    return x.transpose(0, 1).contiguous()
+
+
+_by_atoms = _by_degrees  # the way back is the same
+
+
+def _mapped(rows: Tensor, matrices: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return the rows of each degree times its matrix, with a bias on l = 0."""
+    found = rows.new_empty(*rows.shape[:2], matrices.shape[2])
+    for l, matrix in enumerate(matrices.unbind(0)):
+        part = slice(l * l, (l + 1) ** 2)
+        torch.mm(rows[part].flatten(0, 1), matrix, out=found[part].flatten(0, 1))
+    if bias is not None:
+        found[0] += bias
+    return found

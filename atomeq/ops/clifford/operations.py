@@ -15,20 +15,15 @@ from atomeq.ops.clifford.algebra import (
     term_paths,
     term_signs,
 )
-from atomeq.ops.dispatch import operation
-from atomeq.ops.specification import Size, size_of
+from atomeq.ops.dispatch import operation, size_of
+from atomeq.ops.specification import Size
 from atomeq.ops.tables import table_like
 
 Multivectors = Float[Tensor, "*batch n_blades channels"]
 
 
 def _verified(
-    x: Multivectors,
-    y: Multivectors,
-    weights: Float[Tensor, "n_paths channels"] | None = None,
-    *,
-    signature: tuple[int, int] = (3, 0),
-    sharing: Sharing = "grade",
+    x: Tensor, y: Tensor, weights: Tensor | None, signature: tuple[int, int], sharing: Sharing
 ) -> Size:
     algebra = algebra_of(signature, sharing)
     if x.shape != y.shape or x.shape[-2:-1] != (algebra.n_blades,):
@@ -49,10 +44,9 @@ def _verified(
 def _by_kernels(
     x: Tensor,
     y: Tensor,
-    weights: Tensor | None = None,
-    *,
-    signature: tuple[int, int] = (3, 0),
-    sharing: Sharing = "grade",
+    weights: Tensor | None,
+    signature: tuple[int, int],
+    sharing: Sharing,
     kernels: str,
 ) -> Tensor:
     dtype = torch.promote_types(x.dtype, y.dtype)

@@ -56,9 +56,8 @@ def refusal(spec: OpSpec) -> str | None:
 def spherical_harmonics(
     vectors: Tensor,
     lmax: int,
-    *,
-    normalize: bool = True,
-    normalization: Normalization = "component",
+    normalize: bool,
+    normalization: Normalization,
 ) -> Tensor:
     """Evaluate the harmonics, one homogeneous polynomial for all degrees."""
     polynomial = _harmonics(lmax, vectors.device)
@@ -73,9 +72,8 @@ def tensor_product(
     y: Tensor,
     weights: Tensor | None,
     paths: Sequence[Path],
-    *,
-    mode: Mode = "uvu",
-    output: Output = "sum",
+    mode: Mode,
+    output: Output,
 ) -> Tensor:
     """Couple two features item by item."""
     form = form_of(paths, mode, output)
@@ -93,10 +91,9 @@ def cg_conv(
     edge_index: Tensor,
     n_atoms: int,
     paths: Sequence[Path],
-    *,
-    mode: Mode = "uvu",
-    output: Output = "sum",
-    radial_map: RadialMap | None = None,
+    mode: Mode,
+    output: Output,
+    radial_map: RadialMap | None,
 ) -> Tensor:
     """Gather, couple and sum in one kernel."""
     form = form_of(paths, mode, output)

@@ -43,9 +43,8 @@ def refusal(spec: OpSpec) -> str | None:
 def spherical_harmonics(
     vectors: Tensor,
     lmax: int,
-    *,
-    normalize: bool = True,
-    normalization: Normalization = "component",
+    normalize: bool,
+    normalization: Normalization,
 ) -> Tensor:
     """Evaluate the harmonics by e3nn's generated polynomials, of our own directions."""
     # Imported here because it takes seconds and most models do not need it.
@@ -60,9 +59,8 @@ def tensor_product(
     y: Tensor,
     weights: Tensor | None,
     paths: Sequence[Path],
-    *,
-    mode: Mode = "uvu",
-    output: Output = "sum",
+    mode: Mode,
+    output: Output,
 ) -> Tensor:
     """Couple two features by ``o3.TensorProduct``."""
     form = form_of(paths, mode, output)
@@ -90,10 +88,9 @@ def cg_conv(
     edge_index: Tensor,
     n_atoms: int,
     paths: Sequence[Path],
-    *,
-    mode: Mode = "uvu",
-    output: Output = "sum",
-    radial_map: RadialMap | None = None,
+    mode: Mode,
+    output: Output,
+    radial_map: RadialMap | None,
 ) -> Tensor:
     """Gather, couple, sum: three steps, as models built on e3nn write it."""
     weights = made_weights(weights, radial_map)

@@ -18,14 +18,13 @@ import torch
 from torch import Tensor
 
 from atomeq.ops.coupling.clebsch_gordan import Form
-from atomeq.ops.coupling.cpu import cg
+from atomeq.ops.coupling.cpu import kernels as cg
 from atomeq.ops.coupling.operations import cg_conv
 from atomeq.ops.coupling.weight_table import WeightTable
-from atomeq.ops.dispatch import serving
+from atomeq.ops.dispatch import serving, size_of
 from atomeq.ops.edge.frame import checked_edges
 from atomeq.ops.paths import Path
-from atomeq.ops.registration import registered
-from atomeq.ops.specification import size_of
+from atomeq.ops.registration import contiguous, registered
 from atomeq.typing import EdgeIndex
 
 Route = tuple[Path, int, int]  # a path, which x it reads, which sum it goes to
@@ -245,11 +244,12 @@ def cg_irreps_partials(
     """
     layout = _layout_of(x, routes)
     wanted = arguments.split()
+    x, y, z = contiguous(x), contiguous(y), contiguous(z)
     given = weights
     if lengths is not None and polynomials is not None:
-        given = WeightTable(lengths, polynomials)
+        given = WeightTable(contiguous(lengths), contiguous(polynomials))
     elif weights is not None:
-        given = weights[:, None]  # one axis more, as the kernel tells weights of edges
+        given = contiguous(weights)[:, None]  # one axis more, as the kernel tells weights of edges
     shapes = [(n_targets, *shape) for shape in layout.shapes]
     found = cg.block_partials(
         x, y, given, z or None, shapes, ends, wanted, layout.form, layout.places

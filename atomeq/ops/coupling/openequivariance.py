@@ -49,10 +49,9 @@ def cg_conv(
     edge_index: Tensor,
     n_atoms: int,
     paths: Sequence[Path],
-    *,
-    mode: Mode = "uvu",
-    output: Output = "sum",
-    radial_map: RadialMap | None = None,
+    mode: Mode,
+    output: Output,
+    radial_map: RadialMap | None,
 ) -> Tensor:
     """Gather, couple and sum in one kernel, with atomic additions."""
     form = form_of(paths, mode, output)

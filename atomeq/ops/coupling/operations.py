@@ -14,31 +14,30 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from atomeq.ops.coupling import examples, registered
-from atomeq.ops.coupling.clebsch_gordan import Form, form_of
+from atomeq.ops.coupling import registered
+from atomeq.ops.coupling.clebsch_gordan import Coupling, Form, coupling_table, couplings, form_of
 from atomeq.ops.coupling.radial import couple_radially
-from atomeq.ops.coupling.reference import coupled
-from atomeq.ops.dispatch import operation
+from atomeq.ops.dispatch import operation, size_of
 from atomeq.ops.edge.frame import checked_edges
-from atomeq.ops.paths import Output, Path, RadialMap, made_weights
+from atomeq.ops.paths import Output, Path, RadialMap, made_weights, tensor_product_paths
 from atomeq.ops.segment.operations import segment_sum
-from atomeq.ops.specification import Mode, Size, size_of
+from atomeq.ops.self_check import Example, indices, random
+from atomeq.ops.specification import Mode, Size
+from atomeq.ops.tables import table_like
 from atomeq.typing import EdgeIndex, NodeFeatures
 
 Features = Float[Tensor, "*batch n_sph channels"]
 
 
 def _verified_product(
-    x: Features,
-    y: Float[Tensor, "..."],
-    weights: Float[Tensor, "..."] | None,
+    x: Tensor,
+    y: Tensor,
+    weights: Tensor | None,
     paths: Sequence[Path],
-    *,
-    mode: Mode = "uvu",
-    output: Output = "sum",
+    mode: Mode,
+    output: Output,
 ) -> Size:
-    batch = tuple(x.shape[:-2])
-    return _verified(batch, x, y, weights, form_of(paths, mode, output))
+    return _verified(tuple(x.shape[:-2]), x, y, weights, form_of(paths, mode, output))
 
 
 def _product_by_kernels(
@@ -46,9 +45,8 @@ def _product_by_kernels(
     y: Tensor,
     weights: Tensor | None,
     paths: Sequence[Path],
-    *,
-    mode: Mode = "uvu",
-    output: Output = "sum",
+    mode: Mode,
+    output: Output,
     kernels: str,
 ) -> Tensor:
     x, y, weights = _promoted(x, y, weights)
@@ -64,7 +62,18 @@ def _product_by_kernels(
     return product.reshape(*batch, *product.shape[1:])
 
 
-@operation(_verified_product, by_kernels=_product_by_kernels, example=examples.product)
+def _example_product(size: Size) -> Example:
+    """Return features of edges, with weights of their own."""
+    paths = tensor_product_paths(size.lmax, size.lmax, size.lmax)
+    n_sph, channels = (size.lmax + 1) ** 2, size.channels
+    x, y = random(size, 24, n_sph, channels), random(size, 24, n_sph)
+    weights = random(size, 24, len(paths), channels)
+    if not size.weighted:
+        return [x, y], lambda operation, x, y: operation(x, y, None, paths)
+    return [x, y, weights], lambda operation, x, y, w: operation(x, y, w, paths)
+
+
+@operation(_verified_product, by_kernels=_product_by_kernels, example=_example_product)
 def tensor_product(
     x: Features,
     y: Float[Tensor, "..."],
@@ -102,16 +111,15 @@ def tensor_product(
 
 
 def _verified_conv(
-    x: NodeFeatures,
-    y: Float[Tensor, "n_edges ..."],
-    weights: Float[Tensor, "..."] | None,
-    edge_index: EdgeIndex,
+    x: Tensor,
+    y: Tensor,
+    weights: Tensor | None,
+    edge_index: Tensor,
     n_atoms: int,
     paths: Sequence[Path],
-    *,
-    mode: Mode = "uvu",
-    output: Output = "sum",
-    radial_map: RadialMap | None = None,
+    mode: Mode,
+    output: Output,
+    radial_map: RadialMap | None,
 ) -> Size:
     if edge_index.shape != (2, y.shape[0]):
         raise ValueError(f"edge_index is {tuple(edge_index.shape)} but y has {y.shape[0]} edges")
@@ -129,23 +137,33 @@ def _conv_by_kernels(
     edge_index: Tensor,
     n_atoms: int,
     paths: Sequence[Path],
-    *,
-    mode: Mode = "uvu",
-    output: Output = "sum",
-    radial_map: RadialMap | None = None,
+    mode: Mode,
+    output: Output,
+    radial_map: RadialMap | None,
     kernels: str,
 ) -> Tensor:
     source, target = edge_index.long().unbind()
-    form = form_of(paths, mode, output)
+    ends, form = (source, target), form_of(paths, mode, output)
     weight, bias = radial_map or (None, None)
     x, y, weights, weight, bias = _promoted(x, y, weights, weight, bias)
     if weight is not None and weights is not None:
-        ends, layer = (source, target), (weight, bias)
-        return couple_radially(x, y, weights, layer, ends, n_atoms, form, kernels)
-    return registered.couple(x, y, weights, (source, target), n_atoms, form, kernels)
+        return couple_radially(x, y, weights, (weight, bias), ends, n_atoms, form, kernels)
+    return registered.couple(x, y, weights, ends, n_atoms, form, kernels)
 
 
-@operation(_verified_conv, by_kernels=_conv_by_kernels, example=examples.convolution)
+def _example_conv(size: Size) -> Example:
+    """Return features of atoms, one of which has no edge, and edges with weights of their own."""
+    paths = tensor_product_paths(size.lmax, size.lmax, size.lmax)
+    n_sph, channels = (size.lmax + 1) ** 2, size.channels
+    edges = indices(size, 5, 2, 24)
+    x, y = random(size, 5, n_sph, channels), random(size, 24, n_sph)
+    weights = random(size, 24, len(paths), channels)
+    if not size.weighted:
+        return [x, y], lambda operation, x, y: operation(x, y, None, edges, 5, paths)
+    return [x, y, weights], lambda operation, x, y, w: operation(x, y, w, edges, 5, paths)
+
+
+@operation(_verified_conv, by_kernels=_conv_by_kernels, example=_example_conv)
 def cg_conv(
     x: NodeFeatures,
     y: Float[Tensor, "n_edges ..."],
@@ -263,3 +281,62 @@ def _check_weights(
             f"weights are {tuple(weights.shape)}; mode {mode} with {n_paths} paths needs "
             f"([*,] {', '.join(map(str, expected))}{more})"
         )
+
+
+def coupled(x: Tensor, y: Tensor, weights: Tensor | None, form: Form) -> Tensor:
+    """Couple groups of paths by one matrix each, weight them and sum those of equal l3.
+
+    Args:
+        x: (*, n1, U).
+        y: (*, n2), or (*, n2, channels).
+        weights: ([*,] n_paths, ...); None for weights of 1.
+        form: What is coupled.
+
+    Returns:
+        (*, rows, channels).
+    """
+    paths, mode = form.paths, form.mode
+    n_terms = form.n_terms(x.shape[-1], y.shape[-1])
+    products: dict[int, Tensor] = {}
+    for coupling in couplings(paths, mode):
+        table = table_like(coupling_table, form, coupling, n_terms, like=x)
+        rows = _coupled(x, y, table, coupling, mode)  # (*, rows of these paths, channels)
+        sizes = [2 * paths[number].l3 + 1 for number in coupling.numbers]
+        for number, part in zip(coupling.numbers, rows.split(sizes, dim=-2), strict=True):
+            products[number] = _weighted(part, weights, number, mode)
+    ordered = [products[number] for number in range(len(paths))]
+    return torch.cat(ordered, dim=-2) if form.stacked else _summed(ordered, paths)
+
+
+def _coupled(x: Tensor, y: Tensor, table: Tensor, coupling: Coupling, mode: Mode) -> Tensor:
+    """Contract a group of paths with its table, (rows of y, rows of output, 2 l1 + 1)."""
+    first, last = coupling.rows2
+    left = x[..., coupling.l1**2 : (coupling.l1 + 1) ** 2, :]
+    if mode == "uvu":
+        return (y[..., first:last] @ table.flatten(1)).unflatten(-1, table.shape[1:]) @ left
+    right = y[..., first:last, :]
+    if mode == "uuu":
+        outer = right.unsqueeze(-2) * left.unsqueeze(-3)  # (*, d2, d1, channels)
+    else:
+        outer = (right[..., :, None, None, :] * left[..., None, :, :, None]).flatten(-2)
+    return table.transpose(0, 1).flatten(1) @ outer.flatten(-3, -2)  # (*, rows, channels)
+
+
+def _weighted(part: Tensor, weights: Tensor | None, number: int, mode: Mode) -> Tensor:
+    if weights is None:
+        return part
+    if mode == "uvw":
+        return part @ weights[..., number, :, :, :].flatten(-3, -2)
+    return part * weights[..., number, None, :]
+
+
+def _summed(products: list[Tensor], paths: tuple[Path, ...]) -> Tensor:
+    """Sum the paths of equal l3; a degree that no path reaches is zero."""
+    totals: dict[int, Tensor] = {}
+    for product, path in zip(products, paths, strict=True):
+        totals[path.l3] = totals[path.l3] + product if path.l3 in totals else product
+    *batch, _, channels = products[0].shape
+    for l in range(max(totals)):
+        if l not in totals:
+            totals[l] = products[0].new_zeros(*batch, 2 * l + 1, channels)
+    return torch.cat([totals[l] for l in range(len(totals))], dim=-2)

@@ -23,7 +23,7 @@ from atomeq.ops.coupling.registered import (
     sorted_edges,
 )
 from atomeq.ops.edge.frame import segments_of
-from atomeq.ops.registration import WANT_SEGMENTS, kernels_of, registered
+from atomeq.ops.registration import WANT_SEGMENTS, contiguous, kernels_of, registered
 
 _ARGUMENTS = ("x", "y", "radial", "weight", "bias", "z")
 _OF_WEIGHTS = ("radial", "weight", "bias")
@@ -129,7 +129,7 @@ class _Call:
     bias: Any
 
     def __init__(self, call: SimpleNamespace) -> None:
-        self.x, self.y, self.radial, self.z = call.x, call.y, call.radial, call.z
+        self.x, self.y, self.radial, self.z = map(contiguous, (call.x, call.y, call.radial, call.z))
         self.edges, self.n_targets, self.form, self.kernels = (
             getattr(call, name) for name in FIXED
         )
@@ -176,11 +176,10 @@ class _Call:
         return flat.unflatten(1, self.weight.shape[:-1])
 
     def _inner(self, part: slice, arguments: str) -> list[Tensor]:
-        by = kernels_of("coupling", self.kernels)
-        weights, edges = self._weights(part), self._edges(part)
-        return by.cg_partials(
-            *(self.x, self.y[part], weights, self.z, edges, self.n_targets, arguments, self.form)
-        )
+        call = SimpleNamespace(x=self.x, y=self.y[part], z=self.z, n_targets=self.n_targets)
+        call.weights, call.edges = self._weights(part), self._edges(part)
+        call.arguments, call.form = arguments, self.form
+        return kernels_of("coupling", self.kernels).cg_partials(call)
 
     def _edges(self, part: slice) -> list[Tensor]:
         if part == slice(0, len(self.y)):

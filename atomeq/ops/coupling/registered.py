@@ -15,7 +15,7 @@ from torch import Tensor
 
 from atomeq.ops.coupling.clebsch_gordan import Form, form_from
 from atomeq.ops.edge.frame import segments_of
-from atomeq.ops.registration import WANT_SEGMENTS, kernels_of, registered
+from atomeq.ops.registration import WANT_SEGMENTS, kernel
 
 ARGUMENTS = ("x", "y", "weights", "z")
 FIXED = ("edges", "n_targets", "form", "kernels")
@@ -114,7 +114,7 @@ def _partials_gradient(
     return gradient_of_partials(cg_partials, ARGUMENTS, {}, saved, wanted, grads)
 
 
-@registered(outputs=_fake_partials, gradient=_partials_gradient)
+@kernel(outputs=_fake_partials, gradient=_partials_gradient)
 def cg_partials(
     x: Tensor,
     y: Tensor,
@@ -133,5 +133,4 @@ def cg_partials(
     the only argument is z. For ``edges`` see :func:`sorted_edges`; empty, x and z belong to the
     edges. Rows of x or y that no path reads get zeros.
     """
-    by = kernels_of("coupling", kernels)
-    return by.cg_partials(x, y, weights, z, edges, n_targets, arguments, form)
+    ...

@@ -1,45 +1,51 @@
 """The whole eSCN edge layer as one operation, differentiable twice, that keeps next to nothing.
 
-Forward, gradient and gradient of the gradient are three registered operations, over
-:mod:`atomeq.ops.edge.layer` and :mod:`atomeq.ops.edge.second_gradient`. A third derivative is
-refused; the single operations rotate_to_edge, so2_linear and rotate_from_edge have derivatives of
-any order.
+For each edge, with G the gather of both atoms, W the rotation into its frame, S the sum on the
+target atoms,
 
-The three share their arguments:
+    r = W G x,  z = s r,  y = M_1 z + b_1,  a = gate(y),  u = M_2 a + b_2,  out = S f W^T u.
 
-    inputs   those of ``INPUTS`` that are given, in that order
+Between the passes nothing of an edge is kept but y and u, and for a second derivative dE/da and
+dE/dz, or not even these. Forward, gradient and gradient of the gradient are three registered
+operations, which kernels have by the same names. They share their arguments:
+
+    inputs   those of ``INPUTS`` that are given
+    names    of these, in their order
     weights  of the first map, one for each order, and then of the second
     edges    wigner, source, target, and where the kernels want them the sorted edges
-    given    which of ``INPUTS`` are
 
-A gradient has a place of its own: that of its input or, behind these, of its weight.
+A map's name, ``first`` or ``second``, stands for all of its weights, ``first.0`` for those of an
+order. A third derivative is refused; the single operations rotate_to_edge, so2_linear and
+rotate_from_edge have derivatives of any order.
 
 What a gradient feels of the layer's insides, the outputs y and u of both maps, goes through these:
 in a backward pass over a gradient they are inputs like others, and the layer's own backward pass,
 which comes last, takes the gradient with respect to them along. Each map is multiplied once then.
 """
 
+import math
 from collections.abc import Sequence
 from functools import cache
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from atomeq.ops.edge import layer as escn_layer
 from atomeq.ops.edge.frame import EdgeFrame
-from atomeq.ops.edge.layer import EdgeLayer, layer_shapes
 from atomeq.ops.edge.rotation import turn_gradient
-from atomeq.ops.edge.second_gradient import second_gradient
-from atomeq.ops.edge.so2_map import Gradients
-from atomeq.ops.edge.so2_shape import views
-from atomeq.ops.registration import WANT_SEGMENTS, kernels_of, registered
+from atomeq.ops.edge.so2_map import Gradients, SO2Shape, views
+from atomeq.ops.registration import WANT_SEGMENTS, kernel, kernels_of
 
 INPUTS = (
     *("x", "vectors", "radial", "radial_weight", "radial_bias", "envelope"),
     *("first_bias", "second_bias"),
 )
-_OTHERS = ("grad", "y", "u")  # what the second gradient can be of besides
+MAPS = ("first", "second")
+RADIAL = {"radial", "radial_weight", "radial_bias"}
+# what a gradient must pass the first map for
+INWARD = {"first", "first_bias", "x", "vectors", *RADIAL}
+Named = dict[str, Any]  # tensors, or the weights of a map, by the names of arguments
 
 
 def conv(
@@ -47,12 +53,11 @@ def conv(
     frame: EdgeFrame,
     first: Sequence[Tensor],
     second: Sequence[Tensor],
-    *,
-    radial: Tensor | None = None,
-    radial_map: tuple[Tensor, Tensor | None] | None = None,
-    envelope: Tensor | None = None,
-    biases: tuple[Tensor | None, Tensor | None] = (None, None),
-    recompute: bool = False,
+    radial: Tensor | None,
+    radial_map: tuple[Tensor, Tensor | None] | None,
+    envelope: Tensor | None,
+    biases: tuple[Tensor | None, Tensor | None],
+    recompute: bool,
     kernels: str,
 ) -> Tensor:
     """Return the whole edge layer as one operation of some kernels."""
@@ -61,46 +66,95 @@ def conv(
     if any([leaf is not None and leaf.requires_grad for leaf in (*weights, *mapped)]):
         weights = views(weights)
         mapped = [leaf if leaf is None else views([leaf])[0] for leaf in mapped]
-    inputs = [x, frame.vectors, radial, *mapped[:2], envelope, *mapped[2:]]
-    present = [tensor for tensor in inputs if tensor is not None]
-    given = [tensor is not None for tensor in inputs]
+    given = (x, frame.vectors, radial, *mapped[:2], envelope, *mapped[2:])
+    named = zip(INPUTS, given, strict=True)
+    inputs = {name: tensor for name, tensor in named if tensor is not None}
     keep = torch.is_grad_enabled() and not recompute
-    keep = keep and any([tensor.requires_grad for tensor in (*present, *weights)])
+    keep = keep and any([tensor.requires_grad for tensor in (*inputs.values(), *weights)])
     edges = [frame.wigner, frame.source, frame.target]
     if kernels in WANT_SEGMENTS:
         edges += frame.segments_for(edges[1:])
-    total, _, _ = escn_conv(present, weights, edges, given, keep, kernels)
+    total, _, _ = escn_conv(list(inputs.values()), " ".join(inputs), weights, edges, keep, kernels)
     return total
 
 
-def _layer(
-    inputs: list[Tensor],
-    weights: list[Tensor],
-    edges: list[Tensor],
-    given: list[bool],
-    kernels: str,
-) -> EdgeLayer:
-    wigner, source, target, *segments = edges
-    tensors = {"wigner": wigner, "source": source, "target": target}
-    tensors |= zip(_names(given, weights), inputs, strict=False)  # weights have names too
-    del tensors["vectors"]  # what is made of them is the Wigner matrices
-    for name, tensor in tensors.items():
-        tensors[name] = tensor.detach().contiguous()
-    return EdgeLayer(kernels_of("edge", kernels), tensors, weights, segments)
+def layer_shapes(x: Tensor, weights: list[Tensor]) -> tuple[SO2Shape, SO2Shape]:
+    """Return the sizes of the two maps: both atoms to the hidden channels and gates, and on."""
+    lmax, n_maps = math.isqrt(int(x.shape[1])) - 1, len(weights) // 2
+    c_out, hidden = weights[n_maps].shape
+    c_out, hidden = c_out // (lmax + 1), hidden // (lmax + 1)
+    return (
+        SO2Shape(lmax, n_maps - 1, 2 * x.shape[2], hidden, lmax * hidden),
+        SO2Shape(lmax, n_maps - 1, hidden, c_out, 0),
+    )
+
+
+class EdgeLayer:
+    """What a call of one of the three operations is given, as kernels take it.
+
+    Attributes:
+        by: The kernels.
+        tensors: x (n_atoms, n_sph, C); wigner (n_edges, n_rows, n_sph); source and target
+            (n_edges,); where given, radial (n_edges, n_scales), or (n_edges, k) with radial_weight
+            (n_scales, k) and radial_bias (n_scales,); envelope (n_edges,); first_bias and
+            second_bias, of the outputs of m = 0. All are contiguous.
+        segments: Of the source and the target, or empty.
+        weights: One for each order of M_1, whose extra outputs are the gates, and of M_2.
+        shapes: Of the two maps.
+        n_edges: Number of edges.
+    """
+
+    def __init__(self, call: SimpleNamespace) -> None:
+        self.by = kernels_of("edge", call.kernels)
+        wigner, source, target, *self.segments = call.edges
+        self.tensors: Named = dict(zip(call.names.split(), call.inputs, strict=True))
+        del self.tensors["vectors"]  # what is made of them is the Wigner matrices
+        self.tensors |= {"wigner": wigner, "source": source, "target": target}
+        n_maps = len(call.weights) // 2
+        self.weights = {"first": call.weights[:n_maps], "second": call.weights[n_maps:]}
+        self.shapes = layer_shapes(self.tensors["x"], call.weights)
+        self.n_edges = wigner.shape[0]
+
+    def kept(self, keep: bool, *widths: int) -> list[Tensor]:
+        """Return memory for numbers of every edge, or of none unless they are kept."""
+        sizes = [(self.n_edges if keep else 0, width) for width in widths]
+        return [self.by.empty(size, self.tensors["x"]) for size in sizes]
+
+    def gradients(self, wanted: str) -> Named:
+        """Return zeros like what is wanted.
+
+        Edges have ``radial`` to themselves, and its memory is as it is. That of ``vectors`` is with
+        respect to a turn of each edge, (n_edges, 3).
+        """
+        found: Named = {}
+        for name in wanted.split():
+            if name in MAPS:
+                found[name] = [self.by.empty(w.shape, w).zero_() for w in self.weights[name]]
+            elif name == "vectors":
+                found[name] = self.tensors["x"].new_zeros(self.n_edges, 3)
+            elif name in self.tensors:
+                found[name] = self.by.empty(self.tensors[name].shape, self.tensors[name])
+                if name != "radial":
+                    found[name].zero_()
+        return found
 
 
 @cache
-def _names_of(given: tuple[bool, ...], n_maps: int) -> tuple[str, ...]:
-    inputs = [name for name, there in zip(INPUTS, given, strict=True) if there]
-    return (*inputs, *(f"{name}.{m}" for name in ("first", "second") for m in range(n_maps)))
+def _expanded(names: str, n_maps: int) -> tuple[str, ...]:
+    """Return names, for that of a map those of its weights."""
+    found = []
+    for name in names.split():
+        found += [f"{name}.{m}" for m in range(n_maps)] if name in MAPS else [name]
+    return tuple(found)
 
 
-def _names(given: list[bool], weights: list[Tensor]) -> tuple[str, ...]:
-    """Return the names of what has a gradient, in the order of the gradients."""
-    return _names_of(tuple(given), len(weights) // 2)
+def _named(call: SimpleNamespace) -> dict[str, Tensor]:
+    """Return what a call is given, the weights of each order apart."""
+    names = _expanded(f"{call.names} first second", len(call.weights) // 2)
+    return dict(zip(names, [*call.inputs, *call.weights], strict=True))
 
 
-def _rows(call: SimpleNamespace, widths: list[int]) -> list[Tensor]:
+def _fake_rows(call: SimpleNamespace, *widths: int) -> list[Tensor]:
     """Return rows of the edges as a trace sees them, none unless they are kept."""
     n_kept = call.edges[0].shape[0] if call.keep else 0
     return [call.inputs[0].new_empty(n_kept, width) for width in widths]
@@ -113,43 +167,48 @@ def _size_of_total(call: SimpleNamespace) -> tuple[int, int, int]:
 
 def _fake_value(call: SimpleNamespace) -> tuple[Tensor, Tensor, Tensor]:
     first, second = layer_shapes(call.inputs[0], call.weights)
-    y, u = _rows(call, [first.width, second.width])
+    y, u = _fake_rows(call, first.width, second.width)
     return call.inputs[0].new_empty(_size_of_total(call)), y, u
 
 
 def _value_gradient(
     saved: SimpleNamespace, wanted: set[str], grad: Tensor | None, *also: Tensor | None
 ) -> Gradients:
-    names, places = _names(saved.given, saved.weights), _places(saved, wanted)
+    names = _wanted(saved, wanted)
     # a gradient that is made with a graph is there to be differentiated
-    inward = bool(_whole(names, places) & escn_layer.INWARD)
-    keep = saved.keep and torch.is_grad_enabled() and inward
+    keep = saved.keep and torch.is_grad_enabled() and not INWARD.isdisjoint(names.split())
     if grad is None:
         grad = saved.inputs[0].new_zeros(_size_of_total(saved))
     *found, _, _ = escn_conv_gradient(
-        *(grad, saved.inputs, saved.weights, saved.edges, saved.given),
+        *(grad, saved.inputs, saved.names, saved.weights, saved.edges),
         *(saved.outputs if saved.keep else [], [part for part in also if part is not None]),
-        *(places, keep, saved.kernels),
+        *(names, keep, saved.kernels),
     )
-    return _by_argument(saved, places, found)
+    return _by_argument(saved, names, found)
 
 
-@registered(outputs=_fake_value, gradient=_value_gradient, keeps=(1, 2))
+@kernel(outputs=_fake_value, gradient=_value_gradient, keeps=(1, 2))
 def escn_conv(
     inputs: list[Tensor],
+    names: str,
     weights: list[Tensor],
     edges: list[Tensor],
-    given: list[bool],
     keep: bool,
     kernels: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the sums on the atoms, and the outputs of both maps if they are to be kept."""
-    return escn_layer.value(_layer(inputs, weights, edges, given, kernels), keep=keep)
+    ...
+
+
+def _fake_gradients(call: SimpleNamespace, **others: Tensor) -> list[Tensor]:
+    tensors = _named(call) | others
+    wanted = _expanded(call.wanted, len(call.weights) // 2)
+    return [torch.empty_like(tensors[name]) for name in wanted]
 
 
 def _fake_gradient(call: SimpleNamespace) -> list[Tensor]:
     first, second = layer_shapes(call.inputs[0], call.weights)
-    return [*_fake_gradients(call), *_rows(call, [second.width_in, first.width_in])]
+    return [*_fake_gradients(call), *_fake_rows(call, second.width_in, first.width_in)]
 
 
 def _gradient_gradient(
@@ -162,126 +221,125 @@ def _gradient_gradient(
         raise NotImplementedError(
             "escn_conv has no third derivative; with use_backend('reference') it is plain torch"
         )
-    places, n_inputs = _places(saved, wanted), len(cotangents) - 2
-    call, kept = (saved.inputs, saved.weights, saved.edges, saved.given), saved.kept
+    names, call = _wanted(saved, wanted), (saved.inputs, saved.names, saved.weights, saved.edges)
+    kept = saved.kept
     if not kept:
         _, *kept = escn_conv(*call, True, saved.kernels)
     insides = not saved.kept or "kept" in wanted
-    others = [n for n, want in enumerate(("grad" in wanted, insides, insides), n_inputs) if want]
+    others = ["grad"] * ("grad" in wanted) + ["y", "u"] * insides
     found = escn_conv_second_gradient(
-        *(saved.grad, *call, [*kept, *saved.outputs], list(along.values()), list(along)),
-        *([*places, *others], saved.kernels),
+        *(saved.grad, *call, [*kept, *saved.outputs], list(along.values()), " ".join(along)),
+        *(" ".join([names, *others]), saved.kernels),
     )
-    own, grad, also = found[:n_inputs], found[n_inputs], found[n_inputs + 1 :]
+    n_own = len(found) - len(others)
+    own, rest = found[:n_own], dict(zip(others, found[n_own:], strict=True))
+    also = [rest[name] for name in ("y", "u") if name in rest]
     if not saved.kept:  # what goes through y and u ends here
         zero = torch.zeros_like(saved.grad)
-        more = escn_conv_gradient(zero, *call, kept, also, places, False, saved.kernels)
-        own = [one + other for one, other in zip(own, more[:n_inputs], strict=True)]
-    others = {"grad": grad} if "grad" in wanted else {}
-    others |= {"kept": also} if "kept" in wanted else {}
-    return _by_argument(saved, places, own) | others
+        more = escn_conv_gradient(zero, *call, kept, also, names, False, saved.kernels)
+        own = [one + other for one, other in zip(own, more[:n_own], strict=True)]
+    results = _by_argument(saved, names, own)
+    if "grad" in wanted:
+        results["grad"] = rest["grad"]
+    if "kept" in wanted:
+        results["kept"] = also
+    return results
 
 
-@registered(outputs=_fake_gradient, gradient=_gradient_gradient, keeps=(-2, -1))
+@kernel(outputs=_fake_gradient, gradient=_gradient_gradient, keeps=(-2, -1))
 def escn_conv_gradient(
     grad: Tensor,
     inputs: list[Tensor],
+    names: str,
     weights: list[Tensor],
     edges: list[Tensor],
-    given: list[bool],
     kept: list[Tensor],
     also: list[Tensor],
-    wanted: list[int],
+    wanted: str,
     keep: bool,
     kernels: str,
 ) -> list[Tensor]:
-    """Return the gradients at the places ``wanted``, empty tensors at the others.
+    """Return the gradients of what is ``wanted``.
 
-    The one of ``vectors`` is that with respect to a turn of each edge, (n_edges, 3). The last two
-    are what the gradient of this wants kept. ``kept`` is empty or has y and u, ``also`` is empty or
-    has the gradients with respect to them.
+    The one of ``vectors`` is that with respect to a turn of each edge, (n_edges, 3). The last two,
+    dE/da and dE/dz, are what the gradient of this wants kept. ``kept`` is empty or has y and u,
+    ``also`` is empty or has what is felt of them beside ``grad``.
     """
-    names = _names(given, weights)
-    maps = _whole(names, wanted)
-    layer = _layer(inputs, weights, edges, given, kernels)
-    also = [rows.contiguous() for rows in also]
-    found, *rows = escn_layer.gradient(layer, grad.contiguous(), kept, also, maps, keep=keep)
-    return [*(found.get(name, grad.new_empty(0)) for name in names), *rows]
+    ...
 
 
 def _fake_second(call: SimpleNamespace) -> list[Tensor]:
-    return _fake_gradients(call, call.grad, *call.kept[:2])
+    return _fake_gradients(call, grad=call.grad, y=call.kept[0], u=call.kept[1])
 
 
-@registered(outputs=_fake_second)
+@kernel(outputs=_fake_second)
 def escn_conv_second_gradient(
     grad: Tensor,
     inputs: list[Tensor],
+    names: str,
     weights: list[Tensor],
     edges: list[Tensor],
-    given: list[bool],
     kept: list[Tensor],
     directions: list[Tensor],
-    along: list[int],
-    wanted: list[int],
+    along: str,
+    wanted: str,
     kernels: str,
 ) -> list[Tensor]:
-    """Return the gradients of <directions, gradients at the places ``along``>.
+    """Return the gradients of <directions, gradients ``along`` these names>, as they are wanted.
 
-    The last three are those of ``grad`` and of the kept y and u.
+    Wanted may be ``grad`` and y and u, which are inputs like the others: what goes through them is
+    left to the gradient. ``kept`` has both, and dE/da and dE/dz, empty where they were not kept.
     """
-    names = (*_names(given, weights), *_OTHERS)
-    named = {names[place]: d.contiguous() for place, d in zip(along, directions, strict=True)}
-    found = second_gradient(
-        _layer(inputs, weights, edges, given, kernels),
-        *(grad.contiguous(), kept, named, _whole(names, wanted)),
-    )
-    return [found.get(name, grad.new_empty(0)) for name in names]
+    ...
 
 
-def _whole(names: tuple[str, ...], places: list[int]) -> set[str]:
-    """Return the names at some places, a map's weights by that of the map."""
-    return {names[place].partition(".")[0] for place in places}
+def flat(names: str, found: Named) -> list[Tensor]:
+    """Return gradients in the order of names, those of a map's weights one after the other."""
+    parts = [found[name] for name in names.split()]
+    return [part for some in parts for part in (some if isinstance(some, list) else [some])]
 
 
-def _places(saved: SimpleNamespace, wanted: set[str]) -> list[int]:
-    """Return the places of the wanted gradients; of a map's weights all or none."""
-    n_inputs, n_maps = len(saved.inputs), len(saved.weights) // 2
-    places = [n for n in range(n_inputs) if f"inputs.{n}" in wanted]
-    for some in (range(n_maps), range(n_maps, 2 * n_maps)):
-        if any(f"weights.{n}" in wanted for n in some):
-            places += [n_inputs + n for n in some]
-    return places
+def grouped(names: str, tensors: list[Tensor]) -> Named:
+    """Return tensors by names, those of the weights of a map as one list."""
+    found: Named = {}
+    for name, tensor in zip(names.split(), tensors, strict=True):
+        head, dot, _ = name.partition(".")
+        if dot:
+            found.setdefault(head, []).append(tensor)
+        else:
+            found[name] = tensor
+    return found
 
 
-def _fake_gradients(call: SimpleNamespace, *others: Tensor) -> list[Tensor]:
-    return [
-        torch.empty_like(t) if place in call.wanted else t.new_empty(0)
-        for place, t in enumerate([*call.inputs, *call.weights, *others])
-    ]
+def _wanted(saved: SimpleNamespace, wanted: set[str]) -> str:
+    """Return the names of the wanted gradients; of a map's weights all or none."""
+    names = [name for n, name in enumerate(saved.names.split()) if f"inputs.{n}" in wanted]
+    n_maps = len(saved.weights) // 2
+    for name, start in zip(MAPS, (0, n_maps), strict=True):
+        if any([f"weights.{start + m}" in wanted for m in range(n_maps)]):
+            names.append(name)
+    return " ".join(names)
 
 
-def _by_argument(saved: SimpleNamespace, places: list[int], found: list[Tensor]) -> Gradients:
+def _by_argument(saved: SimpleNamespace, names: str, found: list[Tensor]) -> Gradients:
     """Return the gradients by the arguments; that by a turn becomes one by ``vectors``."""
-    own = [grad if place in places else None for place, grad in enumerate(found)]
-    turned = INPUTS.index("vectors")  # the first two are always given
-    turn = own[turned]
-    if turn is not None:
-        own[turned] = turn_gradient(turn, saved.inputs[turned])
+    own = dict(zip(_expanded(names, len(saved.weights) // 2), found, strict=True))
+    if "vectors" in own:
+        own["vectors"] = turn_gradient(own["vectors"], saved.inputs[1])
+    by_place = [own.get(name) for name in _named(saved)]
     n_inputs = len(saved.inputs)
-    return {"inputs": own[:n_inputs], "weights": own[n_inputs:]}
+    return {"inputs": by_place[:n_inputs], "weights": by_place[n_inputs:]}
 
 
-def _along(saved: SimpleNamespace, cotangents: list[Tensor | None]) -> dict[int, Tensor]:
-    """Return the directions by their places; of a map's weights all or none."""
-    made = {
-        place: direction
-        for place, direction in enumerate(cotangents)
-        if direction is not None and place in saved.wanted
-    }
-    n_inputs, n_maps = len(saved.inputs), len(saved.weights) // 2
-    for some in (range(n_maps), range(n_maps, 2 * n_maps)):
-        if any(n_inputs + n in made for n in some):
-            for n in some:
-                made.setdefault(n_inputs + n, torch.zeros_like(saved.weights[n]))
-    return made
+def _along(saved: SimpleNamespace, cotangents: list[Tensor | None]) -> dict[str, Tensor]:
+    """Return the directions by names; of a map's weights all or none."""
+    names, tensors = _expanded(saved.wanted, len(saved.weights) // 2), _named(saved)
+    given = dict(zip(names, cotangents, strict=True))
+    maps = {name.partition(".")[0] for name in names if "." in name and given[name] is not None}
+    found = {}
+    for name, direction in given.items():
+        if direction is not None:
+            found[name] = direction
+        elif name.partition(".")[0] in maps:
+            found[name] = torch.zeros_like(tensors[name])
+    return found

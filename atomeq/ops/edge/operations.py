@@ -14,19 +14,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from atomeq.ops.dispatch import operation
+from atomeq.ops.dispatch import operation, size_of
 from atomeq.ops.edge import escn_conv as layer
 from atomeq.ops.edge import examples, reference, rotation, so2_map
 from atomeq.ops.edge.frame import EdgeFrame, Side
-from atomeq.ops.edge.so2_shape import so2_shape
+from atomeq.ops.edge.so2_map import so2_shape
 from atomeq.ops.orders import check_orders, m_primary_order
-from atomeq.ops.specification import Size, size_of
+from atomeq.ops.specification import Size
 from atomeq.typing import NodeFeatures
 
 RowFeatures = Float[Tensor, "n_edges n_rows channels"]  # m-primary rows
 
 
-def _verified_in(x: NodeFeatures, frame: EdgeFrame, *, side: Side = "source") -> Size:
+def _verified_in(x: Tensor, frame: EdgeFrame, side: str) -> Size:
     _check_features(x, frame, (frame.n_atoms, (frame.lmax + 1) ** 2), "atoms")
     if side not in get_args(Side):
         raise ValueError(f"side {side!r} is unknown; choose source, target or both")
@@ -59,13 +59,7 @@ def rotate_to_edge(
     return reference.rotate_to_edge(x, frame, side)
 
 
-def _verified_out(
-    y: RowFeatures,
-    frame: EdgeFrame,
-    *,
-    envelope: Float[Tensor, " n_edges"] | None = None,
-    reduce: Literal["sum", "none"] = "sum",
-) -> Size:
+def _verified_out(y: Tensor, frame: EdgeFrame, envelope: Tensor | None, reduce: str) -> Size:
     _check_features(y, frame, frame.wigner.shape[:2], "edges")
     if envelope is not None and envelope.shape != y.shape[:1]:
         raise ValueError(f"envelope is {tuple(envelope.shape)}; expected ({y.shape[0]},)")
@@ -147,14 +141,13 @@ def so2_linear(
 
 
 def _verified_map(
-    x: RowFeatures,
+    x: Tensor,
     weights: Sequence[Tensor],
-    *,
     lmax: int,
     mmax: int,
-    bias: Float[Tensor, " features"] | None = None,
-    scale: Float[Tensor, "n_edges scales"] | None = None,
-    n_scalars: int | None = None,
+    scale: Tensor | None,
+    n_scalars: int | None,
+    **_: object,
 ) -> Size:
     check_orders(lmax, mmax)
     n_rows = len(m_primary_order(lmax, mmax))
@@ -201,16 +194,15 @@ def so2_linear_with_scalars(
 
 
 def _verified_layer(
-    x: NodeFeatures,
+    x: Tensor,
     frame: EdgeFrame,
     first: Sequence[Tensor],
     second: Sequence[Tensor],
-    *,
-    radial: Float[Tensor, "n_edges n_radial"] | None = None,
-    radial_map: tuple[Tensor, Tensor | None] | None = None,
-    envelope: Float[Tensor, " n_edges"] | None = None,
-    biases: tuple[Tensor | None, Tensor | None] = (None, None),
-    recompute: bool = False,
+    radial: Tensor | None,
+    radial_map: tuple[Tensor, Tensor | None] | None,
+    envelope: Tensor | None,
+    biases: tuple[Tensor | None, Tensor | None],
+    **_: object,
 ) -> Size:
     _check_features(x, frame, (frame.n_atoms, (frame.lmax + 1) ** 2), "atoms")
     lmax, mmax, n_edges = frame.lmax, frame.mmax, frame.vectors.shape[0]
@@ -286,12 +278,16 @@ def escn_conv(
     lmax, mmax = frame.lmax, frame.mmax
     hidden = second[0].shape[-1] // (lmax + 1)
     rows = rotate_to_edge(x, frame, side="both")
-    options = {"lmax": lmax, "mmax": mmax}
     rows, gates = so2_linear_with_scalars(
-        rows, first, bias=biases[0], scale=radial, n_scalars=lmax * hidden, **options
+        *(rows, first),
+        lmax=lmax,
+        mmax=mmax,
+        bias=biases[0],
+        scale=radial,
+        n_scalars=lmax * hidden,
     )
     rows = reference.gated(rows, gates, lmax, mmax)
-    rows = so2_linear(rows, second, bias=biases[1], **options)
+    rows = so2_linear(rows, second, lmax=lmax, mmax=mmax, bias=biases[1])
     return rotate_from_edge(rows, frame, envelope=envelope)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from atomeq.ops.edge.frame import EdgeFrame, Side
 from atomeq.ops.edge.rotation import turning_wigner
-from atomeq.ops.edge.so2_shape import SO2Shape
+from atomeq.ops.edge.so2_map import SO2Shape
 from atomeq.ops.orders import row_degrees
 from atomeq.ops.tables import table_like
 

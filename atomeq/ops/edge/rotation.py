@@ -20,7 +20,7 @@ and no 1/sin(beta) appears.
 
 import math
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ from atomeq.ops.tables import table_like
 Gradients = dict[str, Tensor | list[Tensor] | list[Tensor | None] | None]
 
 
-def to_edge(x: Tensor, frame: EdgeFrame, *, side: Side = "source", kernels: str) -> Tensor:
+def to_edge(x: Tensor, frame: EdgeFrame, side: Side, kernels: str) -> Tensor:
     """Gather, join the channels, rotate into the edge frames by some kernels."""
     ends = list(frame.ends(side))
     segments = frame.segments_for(ends) if kernels in WANT_SEGMENTS else []
@@ -41,12 +41,7 @@ def to_edge(x: Tensor, frame: EdgeFrame, *, side: Side = "source", kernels: str)
 
 
 def from_edge(
-    y: Tensor,
-    frame: EdgeFrame,
-    *,
-    envelope: Tensor | None = None,
-    reduce: Literal["sum", "none"] = "sum",
-    kernels: str,
+    y: Tensor, frame: EdgeFrame, envelope: Tensor | None, reduce: str, kernels: str
 ) -> Tensor:
     """Rotate back to the lab frame and sum on the targets by some kernels."""
     ends = [frame.target] if reduce == "sum" else []

@@ -13,12 +13,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from atomeq.ops.dispatch import operation
+from atomeq.ops.dispatch import operation, size_of
 from atomeq.ops.edge.frame import EdgeFrame, checked_edges
 from atomeq.ops.harmonics.polynomials import harmonic_polynomials
 from atomeq.ops.orders import check_orders, m_primary_order, m_primary_rows
-from atomeq.ops.registration import kernels_of, registered
-from atomeq.ops.specification import Size, size_of
+from atomeq.ops.registration import kernel
+from atomeq.ops.specification import Size
 from atomeq.ops.tables import constant_table, table_like
 from atomeq.typing import EdgeIndex, EdgeVectors
 
@@ -262,10 +262,10 @@ def _fake_rows(call: SimpleNamespace) -> Tensor:
     return call.vectors.new_empty(call.vectors.shape[0], n_rows, (call.lmax + 1) ** 2)
 
 
-@registered(outputs=_fake_rows)
+@kernel(outputs=_fake_rows)
 def wigner_rows(vectors: Tensor, lmax: int, mmax: int, kernels: str) -> Tensor:
     """Return :func:`edge_wigner` by some kernels, which is never differentiated."""
-    return kernels_of("edge", kernels).edge_wigner(vectors, lmax, mmax)
+    ...
 
 
 def _verified(vectors: EdgeVectors, lmax: int, mmax: int) -> Size:

@@ -11,24 +11,23 @@ cost (Luo, Chen, Krishnapriyan, 2024, arXiv:2401.10216). What it can not express
 """
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from atomeq.ops.dispatch import operation
+from atomeq.ops.dispatch import operation, size_of
 from atomeq.ops.harmonics.polynomials import harmonic_polynomials
-from atomeq.ops.specification import Size, size_of
-from atomeq.ops.sphere.examples import factors
-from atomeq.ops.sphere.pointwise import pointwise_product
-from atomeq.ops.sphere.registered import sphere_form
+from atomeq.ops.registration import registered
+from atomeq.ops.self_check import Example, random
+from atomeq.ops.specification import Size
+from atomeq.ops.sphere.operations import sphere_form
 from atomeq.ops.tables import constant_table, table_like
 
 
-def _verified(
-    x: Float[Tensor, "*batch n1 channels"], y: Float[Tensor, "*batch n2 channels"], lmax: int
-) -> Size:
+def _verified(x: Tensor, y: Tensor, lmax: int) -> Size:
     lmax1, lmax2 = _degree(x), _degree(y)
     if x.shape[:-2] != y.shape[:-2] or x.shape[-1] != y.shape[-1]:
         raise ValueError(
@@ -43,14 +42,20 @@ def _verified(
     return size_of(x, n, lmax=highest, mmax=highest, channels=channels)
 
 
-def _by_kernels(x: Tensor, y: Tensor, lmax: int, *, kernels: str) -> Tensor:
+def _by_kernels(x: Tensor, y: Tensor, lmax: int, kernels: str) -> Tensor:
     left, right, out = _tables(x, y, lmax)
     flat = [factor.reshape(-1, *factor.shape[-2:]) for factor in (x, y)]
     product = sphere_form(flat, [left, right], out.mT, -1, kernels)
     return product.reshape(*x.shape[:-2], *product.shape[1:])
 
 
-@operation(_verified, by_kernels=_by_kernels, example=factors)
+def _example(size: Size) -> Example:
+    """Return two functions of the same degree."""
+    x, y = (random(size, 5, (size.lmax + 1) ** 2, size.channels) for _ in range(2))
+    return [x, y], lambda operation, x, y: operation(x, y, size.lmax)
+
+
+@operation(_verified, by_kernels=_by_kernels, example=_example)
 def gaunt_product(
     x: Float[Tensor, "*batch n1 channels"],
     y: Float[Tensor, "*batch n2 channels"],
@@ -116,3 +121,25 @@ def _degree(x: Tensor) -> int:
             f"1, 4, 9, ... rows"
         )
     return lmax
+
+
+def _like_product(call: SimpleNamespace) -> Tensor:
+    x = call.x
+    return x.new_empty(*x.shape[:-2], call.out.shape[1], x.shape[-1])
+
+
+def _exchanged(saved: SimpleNamespace, wanted: set[str], grad: Tensor) -> dict[str, Tensor]:
+    """Exchange the output for one of the factors: the form is symmetric in all three."""
+    x, y, left, right, out = saved.x, saved.y, saved.left, saved.right, saved.out
+    gradients = {}
+    if "x" in wanted:
+        gradients["x"] = pointwise_product(grad, y, out, right, left)
+    if "y" in wanted:
+        gradients["y"] = pointwise_product(grad, x, out, left, right)
+    return gradients
+
+
+@registered(outputs=_like_product, gradient=_exchanged)
+def pointwise_product(x: Tensor, y: Tensor, left: Tensor, right: Tensor, out: Tensor) -> Tensor:
+    """Return out^T ((left x) * (right y)), each table of size (n_points, its rows)."""
+    return out.mT @ ((left @ x) * (right @ y))

@@ -1,36 +1,32 @@
 """Normalisation and gate of atoms by the C kernels."""
 
-import ctypes
-import functools
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 
-from atomeq.ops.c_compiler import REALS, load, n_threads, refusal, source_of
+from atomeq.ops.c_compiler import c_library, refusal, threads_for
 
-__all__ = ["gate", "gate_gradient", "norm", "norm_gradient", "refusal"]
+__all__ = ["atom_norm", "atom_norm_gradient", "gate", "gate_gradient", "refusal"]
 
 _NUMBERS_PER_THREAD = 2**14  # fewer do not pay for a thread
 
 
-def norm(x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float) -> Tensor:
+def atom_norm(call: SimpleNamespace) -> Tensor:
     """Return the normalised features, (n_atoms, n_sph, channels)."""
-    x, weight = x.contiguous(), weight.contiguous()
-    bias, result = None if bias is None else bias.contiguous(), torch.empty_like(x)
-    _library(x.dtype).norm(
-        *(x.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr()),
-        *(len(x), len(weight) - 1, x.shape[2], epsilon, result.data_ptr(), _parts(x)),
-    )
-    return result
+    return _norm("norm", call, call.bias)
 
 
-def norm_gradient(x: Tensor, weight: Tensor, grad: Tensor, centred: bool, epsilon: float) -> Tensor:
+def atom_norm_gradient(call: SimpleNamespace) -> Tensor:
     """Return the gradient of the norm by its features."""
-    x, weight, grad = x.contiguous(), weight.contiguous(), grad.contiguous()
-    result = torch.empty_like(x)
-    _library(x.dtype).norm_gradient(
-        *(x.data_ptr(), weight.data_ptr(), grad.data_ptr(), centred),
-        *(len(x), len(weight) - 1, x.shape[2], epsilon, result.data_ptr(), _parts(x)),
+    return _norm("norm_gradient", call, call.grad, call.centred)
+
+
+def _norm(name: str, call: SimpleNamespace, *given: Tensor | bool | None) -> Tensor:
+    x, weight, result = call.x, call.weight, torch.empty_like(call.x)
+    getattr(c_library("atoms/cpu/atoms.c", x.dtype), name)(
+        *(x, weight, *given, len(x), len(weight) - 1, x.shape[2], call.epsilon, result),
+        threads_for(x.numel(), _NUMBERS_PER_THREAD),
     )
     return result
 
@@ -42,39 +38,19 @@ def gate(x: Tensor, gates: Tensor) -> Tensor:
         x: (n_sph, n_atoms, channels), contiguous.
         gates: (n_atoms, lmax * channels).
     """
-    n_atoms, channels = x.shape[1:]
-    _library(x.dtype).gate(
-        *(x.data_ptr(), gates.data_ptr(), n_atoms, gates.shape[1] // channels, channels, _parts(x))
-    )
+    _gate("gate", x, gates)
     return x
 
 
 def gate_gradient(x: Tensor, gates: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     """Return the gradients by x and by the gates, in place of ``grad`` and of the gates."""
-    n_atoms, channels = x.shape[1:]
-    _library(x.dtype).gate_gradient(
-        *(x.data_ptr(), gates.data_ptr(), grad.data_ptr()),
-        *(n_atoms, gates.shape[1] // channels, channels, _parts(x)),
-    )
+    _gate("gate_gradient", x, gates, grad)
     return grad, gates
 
 
-@functools.cache
-def _library(dtype: torch.dtype) -> ctypes.CDLL:
-    library = load(source_of("atoms/cpu/atoms.c", {"REAL": REALS[dtype]}))
-    pointer, size, number, parts = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double, ctypes.c_int
-    sizes = (size, size, size)
-    library.norm.argtypes = (pointer, pointer, pointer, *sizes, number, pointer, parts)
-    library.norm_gradient.argtypes = (
-        *(pointer, pointer, pointer, ctypes.c_int, *sizes, number, pointer, parts),
+def _gate(name: str, x: Tensor, gates: Tensor, *grad: Tensor) -> None:
+    n_atoms, channels = x.shape[1:]
+    getattr(c_library("atoms/cpu/atoms.c", x.dtype), name)(
+        *(x, gates, *grad, n_atoms, gates.shape[1] // channels, channels),
+        threads_for(x.numel(), _NUMBERS_PER_THREAD),
     )
-    library.gate.argtypes = (pointer, pointer, *sizes, parts)
-    library.gate_gradient.argtypes = (pointer, pointer, pointer, *sizes, parts)
-    for name in ("norm", "norm_gradient", "gate", "gate_gradient"):
-        getattr(library, name).restype = None
-    return library
-
-
-def _parts(x: Tensor) -> int:
-    n = x.numel() // _NUMBERS_PER_THREAD
-    return min(n_threads(), n) if n > 1 else 1

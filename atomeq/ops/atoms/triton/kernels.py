@@ -3,13 +3,15 @@
 # Only Triton's compiler goes through tl.static_range; to a type checker it raises.
 # pyright: reportGeneralTypeIssues=false
 
+from types import SimpleNamespace
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from atomeq.ops.specification import OpSpec
-from atomeq.ops.triton_launch import accumulator, ceil_div, contiguous, launch, power_of_2
+from atomeq.ops.triton_launch import accumulator, ceil_div, launch, power_of_2
 from atomeq.ops.triton_launch import refusal as launch_refusal
 
 _WIDEST = 128  # channels of one program of the gate
@@ -20,40 +22,31 @@ def refusal(spec: OpSpec) -> str | None:
     return launch_refusal(spec, any_channels=True)
 
 
-def norm(x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float) -> Tensor:
+def atom_norm(call: SimpleNamespace) -> Tensor:
     """Return the normalised features, (n_atoms, n_sph, channels)."""
-    x, result = contiguous(x), torch.empty_like(x)
-    bias = None if bias is None else contiguous(bias)
-    launch(
-        *(_norm, (len(x),), x, contiguous(weight), bias, None, result),
-        like=x,
-        epsilon=epsilon,
-        CENTRED=bias is not None,
-        **_sizes(x, weight),
-    )
-    return result
+    return _launch_norm(call, call.bias, None, call.bias is not None)
 
 
-def norm_gradient(x: Tensor, weight: Tensor, grad: Tensor, centred: bool, epsilon: float) -> Tensor:
+def atom_norm_gradient(call: SimpleNamespace) -> Tensor:
     """Return the gradient of the norm by its features."""
-    x, result = contiguous(x), torch.empty_like(x)
+    return _launch_norm(call, None, call.grad, call.centred)
+
+
+def _launch_norm(
+    call: SimpleNamespace, bias: Tensor | None, grad: Tensor | None, centred: bool
+) -> Tensor:
+    x, result = call.x, torch.empty_like(call.x)
     launch(
-        *(_norm, (len(x),), x, contiguous(weight), None, contiguous(grad), result),
+        *(_norm, (len(x),), x, call.weight, bias, grad, result),
         like=x,
-        epsilon=epsilon,
+        epsilon=call.epsilon,
         CENTRED=centred,
-        **_sizes(x, weight),
+        LMAX=len(call.weight) - 1,
+        CHANNELS=x.shape[2],
+        BLOCK=power_of_2(x.shape[2]),
+        SUM=accumulator(x.dtype),
     )
     return result
-
-
-def _sizes(x: Tensor, weight: Tensor) -> dict[str, object]:
-    return {
-        "LMAX": len(weight) - 1,
-        "CHANNELS": x.shape[2],
-        "BLOCK": power_of_2(x.shape[2]),
-        "SUM": accumulator(x.dtype),
-    }
 
 
 def gate(x: Tensor, gates: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import functools
 import torch
 from torch import Tensor
 
-from atomeq.ops.c_compiler import REALS, load, n_threads, refusal, source_of
+from atomeq.ops.c_compiler import REALS, load, refusal, source_of, threads_for
 from atomeq.ops.clifford.algebra import Algebra, Term, terms
 from atomeq.ops.clifford.registered import FACTORS
 
@@ -44,7 +44,7 @@ def weights(left: Tensor, right: Tensor, output: Tensor, algebra: Algebra) -> Te
 
 
 def _parts(x: Tensor) -> int:
-    return max(1, min(n_threads(), x.numel() // _NUMBERS_PER_THREAD, len(x)))
+    return max(1, min(threads_for(x.numel(), _NUMBERS_PER_THREAD), len(x)))
 
 
 @functools.cache
@@ -63,8 +63,8 @@ def _library(algebra: Algebra, dtype: torch.dtype) -> ctypes.CDLL:
     defines["TO_WEIGHTS"] = _statements("PATH", of_paths)
     library = load(source_of("clifford/cpu/product.c", defines))
     pointer, size = ctypes.c_void_p, ctypes.c_int64
-    for name in (*(f"to_{wanted}" for wanted in FACTORS), "to_weights"):
-        function = getattr(library, name)
+    for wanted in FACTORS:  # made by a macro, which is not read off the source
+        function = getattr(library, f"to_{wanted}")
         function.argtypes = (*[pointer] * 4, size, size, ctypes.c_int)
         function.restype = None
     return library

@@ -374,13 +374,6 @@ int cg_order(const int64_t *owner, int64_t n_edges, int64_t n_atoms, int64_t *co
     return 0;
 }
 
-/* Whether every number is in 0..limit-1. */
-int cg_in_range(const int64_t *index, int64_t n, int64_t limit) {
-    int outside = 0;
-    for (int64_t e = 0; e < n; e++) outside |= index[e] < 0 || index[e] >= limit;
-    return !outside;
-}
-
 /* Add the partials of F to their (zeroed) places. ``edges`` lists the edges by the atom of b and
    ``starts`` where each of n_parts threads' share begins, at the bound of an atom. Returns 1 if
    memory ran out. ``sums`` has room for every part's own gradient of shared weights. */

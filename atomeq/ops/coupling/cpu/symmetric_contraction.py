@@ -1,81 +1,63 @@
 """The symmetric contraction by the C kernel: the tree of its monomials, and what it is given."""
 
-import ctypes
 import functools
-from collections.abc import Sequence
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 
-from atomeq.ops.c_compiler import REALS, load, n_threads, source_of
+from atomeq.ops.c_compiler import c_library, threads_for
 from atomeq.ops.coupling.symmetric_contraction_basis import SymmetricForm
 from atomeq.ops.tables import constant_table, table_like
 
 _ATOMS_PER_THREAD = 8  # fewer do not pay for a thread
 
 
-@functools.cache
-def _library(dtype: torch.dtype, n_directions: int) -> tuple[ctypes.CDLL, type[ctypes.Structure]]:
-    """Return the library for a dtype and a number of directions, and form_t of its source."""
-    defines = {"REAL": REALS[dtype], "DIRECTIONS": n_directions}
-    library = load(source_of("coupling/cpu/symmetric_contraction.c", defines))
-    pointers = ctypes.c_void_p * (1 + n_directions)
-    sizes = ("n_atoms", "channels", "n_components", "n_columns", "n_rows", "n_species")
-    tables = ("nodes", "entries", "coefficients", "pairs", "species")
-    fields = (
-        *((name, ctypes.c_int64) for name in (*sizes, "n_nodes", "n_kept", "n_pairs")),
-        *((name, ctypes.c_void_p) for name in tables),
-        ("inputs", pointers),
-        *((name, ctypes.c_void_p) for name in ("weights", "z")),
-        ("to_inputs", pointers),
-        *((name, ctypes.c_void_p) for name in ("to_weights", "to_z")),
-    )
-    structure = type("Form", (ctypes.Structure,), {"_fields_": fields})
-    library.symmetric_partials.argtypes = (ctypes.POINTER(structure), ctypes.c_int)
-    return library, structure
-
-
-def symmetric_partials(
-    x: Tensor,
-    directions: Sequence[Tensor],
-    weights: Tensor,
-    z: Tensor | None,
-    species: Tensor,
-    wanted: tuple[str, ...],
-    form: SymmetricForm,
-) -> list[Tensor]:
-    """Return the wanted partials of D^k F; see symmetric_contraction_registered.py.
+def symmetric_partials(call: SimpleNamespace) -> list[Tensor]:
+    """Return the wanted partials of D^k F; see ../symmetric_contraction.py.
 
     Raises:
         IndexError: If an atom's species has no weights.
     """
-    library, structure = _library(x.dtype, len(directions))
-    inputs = [part.contiguous() for part in (x, *directions)]
-    names = ["x", *(f"directions.{k}" for k in range(len(directions)))]
-    weights, species = weights.contiguous(), species.long().contiguous()
-    z = None if z is None else z.contiguous()
-    shapes = {"weights": weights.shape, "z": (len(x), form.n_rows, x.shape[2])}
+    x, species, form = call.x, call.species.long(), _form(call)
+    wanted, inputs = call.arguments.split(), [x, *call.directions]
+    shapes = {"weights": call.weights.shape, "z": (len(x), form.n_rows, x.shape[2])}
     results = {
-        name: x.new_zeros(shapes[name]) if name in shapes else torch.empty_like(inputs[0])
+        name: x.new_zeros(shapes[name]) if name in shapes else torch.empty_like(x)
         for name in wanted
     }
-    nodes, entries = _nodes(form), _entries(form)
-    coefficients, pairs = table_like(_coefficients, form, like=x), _pairs(form)
-    pointers = ctypes.c_void_p * len(inputs)
-    arguments = structure(
-        len(x), x.shape[2], form.n_components, form.n_columns, form.n_rows, len(weights),
-        len(nodes), len(_tree(form)[1]), len(pairs),
-        *(table.data_ptr() for table in (nodes, entries, coefficients, pairs, species)),
-        pointers(*(part.data_ptr() for part in inputs)), weights.data_ptr(), _at(z),
-        pointers(*(_at(results.get(name)) for name in names)),
-        _at(results.get("weights")), _at(results.get("z")),
-    )  # fmt: skip
-    n_parts = max(1, min(n_threads(), len(x) // _ATOMS_PER_THREAD))
-    failed = library.symmetric_partials(arguments, n_parts)
+    names = ["x", *(f"directions.{k}" for k in range(len(call.directions)))]
+    nodes, pairs = _nodes(form), _pairs(form)
+    library = c_library(
+        "coupling/cpu/symmetric_contraction.c", x.dtype, DIRECTIONS=len(call.directions)
+    )
+    arguments = library.form_t(
+        n_atoms=len(x),
+        channels=x.shape[2],
+        n_components=form.n_components,
+        n_columns=form.n_columns,
+        n_rows=form.n_rows,
+        n_species=len(call.weights),
+        n_nodes=len(nodes),
+        n_kept=len(_tree(form)[1]),
+        n_pairs=len(pairs),
+        nodes=nodes,
+        entries=_entries(form),
+        coefficients=table_like(_coefficients, form, like=x),
+        pairs=pairs,
+        species=species,
+        inputs=inputs,
+        weights=call.weights,
+        z=call.z,
+        to_inputs=[results.get(name) for name in names],
+        to_weights=results.get("weights"),
+        to_z=results.get("z"),
+    )
+    failed = library.symmetric_partials(arguments, threads_for(len(x), _ATOMS_PER_THREAD))
     if failed == 2:
         raise IndexError(
             f"species are {int(species.min())} to {int(species.max())}, but there are weights of "
-            f"{len(weights)} species"
+            f"{len(call.weights)} species"
         )
     if failed:
         raise MemoryError("no memory for the scratch of the symmetric contraction")
@@ -136,5 +118,5 @@ def _pairs(form: SymmetricForm) -> Tensor:
     return torch.tensor(_pair_list(form), dtype=torch.int32, device="cpu")
 
 
-def _at(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
+def _form(call: SimpleNamespace) -> SymmetricForm:
+    return SymmetricForm(call.lmax, tuple(call.degrees), call.order)

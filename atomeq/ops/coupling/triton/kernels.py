@@ -12,8 +12,8 @@ written for an edge.
 # Only Triton's compiler goes through tl.static_range; to a type checker it raises.
 # pyright: reportGeneralTypeIssues=false
 
-from collections.abc import Sequence
 from itertools import accumulate
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -30,7 +30,6 @@ from atomeq.ops.triton_launch import (
     architecture,
     ceil_div,
     channel_tile,
-    contiguous,
     edge_tile,
     launch,
     power_of_2,
@@ -50,19 +49,10 @@ def by_torch(spec: OpSpec) -> bool:
     return spec.mode != "uvu"
 
 
-def cg_partials(
-    x: Tensor,
-    y: Tensor,
-    weights: Tensor | None,
-    z: Tensor | None,
-    edges: Sequence[Tensor],
-    n_targets: int,
-    arguments: str,
-    form: str,
-) -> list[Tensor]:
+def cg_partials(call: SimpleNamespace) -> list[Tensor]:
     """Return dF/ds for each argument; see :func:`~atomeq.ops.coupling.registered.cg_partials`."""
-    call = _Call(x, y, weights, z, edges, n_targets, form_from(form))
-    return [call.partial(argument) for argument in arguments.split()]
+    evaluation = _Evaluation(call)
+    return [evaluation.partial(argument) for argument in call.arguments.split()]
 
 
 class _Pass(NamedTuple):
@@ -85,28 +75,15 @@ class _Block(NamedTuple):
     passes: tuple[_Pass, ...]
 
 
-class _Call:
+class _Evaluation:
     """One evaluation of derivatives of F: the tensors and the tables they share."""
 
-    def __init__(
-        self,
-        x: Tensor,
-        y: Tensor,
-        weights: Tensor | None,
-        z: Tensor | None,
-        edges: Sequence[Tensor],
-        n_targets: int,
-        form: Form,
-    ) -> None:
-        self.x, self.y = contiguous(x), contiguous(y)
-        self.weights = None if weights is None else contiguous(weights)
-        self.z = None if z is None else contiguous(z)
-        self.ends = [contiguous(end) for end in edges[:2]]
-        self.segments = edges[2:]
-        self.n_targets = n_targets
-        self.form = form
-        self.n_edges, self.channels = y.shape[0], x.shape[2]
-        self.symbols = table_like(_symbols, form, like=y)  # (n2, columns of T)
+    def __init__(self, call: SimpleNamespace) -> None:
+        self.x, self.y, self.weights, self.z = call.x, call.y, call.weights, call.z
+        self.ends, self.segments, self.n_targets = call.edges[:2], call.edges[2:], call.n_targets
+        self.form = form = form_from(call.form)
+        self.n_edges, self.channels = self.y.shape[0], self.x.shape[2]
+        self.symbols = table_like(_symbols, form, like=self.y)  # (n2, columns of T)
         self.table = self.y[:, : len(self.symbols)] @ self.symbols
 
     def partial(self, argument: str) -> Tensor:

@@ -9,9 +9,9 @@ a program owns a row of some atoms, so nothing is added from two sides.
 # Only Triton's compiler goes through tl.static_range; to a type checker it raises.
 # pyright: reportGeneralTypeIssues=false
 
-from collections.abc import Sequence
 from functools import cache
 from itertools import permutations
+from types import SimpleNamespace
 
 import torch
 import triton
@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from atomeq.ops.coupling.symmetric_contraction_basis import SymmetricForm
-from atomeq.ops.segment.triton.kernels import segment_sum
+from atomeq.ops.segment.operations import segment_total
 from atomeq.ops.tables import constant_table, table_like
 from atomeq.ops.triton_launch import accumulator, ceil_div, channel_tile, edge_tile, launch
 
@@ -29,24 +29,18 @@ _SHARE = 8  # accumulators' worth of registers that products of rows take
 _Products = dict[tuple[int, int, tuple[int, ...]], float]
 
 
-def symmetric_partials(
-    x: Tensor,
-    directions: Sequence[Tensor],
-    weights: Tensor,
-    z: Tensor | None,
-    species: Tensor,
-    wanted: tuple[str, ...],
-    form: SymmetricForm,
-) -> list[Tensor]:
-    """Return the wanted partials of D^k F; see symmetric_contraction_registered.py."""
-    rows = torch.cat([x.new_ones(len(x), 1, x.shape[2]), x, *directions], dim=1)
-    both = rows if z is None else torch.cat((rows, z), dim=1)
-    weights, k = weights.contiguous(), len(directions)
+def symmetric_partials(call: SimpleNamespace) -> list[Tensor]:
+    """Return the wanted partials of D^k F; see ../symmetric_contraction.py."""
+    x, weights, species = call.x, call.weights, call.species
+    form, k = SymmetricForm(call.lmax, tuple(call.degrees), call.order), len(call.directions)
+    rows = torch.cat([x.new_ones(len(x), 1, x.shape[2]), x, *call.directions], dim=1)
+    both = rows if call.z is None else torch.cat((rows, call.z), dim=1)
     results = []
-    for name in wanted:
-        own = rows if name == "z" else both
-        result = _summed(own, weights, species, form, name, k)
-        results.append(segment_sum(result, species, len(weights)) if name == "weights" else result)
+    for name in call.arguments.split():
+        result = _summed(rows if name == "z" else both, weights, species, form, name, k)
+        if name == "weights":
+            result = segment_total(result, species, len(weights), "triton")
+        results.append(result)
     return results
 
 

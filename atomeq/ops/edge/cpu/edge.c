@@ -172,8 +172,8 @@ void torque(const REAL *x, const REAL *rows, const REAL *wigner, const int64_t *
   }
 }
 
-/* Gradients of <g, s W G x>: to_x (added) and to_s as in gather_rotate, turn (n_edges, 3); each
-   null if it is not wanted, s if it is 1. */
+/* Gradients of <g, s W G x>: to_x (added) and to_s as in gather_rotate, turn (n_edges, 3), which is
+   lessened by the torque; each null if it is not wanted, s if it is 1. */
 void gather_gradient(const REAL *x, const REAL *wigner, const int64_t **index, int64_t n_sides,
                      const REAL *g, const REAL *s, REAL *to_s, REAL *to_x, REAL *turn,
                      const REAL *value, const int64_t *place, const int64_t *count,
@@ -198,7 +198,7 @@ void gather_gradient(const REAL *x, const REAL *wigner, const int64_t **index, i
     if (!turn) continue;
     for (int k = 0; k < 3; k++)
       for (int v = 0; v < N_LANES; v++) sum[k] += wide[k][v];
-    memcpy(turn + 3 * e, sum, sizeof sum);
+    for (int k = 0; k < 3; k++) turn[3 * e + k] -= sum[k];
   }
 }
 

@@ -3,72 +3,140 @@
 What comes and goes with a block of edges lies in memory that the next block uses again.
 """
 
-import ctypes
 import functools
+import math
+import sys
+import threading
 from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from atomeq.ops.c_compiler import load, refusal
-from atomeq.ops.edge.cpu.arguments import (
-    address,
-    addresses,
-    generator_elements,
-    numbers_of_atoms,
-    source,
-    threads_for,
-)
-from atomeq.ops.edge.cpu.memory import empty
-from atomeq.ops.edge.cpu.whole_layer import layer_gradient, layer_second, layer_value
-from atomeq.ops.edge.layer import WayIn
-from atomeq.ops.edge.so2_shape import SO2Shape
-from atomeq.ops.edge.wigner import tilt_tables
+from atomeq.ops.c_compiler import c_library, checked_index, refusal, threads_for
+from atomeq.ops.edge import blockwise
+from atomeq.ops.edge.blockwise import WayIn
+from atomeq.ops.edge.escn_conv import EdgeLayer, Named, flat, grouped
+from atomeq.ops.edge.so2_map import SO2Shape
+from atomeq.ops.edge.wigner import generators, tilt_tables
 from atomeq.ops.orders import orders_of, row_degrees
 from atomeq.ops.tables import constant_table
 
-__all__ = ["empty", "layer_gradient", "layer_second", "layer_value", "refusal"]
+__all__ = ["refusal"]
 
 _LAYER_BLOCK = 2**18  # numbers of the widest rows of an edge layer
 _LEAST_EDGES, _MOST_EDGES = 400, 1024  # of a block; matrix products want some rows
 _MAP_EDGES_PER_THREAD = 48  # fewer do not pay for a thread
+_LAYER_EDGES_PER_THREAD = 500
+# Some dozens of edges go through all steps before they leave the cache. 24 are as fast in small
+# layers, and a tenth slower in large ones.
+_EDGES_AT_ONCE = 64
+_MOST_INPUTS = 768  # of order 0: products of larger matrices outgrow the cache, and so2.c cuts them
+_LEAST = 2**17  # bytes; the C library keeps what is smaller itself
+_MOST = 2**26  # bytes of a thread that may lie idle
+_PAGE, _LINE = 4096, 64  # bytes
+_DTYPES = {torch.float32: np.float32, torch.float64: np.float64}
+_MOVED = {"x", "vectors", "radial", "envelope"}
 
-# Arguments of the functions in C: p is a pointer, n a number.
-_FUNCTIONS = {
-    "edge": {
-        "gather_rotate": "pppnppnn",
-        "rotate_scatter": "pppnppnn",
-        "torque": "ppppnppppnn",
-        "gather_gradient": "pppnppppppppnn",
-        "moved_scaled": "pppppnn",
-        "scale_second": "ppppppppppnn",
-        "gate": "pppnn",
-        "gate_gradient": "ppppnn",
-        "gate_second": "ppppppnn",
-    },
-    "so2": {
-        "packed_size": "nnnn",
-        "panels_size": "n",
-        "pack_map": "ppnnnnp",
-        "map_rows": "pppnnnnpnn",
-        "map_weights": "pppnnnppnn",
-    },
-    "wigner": {"edge_wigner": "pppnpn"},
-}
+
+def escn_conv(call: SimpleNamespace) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the sums on the atoms, y and u, in one call of C where that serves."""
+    layer = EdgeLayer(call)
+    if not _whole_layer_serves(layer):
+        return blockwise.value(call)
+    x, (first, second) = layer.tensors["x"], layer.shapes
+    total = x.new_zeros(x.shape[0], x.shape[1], second.c_out)
+    y, u = layer.kept(call.keep, first.width, second.width)
+    _call_layer(layer, "layer_value", {"total": total} | ({"y": y, "u": u} if call.keep else {}))
+    return total, y, u
+
+
+def escn_conv_gradient(call: SimpleNamespace) -> list[Tensor]:
+    """Return the wanted gradients, dE/da and dE/dz."""
+    layer = EdgeLayer(call)
+    if not _whole_layer_serves(layer):
+        return blockwise.gradient(call)
+    first, second = layer.shapes
+    found = layer.gradients(call.wanted)
+    ga, gz = layer.kept(call.keep, second.width_in, first.width_in)
+    inside = {"grad": call.grad} | ({"ga": ga, "gz": gz} if call.keep else {})
+    inside |= zip(("y", "u"), call.kept, strict=False)  # or nothing
+    inside |= zip(("also_y", "also_u"), call.also, strict=False)
+    _call_layer(layer, "layer_gradient", inside, found)
+    return [*flat(call.wanted, found), ga, gz]
+
+
+def escn_conv_second_gradient(call: SimpleNamespace) -> list[Tensor]:
+    """Return the gradients of the gradient; along weights, as no force has it, blockwise."""
+    layer = EdgeLayer(call)
+    along = grouped(call.along, call.directions)
+    if not _whole_layer_serves(layer) or not along.keys() <= _MOVED:
+        return blockwise.second_gradient(call)
+    found, inside = blockwise.second_gradients(call, layer)
+    moved = {f"moved_{name}": tensor for name, tensor in along.items()}
+    _call_layer(layer, "layer_second", inside | moved | {"grad": call.grad}, found)
+    return flat(call.wanted, found)
+
+
+def _whole_layer_serves(layer: EdgeLayer) -> bool:
+    """Say whether layer.c gains by it, and knows what there is: no chiral weights, no biases."""
+    if layer.tensors.keys() & {"first_bias", "second_bias"}:
+        return False
+    weights = [*layer.weights["first"], *layer.weights["second"]]
+    return all([w.ndim == 2 for w in weights]) and weights[0].shape[1] <= _MOST_INPUTS
+
+
+def _call_layer(layer: EdgeLayer, name: str, given: Named, found: Named | None = None) -> None:
+    """Call a function of layer.c; the names of what it is given are those of layer_t."""
+    x, (first, second) = layer.tensors["x"], layer.shapes
+    library = c_library("edge/cpu/layer.c", x.dtype, LMAX=first.lmax, MMAX=first.mmax)
+    tensors = layer.tensors | layer.weights | given
+    tensors |= {f"to_{key}": result for key, result in (found or {}).items()}
+    tensors |= zip(("generator", "place", "count"), _generators(x.dtype, x.shape[1]), strict=True)
+    for end in ("source", "target"):
+        tensors[end] = _atoms(tensors[end], x)
+    arguments = library.layer_t(
+        n_edges=layer.n_edges,
+        n_atoms=x.shape[0],
+        channels=x.shape[2],
+        hidden=first.c_out,
+        c_out=second.c_out,
+        n_radial=tensors["radial"].shape[1] if "radial" in tensors else 0,
+        at_once=_EDGES_AT_ONCE,
+        n_parts=threads_for(layer.n_edges, _LAYER_EDGES_PER_THREAD),
+        **tensors,
+    )
+    if not getattr(library, name)(arguments):
+        raise MemoryError(f"no memory for the blocks of {layer.n_edges} edges")
+
+
+def _atoms(index: Tensor, atoms: Tensor) -> Tensor:
+    """Check again: a frame has been, a compiled graph comes with indices nobody has seen."""
+    return checked_index(index, len(atoms), "an edge ends at an atom")
 
 
 @functools.cache
-def _library(name: str, dtype: torch.dtype, lmax: int, mmax: int) -> ctypes.CDLL:
-    library = load(source(name, dtype, lmax, mmax))
-    for function, arguments in _FUNCTIONS[name].items():
-        kinds = [ctypes.c_void_p if kind == "p" else ctypes.c_int64 for kind in arguments]
-        getattr(library, function).argtypes = kinds
-        getattr(library, function).restype = ctypes.c_int64 if "size" in function else None
-    return library
+def _generators(dtype: torch.dtype, n_sph: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the elements of the generators of rotations as the kernels take them.
+
+    These are the values, one generator after the other, row and column of each, and where each
+    generator starts and the last one ends.
+    """
+    table = generators(math.isqrt(n_sph) - 1)
+    exist = table.abs() > 1e-9  # the others are rounding
+    counts = [0, *exist.flatten(1).sum(1).cumsum(0).tolist()]
+    places = exist.nonzero()[:, 1:].contiguous()
+    return table[exist].to(dtype), places, torch.tensor(counts, device="cpu")
 
 
-def _rotations(wigner: Tensor) -> ctypes.CDLL:
-    return _library("edge", wigner.dtype, *orders_of(wigner.shape[1], wigner.shape[2]))
+def _rotations(wigner: Tensor) -> Any:
+    return _functions(wigner.dtype, *orders_of(wigner.shape[1], wigner.shape[2]))
+
+
+def _functions(dtype: torch.dtype, lmax: int, mmax: int) -> Any:
+    return c_library("edge/cpu/edge.c", dtype, LMAX=lmax, MMAX=mmax)
 
 
 def _plain(tensor: Tensor | None) -> Tensor | None:
@@ -94,11 +162,10 @@ def gather_rotate(
         operand: Whether the result is read by a map alone, and may have the precision of those.
     """
     x, wigner, scale = x.contiguous(), wigner.contiguous(), _plain(scale)
-    ends = [numbers_of_atoms(index, x) for index in indices]
+    ends = [_atoms(index, x) for index in indices]
     rows = empty((*wigner.shape[:2], max(1, len(ends)) * x.shape[2]), x)
     _rotations(wigner).gather_rotate(
-        *(address(x), address(wigner), addresses(ends), len(ends)),
-        *(address(scale), address(rows), len(rows), x.shape[2]),
+        *(x, wigner, ends, len(ends), scale, rows, len(rows), x.shape[2])
     )
     return rows
 
@@ -121,10 +188,9 @@ def rotate_scatter(
     if total is None:
         size = (n_atoms if indices else len(rows), wigner.shape[2])
         total = rows.new_zeros(*size, rows.shape[2] // max(1, len(indices)))
-    ends = [numbers_of_atoms(index, total) for index in indices]
+    ends = [_atoms(index, total) for index in indices]
     _rotations(wigner).rotate_scatter(
-        *(address(rows), address(wigner), addresses(ends), len(ends)),
-        *(address(factor), address(total), len(rows), total.shape[2]),
+        *(rows, wigner, ends, len(ends), factor, total, len(rows), total.shape[2])
     )
     return total
 
@@ -132,14 +198,36 @@ def rotate_scatter(
 def torque(x: Tensor, rows: Tensor, wigner: Tensor, indices: Sequence[Tensor]) -> Tensor:
     """Return <W^T rows, X_k G x> for the three generators X_k, (n_edges, 3)."""
     x, rows, wigner = x.contiguous(), rows.contiguous(), wigner.contiguous()
-    ends = [numbers_of_atoms(index, x) for index in indices]
+    ends = [_atoms(index, x) for index in indices]
     found = rows.new_empty(len(rows), 3)
     _rotations(wigner).torque(
-        *(address(x), address(rows), address(wigner), addresses(ends), len(ends)),
-        *map(address, generator_elements(x.dtype, x.shape[1])),
-        *(address(found), len(rows), x.shape[2]),
+        *(x, rows, wigner, ends, len(ends), *_generators(x.dtype, x.shape[1])),
+        *(found, len(rows), x.shape[2]),
     )
     return found
+
+
+def leave_gradient(
+    x: Tensor,
+    wigner: Tensor,
+    indices: Sequence[Tensor],
+    rows: Tensor | None,
+    factor: Tensor | None,
+    to_factor: Tensor | None,
+    turn: Tensor | None,
+) -> Tensor:
+    """Return f W G x, (n_edges, n_rows, channels), where <f W G x, rows> is differentiated.
+
+    The gradient of f is written, and a turn of each edge is lessened by the torque; None is not
+    wanted, and of neither are there rows.
+    """
+    found = gather_rotate(x, wigner, indices)
+    if rows is not None and to_factor is not None:
+        torch.linalg.vecdot(found.flatten(1), rows.flatten(1), out=to_factor)
+    if rows is not None and turn is not None:
+        own = torque(x, rows, wigner, indices)
+        turn -= own if factor is None else own * factor[:, None]
+    return found if factor is None else found.mul_(factor[:, None, None])
 
 
 def gather_gradient(
@@ -152,27 +240,25 @@ def gather_gradient(
     shape: SO2Shape,
     into: WayIn,
 ) -> None:
-    """Give the gradients of <grad, s W G x>; grad, (n_edges, n_rows * c_in), may change.
+    """Give the gradients of <grad, s W G x>, for grad (n_edges, n_rows * c_in).
 
     Without ``scale`` the factors are 1.
     """
     x, wigner, scale = x.contiguous(), wigner.contiguous(), _plain(scale)
-    ends = [numbers_of_atoms(index, x) for index in indices]
+    ends = [_atoms(index, x) for index in indices]
     _rotations(wigner).gather_gradient(
-        *(address(x), address(wigner), addresses(ends), len(ends)),
-        *map(address, (grad, scale, *into, *generator_elements(x.dtype, x.shape[1]))),
+        *(x, wigner, ends, len(ends), grad, scale, *into, *_generators(x.dtype, x.shape[1])),
         *(len(grad), x.shape[2]),
     )
 
 
-def edge_wigner(vectors: Tensor, lmax: int, mmax: int) -> Tensor:
+def wigner_rows(call: SimpleNamespace) -> Tensor:
     """Return the rows that take edges to +y, (n_edges, n_rows, n_sph)."""
-    degrees, tables = _wigner_tables(vectors.dtype, lmax, mmax)
-    vectors = vectors.contiguous()
+    vectors, lmax = call.vectors, call.lmax
+    degrees, tables = _wigner_tables(vectors.dtype, lmax, call.mmax)
     wigner = vectors.new_empty(len(vectors), len(degrees), (lmax + 1) ** 2)
-    _library("wigner", vectors.dtype, lmax, 0).edge_wigner(
-        *map(address, (vectors, degrees, tables)), len(degrees), address(wigner), len(vectors)
-    )
+    library = c_library("edge/cpu/wigner.c", vectors.dtype, LMAX=lmax)
+    library.edge_wigner(vectors, degrees, tables, len(degrees), wigner, len(vectors))
     return wigner
 
 
@@ -182,8 +268,7 @@ class SO2Map:
     def __init__(self, weights: list[Tensor], shape: SO2Shape) -> None:
         self.shape = shape
         self.weights = [weight.contiguous() for weight in weights]
-        self._library = _library("so2", weights[0].dtype, shape.lmax, shape.mmax)
-        self._complex = _complex(weights)
+        self._library = _maps(weights[0].dtype, shape)
         self._packed: dict[int, Tensor] = {}
 
     def forward(
@@ -210,30 +295,30 @@ class SO2Map:
         return out
 
     def _multiply(self, rows: Tensor, out: Tensor, back: int) -> None:
-        sizes = (back, *self.shape[2:])
+        sizes, is_complex = (back, *self.shape[2:]), _complex(self.weights)
         if back not in self._packed:
             packed = empty((self._library.packed_size(*sizes),), self.weights[0])
-            places = addresses(self.weights)
-            self._library.pack_map(places, self._complex, *sizes, packed.data_ptr())
+            self._library.pack_map(self.weights, is_complex, *sizes, packed)
             self._packed[back] = packed
+        n_threads = threads_for(len(rows), _MAP_EDGES_PER_THREAD)
         self._library.map_rows(
-            *(address(rows), self._packed[back].data_ptr(), self._complex, *sizes),
-            *(address(out), len(rows), threads_for(len(rows), _MAP_EDGES_PER_THREAD)),
+            rows, self._packed[back], is_complex, *sizes, out, len(rows), n_threads
         )
 
 
 def add_weight_gradients(rows: Tensor, grad: Tensor, into: list[Tensor], shape: SO2Shape) -> None:
     """Add the gradients of <grad, M rows> with respect to the weights to ``into``."""
-    library = _library("so2", rows.dtype, shape.lmax, shape.mmax)
+    library, n_threads = _maps(rows.dtype, shape), threads_for(len(rows), _MAP_EDGES_PER_THREAD)
     panels = empty((library.panels_size(shape.c_in),), rows)
-    library.map_weights(
-        *(address(rows), address(grad), _complex(into), *shape[2:], addresses(into)),
-        *(address(panels), len(rows), threads_for(len(rows), _MAP_EDGES_PER_THREAD)),
-    )
+    library.map_weights(rows, grad, _complex(into), *shape[2:], into, panels, len(rows), n_threads)
 
 
-def _complex(weights: list[Tensor]) -> ctypes.Array:
-    return (ctypes.c_int64 * len(weights))(*[weight.ndim == 3 for weight in weights])
+def _maps(dtype: torch.dtype, shape: SO2Shape) -> Any:
+    return c_library("edge/cpu/so2.c", dtype, LMAX=shape.lmax, MMAX=shape.mmax)
+
+
+def _complex(weights: list[Tensor]) -> list[int]:
+    return [int(weight.ndim == 3) for weight in weights]
 
 
 class Gate:
@@ -268,9 +353,8 @@ class Gate:
         return value, curved
 
     def _call(self, name: str, *tensors: Tensor) -> None:
-        function = getattr(_library("edge", self.y.dtype, *self.shape[:2]), name)
-        given = (self.y, self.sigmoid, *tensors)
-        function(*map(address, given), len(self.y), self.shape.c_out)
+        function = getattr(_functions(self.y.dtype, *self.shape[:2]), name)
+        function(self.y, self.sigmoid, *tensors, len(self.y), self.shape.c_out)
 
 
 def moved_scaled(
@@ -279,8 +363,7 @@ def moved_scaled(
     """Return z' = s r' + s' r, the derivative of z = s r along a direction."""
     moved_z = empty(rows.shape, rows)
     given = (rows, moved, scale.contiguous(), _plain(moved_scale), moved_z)
-    library = _library("edge", rows.dtype, *shape[:2])
-    library.moved_scaled(*map(address, given), len(rows), shape.c_in)
+    _functions(rows.dtype, *shape[:2]).moved_scaled(*given, len(rows), shape.c_in)
     return moved_z
 
 
@@ -302,10 +385,9 @@ def scaled_second(
     moves = moved_grad is not None or moved_scale is not None
     found = empty(grad.shape, grad) if moves else None
     given = (rows, moved, grad, moved_grad, scale.contiguous(), _plain(moved_scale))
-    library = _library("edge", rows.dtype, *shape[:2])
     results = (scaled_grad, found, through, moved_through)
-    library.scale_second(*map(address, (*given, *results)), len(rows), shape.c_in)
-    return scaled_grad, found, through, moved_through
+    _functions(rows.dtype, *shape[:2]).scale_second(*given, *results, len(rows), shape.c_in)
+    return results
 
 
 def scaled_rows(rows: Tensor, scale: Tensor, shape: SO2Shape) -> Tensor:
@@ -348,3 +430,55 @@ def _dense_rows(lmax: int, mmax: int) -> Tensor:
         own = tilt[:, row, l * l : (l + 1) ** 2]
         parts += [own[: l + 1], own[lmax + 2 : lmax + 2 + l]]
     return torch.cat([part.flatten() for part in parts])
+
+
+class _Buffers(threading.local):
+    """The buffers of one thread, in use and idle ones.
+
+    Rows of some hundred edges are megabytes, which the C library hands back to the system when they
+    are freed: an edge layer would spend an eighth of its time on fresh pages. Here they are kept.
+    """
+
+    def __init__(self) -> None:
+        self.every: list[np.ndarray] = []
+
+    def take(self, n_bytes: int) -> np.ndarray:
+        """Return an idle buffer that is large enough and not twice too large, else a new one."""
+        references = _references(self.every)
+        idle = [b for b, n in zip(self.every, references, strict=True) if n == _UNUSED]
+        for buffer in idle:
+            if n_bytes <= buffer.nbytes <= 2 * n_bytes:
+                return buffer
+        excess = sum(buffer.nbytes for buffer in idle) + n_bytes - _MOST
+        while idle and excess > 0:
+            dropped = idle.pop(0)
+            excess -= dropped.nbytes
+            self.every = [buffer for buffer in self.every if buffer is not dropped]
+        self.every.append(np.empty(math.ceil(n_bytes / _PAGE) * _PAGE, np.uint8))
+        return self.every[-1]
+
+
+def _references(buffers: list[np.ndarray]) -> list[int]:
+    return [sys.getrefcount(buffer) for buffer in buffers]
+
+
+_UNUSED = _references([np.empty(0)])[0]  # what the count is of one that only its list refers to
+_buffers = _Buffers()
+
+
+def empty(size: tuple[int, ...], like: Tensor) -> Tensor:
+    """Return an uninitialised tensor on the CPU, whose memory is used again when it is freed.
+
+    Args:
+        size: Its shape.
+        like: A tensor of the same dtype.
+    """
+    n_bytes = math.prod(size) * like.dtype.itemsize
+    if n_bytes < _LEAST:
+        return like.new_empty(size)
+    buffer = _buffers.take(n_bytes + _LINE)
+    start = -buffer.ctypes.data % _LINE
+    # The tensor refers to this slice, and so does every view of the tensor: the buffer is idle
+    # when the last of them is gone.
+    part = buffer[start : start + n_bytes].view(_DTYPES[like.dtype])
+    return torch.from_numpy(part.reshape(size))

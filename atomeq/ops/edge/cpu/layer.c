@@ -1,11 +1,11 @@
 /* The whole eSCN edge layer, its gradient and the gradient of that, some edges at a time: what lies
    between its steps stays in the processor's cache. Equations and names are those of
-   atomeq/ops/edge/layer.py and second_gradient.py. This follows edge.c in one source. */
+   atomeq/ops/edge/escn_conv.py and blockwise.py. */
 
-#include <stddef.h>
 #include <stdlib.h>
 
-#define N_ORDERS (MMAX + 1)
+#include "edge.c"
+
 #define MAP_ROWS 6          /* of a tile of a product: its sums fill the registers */
 #define PANEL (2 * N_LANES) /* columns of one */
 #define PADDED(n) (((n) + PANEL - 1) / PANEL * PANEL)
@@ -23,35 +23,22 @@ typedef struct {
   const REAL *x, *wigner;
   const int64_t *source, *target;
   const REAL *radial, *radial_weight, *radial_bias, *envelope; /* each may be null */
-  const REAL *first[N_ORDERS], *second[N_ORDERS];              /* (out, in) for each order */
+  const REAL *first[MMAX + 1], *second[MMAX + 1];              /* (out, in) for each order */
   REAL *y, *u, *ga, *gz;                                       /* kept, or null */
   REAL *total;                                                 /* of the value */
   const REAL *grad, *also_y, *also_u;                          /* of the gradient */
   const REAL *moved_x, *moved_vectors, *moved_radial, *moved_envelope; /* of the second gradient */
   REAL *to_x, *to_vectors, *to_radial, *to_radial_weight, *to_radial_bias, *to_envelope, *to_grad,
       *to_y, *to_u;                                            /* null if not wanted */
-  REAL *to_first[N_ORDERS], *to_second[N_ORDERS];
+  REAL *to_first[MMAX + 1], *to_second[MMAX + 1];
   const REAL *generator;                                       /* as in torque() */
   const int64_t *place, *count;
 } layer_t;
 
-/* The names and places of layer_t's fields and its size: Python's own are held to these. */
-#define FIELDS(F)                                                                                 \
-  F(n_edges) F(n_atoms) F(channels) F(hidden) F(c_out) F(n_radial) F(at_once) F(n_parts)          \
-  F(x) F(wigner) F(source) F(target) F(radial) F(radial_weight) F(radial_bias) F(envelope)        \
-  F(first) F(second) F(y) F(u) F(ga) F(gz) F(total) F(grad) F(also_y) F(also_u)                   \
-  F(moved_x) F(moved_vectors) F(moved_radial) F(moved_envelope)                                      \
-  F(to_x) F(to_vectors) F(to_radial) F(to_radial_weight) F(to_radial_bias) F(to_envelope)            \
-  F(to_grad) F(to_y) F(to_u) F(to_first) F(to_second) F(generator) F(place) F(count)
-#define NAME(field) #field " "
-#define PLACE(field) offsetof(layer_t, field),
-const char layer_names[] = FIELDS(NAME);
-const int64_t layer_places[] = {FIELDS(PLACE) sizeof(layer_t)};
-
 /* What one thread works with. `moved` is a derivative along a direction, `turned` is -W T(t). */
 typedef struct {
-  matrix_t scale, scale_back, first[N_ORDERS], second[N_ORDERS], first_back[N_ORDERS],
-      second_back[N_ORDERS];
+  matrix_t scale, scale_back, first[MMAX + 1], second[MMAX + 1], first_back[MMAX + 1],
+      second_back[MMAX + 1];
   REAL *s, *gs, *moved_s, *moved_gs;
   REAL *r, *z, *gz, *gr, *moved_r, *moved_gr;
   REAL *y, *gy, *moved_y, *sigma, *a, *ga, *moved_a;
@@ -624,7 +611,7 @@ static int run(const layer_t *layer, int64_t first, int64_t stop, int step) {
 }
 
 /* What is summed over edges, and how many numbers each sum has. */
-#define N_SUMS (5 + 2 * N_ORDERS)
+#define N_SUMS (5 + 2 * (MMAX + 1))
 typedef struct {
   REAL **to;
   int64_t size;
@@ -641,7 +628,7 @@ static void sums_of(layer_t *layer, sum_t sums[N_SUMS]) {
   for (int m = 0; m <= MMAX; m++) {
     int64_t degrees = LMAX + 1 - m, inside = (degrees + (m ? 0 : LMAX)) * layer->hidden;
     sums[5 + m] = (sum_t){&layer->to_first[m], inside * degrees * joined};
-    sums[5 + N_ORDERS + m] =
+    sums[5 + MMAX + 1 + m] =
         (sum_t){&layer->to_second[m], degrees * layer->c_out * degrees * layer->hidden};
   }
 }

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from atomeq.ops.edge.so2_shape import SO2Shape
+from atomeq.ops.edge.so2_map import SO2Shape
 from atomeq.ops.edge.triton.rotation import _row
 from atomeq.ops.triton_launch import (
     accumulator,

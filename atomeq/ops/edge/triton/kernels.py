@@ -2,16 +2,20 @@
 
 from collections.abc import Sequence
 
-from torch import Tensor, float64
+import torch
+from torch import Tensor
 
-from atomeq.ops.edge.layer import EdgeLayer, Named, WayIn
-from atomeq.ops.edge.so2_shape import SO2Shape
+from atomeq.ops.edge.blockwise import WayIn
+from atomeq.ops.edge.blockwise import gradient as escn_conv_gradient
+from atomeq.ops.edge.blockwise import second_gradient as escn_conv_second_gradient
+from atomeq.ops.edge.blockwise import value as escn_conv
+from atomeq.ops.edge.so2_map import SO2Shape
 from atomeq.ops.edge.triton.gate import Gate
 from atomeq.ops.edge.triton.rotation import gather_rotate, rotate_scatter, torque
 from atomeq.ops.edge.triton.row_scale import (
     moved_scaled,
     row_products,
-    scale_gradient_,
+    scale_gradient,
     scaled_rows,
     scaled_second,
 )
@@ -23,6 +27,9 @@ __all__ = [
     "Gate",
     "SO2Map",
     "add_weight_gradients",
+    "escn_conv",
+    "escn_conv_gradient",
+    "escn_conv_second_gradient",
     "moved_scaled",
     "row_products",
     "scaled_rows",
@@ -48,6 +55,29 @@ def empty(size: tuple[int, ...], like: Tensor) -> Tensor:
     return like.new_empty(size)
 
 
+def leave_gradient(
+    x: Tensor,
+    wigner: Tensor,
+    indices: Sequence[Tensor],
+    rows: Tensor | None,
+    factor: Tensor | None,
+    to_factor: Tensor | None,
+    turn: Tensor | None,
+) -> Tensor:
+    """Return f W G x, (n_edges, n_rows, channels), where <f W G x, rows> is differentiated.
+
+    The gradient of f is written, and a turn of each edge is lessened by the torque; None is not
+    wanted, and of neither are there rows.
+    """
+    found = gather_rotate(x, wigner, indices)
+    if rows is not None and to_factor is not None:
+        torch.linalg.vecdot(found.flatten(1), rows.flatten(1), out=to_factor)
+    if rows is not None and turn is not None:
+        own = torque(x, rows, wigner, indices)
+        turn -= own if factor is None else own * factor[:, None]
+    return found if factor is None else found.mul_(factor[:, None, None])
+
+
 def gather_gradient(
     x: Tensor,
     wigner: Tensor,
@@ -58,33 +88,19 @@ def gather_gradient(
     shape: SO2Shape,
     into: WayIn,
 ) -> None:
-    """Give the gradients of <grad, s W G x> by one kernel after the other; grad may change."""
+    """Give the gradients of <grad, s W G x>, for grad (n_edges, n_rows * c_in)."""
     if scale is not None and into.scale is None:
-        grad = scaled_rows(grad, scale, shape, out=grad)
+        grad = scaled_rows(grad, scale, shape)
     elif scale is not None and into.scale is not None:
         rows = gather_rotate(x, wigner, indices).flatten(1)
-        into.scale.copy_(scale_gradient_(rows, grad, scale, shape))
+        grad = scale_gradient(rows, grad, scale, shape, into.scale)
     rows = grad.unflatten(1, (shape.n_rows, -1))
     if into.x is not None:
         rotate_scatter(rows, wigner, indices, segments, len(x), total=into.x)
     if into.turn is not None:
-        into.turn.copy_(torque(x, rows, wigner, indices))
+        into.turn.sub_(torque(x, rows, wigner, indices))
 
 
 def edges_at_once(first: SO2Shape) -> int:
     """Return how many edges a layer works on at a time: what fits, since a GPU wants all."""
-    return max(1, _BYTES_AT_ONCE // (max(first.width, first.width_in) * float64.itemsize))
-
-
-def layer_value(layer: EdgeLayer, *, keep: bool) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Return None: a layer goes block by block, and these are as large as memory allows."""
-
-
-def layer_gradient(layer: EdgeLayer, grad: Tensor, inside: Named, found: Named) -> bool:
-    """Return False: nothing is written, for the reason that :func:`layer_value` has."""
-    return False
-
-
-def layer_second(layer: EdgeLayer, grad: Tensor, inside: Named, along: Named, found: Named) -> bool:
-    """Return False, as :func:`layer_gradient` does."""
-    return False
+    return max(1, _BYTES_AT_ONCE // (max(first.width, first.width_in) * torch.float64.itemsize))

@@ -8,17 +8,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from atomeq.ops.edge.so2_shape import SO2Shape
+from atomeq.ops.edge.so2_map import SO2Shape
 from atomeq.ops.triton_launch import ceil_div, channel_tile, contiguous, launch
 
 _NUMBERS = 2048  # of one row in a program
 
 
-def scaled_rows(
-    rows: Tensor, scale: Tensor, shape: SO2Shape, *, out: Tensor | None = None
-) -> Tensor:
+def scaled_rows(rows: Tensor, scale: Tensor, shape: SO2Shape) -> Tensor:
     """Return s rows, (n_edges, n_rows * c_in), for factors s (n_edges, n_scales)."""
-    result = rows.new_empty(rows.shape) if out is None else out
+    result = rows.new_empty(rows.shape)
     _launch(_scaled, shape, rows, None, scale, None, result)
     return result
 
@@ -39,11 +37,13 @@ def moved_scaled(
     return moved_z
 
 
-def scale_gradient_(rows: Tensor, grad: Tensor, scale: Tensor, shape: SO2Shape) -> Tensor:
-    """Return dE/ds from ``grad`` = dE/dz, which becomes dE/dr."""
-    through = rows.new_empty(scale.shape)
-    _launch(_pulled, shape, rows, None, grad, None, scale, None, grad, None, through, None)
-    return through
+def scale_gradient(
+    rows: Tensor, grad: Tensor, scale: Tensor, shape: SO2Shape, through: Tensor
+) -> Tensor:
+    """Return dE/dr from ``grad`` = dE/dz, and write dE/ds to ``through``."""
+    result = rows.new_empty(rows.shape)
+    _launch(_pulled, shape, rows, None, grad, None, scale, None, result, None, through, None)
+    return result
 
 
 def scaled_second(

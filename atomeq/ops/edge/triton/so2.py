@@ -32,7 +32,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from atomeq.ops.edge.so2_shape import SO2Shape
+from atomeq.ops.edge.so2_map import SO2Shape
 from atomeq.ops.edge.triton.gate import Gate
 from atomeq.ops.precision import matmul_precision, torch_precision
 from atomeq.ops.triton_launch import (

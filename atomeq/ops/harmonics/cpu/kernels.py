@@ -1,13 +1,12 @@
 """Spherical harmonics and their form by the C kernel, and the tables these read."""
 
-import ctypes
-import functools
-from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from atomeq.ops.c_compiler import REALS, load, n_threads, refusal, source_of
+from atomeq.ops.c_compiler import c_library, refusal, threads_for
 from atomeq.ops.harmonics.polynomials import (
     Normalization,
     degree_scale,
@@ -24,80 +23,42 @@ _COMPLEX_STEP = 1e-100  # its square vanishes beside 1
 _ZERO = 1e-9  # of a coefficient of A_i, which is of the order of 1 or nothing
 
 
-def harmonics(vectors: Tensor, lmax: int, normalization: Normalization, normalize: bool) -> Tensor:
+def harmonics(call: SimpleNamespace) -> Tensor:
     """Return Y of vectors (n, 3), or of their directions, (n, n_sph)."""
-    vectors = vectors.contiguous()
-    n = vectors.shape[0]
+    vectors, n, lmax = call.vectors, len(call.vectors), call.lmax
     values = vectors.new_empty(n, (lmax + 1) ** 2)
-    kernel, table = _forward(vectors.dtype, lmax, normalization)
-    kernel(vectors.data_ptr(), values.data_ptr(), n, table, normalize, _threads(n))
+    table = table_like(_recursion, lmax, call.normalization, like=vectors)
+    _library(vectors, lmax).harmonics(vectors, values, n, table, call.normalize, _threads(n))
     return values
 
 
-def harmonics_slope(
-    vectors: Tensor, g: Tensor, lmax: int, normalization: Normalization, normalize: bool
-) -> Tensor:
+def harmonics_slope(call: SimpleNamespace) -> Tensor:
     """Return J^T g, (n, 3), for g (n, n_sph)."""
-    vectors, g = vectors.contiguous(), g.contiguous()
-    result = torch.empty_like(vectors)
-    _library(vectors.dtype, lmax).harmonics_slope(
-        *(tensor.data_ptr() for tensor in (vectors, g, result)),
-        *_constants(len(vectors), lmax, normalization, vectors),
-        *(normalize, _threads(len(vectors))),
-    )
+    vectors, result = call.vectors, torch.empty_like(call.vectors)
+    _library(vectors, call.lmax).harmonics_slope(vectors, call.g, result, *_constants(call))
     return result
 
 
-def harmonics_second(
-    vectors: Tensor,
-    g: Tensor,
-    h: Tensor,
-    lmax: int,
-    normalization: Normalization,
-    normalize: bool,
-) -> tuple[Tensor, Tensor]:
+def harmonics_second(call: SimpleNamespace) -> tuple[Tensor, Tensor]:
     """Return the derivatives of <h, J^T g>: by g, (n, n_sph), and by the vectors, (n, 3)."""
-    vectors, g, h = vectors.contiguous(), g.contiguous(), h.contiguous()
-    results = torch.empty_like(g), torch.empty_like(vectors)
-    _library(vectors.dtype, lmax).harmonics_second(
-        *(tensor.data_ptr() for tensor in (vectors, g, h, *results)),
-        *_constants(len(vectors), lmax, normalization, vectors),
-        *(normalize, _threads(len(vectors))),
-    )
+    results = torch.empty_like(call.g), torch.empty_like(call.vectors)
+    second = _library(call.vectors, call.lmax).harmonics_second
+    second(call.vectors, call.g, call.h, *results, *_constants(call))
     return results
 
 
-@functools.cache
-def _library(dtype: torch.dtype, lmax: int) -> ctypes.CDLL:
-    macros = {"REAL": REALS[dtype], "BYTES": dtype.itemsize, "LMAX": lmax}
-    library = load(source_of("harmonics/cpu/harmonics.c", macros))
-    pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    constants = (size, pointer, pointer, pointer, number, number, number)
-    library.harmonics.argtypes = (pointer, pointer, size, pointer, number, number)
-    library.harmonics_slope.argtypes = (*(pointer,) * 3, *constants)
-    library.harmonics_second.argtypes = (*(pointer,) * 5, *constants)
-    for function in (library.harmonics, library.harmonics_slope, library.harmonics_second):
-        function.restype = None
-    return library
+def _library(vectors: Tensor, lmax: int) -> Any:
+    size = vectors.dtype.itemsize
+    return c_library("harmonics/cpu/harmonics.c", vectors.dtype, BYTES=size, LMAX=lmax)
 
 
-@functools.cache
-def _forward(
-    dtype: torch.dtype, lmax: int, normalization: Normalization
-) -> tuple[Callable[..., None], int]:
-    """Return the kernel and where its table lies: looked up once, a call is as short as that."""
-    table = table_like(
-        _recursion, lmax, normalization, like=torch.empty(0, dtype=dtype, device="cpu")
-    )
-    return _library(dtype, lmax).harmonics, table.data_ptr()  # the cache keeps the table
-
-
-def _constants(n: int, lmax: int, normalization: Normalization, like: Tensor) -> tuple[int, ...]:
-    """Return what the derivatives read besides: n, the recursion and the elements of A_i."""
-    table = table_like(_recursion, lmax, normalization, like=like)
-    coefficients = table_like(_slope_coefficients, lmax, normalization, like=like)
-    places = _slope_places(lmax)
-    return n, table.data_ptr(), places.data_ptr(), coefficients.data_ptr(), len(places)
+def _constants(call: SimpleNamespace) -> tuple[Any, ...]:
+    """Return what the derivatives read besides: the recursion and the elements of A_i."""
+    n, given = len(call.vectors), (call.lmax, call.normalization)
+    table = table_like(_recursion, *given, like=call.vectors)
+    coefficients = table_like(_slope_coefficients, *given, like=call.vectors)
+    places = _slope_places(call.lmax)
+    return n, table, places, coefficients, len(places), call.normalize, _threads(n)
 
 
 @constant_table
@@ -158,5 +119,4 @@ def _slope_coefficients(lmax: int, normalization: Normalization) -> Tensor:
 
 
 def _threads(n: int) -> int:
-    most = n // _VECTORS_PER_THREAD
-    return min(n_threads(), most) if most > 1 else 1
+    return threads_for(n, _VECTORS_PER_THREAD)

@@ -1,81 +1,36 @@
 """Tables of functions of the edges' lengths, read by the C kernels."""
 
-import ctypes
-import functools
+from types import SimpleNamespace
 
-import torch
 from torch import Tensor
 
-from atomeq.ops.c_compiler import REALS, load, n_threads, refusal, source_of
+from atomeq.ops.c_compiler import c_library, checked_index, refusal, threads_for
 
-__all__ = ["read", "read_gradient", "refusal"]
+__all__ = ["read_pairs", "read_pairs_gradient", "refusal"]
 
 _NUMBERS_PER_THREAD = 2**14  # fewer do not pay for a thread
 
 
-def read(
-    vectors: Tensor,
-    edge_index: Tensor,
-    kinds: Tensor,
-    polynomials: Tensor,
-    step: float,
-    widths: list[int],
-) -> list[Tensor]:
+def read_pairs(call: SimpleNamespace) -> list[Tensor]:
     """Return the functions, a tensor (n_edges, width) for each width."""
-    found = [vectors.new_empty(len(vectors), width) for width in widths]
-    _call("read_tables", (vectors, edge_index, kinds, polynomials), step, found, None)
+    found = [call.vectors.new_empty(len(call.vectors), width) for width in call.widths]
+    _run("read_tables", call, found)
     return found
 
 
-def read_gradient(
-    vectors: Tensor,
-    edge_index: Tensor,
-    kinds: Tensor,
-    polynomials: Tensor,
-    step: float,
-    grads: list[Tensor],
-) -> Tensor:
+def read_pairs_gradient(call: SimpleNamespace) -> Tensor:
     """Return the gradient by the vectors, (n_edges, 3)."""
-    result = vectors.new_empty(len(vectors), 3)
-    given = vectors, edge_index, kinds, polynomials
-    _call("read_tables_gradient", given, step, [grad.contiguous() for grad in grads], result)
+    result = call.vectors.new_empty(len(call.vectors), 3)
+    _run("read_tables_gradient", call, call.grads, result)
     return result
 
 
-def _call(
-    name: str,
-    given: tuple[Tensor, Tensor, Tensor, Tensor],
-    step: float,
-    parts: list[Tensor],
-    result: Tensor | None,
-) -> None:
-    vectors, ends, kinds, polynomials = (tensor.contiguous() for tensor in given)
-    n_edges, n_parts = len(vectors), len(parts)
-    n_kinds, n_intervals, _, width = polynomials.shape[1:]
-    library = _library(vectors.dtype)
-    if not library.pairs_in_range(
-        ends.data_ptr(), ends.numel(), kinds.data_ptr(), len(kinds), n_kinds
-    ):
-        raise IndexError(f"an end of an edge is no atom, or a kind none of {n_kinds}")
-    widths = (ctypes.c_int64 * n_parts)(*(part.shape[1] for part in parts))
-    addresses = (ctypes.c_void_p * n_parts)(*(part.data_ptr() for part in parts))
-    numbers = n_edges * width // _NUMBERS_PER_THREAD
-    getattr(library, name)(
-        *(vectors.data_ptr(), ends.data_ptr(), ends.data_ptr() + 8 * n_edges, kinds.data_ptr()),
-        *(n_edges, polynomials.data_ptr(), n_kinds, n_intervals, width, step),
-        *(widths, n_parts, addresses),
-        *(() if result is None else (result.data_ptr(),)),
-        max(1, min(n_threads(), numbers)),
+def _run(name: str, call: SimpleNamespace, parts: list[Tensor], *result: Tensor) -> None:
+    n_edges, (n_kinds, n_intervals, _, width) = len(call.vectors), call.polynomials.shape[1:]
+    ends = checked_index(call.edge_index, len(call.kinds), "an edge ends at an atom")
+    kinds = checked_index(call.kinds, n_kinds, "an atom is of a kind")
+    getattr(c_library("pairs/cpu/pairs.c", call.vectors.dtype), name)(
+        *(call.vectors, ends[0], ends[1], kinds, n_edges, call.polynomials, n_kinds, n_intervals),
+        *(width, call.step, [part.shape[1] for part in parts], len(parts), parts, *result),
+        threads_for(n_edges * width, _NUMBERS_PER_THREAD),
     )
-
-
-@functools.cache
-def _library(dtype: torch.dtype) -> ctypes.CDLL:
-    library = load(source_of("pairs/cpu/pairs.c", {"REAL": REALS[dtype]}))
-    pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    first = (*[pointer] * 4, size, pointer, size, size, size, ctypes.c_double)
-    library.read_tables.argtypes = (*first, pointer, number, pointer, number)
-    library.read_tables_gradient.argtypes = (*first, pointer, number, pointer, pointer, number)
-    library.read_tables.restype = library.read_tables_gradient.restype = None
-    library.pairs_in_range.argtypes = (pointer, size, pointer, size, size)
-    return library

@@ -22,15 +22,6 @@ static Place place_of(const REAL *vector, int64_t table, const REAL *polynomials
                    at < n_intervals ? 1 / step : 0, length};
 }
 
-/* Whether every end is an atom and every atom of a kind. */
-int pairs_in_range(const int64_t *ends, int64_t n_ends, const int64_t *kinds, int64_t n_atoms,
-                   int64_t n_kinds) {
-    int outside = 0;
-    for (int64_t e = 0; e < n_ends; e++) outside |= ends[e] < 0 || ends[e] >= n_atoms;
-    for (int64_t a = 0; a < n_atoms; a++) outside |= kinds[a] < 0 || kinds[a] >= n_kinds;
-    return !outside;
-}
-
 void read_tables(const REAL *vectors, const int64_t *source, const int64_t *target,
                  const int64_t *kinds, int64_t n_edges, const REAL *polynomials, int64_t n_kinds,
                  int64_t n_intervals, int64_t width, double step, const int64_t *widths, int n_parts,

@@ -3,7 +3,7 @@
 # Only Triton's compiler goes through tl.static_range; to a type checker it raises.
 # pyright: reportGeneralTypeIssues=false
 
-from typing import Any
+from types import SimpleNamespace
 
 import triton
 import triton.language as tl
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from atomeq.ops.coupling.weight_table import ROWS
 from atomeq.ops.specification import OpSpec
-from atomeq.ops.triton_launch import contiguous, launch, power_of_2
+from atomeq.ops.triton_launch import launch, power_of_2
 from atomeq.ops.triton_launch import refusal as launch_refusal
 
 _NUMBERS = 1024  # functions of one program at a time, of some edges
@@ -22,68 +22,43 @@ def refusal(spec: OpSpec) -> str | None:
     return launch_refusal(spec, any_channels=True)
 
 
-def read(
-    vectors: Tensor,
-    edge_index: Tensor,
-    kinds: Tensor,
-    polynomials: Tensor,
-    step: float,
-    widths: list[int],
-) -> list[Tensor]:
+def read_pairs(call: SimpleNamespace) -> list[Tensor]:
     """Return the functions, a tensor (n_edges, width) for each width."""
-    found = [vectors.new_empty(len(vectors), width) for width in widths]
-    given, start = (contiguous(vectors), contiguous(edge_index), kinds, polynomials), 0
-    for part in found:
-        _launch(_read, given, step, part.shape[1], START=start, tensors=(part,))
-        start += part.shape[1]
+    found = [call.vectors.new_empty(len(call.vectors), width) for width in call.widths]
+    _launch(_read, call, found)
     return found
 
 
-def read_gradient(
-    vectors: Tensor,
-    edge_index: Tensor,
-    kinds: Tensor,
-    polynomials: Tensor,
-    step: float,
-    grads: list[Tensor],
-) -> Tensor:
+def read_pairs_gradient(call: SimpleNamespace) -> Tensor:
     """Return the gradient by the vectors, (n_edges, 3)."""
-    result = vectors.new_zeros(len(vectors), 3)
-    given, start = (contiguous(vectors), contiguous(edge_index), kinds, polynomials), 0
-    for grad in grads:
-        tensors = contiguous(grad), result
-        _launch(_read_gradient, given, step, grad.shape[1], START=start, tensors=tensors)
-        start += grad.shape[1]
+    result = call.vectors.new_zeros(len(call.vectors), 3)
+    _launch(_read_gradient, call, call.grads, result)
     return result
 
 
-def _launch(
-    kernel: object,
-    given: tuple[Tensor, Tensor, Tensor, Tensor],
-    step: float,
-    width: int,
-    *,
-    tensors: tuple[Tensor, ...],
-    **constants: Any,
-) -> None:
-    vectors, _, _, polynomials = given
-    n_kinds, n_intervals, _, n_functions = polynomials.shape[1:]
-    block = power_of_2(width)
-    edges = max(1, min(32, _NUMBERS // block))
-    launch(
-        *(kernel, (-(-len(vectors) // edges),), *given, *tensors),
-        like=vectors,
-        n_edges=len(vectors),
-        step=step,
-        N_KINDS=n_kinds,
-        N_INTERVALS=n_intervals,
-        N_FUNCTIONS=n_functions,
-        DEGREE=ROWS - 1,
-        WIDTH=width,
-        BLOCK=block,
-        EDGES=edges,
-        **constants,
-    )
+def _launch(kernel: object, call: SimpleNamespace, parts: list[Tensor], *result: Tensor) -> None:
+    n_kinds, n_intervals, _, n_functions = call.polynomials.shape[1:]
+    start = 0
+    for part in parts:
+        width = part.shape[1]
+        block = power_of_2(width)
+        edges = max(1, min(32, _NUMBERS // block))
+        launch(
+            *(kernel, (-(-len(part) // edges),), call.vectors, call.edge_index, call.kinds),
+            *(call.polynomials, part, *result),
+            like=part,
+            n_edges=len(part),
+            step=call.step,
+            N_KINDS=n_kinds,
+            N_INTERVALS=n_intervals,
+            N_FUNCTIONS=n_functions,
+            DEGREE=ROWS - 1,
+            WIDTH=width,
+            BLOCK=block,
+            EDGES=edges,
+            START=start,
+        )
+        start += width
 
 
 @triton.jit

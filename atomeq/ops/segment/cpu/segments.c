@@ -9,13 +9,6 @@
 
 static REAL exponential(REAL x) { return sizeof(REAL) == 4 ? expf(x) : exp(x); }
 
-/* Whether every number is in 0..limit-1. */
-int segments_in_range(const int64_t *index, int64_t n, int64_t limit) {
-    int outside = 0;
-    for (int64_t e = 0; e < n; e++) outside |= index[e] < 0 || index[e] >= limit;
-    return !outside;
-}
-
 static void add(const REAL *x, const int64_t *index, int64_t n, int64_t size, int64_t first,
                 int64_t last, REAL *totals) {
     memset(totals + first * size, 0, (last - first) * size * sizeof(REAL));

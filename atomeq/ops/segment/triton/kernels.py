@@ -1,5 +1,8 @@
 """Sums and softmax over segments: one program owns a segment, so nothing is added out of order."""
 
+import math
+from types import SimpleNamespace
+
 import torch
 import triton
 import triton.language as tl
@@ -10,7 +13,6 @@ from atomeq.ops.specification import OpSpec
 from atomeq.ops.triton_launch import (
     accumulator,
     ceil_div,
-    contiguous,
     launch,
     power_of_2,
 )
@@ -25,29 +27,27 @@ def refusal(spec: OpSpec) -> str | None:
     return launch_refusal(spec, any_channels=True)
 
 
-def segment_sum(x: Tensor, index: Tensor, n_segments: int) -> Tensor:
-    """Sum the members of each segment in their order, (n_members, ...) -> (n_segments, ...)."""
-    flat = contiguous(x.flatten(1) if x.ndim > 1 else x[:, None])
-    result = flat.new_empty(n_segments, flat.shape[1])
-    _launch(_segment_sum, flat, index, n_segments, result)
-    return result.view(n_segments, *x.shape[1:])
+def segment_total(call: SimpleNamespace) -> Tensor:
+    """Return the sums of the members of each segment in their order, (n_segments, ...)."""
+    result = call.x.new_empty(call.n_segments, *call.x.shape[1:])
+    _launch(_segment_sum, call, result)
+    return result
 
 
-def segment_softmax(x: Tensor, index: Tensor, n_segments: int) -> Tensor:
-    """Normalise the members of each segment, (n_members, ...)."""
-    flat = contiguous(x.flatten(1) if x.ndim > 1 else x[:, None])
-    result = torch.empty_like(flat)
-    _launch(_segment_softmax, flat, index, n_segments, result)
-    return result.view(x.shape)
+def segment_weights(call: SimpleNamespace) -> Tensor:
+    """Return positive weights that sum to 1 in each segment, (n_members, ...)."""
+    result = torch.empty_like(call.x)
+    _launch(_segment_softmax, call, result)
+    return result
 
 
-def _launch(kernel: object, x: Tensor, index: Tensor, n_segments: int, result: Tensor) -> None:
-    pointer, order = segments_of(index, n_segments)
-    features = x.shape[1]
+def _launch(kernel: object, call: SimpleNamespace, result: Tensor) -> None:
+    pointer, order = segments_of(call.index, call.n_segments)
+    x, features = call.x, math.prod(call.x.shape[1:])
     block = min(_FEATURES, power_of_2(max(1, features)))
     launch(
         kernel,
-        (n_segments, ceil_div(features, block)),
+        (call.n_segments, ceil_div(features, block)),
         x,
         pointer,
         order,

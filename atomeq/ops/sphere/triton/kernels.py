@@ -5,7 +5,7 @@ grid at a time, by products on the tensor cores, and adds what they give to the 
 result: no value on the grid is ever written.
 """
 
-from collections.abc import Sequence
+from types import SimpleNamespace
 
 import torch
 import triton
@@ -17,7 +17,6 @@ from atomeq.ops.triton_launch import (
     INTERPRETING,
     accumulator,
     ceil_div,
-    contiguous,
     launch,
     power_of_2,
     product_precision,
@@ -41,14 +40,13 @@ def by_torch(spec: OpSpec) -> bool:
     return spec.op == "sphere_pointwise"
 
 
-def sphere_form(
-    factors: Sequence[Tensor], matrices: Sequence[Tensor], back: Tensor, order: int
-) -> Tensor:
+def sphere_form(call: SimpleNamespace) -> Tensor:
     """Return back [f^(order)(A_0 t_0) * prod (A_i t_i)].
 
     Raises:
         NotImplementedError: If the derivative is higher than the third.
     """
+    factors, back = call.factors, call.back
     if len(factors) > _FACTORS:
         raise NotImplementedError(
             f"the triton kernels have {_FACTORS - 1} derivatives of SiLU on the sphere and "
@@ -62,11 +60,11 @@ def sphere_form(
     launch(
         _sphere_form,
         (len(first), ceil_div(channels, block_c)),
-        *map(contiguous, factors),
+        *factors,
         *absent,
-        *map(contiguous, matrices),
+        *call.matrices,
         *absent,
-        contiguous(back),
+        back,
         result,
         like=first,
         CHANNELS=channels,
@@ -76,7 +74,7 @@ def sphere_form(
         OUT_ROWS=back.shape[0],
         OUT_PADDED=_padded(back.shape[0]),
         FACTORS=len(factors),
-        ORDER=order,
+        ORDER=call.order,
         PRECISION=product_precision(first.dtype),
         UPCAST=INTERPRETING and first.dtype == torch.bfloat16,
         SUM=accumulator(first.dtype),

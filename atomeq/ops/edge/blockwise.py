@@ -1,0 +1,435 @@
+"""The eSCN edge layer a block of edges at a time: value, gradient, and the gradient of that.
+
+What lies between the steps is in memory, so any map, rotation and gate that kernels have do.
+Kernels that have the layer whole call this where that does not serve. Equations are those of
+:mod:`atomeq.ops.edge.escn_conv`.
+"""
+
+import math
+from collections.abc import Iterator
+from types import ModuleType, SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from atomeq.ops.edge.escn_conv import INWARD, RADIAL, EdgeLayer, Named, flat, grouped
+from atomeq.ops.edge.frame import segments_of
+from atomeq.ops.edge.rotation import turning
+
+
+class WayIn(NamedTuple):
+    """Where the gradients of the way in, <grad, s W G x>, go; None where one is not wanted.
+
+    Attributes:
+        scale: Is written, (n_edges, n_scales).
+        x: Is added to, (n_atoms, n_sph, C).
+        turn: Of each edge; is lessened by the torque, (n_edges, 3).
+    """
+
+    scale: Tensor | None = None
+    x: Tensor | None = None
+    turn: Tensor | None = None
+
+
+def value(call: SimpleNamespace) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what :func:`~atomeq.ops.edge.escn_conv.escn_conv` does."""
+    layer = EdgeLayer(call)
+    x, by, (first, second) = layer.tensors["x"], layer.by, layer.shapes
+    total = x.new_zeros(x.shape[0], x.shape[1], second.c_out)
+    y, u = layer.kept(call.keep, first.width, second.width)
+    for block in blocks(layer):
+        rows = block.both.into(x, scale=block.scale, operand=True)
+        own_y, own_u = (
+            kept[block.part] if call.keep else by.empty((block.n, kept.shape[1]), x)
+            for kept in (y, u)
+        )
+        gated = block.first.gated(rows, own_y, block.biases[0], keep=call.keep)
+        block.second.forward(gated, own_u, block.biases[1])
+        block.target.back(own_u, total, factor=block.envelope)
+    return total, y, u
+
+
+def gradient(call: SimpleNamespace) -> list[Tensor]:
+    """Return what :func:`~atomeq.ops.edge.escn_conv.escn_conv_gradient` does."""
+    layer = EdgeLayer(call)
+    first, second = layer.shapes
+    found = layer.gradients(call.wanted)
+    ga, gz = layer.kept(call.keep, second.width_in, first.width_in)
+    inside = {"ga": ga, "gz": gz} if call.keep else {}
+    inside |= zip(("y", "u"), call.kept, strict=False)  # or nothing
+    inside |= zip(("also_y", "also_u"), call.also, strict=False)
+    for block in blocks(layer):
+        own = {name: values[block.part] for name, values in inside.items()}
+        _block_gradient(block, call.grad, own, found)
+    return [*flat(call.wanted, found), ga, gz]
+
+
+def second_gradient(call: SimpleNamespace) -> list[Tensor]:
+    """Return what :func:`~atomeq.ops.edge.escn_conv.escn_conv_second_gradient` does."""
+    layer = EdgeLayer(call)
+    along = grouped(call.along, call.directions)
+    found, inside = second_gradients(call, layer)
+    others = {
+        name: layer.by.SO2Map(along[name], shape)
+        for name, shape in zip(layer.weights, layer.shapes, strict=True)
+        if name in along
+    }
+    for block in blocks(layer):
+        _Second(block, call.grad, inside, along, others, found).run()
+    return flat(call.wanted, found)
+
+
+def second_gradients(call: SimpleNamespace, layer: EdgeLayer) -> tuple[Named, Named]:
+    """Return memory for what a second gradient is wanted of, and what of an edge was kept."""
+    found, kept = layer.gradients(call.wanted), [rows for rows in call.kept if len(rows)]
+    inside: Named = dict(zip(("y", "u", "ga", "gz"), kept, strict=False))
+    if "grad" in call.wanted.split():
+        found["grad"] = torch.zeros_like(call.grad)
+    for name, rows in zip(("y", "u"), call.kept[:2], strict=True):
+        inside.setdefault(name, rows)  # of no edges
+        if name in call.wanted.split():
+            found[name] = layer.by.empty(rows.shape, rows)
+    return found, inside
+
+
+def blocks(layer: EdgeLayer) -> Iterator["EdgeBlock"]:
+    """Cut the edges into blocks of about equal size: a small last one would be slow."""
+    maps = {
+        name: layer.by.SO2Map(layer.weights[name], shape)
+        for name, shape in zip(layer.weights, layer.shapes, strict=True)
+    }
+    n_blocks = math.ceil(layer.n_edges / layer.by.edges_at_once(layer.shapes[0]))
+    step = math.ceil(layer.n_edges / max(1, n_blocks))
+    for start in range(0, layer.n_edges, max(1, step)):
+        yield EdgeBlock(layer, maps, slice(start, min(start + step, layer.n_edges)))
+
+
+class Ends(NamedTuple):
+    """The rotation of some atoms of edges into their frames, and back; rows are flat."""
+
+    by: ModuleType
+    wigner: Tensor
+    indices: list[Tensor]
+    segments: list[Tensor]
+
+    def into(
+        self,
+        x: Tensor,
+        wigner: Tensor | None = None,
+        *,
+        scale: Tensor | None = None,
+        operand: bool = False,
+    ) -> Tensor:
+        """Return scale * W G x, (n, n_rows * S * C); an operand is read by a map alone."""
+        wigner = self.wigner if wigner is None else wigner
+        rows = self.by.gather_rotate(x, wigner, self.indices, scale=scale, operand=operand)
+        return rows.flatten(1)
+
+    def back(
+        self,
+        rows: Tensor,
+        total: Tensor,
+        wigner: Tensor | None = None,
+        *,
+        factor: Tensor | None = None,
+    ) -> None:
+        """Add G^T W^T (factor * rows) to the features of the atoms."""
+        wigner = self.wigner if wigner is None else wigner
+        given = (rows.unflatten(1, (wigner.shape[1], -1)), wigner, self.indices, self.segments)
+        self.by.rotate_scatter(*given, len(total), factor=factor, total=total)
+
+    def torque(self, x: Tensor, rows: Tensor, wigner: Tensor | None = None) -> Tensor:
+        """Return <W^T rows, X_k G x>, (n, 3)."""
+        wigner = self.wigner if wigner is None else wigner
+        rows = rows.unflatten(1, (wigner.shape[1], -1))
+        return self.by.torque(x, rows, wigner, self.indices)
+
+    def leave(
+        self,
+        x: Tensor,
+        rows: Tensor | None,
+        factor: Tensor | None,
+        to_factor: Tensor | None,
+        turn: Tensor | None,
+    ) -> Tensor:
+        """Return f W G x; of <f W G x, rows> write the gradients, see ``leave_gradient``."""
+        given = None if rows is None else rows.unflatten(1, (self.wigner.shape[1], -1))
+        found = self.by.leave_gradient(x, self.wigner, self.indices, given, factor, to_factor, turn)
+        return found.flatten(1)
+
+    def turned_torque(self, x: Tensor, rows: Tensor, turned: Tensor, turn: Tensor) -> Tensor:
+        """Return <W^T rows, X_k T G x>, by X_k T = T X_k + (t x X)_k."""
+        return self.torque(x, rows, turned) + torch.linalg.cross(turn, self.torque(x, rows))
+
+
+class EdgeBlock:
+    """Some edges of a layer and the steps of the computation on them."""
+
+    def __init__(self, layer: EdgeLayer, maps: dict[str, Any], part: slice) -> None:
+        self.layer, self.maps, self.part, self.n = layer, maps, part, part.stop - part.start
+        self.x, by = layer.tensors["x"], layer.by
+        self.first, self.second = maps["first"], maps["second"]
+        indices = [layer.tensors["source"][part], layer.tensors["target"][part]]
+        segments = layer.segments
+        if segments and self.n != layer.n_edges:
+            segments = [own for index in indices for own in segments_of(index, len(self.x))]
+        self.biases = [layer.tensors.get(f"{name}_bias") for name in maps]
+        self.both = Ends(by, layer.tensors["wigner"][part], indices, segments)
+        self.target = self.both._replace(indices=indices[1:], segments=segments[2:])
+        self.envelope = self.edges("envelope")
+        self.scale = self.edges("radial")  # s, (n, n_scales)
+        if self.scale is not None and "radial_weight" in layer.tensors:
+            weight, bias = layer.tensors["radial_weight"], layer.tensors.get("radial_bias")
+            self.scale = torch.nn.functional.linear(self.scale, weight, bias)
+
+    def edges(self, name: str) -> Tensor | None:
+        """Return the block's part of an input of the edges."""
+        value = self.layer.tensors.get(name)
+        return None if value is None else value[self.part]
+
+    def add_weight_gradients(self, rows: Tensor, grad: Tensor, found: Named, name: str) -> None:
+        """Add the gradients of <grad, M rows> to those of the ``first`` or ``second`` map."""
+        self.layer.by.add_weight_gradients(rows, grad, found[name], self.maps[name].shape)
+
+    def add_radial_gradients(
+        self, through: Tensor, moved: tuple[Tensor, Named] | None, found: Named
+    ) -> None:
+        """Add the gradients of s = h A^T + b, from that of s and, along a direction, that of s'."""
+        part, weight = self.part, self.layer.tensors.get("radial_weight")
+        if weight is None:
+            found["radial"][part] = through
+            return
+        own = self.edges("radial")
+        grad, along = moved if moved is not None else (None, {})
+        if "radial" in found:
+            torch.mm(through, weight, out=found["radial"][part])
+            if grad is not None and "radial_weight" in along:
+                found["radial"][part] += grad @ along["radial_weight"]
+        if "radial_weight" in found and own is not None:
+            found["radial_weight"].addmm_(through.T, own)
+            if grad is not None and "radial" in along:
+                found["radial_weight"].addmm_(grad.T, along["radial"][part])
+        if "radial_bias" in found:
+            found["radial_bias"] += through.sum(0)
+
+
+def _block_gradient(block: EdgeBlock, grad: Tensor, inside: Named, found: Named) -> None:
+    y, u, part = inside.get("y"), inside.get("u"), block.part
+    if y is None:
+        y = block.first.forward(block.both.into(block.x, scale=block.scale), None, block.biases[0])
+    gate = block.layer.by.Gate(y, block.first.shape)
+    leaving = [found[name][part] if name in found else None for name in ("envelope", "vectors")]
+    left = any([part is not None for part in leaving])
+    a = gate.value() if "second" in found or (left and u is None) else None
+    if a is not None and u is None and left:
+        u = block.second.forward(a, None, block.biases[1])
+    p = block.target.leave(grad, u, block.envelope, *leaving)
+    if "also_u" in inside:
+        p += inside["also_u"]
+    _add_bias_gradient(p, found, "second_bias")
+    if a is not None and "second" in found:
+        block.add_weight_gradients(a, p, found, "second")
+    if not INWARD & found.keys():
+        return
+    gy = gate.gradient(block.second.transposed(p, inside.get("ga")))
+    if "also_y" in inside:
+        gy += inside["also_y"]
+    _add_bias_gradient(gy, found, "first_bias")
+    if "first" in found:
+        rows = block.both.into(block.x, scale=block.scale)
+        block.add_weight_gradients(rows, gy, found, "first")
+    _block_inputs(block, block.first.transposed(gy, inside.get("gz")), found)
+
+
+def _add_bias_gradient(grad: Tensor, found: Named, name: str) -> None:
+    if name in found:
+        found[name] += grad[:, : len(found[name])].sum(0)
+
+
+def _block_inputs(block: EdgeBlock, gz: Tensor, found: Named) -> None:
+    """Add the gradients that stem from the way in."""
+    layer, part, scale = block.layer, block.part, block.scale
+    to_scale, mapped = None, "radial_weight" in layer.tensors
+    if scale is not None and RADIAL & found.keys():
+        to_scale = layer.by.empty(scale.shape, gz) if mapped else found["radial"][part]
+    into = WayIn(to_scale, found.get("x"), found["vectors"][part] if "vectors" in found else None)
+    if any([where is not None for where in into]):
+        _, *given = block.both
+        layer.by.gather_gradient(block.x, *given, gz, scale, block.first.shape, into)
+    if to_scale is not None and mapped:
+        block.add_radial_gradients(to_scale, None, found)
+
+
+class _Second:
+    """One block of the gradient of the gradient, the gradient of dE/de along a direction.
+
+    That is (x', t, s', f', ...), one for each input e: a step forward along the direction. A prime
+    is a derivative along it, which a name has as ``moved``. t turns the edge: W' = -W T(t), see
+    :mod:`atomeq.ops.edge.rotation`.
+    """
+
+    def __init__(
+        self,
+        block: EdgeBlock,
+        grad: Tensor,
+        inside: Named,
+        along: Named,
+        others: dict[str, Any],
+        found: Named,
+    ) -> None:
+        self.block, self.grad, self.along, self.found = block, grad, along, found
+        self.layer, self.part, self.others = block.layer, block.part, others
+        self.x, self.scale, self.envelope = block.x, block.scale, block.envelope
+        self.y, self.u = inside["y"][self.part], inside["u"][self.part]
+        self.ga, self.gz = (
+            inside[name][self.part] if name in inside else None for name in ("ga", "gz")
+        )
+        self.turn = along["vectors"][self.part] if "vectors" in along else None
+        self.turned = None
+        if self.turn is not None:
+            self.turned = torch.bmm(block.both.wigner, turning(self.turn, self.x.shape[1]))
+
+    def run(self) -> None:
+        """Go forward along the direction."""
+        block, by, shape = self.block, self.layer.by, self.block.first.shape
+        r, moved_r = self._rows()
+        moved_scale = self._moved_scale()
+        moved_z = moved_r
+        if self.scale is not None:
+            moved_z = by.moved_scaled(r, moved_r, self.scale, moved_scale, shape)
+        moved_y = block.first.forward(moved_z)
+        if "first" in self.others:
+            z = r if self.scale is None else by.scaled_rows(r, self.scale, shape)
+            moved_y += self.others["first"].forward(z)
+        if "first_bias" in self.along:
+            moved_y[:, : len(self.along["first_bias"])] += self.along["first_bias"]
+        gate = by.Gate(self.y, shape)
+        p, to_u = self._targets()
+        ga = block.second.transposed(p) if self.ga is None else self.ga
+        moved_a, to_y = gate.second(moved_y, ga)
+        self._outputs(gate, moved_a, p)
+        if "second" in self.others:
+            to_y += gate.gradient(self.others["second"].transposed(p))
+        if {"first", "x", "vectors", *RADIAL} & self.found.keys():
+            self._inputs(gate.gradient(ga), r, moved_r, moved_z, moved_scale)
+        if "y" in self.found:
+            self.found["y"][self.part] = to_y
+            self.found["u"][self.part] = 0 if to_u is None else to_u
+
+    def _rows(self) -> tuple[Tensor, Tensor]:
+        both = self.block.both
+        r = both.into(self.x)
+        moved = both.into(self.along["x"]) if "x" in self.along else torch.zeros_like(r)
+        if self.turned is not None:
+            moved -= both.into(self.x, self.turned)
+        return r, moved
+
+    def _moved_scale(self) -> Tensor | None:
+        """Return the derivative of s = h A^T + b, or of s itself, along the direction."""
+        radial = self.along["radial"][self.part] if "radial" in self.along else None
+        weight = self.layer.tensors.get("radial_weight")
+        if weight is None:
+            return radial
+        moved = None if radial is None else radial @ weight.T
+        own = self.block.edges("radial")
+        if "radial_weight" in self.along and own is not None:
+            through = own @ self.along["radial_weight"].T
+            moved = through if moved is None else moved + through
+        if "radial_bias" in self.along:
+            bias = self.along["radial_bias"].expand(self.block.n, -1)
+            moved = bias if moved is None else moved + bias
+        return moved
+
+    def _targets(self) -> tuple[Tensor, Tensor | None]:
+        """Return p = f q and, if there is one, its derivative, q = W G grad."""
+        self.q = self.block.target.into(self.grad)
+        self.moved_q = None
+        p, moved = self.q, None
+        if self.turned is not None:
+            self.moved_q = moved = self.block.target.into(self.grad, self.turned).neg_()
+        if self.envelope is not None:
+            p = p * self.envelope[:, None]
+            moved = None if moved is None else moved * self.envelope[:, None]
+        if "envelope" in self.along:
+            through = self.q * self.along["envelope"][self.part, None]
+            moved = through if moved is None else moved.add_(through)
+        return p, moved
+
+    def _outputs(self, gate: Any, moved_a: Tensor, p: Tensor) -> None:
+        """Add the gradients that stem from the second map and the way back."""
+        block, found, part = self.block, self.found, self.part
+        if "second" in found:
+            block.add_weight_gradients(moved_a, p, found, "second")
+        if not found.keys() & {"grad", "envelope", "vectors"}:
+            return
+        u = self.u.clone()  # _leave changes it
+        moved_u = block.second.forward(moved_a)
+        if "second" in self.others:
+            moved_u += self.others["second"].forward(gate.value())
+        if "second_bias" in self.along:
+            moved_u[:, : len(self.along["second_bias"])] += self.along["second_bias"]
+        if "envelope" in found:
+            found["envelope"][part] += torch.linalg.vecdot(self.q, moved_u)
+            if self.moved_q is not None:
+                found["envelope"][part] += torch.linalg.vecdot(self.moved_q, u)
+        self._leave(u, moved_u)
+
+    def _leave(self, u: Tensor, moved_u: Tensor) -> None:
+        """Add the gradients of the rotation back, <f u, ...> and its derivative; both change."""
+        target, found, part = self.block.target, self.found, self.part
+        if self.envelope is not None:
+            moved_u *= self.envelope[:, None]
+        if "envelope" in self.along:
+            moved_u += u * self.along["envelope"][part, None]
+        if self.envelope is not None:
+            u *= self.envelope[:, None]
+        if "grad" in found:
+            target.back(moved_u, found["grad"])
+            if self.turned is not None:
+                target.back(u.neg(), found["grad"], self.turned)
+        if "vectors" in found:
+            turn = target.torque(self.grad, moved_u)
+            if self.turn is not None and self.turned is not None:
+                turn -= target.turned_torque(self.grad, u, self.turned, self.turn)
+            found["vectors"][part] -= turn
+
+    def _inputs(
+        self,
+        gy: Tensor,
+        r: Tensor,
+        moved_r: Tensor,
+        moved_z: Tensor,
+        moved_scale: Tensor | None,
+    ) -> None:
+        """Add the gradients that stem from the way in, of <dE/dz, s' r + s r'> that is."""
+        block, found, both = self.block, self.found, self.block.both
+        if "first" in found:
+            block.add_weight_gradients(moved_z, gy, found, "first")
+        if not found.keys() & {"x", "vectors", *RADIAL}:
+            return
+        gz = block.first.transposed(gy) if self.gz is None else self.gz
+        moved_gz = self.others["first"].transposed(gy) if "first" in self.others else None
+        gr, moved_gr = gz, moved_gz
+        if self.scale is not None:
+            factors = (self.scale, moved_scale, block.first.shape)
+            given = (r, moved_r, gz, moved_gz)
+            gr, moved_gr, through, moved = self.layer.by.scaled_second(*given, *factors)
+            if found.keys() & RADIAL:
+                block.add_radial_gradients(moved, (through, self.along), found)
+        if "x" in found:
+            if moved_gr is not None:
+                both.back(moved_gr, found["x"])
+            if self.turned is not None:
+                both.back(gr.neg(), found["x"], self.turned)
+        if "vectors" in found:
+            self._turn_inputs(gr, moved_gr)
+
+    def _turn_inputs(self, gr: Tensor, moved_gr: Tensor | None) -> None:
+        both, to_turn = self.block.both, self.found["vectors"][self.part]
+        if moved_gr is not None:
+            to_turn -= both.torque(self.x, moved_gr)
+        if "x" in self.along:
+            to_turn -= both.torque(self.along["x"], gr)
+        if self.turn is not None and self.turned is not None:
+            to_turn += both.turned_torque(self.x, gr, self.turned, self.turn)
