@@ -104,7 +104,7 @@ def _value_and_gradients(
         value = compute(function, *leaves)
         # drawn in double precision whatever the dtype, so that both have the same numbers
         cotangent = torch.randn(value.shape, dtype=torch.float64, device="cpu").to(value)
-    gradients = torch.autograd.grad(value, leaves, cotangent)
+    gradients = torch.autograd.grad(value, leaves, cotangent) if leaves else ()
     return [tensor.detach() for tensor in (value, *gradients)]
 
 

@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from atomeq.ops.coupling.triton import kernels as coupling
 from atomeq.ops.dispatch import use_backend
 from atomeq.ops.edge.operations import escn_conv
-from atomeq.ops.edge.triton import gate, rotation, row_scale, so2
+from atomeq.ops.edge.triton import gate, rotation, row_scale, so2, wigner
 from atomeq.ops.edge.wigner import build_edge_frame
 from atomeq.ops.registration import functions
 from atomeq.ops.segment.triton import kernels as segment
@@ -37,7 +37,7 @@ BANDWIDTH = 4.3e12  # bytes/s
 EDGES = 256
 DEGREE = 16  # edges of an atom
 PHASES = ("forward", "+ backward", "+ second gradient")
-MODULES = (coupling, gate, rotation, row_scale, segment, so2, sphere)
+MODULES = (coupling, gate, rotation, row_scale, segment, so2, sphere, wigner)
 
 
 class Traffic(TorchDispatchMode):
@@ -99,13 +99,13 @@ def layer(lmax: int, channels: int, n_edges: int) -> tuple[Callable[..., Tensor]
     shapes = [(n_atoms, (lmax + 1) ** 2, channels), (n_edges, 3), (n_edges, width)]
     shapes += [(n_scales, width), (n_scales,), (n_edges,), *first, *second]
     inputs = [torch.randn(shape).requires_grad_() for shape in shapes]
-    wigner = build_edge_frame(inputs[1].detach(), edges, n_atoms=n_atoms, lmax=lmax, mmax=mmax)
+    frame = build_edge_frame(inputs[1].detach(), edges, n_atoms=n_atoms, lmax=lmax, mmax=mmax)
 
     def compute(*given: Tensor) -> Tensor:
         x, vectors, radial, weight, bias, envelope, *maps = given
         return escn_conv(
             x,
-            replace(wigner, vectors=vectors),
+            replace(frame, vectors=vectors),
             maps[: mmax + 1],
             maps[mmax + 1 :],
             radial=radial,

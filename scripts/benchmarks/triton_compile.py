@@ -28,8 +28,10 @@ from triton.compiler import ASTSource
 
 from atomeq.ops.coupling.clebsch_gordan import Form
 from atomeq.ops.coupling.triton import kernels as coupling
+from atomeq.ops.edge.blockwise import WayIn
 from atomeq.ops.edge.so2_map import SO2Shape
 from atomeq.ops.edge.triton import gate, rotation, row_scale, so2
+from atomeq.ops.edge.triton import wigner as edge_wigner
 from atomeq.ops.paths import tensor_product_paths
 from atomeq.ops.precision import matmul_precision, use_precision
 from atomeq.ops.segment.triton import kernels as segment
@@ -64,7 +66,7 @@ def compile_only(kernel, grid, *tensors, like, **constants) -> None:
         elif value is None or parameter.is_constexpr:
             signature[name], fixed[name] = "constexpr", value
         else:
-            signature[name] = "i32"
+            signature[name] = "fp32" if isinstance(value, float) else "i32"
     source = ASTSource(fn=kernel, signature=signature, constexprs=fixed, attrs=aligned)
     before = sum(os.times()[:4])  # ptxas is another process
     architecture = GPUTarget("cuda", target[0], 32)
@@ -123,6 +125,15 @@ def compile_all(lmax: int, mmax: int, channels: int, dtype: torch.dtype) -> None
     rotation.rotate_scatter(rows, wigner, [index], [index, index], n_atoms, factor=zeros(n_edges))
     rotation.rotate_scatter(rows, wigner, [], [], n_atoms)
     rotation.torque(x, rows, wigner, [index])
+    turn, both = zeros(n_edges, 3), SO2Shape(lmax, mmax, 2 * channels, channels, 0)
+    rotation.leave_gradient(x, wigner, [index], rows, zeros(n_edges), zeros(n_edges), turn)
+    rotation.gather_gradient(
+        *(x, wigner, [index] * 2, [index] * 4, zeros(n_edges, both.width_in)),
+        *(zeros(n_edges, both.n_scales), both, WayIn(zeros(n_edges, both.n_scales), x, turn)),
+    )
+    frames = SimpleNamespace(vectors=turn, turn=turn, sign=1.0, lmax=lmax, mmax=mmax)
+    edge_wigner.wigner_rows(frames)
+    edge_wigner.vector_gradient(frames)
     weights = []
     for block in shape.blocks:
         sizes = [part[0].stop - part[0].start for part in (block.outputs, block.inputs)]
@@ -134,7 +145,6 @@ def compile_all(lmax: int, mmax: int, channels: int, dtype: torch.dtype) -> None
     flat, scale = rows.flatten(1), zeros(n_edges, shape.n_scales)
     row_scale.moved_scaled(flat, flat, scale, scale, shape)
     row_scale.scaled_second(flat, flat, flat, flat, scale, scale, shape)
-    row_scale.scale_gradient(flat, flat, scale, shape, scale)
     row_scale.scaled_rows(flat, scale, shape)
     row_scale.row_products(flat, flat, shape)
     gated = gate.Gate(y, shape)
@@ -190,7 +200,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--arch", nargs="+", type=int, default=[90], choices=SHARED)
     parser.add_argument("--json", action="store_true", help="a line for each launch")
     options = parser.parse_args(argv)
-    for module in (coupling, gate, rotation, row_scale, segment, so2, sphere):
+    for module in (coupling, edge_wigner, gate, rotation, row_scale, segment, so2, sphere):
         module.launch = compile_only
     so2.architecture = coupling.architecture = lambda like: target[0]
     for target[0] in options.arch:

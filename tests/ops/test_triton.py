@@ -14,6 +14,7 @@ from edge_layers import EdgeLayer, relative
 from atomeq.ops.coupling.operations import cg_conv, tensor_product
 from atomeq.ops.dispatch import use_backend
 from atomeq.ops.edge.so2_map import SO2Shape
+from atomeq.ops.edge.wigner import edge_wigner
 from atomeq.ops.paths import Path, tensor_product_paths
 from atomeq.ops.registration import kernels_of
 
@@ -87,8 +88,6 @@ def test_recomputing_changes_no_bit() -> None:
 
 @pytest.mark.parametrize("lmax", [4, 6])
 def test_rotations_of_high_degree_agree_with_the_reference(lmax: int) -> None:
-    from atomeq.ops.edge.wigner import edge_wigner
-
     mmax, n_edges, channels = 2, 8, 16
     wigner = edge_wigner(torch.randn(n_edges, 3, dtype=torch.float64), lmax, mmax)
     x = torch.randn(3, (lmax + 1) ** 2, channels, dtype=torch.float64)
@@ -325,6 +324,17 @@ def test_product_without_atoms_agrees_with_the_reference() -> None:
         with use_backend(backend):
             results.append(tensor_product(x, y, weights, paths))
     assert relative(*results) <= SINGLE
+
+
+@pytest.mark.parametrize(("lmax", "mmax"), [(0, 0), (2, 1), (3, 3)])
+def test_frames_are_those_of_the_reference_at_the_poles_too(lmax: int, mmax: int) -> None:
+    vectors = torch.randn(9, 3, dtype=torch.float64, device=DEVICE)
+    beside = torch.tensor([[0.0, 1, 0], [0, -2, 0], [1e-200, 1, -2e-200]], dtype=torch.float64)
+    vectors[:3] = beside.to(vectors)
+    with use_backend("reference"):
+        expected = edge_wigner(vectors, lmax, mmax)
+    with use_backend("triton"):
+        assert (edge_wigner(vectors, lmax, mmax) - expected).abs().max() <= DOUBLE
 
 
 def test_no_edge_gives_zeros() -> None:

@@ -99,7 +99,7 @@ def test_what_plain_torch_serves_is_said() -> None:
     size = {"lmax": 1, "mmax": 1, "channels": C, "n_edges": 2, "dtype": torch.float32}
     with use_backend("triton"):
         plain, kernel = (
-            explain(op, device=DEVICE, **size) for op in ("edge_wigner", "segment_sum")
+            explain(op, device=DEVICE, **size) for op in ("spherical_harmonics", "segment_sum")
         )
     assert plain.by_torch
     assert "served by   triton, in plain torch (asked for: triton)" in str(plain)

@@ -11,9 +11,7 @@ from atomeq.ops.edge.wigner import (
     edge_quaternion,
     generators,
     jd_matrix,
-    quaternion_from_matrix,
     rotation_matrix,
-    wigner_from_euler,
     wigner_from_matrix,
     wigner_matrices,
 )
@@ -69,12 +67,6 @@ def test_wigner_matrices_equal_e3nn() -> None:
 
 
 @pytest.mark.usefixtures("double_by_default")
-def test_wigner_from_euler_angles_equals_e3nn() -> None:
-    angles = torch.rand(3, 50) * 3
-    for l, matrix in enumerate(wigner_from_euler(*angles, 6)):
-        assert (matrix - o3.wigner_D(l, *angles)).abs().max() <= EXACT
-
-
 def test_rotated_harmonics_are_the_harmonics_of_the_rotated_vector() -> None:
     quaternions, vectors = random_quaternions(50), directions(41)
     rotated = act(rotation_matrix(quaternions), vectors)
@@ -134,15 +126,6 @@ def test_edge_quaternion_takes_every_edge_to_the_pole() -> None:
     vectors = directions()
     turned = act(rotation_matrix(edge_quaternion(vectors)), vectors)
     assert (turned - torch.tensor([0.0, 1.0, 0.0], dtype=torch.float64)).abs().max() <= 1e-15
-
-
-def test_quaternion_from_matrix_inverts_rotation_matrix() -> None:
-    half_turns = torch.eye(4, dtype=torch.float64)
-    quaternions = torch.cat([random_quaternions(100), half_turns])
-    found = quaternion_from_matrix(rotation_matrix(quaternions))
-    overlap = (found * quaternions).sum(1).abs()  # q and -q are one rotation
-    assert (overlap - 1).abs().max() <= EXACT
-    assert (found[:, 0] >= 0).all()
 
 
 @pytest.mark.parametrize(("lmax", "mmax"), [(0, 0), (1, 1), (2, 2), (4, 2), (6, 6), (11, 3)])

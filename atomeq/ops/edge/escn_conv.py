@@ -325,7 +325,7 @@ def _by_argument(saved: SimpleNamespace, names: str, found: list[Tensor]) -> Gra
     """Return the gradients by the arguments; that by a turn becomes one by ``vectors``."""
     own = dict(zip(_expanded(names, len(saved.weights) // 2), found, strict=True))
     if "vectors" in own:
-        own["vectors"] = turn_gradient(own["vectors"], saved.inputs[1])
+        own["vectors"] = turn_gradient(own["vectors"], saved.inputs[1], saved.kernels)
     by_place = [own.get(name) for name in _named(saved)]
     n_inputs = len(saved.inputs)
     return {"inputs": by_place[:n_inputs], "weights": by_place[n_inputs:]}

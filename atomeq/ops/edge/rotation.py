@@ -27,7 +27,7 @@ from torch import Tensor
 
 from atomeq.ops.edge.frame import EdgeFrame, Side
 from atomeq.ops.edge.wigner import flat_generators
-from atomeq.ops.registration import WANT_SEGMENTS, kernels_of, registered
+from atomeq.ops.registration import WANT_SEGMENTS, kernel, kernels_of, registered
 from atomeq.ops.tables import table_like
 
 Gradients = dict[str, Tensor | list[Tensor] | list[Tensor | None] | None]
@@ -139,7 +139,7 @@ def _torque_gradient(saved: SimpleNamespace, wanted: set[str], grad: Tensor) -> 
         found["rows"] = gather_rotate(saved.x, grad, *_same(saved))
     if "vectors" in wanted:
         turn = _turned_torque(saved, saved.x, saved.rows, grad)
-        found["vectors"] = turn_gradient(-turn, saved.vectors)
+        found["vectors"] = turn_gradient(turn, saved.vectors, saved.kernels, sign=-1.0)
     return found
 
 
@@ -157,9 +157,27 @@ def torque(
     return kernels_of("edge", kernels).torque(x, rows, wigner, indices)
 
 
-def turn_gradient(turn: Tensor, vectors: Tensor) -> Tensor:
-    """Return dE/dv from the derivative with respect to a turn: only the direction feels it."""
+def turn_gradient(
+    turn: Tensor, vectors: Tensor, kernels: str | None = None, *, sign: float = 1.0
+) -> Tensor:
+    """Return dE/dv from the derivative with respect to a turn: only the direction feels it.
+
+    Args:
+        turn: That derivative, times the sign; of a torque it is -1, (n_edges, 3).
+        vectors: Of the edges, (n_edges, 3).
+        kernels: Where the result is not to be differentiated, theirs make it.
+        sign: Of the turn.
+    """
+    if kernels is not None and not torch.is_grad_enabled():
+        return vector_gradient(turn, vectors, sign, kernels)
+    turn = turn if sign > 0 else -turn
     return torch.linalg.cross(turn, vectors) / vectors.square().sum(-1, keepdim=True)
+
+
+@kernel(outputs=lambda call: torch.empty_like(call.vectors))
+def vector_gradient(turn: Tensor, vectors: Tensor, sign: float, kernels: str) -> Tensor:
+    """Return sign t x v / |v|^2, (n_edges, 3)."""
+    ...
 
 
 def turning(omega: Tensor, n_sph: int) -> Tensor:
@@ -232,7 +250,7 @@ def _turning_gradient(
             turn = torque(x, rows, *_same(saved))
         else:
             turn = _turned_torque(saved, x, rows, saved.omega)
-        found["vectors"] = turn_gradient(-turn, saved.vectors)
+        found["vectors"] = turn_gradient(turn, saved.vectors, saved.kernels, sign=-1.0)
     return found
 
 

@@ -18,6 +18,7 @@ from atomeq.ops.edge.frame import EdgeFrame, checked_edges
 from atomeq.ops.harmonics.polynomials import harmonic_polynomials
 from atomeq.ops.orders import check_orders, m_primary_order, m_primary_rows
 from atomeq.ops.registration import kernel
+from atomeq.ops.self_check import Example, random
 from atomeq.ops.specification import Size
 from atomeq.ops.tables import constant_table, table_like
 from atomeq.typing import EdgeIndex, EdgeVectors
@@ -111,32 +112,6 @@ def wigner_from_matrix(rotation: Rotation, lmax: int) -> list[Float[Tensor, "*ba
     return [harmonics[..., degree].mT @ weighted[:, degree] for degree in degrees]
 
 
-def wigner_from_euler(
-    alpha: Float[Tensor, "*batch"],
-    beta: Float[Tensor, "*batch"],
-    gamma: Float[Tensor, "*batch"],
-    lmax: int,
-) -> list[Float[Tensor, "*batch _ _"]]:
-    """Return D_l = X(alpha) J X(beta) J X(gamma) of R = R_y(alpha) R_x(beta) R_y(gamma).
-
-    Args:
-        alpha: Last rotation, about y, (*), rad.
-        beta: Middle rotation, about x, (*), rad.
-        gamma: First rotation, about y, (*), rad.
-        lmax: Highest degree.
-
-    Returns:
-        One tensor (*, 2l + 1, 2l + 1) per degree.
-    """
-    matrices = []
-    for l in range(lmax + 1):
-        jd = table_like(jd_matrix, l, like=alpha)
-        matrices.append(
-            _y_rotation(alpha, l) @ jd @ _y_rotation(beta, l) @ jd @ _y_rotation(gamma, l)
-        )
-    return matrices
-
-
 def rotation_matrix(quaternion: Quaternion) -> Rotation:
     """Return the matrices of unit quaternions (w, x, y, z), (*, 4) -> (*, 3, 3).
 
@@ -150,29 +125,6 @@ def rotation_matrix(quaternion: Quaternion) -> Rotation:
         2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y),
     )  # fmt: skip
     return torch.stack(rows, dim=-1).unflatten(-1, (3, 3))
-
-
-def quaternion_from_matrix(rotation: Rotation) -> Quaternion:
-    """Return unit quaternions (w >= 0) of proper rotation matrices, (*, 3, 3) -> (*, 4).
-
-    The largest of the four components is taken from the diagonal and the others from it, so the
-    result is accurate for every rotation, half turns included.
-    """
-    (xx, xy, xz), (yx, yy, yz), (zx, zy, zz) = (row.unbind(-1) for row in rotation.unbind(-2))
-    # Row k of q q^T times 4: whichever row has the largest diagonal gives q up to its length.
-    products = torch.stack(
-        (
-            torch.stack((1 + xx + yy + zz, zy - yz, xz - zx, yx - xy), -1),
-            torch.stack((zy - yz, 1 + xx - yy - zz, xy + yx, xz + zx), -1),
-            torch.stack((xz - zx, xy + yx, 1 - xx + yy - zz, yz + zy), -1),
-            torch.stack((yx - xy, xz + zx, yz + zy, 1 - xx - yy + zz), -1),
-        ),
-        dim=-2,
-    )  # (*, 4, 4)
-    largest = products.diagonal(dim1=-2, dim2=-1).argmax(-1)
-    row = products.gather(-2, largest[..., None, None].expand(*largest.shape, 1, 4)).squeeze(-2)
-    row = torch.where(row[..., :1] < 0, -row, row)
-    return row / torch.linalg.vector_norm(row, dim=-1, keepdim=True)
 
 
 def edge_quaternion(unit_vectors: Float[Tensor, "*batch 3"]) -> Quaternion:
@@ -234,7 +186,7 @@ def generators(lmax: int) -> Tensor:
     n_sph = (lmax + 1) ** 2
     table = torch.zeros(3, n_sph, n_sph, dtype=torch.float64, device="cpu")
     for l in range(lmax + 1):
-        about_y = np.diag(np.arange(l, -l - 1, -1.0))[:, ::-1]  # d/dt of _y_rotation at 0
+        about_y = np.diag(np.arange(l, -l - 1, -1.0))[:, ::-1]  # d/dt of X(t) at 0
         jd = jd_matrix(l).numpy()
         about_x = jd @ about_y @ jd
         about_x[np.abs(about_x) < 1e-9] = 0.0  # the zeros of the exact matrix
@@ -248,13 +200,6 @@ def generators(lmax: int) -> Tensor:
 def flat_generators(lmax: int) -> Tensor:
     """Return the three generators as columns, (n_sph * n_sph, 3) float64."""
     return generators(lmax).flatten(1).T.contiguous()
-
-
-def _y_rotation(angle: Tensor, l: int) -> Tensor:
-    """Return X_l(t), the matrix of the rotation about y: cos(m t) and, on (m, -m), -sin(m t)."""
-    orders = torch.arange(-l, l + 1, dtype=angle.dtype, device=angle.device)
-    phases = angle.unsqueeze(-1) * orders
-    return torch.diag_embed(phases.cos()) + torch.diag_embed(-phases.sin()).flip(-1)
 
 
 def _fake_rows(call: SimpleNamespace) -> Tensor:
@@ -272,7 +217,14 @@ def _verified(vectors: EdgeVectors, lmax: int, mmax: int) -> Size:
     return size_of(vectors, vectors.shape[0], lmax=lmax, mmax=mmax)
 
 
-@operation(_verified, by_kernels=wigner_rows)
+def _example(size: Size) -> Example:
+    """Return the vectors of some edges, along the axis one of them."""
+    vectors = random(size, 24, 3)
+    vectors[0] *= vectors.new_tensor([0.0, 1.0, 0.0])
+    return [], lambda operation: operation(vectors, size.lmax, size.mmax)
+
+
+@operation(_verified, by_kernels=wigner_rows, example=_example)
 def edge_wigner(
     vectors: EdgeVectors, lmax: int, mmax: int
 ) -> Float[Tensor, "n_edges n_rows n_sph"]:
@@ -337,18 +289,24 @@ def tilt_tables(lmax: int, mmax: int) -> Tensor:
     table[np.abs(table) < 1e-14] = 0.0
     table = table[:, m_primary_order(lmax, mmax)]
     columns = [l * l + l - m for l in range(lmax + 1) for m in range(-l, l + 1)]
-    return torch.from_numpy(np.stack((table, table[:, :, columns])))
+    return torch.from_numpy(np.stack((table, table[:, :, columns]))).contiguous()
+
+
+@constant_table
+def column_orders(lmax: int) -> Tensor:
+    """Return the order m of each coefficient, (n_sph,) int32."""
+    orders = [m for l in range(lmax + 1) for m in range(-l, l + 1)]
+    return torch.from_numpy(np.array(orders, dtype=np.int32))
 
 
 @constant_table
 def _absolute_orders(lmax: int) -> Tensor:
-    return torch.from_numpy(np.array([abs(m) for l in range(lmax + 1) for m in range(-l, l + 1)]))
+    return column_orders(lmax).abs()
 
 
 @constant_table
 def _negated_signs(lmax: int) -> Tensor:
-    signs = [-np.sign(m) for l in range(lmax + 1) for m in range(-l, l + 1)]
-    return torch.from_numpy(np.array(signs, dtype=np.float64))
+    return -column_orders(lmax).sign().double()
 
 
 @constant_table

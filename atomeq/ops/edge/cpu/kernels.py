@@ -262,6 +262,12 @@ def wigner_rows(call: SimpleNamespace) -> Tensor:
     return wigner
 
 
+def vector_gradient(call: SimpleNamespace) -> Tensor:
+    """Return sign t x v / |v|^2, (n_edges, 3)."""
+    squared = call.vectors.square().sum(1, keepdim=True)
+    return torch.linalg.cross(call.turn, call.vectors).mul_(call.sign / squared)
+
+
 class SO2Map:
     """The map M of some weights, packed in the order in which the kernel reads them."""
 

@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from atomeq.ops.edge.blockwise import WayIn
+from atomeq.ops.edge.so2_map import SO2Shape
 from atomeq.ops.edge.wigner import generators
 from atomeq.ops.orders import orders_of
 from atomeq.ops.tables import constant_table, table_like
@@ -63,32 +65,32 @@ def gather_rotate(
     sizes = slots(lmax, mmax)
     block_c = channel_tile(channels)
     block_e = edge_tile(max(sizes), block_c)
-    for side, index in enumerate(indices or (None,)):
-        launch(
-            _gather_rotate,
-            (ceil_div(n_edges, block_e), ceil_div(channels, block_c)),
-            x,
-            wigner,
-            None if index is None else contiguous(index),
-            None if scale is None else contiguous(scale),
-            result,
-            like=x,
-            n_edges=n_edges,
-            FIRST=side * channels,
-            WIDTH=width,
-            CHANNELS=channels,
-            LMAX=lmax,
-            MMAX=mmax,
-            N_ROWS=n_rows,
-            N_SCALES=sum(lmax - m + 1 for m in range(mmax + 1)),
-            SLOTS=sizes,
-            GATHERED=index is not None,
-            SCALED=scale is not None,
-            SUM=accumulator(x.dtype),
-            BLOCK_E=block_e,
-            BLOCK_C=block_c,
-        )
+    launch(
+        _gather_rotate,
+        (ceil_div(n_edges, block_e), ceil_div(channels, block_c), max(1, len(indices))),
+        x,
+        wigner,
+        *_two(indices),
+        None if scale is None else contiguous(scale),
+        result,
+        like=x,
+        n_edges=n_edges,
+        WIDTH=width,
+        CHANNELS=channels,
+        LMAX=lmax,
+        MMAX=mmax,
+        N_ROWS=n_rows,
+        SLOTS=sizes,
+        SUM=accumulator(x.dtype),
+        BLOCK_E=block_e,
+        BLOCK_C=block_c,
+    )
     return result
+
+
+def _two(tensors: Sequence[Tensor]) -> list[Tensor | None]:
+    """Return one or two tensors, or none, as two arguments of a kernel."""
+    return [*map(contiguous, tensors), None, None][:2]
 
 
 def rotate_scatter(
@@ -128,31 +130,28 @@ def rotate_scatter(
     adding = total is not None
     result = rows.new_empty(n_atoms, (lmax + 1) ** 2, channels) if total is None else total
     block_c = channel_tile(channels)
-    for side in range(len(indices)):
-        launch(
-            _rotate_scatter,
-            (n_atoms, lmax + 1, ceil_div(channels, block_c)),
-            rows,
-            wigner,
-            contiguous(segments[2 * side]),
-            contiguous(segments[2 * side + 1]),
-            factor,
-            result,
-            like=rows,
-            FIRST=side * channels,
-            WIDTH=rows.shape[2],
-            CHANNELS=channels,
-            LMAX=lmax,
-            MMAX=mmax,
-            N_ROWS=wigner.shape[1],
-            DEGREES=degrees(lmax),
-            WEIGHTED=factor is not None,
-            ADDING=adding or side > 0,
-            SUM=accumulator(rows.dtype),
-            BLOCK_E=2,  # two edges on two warps: 128 registers at lmax = 2, none spilled at 6
-            BLOCK_C=block_c,
-            num_warps=2,
-        )
+    launch(
+        _rotate_scatter,
+        (n_atoms, lmax + 1, ceil_div(channels, block_c)),
+        rows,
+        wigner,
+        *_two(segments[::2]),
+        *_two(segments[1::2]),
+        factor,
+        result,
+        like=rows,
+        SIDES=len(indices),
+        CHANNELS=channels,
+        LMAX=lmax,
+        MMAX=mmax,
+        N_ROWS=wigner.shape[1],
+        DEGREES=degrees(lmax),
+        ADDING=adding,
+        SUM=accumulator(rows.dtype),
+        BLOCK_E=2,  # two edges on two warps: 128 registers at lmax = 2, none spilled at 6
+        BLOCK_C=block_c,
+        num_warps=2,
+    )
     return result
 
 
@@ -180,7 +179,6 @@ def _rotate_back_into(
         MMAX=mmax,
         N_ROWS=n_rows,
         DEGREES=sizes,
-        WEIGHTED=factor is not None,
         ADDING=total is not None,
         SUM=accumulator(rows.dtype),
         BLOCK_E=block_e,
@@ -195,41 +193,99 @@ def torque(x: Tensor, rows: Tensor, wigner: Tensor, indices: Sequence[Tensor]) -
     Neither the gathered nor the rotated features are written. Arguments as in
     :func:`rotate_scatter` and :func:`gather_rotate`.
     """
-    x, rows, wigner = contiguous(x), contiguous(rows), contiguous(wigner)
+    result = wigner.new_zeros(len(wigner), 3)
+    _launch_gradient(x, wigner, indices, rows, turn=result, SIGN=1)
+    return result
+
+
+def leave_gradient(
+    x: Tensor,
+    wigner: Tensor,
+    indices: Sequence[Tensor],
+    rows: Tensor | None,
+    factor: Tensor | None,
+    to_factor: Tensor | None,
+    turn: Tensor | None,
+) -> Tensor:
+    """Return f W G x, (n_edges, n_rows, channels), where <f W G x, rows> is differentiated.
+
+    The gradient of f is written, and a turn of each edge is lessened by the torque; None is not
+    wanted, and of neither are there rows.
+    """
+    result = x.new_empty(*wigner.shape[:2], x.shape[2])
+    given = {"factor": factor, "rotated": result, "to_factor": to_factor, "turn": turn}
+    _launch_gradient(x, wigner, indices, rows, **given, SIGN=-1)
+    return result
+
+
+def gather_gradient(
+    x: Tensor,
+    wigner: Tensor,
+    indices: Sequence[Tensor],
+    segments: Sequence[Tensor],
+    grad: Tensor,
+    scale: Tensor | None,
+    shape: SO2Shape,
+    into: WayIn,
+) -> None:
+    """Give the gradients of <grad, s W G x>, for grad (n_edges, n_rows * c_in)."""
+    rows = grad.unflatten(1, (shape.n_rows, -1))
+    scaled = None if scale is None or into.x is None else torch.empty_like(rows)
+    if scale is not None or into.turn is not None:
+        given = {"scale": scale, "scaled": scaled, "through": into.scale, "turn": into.turn}
+        _launch_gradient(x, wigner, indices, rows, **given, SIGN=-1)
+    if into.x is not None:
+        own = rows if scaled is None else scaled
+        rotate_scatter(own, wigner, indices, segments, len(x), total=into.x)
+
+
+def _launch_gradient(
+    x: Tensor,
+    wigner: Tensor,
+    indices: Sequence[Tensor],
+    rows: Tensor | None,
+    *,
+    SIGN: int,
+    scale: Tensor | None = None,
+    factor: Tensor | None = None,
+    scaled: Tensor | None = None,
+    through: Tensor | None = None,
+    rotated: Tensor | None = None,
+    to_factor: Tensor | None = None,
+    turn: Tensor | None = None,
+) -> None:
+    """Launch over edges; what is written is contiguous, and None is not wanted."""
+    x, wigner = contiguous(x), contiguous(wigner)
     (n_edges, n_rows, n_sph), channels = wigner.shape, x.shape[2]
     lmax, mmax = orders_of(n_rows, n_sph)
-    result = wigner.new_empty(n_edges, 3)
-    sizes = degrees(lmax)
     block_c = channel_tile(channels)
-    block_e = edge_tile(max(sizes), block_c, share=2)
-    for side, index in enumerate(indices or (None,)):
-        launch(
-            _torque,
-            (ceil_div(n_edges, block_e),),
-            x,
-            rows,
-            wigner,
-            None if index is None else contiguous(index),
-            table_like(_neighbours, lmax, like=wigner),
-            table_like(_coefficients, lmax, like=wigner),
-            result,
-            like=x,
-            n_edges=n_edges,
-            FIRST=side * channels,
-            WIDTH=rows.shape[2],
-            CHANNELS=channels,
-            LMAX=lmax,
-            MMAX=mmax,
-            N_ROWS=n_rows,
-            DEGREES=sizes,
-            TERMS=TERMS,
-            GATHERED=index is not None,
-            ADDING=side > 0,
-            SUM=accumulator(x.dtype),
-            BLOCK_E=block_e,
-            BLOCK_C=block_c,
-        )
-    return result
+    sizes = slots(lmax, mmax)
+    block_e = edge_tile(max(*sizes, *degrees(lmax)), block_c, share=4)
+    launch(
+        _gradient,
+        (ceil_div(n_edges, block_e),),
+        x,
+        wigner,
+        *_two(indices),
+        *(None if each is None else contiguous(each) for each in (rows, scale, factor)),
+        table_like(_neighbours, lmax, like=wigner),
+        table_like(_coefficients, lmax, like=wigner),
+        *(scaled, through, rotated, to_factor, turn),
+        like=x,
+        n_edges=n_edges,
+        SIDES=max(1, len(indices)),
+        CHANNELS=channels,
+        LMAX=lmax,
+        MMAX=mmax,
+        N_ROWS=n_rows,
+        SLOTS=sizes,
+        DEGREES=degrees(lmax),
+        TERMS=TERMS,
+        SIGN=SIGN,
+        SUM=accumulator(x.dtype),
+        BLOCK_E=block_e,
+        BLOCK_C=block_c,
+    )
 
 
 @constant_table
@@ -273,50 +329,75 @@ def _row(l, m, minus, LMAX: tl.constexpr):
 
 
 @triton.jit
-def _gather_rotate(x, wigner, index, scale, result, n_edges,
-                   FIRST: tl.constexpr, WIDTH: tl.constexpr, CHANNELS: tl.constexpr,
+def _number(l, m, LMAX: tl.constexpr):
+    """Return the place of (l, |m|) among the factors that +m and -m share."""
+    return m * (LMAX + 1) - (m * (m - 1)) // 2 + l - m
+
+
+@triton.jit
+def _slots(l: tl.constexpr, LMAX: tl.constexpr, MMAX: tl.constexpr, SIZE: tl.constexpr):
+    """Return order and m-primary row of each slot of a degree, and which of them there are."""
+    slot = tl.arange(0, SIZE)
+    m, minus = slot // 2, slot % 2
+    real = (m <= l) & (m <= MMAX) & (m >= minus)  # there is no -0
+    return m, tl.where(real, _row(l, m, minus, LMAX), 0), real
+
+
+@triton.jit
+def _rotated(total, features, matrix, row, present, inside, l: tl.constexpr, LMAX: tl.constexpr,
+             CHANNELS: tl.constexpr, SUM: tl.constexpr):  # fmt: skip
+    """Add the rows of degree l of W x, (edges, slots, channels)."""
+    N_SPH: tl.constexpr = (LMAX + 1) * (LMAX + 1)
+    for column in tl.static_range(l * l, (l + 1) * (l + 1)):
+        element = tl.load(matrix + (row * N_SPH + column)[None, :], mask=present,
+                          other=0.0).to(SUM)  # fmt: skip
+        feature = tl.load(features + column * CHANNELS, mask=inside, other=0.0).to(SUM)
+        total += element[:, :, None] * feature[:, None, :]
+    return total
+
+
+@triton.jit
+def _gather_rotate(x, wigner, source, target, scale, result, n_edges,
+                   WIDTH: tl.constexpr, CHANNELS: tl.constexpr,
                    LMAX: tl.constexpr, MMAX: tl.constexpr, N_ROWS: tl.constexpr,
-                   N_SCALES: tl.constexpr, SLOTS: tl.constexpr,
-                   GATHERED: tl.constexpr, SCALED: tl.constexpr, SUM: tl.constexpr,
+                   SLOTS: tl.constexpr, SUM: tl.constexpr,
                    BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
     N_SPH: tl.constexpr = (LMAX + 1) * (LMAX + 1)
+    N_SCALES: tl.constexpr = (N_ROWS + LMAX + 1) // 2
     edge = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    side = tl.program_id(2)
     there = edge < n_edges
     edge = edge.to(tl.int64)
-    atom = tl.load(index + edge, mask=there, other=0).to(tl.int64) if GATHERED else edge
+    atom = edge
+    if source is not None:
+        atom = tl.load(source + edge, mask=there, other=0).to(tl.int64)
+    if target is not None:
+        other = tl.load(target + edge, mask=there, other=0).to(tl.int64)
+        atom = tl.where(side == 0, atom, other)
     inside = there[:, None] & (channel < CHANNELS)[None, :]
     features = x + (atom * (N_SPH * CHANNELS))[:, None] + channel[None, :]
     matrix = (wigner + edge * (N_ROWS * N_SPH))[:, None]
-    out = (result + edge * (N_ROWS * WIDTH))[:, None, None] + (FIRST + channel)[None, None, :]
+    own = (side * CHANNELS + channel)[None, None, :]
     for l in tl.static_range(LMAX + 1):
-        slot = tl.arange(0, SLOTS[l])
-        m, minus = slot // 2, slot % 2
-        real = (m <= l) & (m <= MMAX) & (m >= minus)  # there is no -0
-        row = tl.where(real, _row(l, m, minus, LMAX), 0)
+        m, row, real = _slots(l, LMAX, MMAX, SLOTS[l])
         total = tl.zeros((BLOCK_E, tl.constexpr(SLOTS[l]), BLOCK_C), dtype=SUM)
-        for column in tl.static_range(l * l, (l + 1) * (l + 1)):
-            element = tl.load(matrix + (row * N_SPH + column)[None, :], mask=there[:, None],
-                              other=0.0).to(SUM)  # fmt: skip
-            feature = tl.load(features + column * CHANNELS, mask=inside, other=0.0).to(SUM)
-            total += element[:, :, None] * feature[:, None, :]
+        total = _rotated(total, features, matrix, row, there[:, None], inside, l, LMAX, CHANNELS,
+                         SUM)  # fmt: skip
         kept = inside[:, None, :] & real[None, :, None]
-        if SCALED:
-            number = m * (LMAX + 1) - (m * (m - 1)) // 2 + l - m
-            factor = (
-                (scale + edge * (N_SCALES * WIDTH))[:, None, None]
-                + FIRST
-                + (number[None, :, None] * WIDTH + channel[None, None, :])
-            )
+        if scale is not None:
+            factor = (scale + edge * (N_SCALES * WIDTH))[:, None, None] + own
+            factor += (_number(l, m, LMAX) * WIDTH)[None, :, None]
             total *= tl.load(factor, mask=kept, other=0.0).to(SUM)
+        out = (result + edge * (N_ROWS * WIDTH))[:, None, None] + own
         tl.store(out + (row * WIDTH)[None, :, None], total, mask=kept)
 
 
 @triton.jit
-def _add_lab_rows(total, y, matrix, factor, present, inside, l: tl.constexpr, LMAX: tl.constexpr,
+def _add_lab_rows(total, y, matrix, scale, present, inside, l: tl.constexpr, LMAX: tl.constexpr,
                   MMAX: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr,
                   SUM: tl.constexpr):  # fmt: skip
-    """Add the coefficients of degree l of factor W^T y, (edges, 2 l + 1 and padding, channels)."""
+    """Add the coefficients of degree l of W^T s y, (edges, 2 l + 1 and padding, channels)."""
     N_SPH: tl.constexpr = (LMAX + 1) * (LMAX + 1)
     place = tl.arange(0, SIZE)
     # The padding of the last degree would read beyond the matrix; what it makes is not used.
@@ -326,37 +407,49 @@ def _add_lab_rows(total, y, matrix, factor, present, inside, l: tl.constexpr, LM
             row = _row(l, slot // 2, slot % 2, LMAX)
             element = tl.load(matrix + row * N_SPH + column, mask=present, other=0.0).to(SUM)
             feature = tl.load(y + row * WIDTH, mask=inside, other=0.0).to(SUM)
-            total += (element * factor)[:, :, None] * feature[:, None, :]
+            if scale is not None:
+                factor = scale + _number(l, slot // 2, LMAX) * WIDTH
+                feature *= tl.load(factor, mask=inside, other=0.0).to(SUM)
+            total += element[:, :, None] * feature[:, None, :]
     return total
 
 
 @triton.jit
-def _rotate_scatter(y, wigner, pointer, order, envelope, result,
-                    FIRST: tl.constexpr, WIDTH: tl.constexpr, CHANNELS: tl.constexpr,
+def _rotate_scatter(y, wigner, pointer, other_pointer, order, other_order, envelope, result,
+                    SIDES: tl.constexpr, CHANNELS: tl.constexpr,
                     LMAX: tl.constexpr, MMAX: tl.constexpr, N_ROWS: tl.constexpr,
-                    DEGREES: tl.constexpr, WEIGHTED: tl.constexpr, ADDING: tl.constexpr,
+                    DEGREES: tl.constexpr, ADDING: tl.constexpr,
                     SUM: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
     N_SPH: tl.constexpr = (LMAX + 1) * (LMAX + 1)
+    WIDTH: tl.constexpr = SIDES * CHANNELS
     atom = tl.program_id(0).to(tl.int64)
     channel = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
-    first, last = tl.load(pointer + atom), tl.load(pointer + atom + 1)
     for l in tl.static_range(LMAX + 1):
         if tl.program_id(1) == l:  # a branch that a whole program takes
             total = tl.zeros((BLOCK_E, tl.constexpr(DEGREES[l]), BLOCK_C), dtype=SUM)
-            begin = first
-            while begin < last:  # not range(): the interpreter has none over loaded numbers
-                edge = begin + tl.arange(0, BLOCK_E)
-                there = edge < last
-                edge = tl.load(order + edge, mask=there, other=0).to(tl.int64)
-                inside = there[:, None] & (channel < CHANNELS)[None, :]
-                rows = y + (edge * (N_ROWS * WIDTH))[:, None] + (FIRST + channel)[None, :]
-                matrix = (wigner + edge * (N_ROWS * N_SPH))[:, None]
-                factor = 1.0
-                if WEIGHTED:
-                    factor = tl.load(envelope + edge, mask=there, other=0.0).to(SUM)[:, None]
-                total = _add_lab_rows(total, rows, matrix, factor, there[:, None], inside, l, LMAX,
-                                      MMAX, WIDTH, DEGREES[l], SUM)  # fmt: skip
-                begin += BLOCK_E
+            for side in tl.static_range(SIDES):
+                starts = pointer if side == 0 else other_pointer
+                edges = order if side == 0 else other_order
+                begin, last = tl.load(starts + atom), tl.load(starts + atom + 1)
+                while begin < last:  # not range(): the interpreter has none over loaded numbers
+                    edge = begin + tl.arange(0, BLOCK_E)
+                    there = edge < last
+                    edge = tl.load(edges + edge, mask=there, other=0).to(tl.int64)
+                    inside = there[:, None] & (channel < CHANNELS)[None, :]
+                    rows = (y + edge * (N_ROWS * WIDTH))[:, None]
+                    rows += (side * CHANNELS + channel)[None, :]
+                    matrix = (wigner + edge * (N_ROWS * N_SPH))[:, None]
+                    part = tl.zeros((BLOCK_E, tl.constexpr(DEGREES[l]), BLOCK_C), dtype=SUM)
+                    if envelope is None:
+                        part = total
+                    part = _add_lab_rows(part, rows, matrix, None, there[:, None], inside, l, LMAX,
+                                         MMAX, WIDTH, DEGREES[l], SUM)  # fmt: skip
+                    if envelope is None:
+                        total = part
+                    else:
+                        factor = tl.load(envelope + edge, mask=there, other=0.0).to(SUM)
+                        total += factor[:, None, None] * part
+                    begin += BLOCK_E
             place = tl.arange(0, DEGREES[l])
             kept = (place < 2 * l + 1)[:, None] & (channel < CHANNELS)[None, :]
             out = (
@@ -373,9 +466,8 @@ def _rotate_scatter(y, wigner, pointer, order, envelope, result,
 @triton.jit
 def _rotate_back(y, wigner, envelope, result, n_edges,
                  CHANNELS: tl.constexpr, LMAX: tl.constexpr, MMAX: tl.constexpr,
-                 N_ROWS: tl.constexpr, DEGREES: tl.constexpr,
-                 WEIGHTED: tl.constexpr, ADDING: tl.constexpr, SUM: tl.constexpr,
-                 BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
+                 N_ROWS: tl.constexpr, DEGREES: tl.constexpr, ADDING: tl.constexpr,
+                 SUM: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
     N_SPH: tl.constexpr = (LMAX + 1) * (LMAX + 1)
     edge = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -385,13 +477,12 @@ def _rotate_back(y, wigner, envelope, result, n_edges,
     rows = y + (edge * (N_ROWS * CHANNELS))[:, None] + channel[None, :]
     matrix = (wigner + edge * (N_ROWS * N_SPH))[:, None]
     out = (result + edge * (N_SPH * CHANNELS))[:, None, None] + channel[None, None, :]
-    factor = 1.0
-    if WEIGHTED:
-        factor = tl.load(envelope + edge, mask=there, other=0.0).to(SUM)[:, None]
     for l in tl.static_range(LMAX + 1):
         lab = tl.zeros((BLOCK_E, tl.constexpr(DEGREES[l]), BLOCK_C), dtype=SUM)
-        lab = _add_lab_rows(lab, rows, matrix, factor, there[:, None], inside, l, LMAX, MMAX,
+        lab = _add_lab_rows(lab, rows, matrix, None, there[:, None], inside, l, LMAX, MMAX,
                             CHANNELS, DEGREES[l], SUM)  # fmt: skip
+        if envelope is not None:
+            lab *= tl.load(envelope + edge, mask=there, other=0.0).to(SUM)[:, None, None]
         place = tl.arange(0, DEGREES[l])
         kept = inside[:, None, :] & (place < 2 * l + 1)[None, :, None]
         place_out = out + ((l * l + place) * CHANNELS)[None, :, None]
@@ -401,52 +492,127 @@ def _rotate_back(y, wigner, envelope, result, n_edges,
 
 
 @triton.jit
-def _torque(x, y, wigner, index, neighbours, coefficients, result, n_edges,
-            FIRST: tl.constexpr, WIDTH: tl.constexpr, CHANNELS: tl.constexpr,
-            LMAX: tl.constexpr, MMAX: tl.constexpr, N_ROWS: tl.constexpr, DEGREES: tl.constexpr,
-            TERMS: tl.constexpr, GATHERED: tl.constexpr,
-            ADDING: tl.constexpr, SUM: tl.constexpr,
-            BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
+def _add_torque(about_x, about_y, about_z, features, lab, neighbours, coefficients, inside,
+                l: tl.constexpr, CHANNELS: tl.constexpr, TERMS: tl.constexpr, SIZE: tl.constexpr,
+                SUM: tl.constexpr):  # fmt: skip
+    """Add <lab, X_k x> of degree l for the three generators."""
+    place = tl.arange(0, SIZE)
+    real = place < 2 * l + 1
+    column = tl.where(real, l * l + place, 0)
+    kept = inside[:, None, :] & real[None, :, None]
+    for q in tl.static_range(5):
+        neighbour = tl.load(neighbours + column * 5 + q)
+        element = tl.load(coefficients + column * 5 + q).to(SUM)
+        feature = features[:, None, :] + (neighbour * CHANNELS)[None, :, None]
+        product = tl.load(feature, mask=kept, other=0.0).to(SUM) * lab * element[None, :, None]
+        part = tl.sum(tl.sum(product, axis=1), axis=1)
+        if TERMS[q] == 0:
+            about_x += part
+        elif TERMS[q] == 1:
+            about_y += part
+        else:
+            about_z += part
+    return about_x, about_y, about_z
+
+
+@triton.jit
+def _write_scaled(scaled, y, scale, place, at_scale, kept, m, l: tl.constexpr, LMAX: tl.constexpr,
+                  WIDTH: tl.constexpr, SUM: tl.constexpr):  # fmt: skip
+    """Write the rows of degree l of s y."""
+    number = at_scale[:, None, :] + (_number(l, m, LMAX) * WIDTH)[None, :, None]
+    value = tl.load(y + place, mask=kept, other=0.0).to(SUM)
+    value *= tl.load(scale + number, mask=kept, other=0.0).to(SUM)
+    tl.store(scaled + place, value, mask=kept)
+
+
+@triton.jit
+def _write_pairs(through, products, at_scale, inside, l: tl.constexpr, LMAX: tl.constexpr,
+                 MMAX: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr,
+                 BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
+    """Write products summed over +m and -m, which are neighbours among the slots of a degree."""
+    pairs: tl.constexpr = SIZE // 2
+    total = tl.sum(tl.reshape(products, (BLOCK_E, pairs, 2, BLOCK_C)), axis=2)
+    order = tl.arange(0, pairs)
+    kept = inside[:, None, :] & ((order <= l) & (order <= MMAX))[None, :, None]
+    number = at_scale[:, None, :] + (_number(l, order, LMAX) * WIDTH)[None, :, None]
+    tl.store(through + number, total, mask=kept)
+
+
+@triton.jit
+def _gradient(x, wigner, source, target, y, scale, envelope, neighbours,  # noqa: C901
+              coefficients,
+              scaled, through, rotated, to_envelope, turn, n_edges,
+              SIDES: tl.constexpr, CHANNELS: tl.constexpr, LMAX: tl.constexpr,
+              MMAX: tl.constexpr, N_ROWS: tl.constexpr, SLOTS: tl.constexpr,
+              DEGREES: tl.constexpr, TERMS: tl.constexpr, SIGN: tl.constexpr, SUM: tl.constexpr,
+              BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
+    """Differentiate <y, f s W G x>: all that edges get of it, each only if it is not None.
+
+    These are s y, the products of y and W G x summed over +m and -m, f W G x, <y, W G x>, and the
+    torque, which is added with a sign.
+    """
     N_SPH: tl.constexpr = (LMAX + 1) * (LMAX + 1)
+    N_SCALES: tl.constexpr = (N_ROWS + LMAX + 1) // 2
+    WIDTH: tl.constexpr = SIDES * CHANNELS
     edge = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
     there = edge < n_edges
     edge = edge.to(tl.int64)
-    atom = tl.load(index + edge, mask=there, other=0).to(tl.int64) if GATHERED else edge
     matrix = (wigner + edge * (N_ROWS * N_SPH))[:, None]
     about_x = tl.zeros((BLOCK_E,), dtype=SUM)
     about_y = tl.zeros((BLOCK_E,), dtype=SUM)
     about_z = tl.zeros((BLOCK_E,), dtype=SUM)
-    for start in tl.static_range(0, CHANNELS, BLOCK_C):
-        channel = start + tl.arange(0, BLOCK_C)
-        inside = there[:, None] & (channel < CHANNELS)[None, :]
-        rows = y + (edge * (N_ROWS * WIDTH))[:, None] + (FIRST + channel)[None, :]
-        features = x + (atom * (N_SPH * CHANNELS))[:, None, None] + channel[None, None, :]
-        for l in tl.static_range(1, LMAX + 1):
-            lab = tl.zeros((BLOCK_E, tl.constexpr(DEGREES[l]), BLOCK_C), dtype=SUM)
-            lab = _add_lab_rows(lab, rows, matrix, 1.0, there[:, None], inside, l, LMAX, MMAX,
-                                WIDTH, DEGREES[l], SUM)  # fmt: skip
-            place = tl.arange(0, DEGREES[l])
-            real = place < 2 * l + 1
-            column = tl.where(real, l * l + place, 0)
-            kept = inside[:, None, :] & real[None, :, None]
-            for q in tl.static_range(5):
-                neighbour = tl.load(neighbours + column * 5 + q)
-                factor = tl.load(coefficients + column * 5 + q).to(SUM)
-                feature = tl.load(features + (neighbour * CHANNELS)[None, :, None], mask=kept,
-                                  other=0.0).to(SUM)  # fmt: skip
-                product = feature * lab * factor[None, :, None]
-                part = tl.sum(tl.sum(product, axis=1), axis=1)
-                if TERMS[q] == 0:
-                    about_x += part
-                elif TERMS[q] == 1:
-                    about_y += part
-                else:
-                    about_z += part
-    out = result + edge * 3
-    if ADDING:
-        about_x += tl.load(out, mask=there, other=0.0).to(SUM)
-        about_y += tl.load(out + 1, mask=there, other=0.0).to(SUM)
-        about_z += tl.load(out + 2, mask=there, other=0.0).to(SUM)
-    tl.store(out, about_x, mask=there)
-    tl.store(out + 1, about_y, mask=there)
-    tl.store(out + 2, about_z, mask=there)
+    overlap = tl.zeros((BLOCK_E,), dtype=SUM)
+    factor = tl.full((BLOCK_E,), 1.0, dtype=SUM)
+    if envelope is not None:
+        factor *= tl.load(envelope + edge, mask=there, other=0.0).to(SUM)
+    for side in tl.static_range(SIDES):
+        atom = edge
+        if source is not None:
+            index = source if side == 0 else target
+            atom = tl.load(index + edge, mask=there, other=0).to(tl.int64)
+        for start in tl.static_range(0, CHANNELS, BLOCK_C):
+            channel = start + tl.arange(0, BLOCK_C)
+            inside = there[:, None] & (channel < CHANNELS)[None, :]
+            features = x + (atom * (N_SPH * CHANNELS))[:, None] + channel[None, :]
+            at = (edge * (N_ROWS * WIDTH))[:, None] + (side * CHANNELS + channel)[None, :]
+            at_scale = (edge * (N_SCALES * WIDTH))[:, None] + (side * CHANNELS + channel)[None, :]
+            for l in tl.static_range(LMAX + 1):
+                m, row, real = _slots(l, LMAX, MMAX, SLOTS[l])
+                kept = inside[:, None, :] & real[None, :, None]
+                place = at[:, None, :] + (row * WIDTH)[None, :, None]
+                if scaled is not None:
+                    _write_scaled(scaled, y, scale, place, at_scale, kept, m, l, LMAX, WIDTH,
+                                  SUM)  # fmt: skip
+                if through is not None or rotated is not None:
+                    total = tl.zeros((BLOCK_E, tl.constexpr(SLOTS[l]), BLOCK_C), dtype=SUM)
+                    total = _rotated(total, features, matrix, row, there[:, None], inside, l, LMAX,
+                                     CHANNELS, SUM)  # fmt: skip
+                    if rotated is not None:
+                        tl.store(rotated + place, total * factor[:, None, None], mask=kept)
+                    if y is not None:
+                        total *= tl.load(y + place, mask=kept, other=0.0).to(SUM)
+                        overlap += tl.sum(tl.sum(total, axis=1), axis=1)
+                    if through is not None:
+                        _write_pairs(through, total, at_scale, inside, l, LMAX, MMAX, WIDTH,
+                                     SLOTS[l], BLOCK_E, BLOCK_C)  # fmt: skip
+                if turn is not None and l > 0:
+                    lab = tl.zeros((BLOCK_E, tl.constexpr(DEGREES[l]), BLOCK_C), dtype=SUM)
+                    own = None
+                    if scale is not None:
+                        own = scale + at_scale
+                    lab = _add_lab_rows(lab, y + at, matrix, own, there[:, None], inside, l, LMAX,
+                                        MMAX, WIDTH, DEGREES[l], SUM)  # fmt: skip
+                    about_x, about_y, about_z = _add_torque(
+                        about_x, about_y, about_z, features, lab, neighbours, coefficients, inside,
+                        l, CHANNELS, TERMS, DEGREES[l], SUM)  # fmt: skip
+    if to_envelope is not None:
+        tl.store(to_envelope + edge, overlap, mask=there)
+    if turn is not None:
+        out = turn + edge * 3
+        factor *= SIGN
+        about_x = tl.load(out, mask=there, other=0.0).to(SUM) + factor * about_x
+        about_y = tl.load(out + 1, mask=there, other=0.0).to(SUM) + factor * about_y
+        about_z = tl.load(out + 2, mask=there, other=0.0).to(SUM) + factor * about_z
+        tl.store(out, about_x, mask=there)
+        tl.store(out + 1, about_y, mask=there)
+        tl.store(out + 2, about_z, mask=there)

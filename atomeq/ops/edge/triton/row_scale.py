@@ -37,15 +37,6 @@ def moved_scaled(
     return moved_z
 
 
-def scale_gradient(
-    rows: Tensor, grad: Tensor, scale: Tensor, shape: SO2Shape, through: Tensor
-) -> Tensor:
-    """Return dE/dr from ``grad`` = dE/dz, and write dE/ds to ``through``."""
-    result = rows.new_empty(rows.shape)
-    _launch(_pulled, shape, rows, None, grad, None, scale, None, result, None, through, None)
-    return result
-
-
 def scaled_second(
     rows: Tensor,
     moved: Tensor,
