@@ -90,7 +90,7 @@ def _tests_of(path: Path, kind: str | None) -> list[Atoms]:
     data = data_module(path)
     data.reduce_supercells = False
     sets = data.structures()
-    named = {name: some for name, some in sets.items() if name.startswith("test/")}
+    named = {name: list(some) for name, some in sets.items() if name.startswith("test/")}
     offset = (read_yaml(path).get("model") or {}).get("stress_offset", 0.0)
     found: list[Atoms] = []
     for name, some in named.items():

@@ -72,7 +72,7 @@ class MeanPotential(Potential):
         """Compute means, and the spread where it is asked for."""
         if "extrapolation" in properties:
             raise ValueError("a committee has no extrapolation; ask for forces_uncertainty")
-        spreads = [key for key in self.uncertainties if key in properties]
+        spreads: list[PropertyKey] = [key for key in self.uncertainties if key in properties]
         asked: list[PropertyKey] = [key for key in properties if key not in spreads]
         asked += [_SPREAD_OF[key] for key in spreads]
         keys = tuple(dict.fromkeys(asked))

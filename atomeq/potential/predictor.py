@@ -147,6 +147,11 @@ class Predictor(nn.Module):
         return False
 
     @property
+    def learnable(self) -> tuple[PropertyKey, ...]:
+        """What it gives that there are labels of."""
+        return ("scalar",)
+
+    @property
     def cutoff(self) -> float:
         """The model's cutoff, Å."""
         return self.model.cutoff

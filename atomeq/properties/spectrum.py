@@ -148,4 +148,4 @@ def infrared_spectrum(
         2 * density / ((2 * n - 1) * step)
     )  # ∫ over positive wavenumbers is the correlation at 0
     kt = BOLTZMANN * temperature * ACCELERATION  # amu·Å²/fs²
-    return InfraredSpectrum(wavenumbers, INTENSITY * total / kt)
+    return InfraredSpectrum(np.asarray(wavenumbers, np.float64), INTENSITY * total / kt)

@@ -22,7 +22,7 @@ from atomeq.potential.terms import EnergyTerm
 from atomeq.training.callbacks import forget_scores
 from atomeq.training.distributed import is_empty_share, joint_counts, joint_structures
 from atomeq.training.electrons import Electrons
-from atomeq.training.losses import LABELS, Loss, PotentialLoss, ScalarLoss, loss_of
+from atomeq.training.losses import Loss, PotentialLoss, ScalarLoss, loss_of
 from atomeq.training.low_rank import LoRA
 from atomeq.training.metrics import ErrorMetric, PotentialErrors, ScalarErrors
 from atomeq.training.normalisation import PotentialSource, Shift
@@ -302,8 +302,7 @@ class AtomisticTask(LightningModule):
     ) -> tuple[AtomGraph, dict[PropertyKey, Tensor]]:
         """Return a batch and its energies, forces and moments, or its scalar."""
         derived = ("stress", "born_effective_charges")
-        given = ("scalar",) if self.target is not None else self.potential.learnable
-        properties = tuple(key for key in given if key not in derived)
+        properties = tuple(key for key in self.potential.learnable if key not in derived)
         with torch.enable_grad():
             prediction = self.potential(batch, properties, create_graph=False)
         return batch, prediction
@@ -430,7 +429,7 @@ class AtomisticTask(LightningModule):
         labels = set(dataset.labels)
         if self.target is not None:
             return ("scalar",)
-        return tuple(key for key in LABELS if key in labels & set(self.potential.learnable))
+        return tuple(key for key in self.potential.learnable if key in labels)
 
     def _errors_before_training(self, name: str, data: AtomisticDataModule) -> dict[str, float]:
         if name not in data.val_sets:

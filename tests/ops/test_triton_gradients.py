@@ -31,7 +31,9 @@ def errors(operation: Operation) -> list[float]:
     return [relative(f.double(), e) for f, e in zip(found, expected, strict=True)]
 
 
-@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize(
+    "name", sorted(OPERATIONS.keys() - {"geometric_product"})
+)  # which has C alone
 def test_operation_agrees_with_the_reference_in_value_and_both_gradients(name: str) -> None:
     found = errors(OPERATIONS[name])
     assert max(found) <= SINGLE, found
