@@ -18,6 +18,7 @@ from atomeq.cli.terminal import Meter, say, show_table
 from atomeq.cli.verbs import stages
 from atomeq.data.ase_files import read_structures
 from atomeq.files import write_atomically
+from atomeq.graph.to_structures import to_ase
 from atomeq.potential.untrusted import read_yaml
 from atomeq.properties.evaluation import Evaluation
 from atomeq.properties.reference_values import CrystalProperties
@@ -94,7 +95,8 @@ def _tests_of(path: Path, kind: str | None) -> list[Atoms]:
     offset = (read_yaml(path).get("model") or {}).get("stress_offset", 0.0)
     found: list[Atoms] = []
     for name, some in named.items():
-        for atoms in some:
+        for given in some:
+            atoms = given if isinstance(given, Atoms) else to_ase(given)[0]  # of HDF5 files
             set_name = name.removeprefix("test/")
             label = atoms.info.get(kind or data.labels.kind, set_name)
             atoms.info["_kind"] = str(label).removeprefix("set=")

@@ -73,11 +73,12 @@ class MeanPotential(Potential):
         if "extrapolation" in properties:
             raise ValueError("a committee has no extrapolation; ask for forces_uncertainty")
         spreads: list[PropertyKey] = [key for key in self.uncertainties if key in properties]
-        asked: list[PropertyKey] = [key for key in properties if key not in spreads]
-        asked += [_SPREAD_OF[key] for key in spreads]
-        keys = tuple(dict.fromkeys(asked))
+        keys: dict[PropertyKey, None] = {key: None for key in properties if key not in spreads}
+        keys |= {_SPREAD_OF[key]: None for key in spreads}
         with use_precision(self.precision):
-            each = [one.derive(graph, keys, create_graph=create_graph) for one in self._each()]
+            each = [
+                one.derive(graph, tuple(keys), create_graph=create_graph) for one in self._each()
+            ]
         found = {key: torch.stack([one[key] for one in each]).mean(dim=0) for key in keys}
         if "energy_uncertainty" in spreads:
             found["energy_uncertainty"] = torch.stack([one["energy"] for one in each]).std(dim=0)

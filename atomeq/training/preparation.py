@@ -323,7 +323,9 @@ def _refuse_untrained(potential: Potential, wanted: set[PropertyKey]) -> None:
 
 
 def _refuse_missing_labels(task: "AtomisticTask", dataset: GraphDataset) -> None:
-    wanted: dict[PropertyKey, None] = dict.fromkeys(key for loss in task.losses for key in loss.labels)
+    wanted: dict[PropertyKey, None] = dict.fromkeys(
+        key for loss in task.losses for key in loss.labels
+    )
     missing = [key for key in wanted if key not in dataset.labels]
     if isinstance(task.potential, Potential):
         _refuse_untrained(task.potential, set(wanted))
