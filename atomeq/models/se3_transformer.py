@@ -74,6 +74,7 @@ class Trunk(nn.Module):
         chiral: Keep the paths that break mirrors.
         normalize: Layer-normalise norms, as in the QM9 network.
         smooth: See :class:`~atomeq.nn.tensor_field.SE3Attention`.
+        only_scalars: The last layer gives no other degree, where nothing would read it.
     """
 
     def __init__(
@@ -91,13 +92,17 @@ class Trunk(nn.Module):
         chiral: bool,
         normalize: bool = False,
         smooth: bool = False,
+        only_scalars: bool = False,
     ) -> None:
         super().__init__()
         inside = equal_channels(lmax, channels)
+        outputs = [inside] * num_layers
+        if only_scalars:
+            outputs[-1] = {0: channels}
         self.attentions = nn.ModuleList(
             SE3Attention(
                 inputs if number == 0 else inside,
-                inside,
+                after,
                 n_scalars,
                 div=div,
                 num_heads=num_heads,
@@ -106,10 +111,10 @@ class Trunk(nn.Module):
                 chiral=chiral,
                 smooth=smooth,
             )
-            for number in range(num_layers)
+            for number, after in enumerate(outputs)
         )
         self.nonlinearities = nn.ModuleList(
-            NormNonlinearity(inside, normalize=normalize, smooth=smooth) for _ in range(num_layers)
+            NormNonlinearity(after, normalize=normalize, smooth=smooth) for after in outputs
         )
 
     def forward(self, h: DegreeFeatures, edges: EdgeData) -> DegreeFeatures:
@@ -327,6 +332,7 @@ class SE3Transformer(AtomisticModel):
             num_heads=num_heads,
             chiral=chiral,
             smooth=True,
+            only_scalars=True,
         )
         self.mix = MLP((2 * hidden_channels, hidden_channels, hidden_channels))
         self.energy = MLP((hidden_channels, hidden_channels, 1), zero_output=True)

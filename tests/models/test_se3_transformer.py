@@ -2,12 +2,18 @@
 
 import pytest
 import torch
+from ase.build import molecule
 from torch import Tensor
 
-from atomeq.models.se3_transformer import IterativeSE3Transformer, SE3TransformerPropagator
+from atomeq.models.se3_transformer import (
+    IterativeSE3Transformer,
+    SE3Transformer,
+    SE3TransformerPropagator,
+)
 from atomeq.nn.tensor_field import EdgeData, SE3Attention, TensorFieldLayer
 from atomeq.ops.edge.wigner import rotation_matrix
 from atomeq.ops.harmonics.operations import spherical_harmonics
+from atomeq.potential.potential import Potential
 from atomeq.propagation.particles import fully_connected
 
 EXACT = 1e-11  # float64 through some layers
@@ -87,6 +93,18 @@ def test_tensor_field_layers_turn_with_their_input(flavor) -> None:
     expected = turn @ convolve(vectors, h1)
     found = convolve(vectors @ turn.T, turn @ h1)
     assert (found - expected).abs().max() <= EXACT * expected.abs().max()
+
+
+def test_every_weight_of_the_energy_is_trained() -> None:
+    """Distributed training waits for every gradient it was promised."""
+    model = SE3Transformer(4.0, hidden_channels=4, num_layers=2, num_heads=2, num_radial=4)
+    potential = Potential(model)
+    for parameter in model.energy.parameters():
+        parameter.data += 0.1  # its last layer starts at zero
+    graph = potential.build_graph(molecule("H2O"))
+    found = potential(graph, ("energy", "forces"), create_graph=True)
+    (found["energy"].sum() + found["forces"].square().sum()).backward()
+    assert not [name for name, p in model.named_parameters() if p.grad is None]
 
 
 def test_heads_must_divide_the_channels() -> None:
