@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from atomeq.files import write_atomically
-from atomeq.potential.folders import CONFIG_FILE, WEIGHTS_FILE
+from atomeq.potential.folders import ABOUT_FILE, CONFIG_FILE, METRICS_FILE, WEIGHTS_FILE
 from atomeq.potential.untrusted import read_yaml
 
-ABOUT, METRICS, SPEED, CARD = "about.md", "metrics.json", "speed.json", "README.md"
+SPEED, CARD = "speed.json", "README.md"
 _QUANTITIES = {
     "energy_meV_per_atom": "energy, meV/atom",
     "forces_meV_per_A": "forces, meV/Å",
@@ -35,8 +35,8 @@ def card_of(folder: Path) -> str:
     Raises:
         FileNotFoundError: The folder lacks ``about.md`` or ``metrics.json``.
     """
-    opening, _, sections = (folder / ABOUT).read_text(encoding="utf-8").partition("\n## ")
-    found = json.loads((folder / METRICS).read_text(encoding="utf-8"))
+    opening, _, sections = (folder / ABOUT_FILE).read_text(encoding="utf-8").partition("\n## ")
+    found = json.loads((folder / METRICS_FILE).read_text(encoding="utf-8"))
     title, _, opening = opening.strip().partition("\n")
     parts = [title, opening.strip(), _facts(folder), *_errors(found), *_uncertainty(found)]
     parts += _properties(found)

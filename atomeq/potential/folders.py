@@ -9,6 +9,8 @@ from pathlib import Path
 
 CONFIG_FILE = "model.yaml"
 WEIGHTS_FILE = "weights.safetensors"
+ABOUT_FILE = "about.md"  # of a card, what was written by hand
+METRICS_FILE = "metrics.json"  # what was measured
 COMMITTEE_FILE = "committee.yaml"  # of a folder whose subfolders are potentials
 
 

@@ -7,7 +7,6 @@ from typing import Literal
 from jsonargparse import Namespace
 from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 
-from atomeq.cli.card import ABOUT, METRICS
 from atomeq.cli.door import (
     checkable,
     data_source,
@@ -20,7 +19,7 @@ from atomeq.cli.door import (
 )
 from atomeq.cli.terminal import Parser
 from atomeq.files import refuse_unwritable
-from atomeq.potential.folders import find_potential, find_single_potential
+from atomeq.potential.folders import ABOUT_FILE, METRICS_FILE, find_potential, find_single_potential
 
 _CHECK = """\
 Measure the laws of physics and of good behaviour on a potential or on any ASE calculator. One line
@@ -295,10 +294,11 @@ def _evaluate_parser() -> Parser:
 def _refuse_nothing_to_evaluate(options: Namespace) -> None:
     if not options.files and options.properties is None:
         raise ValueError("nothing to evaluate by: name labelled structures or --properties")
-    if options.card and (options.out.name != METRICS or not (options.out.parent / ABOUT).is_file()):
+    about = options.out.parent / ABOUT_FILE
+    if options.card and (options.out.name != METRICS_FILE or not about.is_file()):
         raise ValueError(
-            f"--card needs --out FOLDER/{METRICS} of a potential whose folder has {ABOUT}, not "
-            f"{options.out}"
+            f"--card needs --out FOLDER/{METRICS_FILE} of a potential whose folder has "
+            f"{ABOUT_FILE}, not {options.out}"
         )
     refuse_old_files("out")(options)
 
