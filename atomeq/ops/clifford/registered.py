@@ -67,7 +67,8 @@ def _fake_weights(call: SimpleNamespace) -> Tensor:
 
 def _weights_gradient(saved: SimpleNamespace, wanted: set[str], grad: Tensor) -> Gradients:
     known = {slot: getattr(saved, slot) for slot in FACTORS}
-    return {slot: _product(known, slot, grad, saved.algebra, saved.kernels) for slot in wanted}
+    slots = [slot for slot in FACTORS if slot in wanted]
+    return {slot: _product(known, slot, grad, saved.algebra, saved.kernels) for slot in slots}
 
 
 @registered(outputs=_fake_weights, gradient=_weights_gradient)
