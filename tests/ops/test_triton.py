@@ -17,6 +17,7 @@ from atomeq.ops.edge.so2_map import SO2Shape
 from atomeq.ops.edge.wigner import edge_wigner
 from atomeq.ops.paths import Path, tensor_product_paths
 from atomeq.ops.registration import kernels_of
+from atomeq.ops.segment.operations import segment_softmax, segment_sum
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install atomeq[cuda]")
 
@@ -178,7 +179,7 @@ def test_gates_opened_while_writing_are_those_opened_afterwards(
     try:
         expected = so2_map.forward(rows, rows.new_empty(21, shape.width))
         y = torch.zeros_like(expected)
-        found = so2_map.gated(rows, y, keep=keep)
+        found = so2_map.gated(rows, y, None, keep=keep)
     finally:
         torch.set_float32_matmul_precision(before)
     written = slice(None) if keep or lmax == 0 else slice(0, shape.n_scalars)
