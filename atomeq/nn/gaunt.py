@@ -5,7 +5,6 @@ import math
 import torch
 from torch import Tensor, nn
 
-from atomeq.ops.coupling.clebsch_gordan import clebsch_gordan
 from atomeq.ops.paths import tensor_product_paths
 from atomeq.ops.sphere.gaunt import gaunt_product
 
@@ -71,7 +70,20 @@ def _unit_variance(lmax1: int, lmax2: int, lmax_out: int) -> Tensor:
     for path in tensor_product_paths(lmax1, lmax2, lmax_out):
         # A Gaunt coefficient is sqrt((2 l1 + 1)(2 l2 + 1)(2 l3 + 1) / 4 pi) times the 3j symbol
         # times its element of m = 0; the squares of the symbols sum to 1 over all three m.
-        polar = clebsch_gordan(*path)[path.l1, path.l2, path.l3]
+        polar = _polar_square(path.l1, path.l2, path.l3)
         degrees = (2 * path.l1 + 1) * (2 * path.l2 + 1)
-        variance[path.l3] += degrees / (4 * math.pi) * polar**2
+        variance[path.l3] += degrees / (4 * math.pi) * polar
     return variance.rsqrt()
+
+
+def _polar_square(*degrees: int) -> float:
+    """Return the square of the 3j symbol whose m are all 0, in Racah's closed form."""
+    total = sum(degrees)
+    if total % 2:
+        return 0.0
+    square = 1 / math.factorial(total + 1)
+    root = math.factorial(total // 2)
+    for l in degrees:
+        square *= math.factorial(total - 2 * l)
+        root /= math.factorial(total // 2 - l)
+    return square * root**2
