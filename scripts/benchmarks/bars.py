@@ -14,6 +14,7 @@ something has one in ``ROWS``.
 import argparse
 import os
 import sys
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from functools import partial
@@ -70,9 +71,12 @@ def measured(name: str, *, quick: bool, again: bool, file: Path) -> list[Judged]
         same = known["code"] == digest and there["device"] == here["device"]
         if same and not any(line["measured"].startswith("needs ") for line in known["lines"]):
             return [Judged(**line) for line in known["lines"]]
-    print(name, file=sys.stderr, flush=True)
+    print(name, end=" ", file=sys.stderr, flush=True)
+    start = time.monotonic()
     lines = list(ROWS[name](quick))
-    row = {"quick": quick, "code": digest, "machine": here, "lines": [asdict(x) for x in lines]}
+    seconds = time.monotonic() - start
+    print(f"{seconds:.0f} s", file=sys.stderr, flush=True)
+    row = {"quick": quick, "seconds": round(seconds, 1), "code": digest, "machine": here, "lines": [asdict(x) for x in lines]}
     write(file, document | {name: row})
     return lines
 
