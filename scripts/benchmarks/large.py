@@ -33,7 +33,7 @@ from benchmarks.judged import Judged, table_of
 from benchmarks.record import in_own_process
 
 FMAX, MAX_STEPS = 0.05, 200
-CUTOFF = 5.0  # Å, that of cu-pbe
+CUTOFF = 5.0  # Å, of many potentials
 Row = dict[str, Any]
 
 
