@@ -175,14 +175,16 @@ def edge_tuples(target: Tensor, n_atoms: int, rank: int) -> list[Tensor]:
         The edges in each place, (n_tuples,) each.
     """
     order = target.argsort(stable=True)
-    counts = torch.bincount(target, minlength=n_atoms)
-    starts = counts.cumsum(0) - counts
+    atoms = torch.arange(n_atoms, device=target.device)
+    starts, stops = (torch.searchsorted(target[order], atoms, right=end) for end in (False, True))
     tuples = [torch.arange(len(target), device=target.device)]
     for _ in range(rank - 1):
         atom = target[tuples[0]]
-        repeats = counts[atom]
-        first = starts[atom] - (repeats.cumsum(0) - repeats)
-        number = torch.arange(int(repeats.sum()), device=target.device)
-        partner = order[number + first.repeat_interleave(repeats)]
-        tuples = [*(edge.repeat_interleave(repeats) for edge in tuples), partner]
+        ends = (stops - starts)[atom].cumsum(0)
+        n_tuples = int(ends[-1]) if len(ends) else 0  # the one question to a device
+        number = torch.arange(n_tuples, device=target.device)
+        of = torch.searchsorted(ends, number, right=True)  # the tuple that this one extends
+        first = starts[atom] - ends + (stops - starts)[atom]
+        partner = order[number + first[of]]
+        tuples = [*(edge[of] for edge in tuples), partner]
     return tuples

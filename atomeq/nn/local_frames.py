@@ -57,7 +57,7 @@ def neighbour_directions(
     near = torch.nonzero(weights.detach() > 0)[:, 0]
     near = near[torch.argsort(target[near], stable=True)]
     atom = target[near]
-    counts = torch.bincount(atom, minlength=n_atoms)
+    counts = _counts(atom, n_atoms)
     number = torch.arange(len(near), device=near.device) - (counts.cumsum(0) - counts)[atom]
     n_slots = 1 + (int(counts.max()) if n_atoms else 0)
     slot = atom * n_slots + 1 + number
@@ -202,9 +202,14 @@ def pairs_within(
         Members of the first list, ascending, and of the second, each (n_pairs,).
     """
     order = torch.argsort(second, stable=True)
-    counts = torch.bincount(second, minlength=n_segments)
+    counts = _counts(second, n_segments)
     starts = counts.cumsum(0) - counts
     repeats = counts[first]
     left = torch.repeat_interleave(repeats)
     number = torch.arange(len(left), device=left.device) - (repeats.cumsum(0) - repeats)[left]
     return left, order[starts[first[left]] + number]
+
+
+def _counts(index: Tensor, n: int) -> Tensor:
+    """Return how often each number below n occurs, (n,), without asking a device."""
+    return index.new_zeros(n).index_add_(0, index, torch.ones_like(index))

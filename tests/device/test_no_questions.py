@@ -24,6 +24,7 @@ if find_spec("triton"):
 #: plain torch, then with kernels where there are some. Weights are single precision, and fixed but
 #: in training, so that with kernels radial networks are read off tables.
 MOST = {
+    "clifford": ((860, 890, 2600), (860, 890, 2600)),
     "egnn": ((570, 600, 1500), (560, 590, 1490)),
     "equiformer_v2": ((640, 670, 1930), (240, 270, 1690)),
     "equiformer_v3": ((630, 660, 1850), (285, 315, 1660)),
@@ -32,12 +33,21 @@ MOST = {
     "esen": ((550, 580, 1570), (120, 150, 1230)),
     "faenet": ((580, 610, 1440), (560, 590, 1380)),
     "faenet_canonical": ((860, 890, 2410), (830, 860, 2340)),
+    "geometric_algebra": ((565, 595, 1270), (560, 590, 1260)),
     "mace": ((570, 600, 1240), (450, 480, 890)),
     "nequip": ((740, 780, 1760), (660, 700, 1500)),
+    "ponita": ((510, 540, 1100), (510, 540, 1100)),
+    "se3_transformer": ((820, 850, 2850), (815, 845, 2840)),
     "segno": ((630, 660, 1630), (620, 650, 1620)),
 }
-#: How many frames a structure has depends on its symmetry, which only the device knows.
-QUESTIONS = {"faenet": ["nn/frame_averaging.py"], "faenet_canonical": ["models/frame_averaged.py"]}
+#: How many frames a structure has depends on its symmetry, and how many neighbours or pairs of them
+#: an atom has on where they are, which only the device knows.
+QUESTIONS = {
+    "faenet": ["nn/frame_averaging.py"],
+    "faenet_canonical": ["models/frame_averaged.py"],
+    "geometric_algebra": ["models/geometric_algebra.py"],
+    "ponita": ["nn/local_frames.py", "nn/local_frames.py"],
+}
 #: Whether atoms are closer than in a potential's data is asked of what is not trained on.
 OF_DISTANCES = ["potential/distances.py"]
 #: A stress of a cell without volume is refused before anything is computed.
