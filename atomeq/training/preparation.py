@@ -20,7 +20,7 @@ from atomeq.potential.dispersion import DispersionD3
 from atomeq.potential.distances import KnownDistances, shortest_distances
 from atomeq.potential.heads import HeadedPotential
 from atomeq.potential.mean import MeanPotential
-from atomeq.potential.potential import Potential
+from atomeq.potential.potential import ELECTRIC, Potential
 from atomeq.potential.predictor import Predictor
 from atomeq.potential.references import AtomicReferences
 from atomeq.potential.repulsion import ZBL
@@ -315,7 +315,7 @@ def _replay(task: "AtomisticTask", data: AtomisticDataModule) -> None:
 def _refuse_untrained(potential: Potential, wanted: set[PropertyKey]) -> None:
     """Refuse a loss of what there is not, or one that leaves energies as they were drawn."""
     potential.refuse_missing(tuple(wanted))
-    if potential.gives_energies and not wanted & {"energy", "forces"}:
+    if potential.gives_energies and wanted <= set(ELECTRIC):
         raise DataError(
             f"the loss is of {', '.join(wanted)} alone, and the potential would give energies that "
             "were never trained; say energies: false of its Electric model"

@@ -76,7 +76,13 @@ def measured(name: str, *, quick: bool, again: bool, file: Path) -> list[Judged]
     lines = list(ROWS[name](quick))
     seconds = time.monotonic() - start
     print(f"{seconds:.0f} s", file=sys.stderr, flush=True)
-    row = {"quick": quick, "seconds": round(seconds, 1), "code": digest, "machine": here, "lines": [asdict(x) for x in lines]}
+    row = {
+        "quick": quick,
+        "seconds": round(seconds, 1),
+        "code": digest,
+        "machine": here,
+        "lines": [asdict(x) for x in lines],
+    }
     write(file, document | {name: row})
     return lines
 

@@ -90,6 +90,9 @@ def generated_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     acid = labelled(molecule("CH3COOH"), 20)
     for name in ("train_300K", "test_MD_300K", "test_MD_600K"):
         ase.io.write(folder / "acac" / f"{name}.extxyz.gz", acid)
+    for atoms in (moments := labelled(molecule("CH3COOH"), 20)):
+        atoms.info |= {"dipole": atoms.positions[0], "polarizability": np.eye(3)}
+    ase.io.write(folder / "gfn2_qm7.extxyz", moments)
     for name in ("train_300K", "train_mixedT"):
         ase.io.write(folder / "3bpa" / f"{name}.extxyz.gz", acid)
     write_md_archives(folder, acid)

@@ -255,7 +255,10 @@ def test_thermal_terms_of_the_free_atoms_are_those_of_an_ideal_gas():
 def test_the_experiments_have_the_standard_split(model: str):
     """Of 133,885 molecules less 3,054: 110,000 to train, 10,000 to validate, the rest to test."""
     path = Path(__file__).parents[2] / "configs" / "experiment" / f"qm9_{model}.yaml"
-    split = yaml.safe_load(path.read_text())["data"]["init_args"]["split"]
+    data = yaml.safe_load(path.read_text())["data"]
+    if isinstance(data, str):
+        data = yaml.safe_load((path.parent / data).read_text())
+    split = data["init_args"]["split"]
     parts = split_indices(133_885 - 3_054, Split(**split))
     assert {name: len(part) for name, part in parts.items()} == {
         "train": 110_000,

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import re
 import tarfile
 from dataclasses import replace
 from pathlib import Path
@@ -143,12 +144,19 @@ def test_the_public_copper_is_the_published_one(tmp_path: Path, data_folder: Pat
 
 
 RMD17 = {"ethanol_rmd17_pbe"}
+#: Whose configuration says in its first lines where they are, or what makes them.
+BY_HAND = {
+    "rmd17": "figshare",
+    "md22": "sgdml.org",
+    "mlearn": "github.com",
+    "gfn2_qm7": "label_gfn2",
+}
 
 
 def test_every_set_that_a_configuration_names_can_be_downloaded():
     configs = Path(__file__).parents[2] / "configs"
     named = {
-        part.partition("/")[0]
+        re.split(r"[/.]", part)[0]
         for path in configs.rglob("*.yaml")
         for part in path.read_text().split("${ATOMEQ_DATA}/")[1:]
     }
@@ -161,8 +169,13 @@ def test_every_set_that_a_configuration_names_can_be_downloaded():
         "opv",
         "pcqm4mv2",
         "oc20",
+        "3bpa",
         *RMD17,
+        *BY_HAND,
     } == named
-    assert named - {"oc20"} <= {*DATA_SETS, *MOLECULE_SETS}
+    assert named - {"oc20", *BY_HAND} <= {*DATA_SETS, *MOLECULE_SETS}
+    for name, source in BY_HAND.items():
+        head = (configs / "data" / f"{name}.yaml").read_text().partition("class_path")[0]
+        assert source in head, name
     parts = ("is2re", "s2ef-2m", "s2ef-all", "s2ef-md", "s2ef-val-id", "s2ef-val-ood-ads")
     assert {f"oc20-{part}" for part in parts} <= set(ARCHIVES)

@@ -70,6 +70,7 @@ WRITERS = {
     "eos": "eos cell.extxyz --potential small --out out.extxyz --relax false",
     "elastic": "elastic cell.extxyz --potential small --out out.extxyz --relax false",
     "phonons": "phonons cell.extxyz --potential small --out out.extxyz --relax false",
+    "spectrum": "spectrum cu.extxyz --potential small --out out.extxyz",
     "neb": "neb ends.extxyz --potential small --out out.extxyz --images 1 --max-steps 1",
     "rollout": "rollout systems.npz --propagator small --out out.npz",
     "export": "export small --out out.pt2",

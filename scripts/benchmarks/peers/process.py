@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -32,7 +33,9 @@ class PeerProcess:
             print(json.dumps({"do": do, **values}), file=self._process.stdin, flush=True)
             return json.loads(self._process.stdout.readline())
         except (BrokenPipeError, json.JSONDecodeError) as error:
-            self._process.stdin = None  # what is in it cannot be sent
+            with suppress(BrokenPipeError):  # what is in it cannot be sent
+                self._process.stdin.close()
+            self._process.stdin = None
             complaint = self._process.communicate()[1].strip()[-2000:] or "it ended"
             raise SystemExit(f"{self._name} failed at {do!r}:\n{complaint}") from error
 
