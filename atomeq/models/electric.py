@@ -71,8 +71,8 @@ class Electric(AtomisticModel):
         self.energies, self.charges = energies, charges
         self.recordable = False  # whether a structure is periodic is looked at
         self.cutoff, self.told = model.cutoff, model.told
-        own = {key for key in known if key in properties}
-        self.outputs = frozenset(own | (model.outputs if energies else set()))
+        outputs: set[PropertyKey] = {key for key in known if key in properties}
+        self.outputs = frozenset(outputs | model.outputs if energies else outputs)
         self.exempt_laws = dict(model.exempt_laws)
         lmax, channels = model.sphere_shape
         self.lift = None if lmax >= 2 else Lift(channels, model.cutoff)
