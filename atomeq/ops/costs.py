@@ -107,6 +107,7 @@ def cost(spec: OpSpec) -> Cost:
         "rms_norm": _norm,
         "gated_update": _update,
         "pair_functions": _table,
+        "geometric_product": _geometric,
     }
     if spec.op not in counters:
         raise ValueError(f"operation {spec.op!r} is unknown; choose from {', '.join(counters)}")
@@ -131,6 +132,11 @@ class _Work(NamedTuple):
 def _harmonics(spec: OpSpec) -> _Work:
     n_sph = (spec.lmax + 1) ** 2
     return _Work(5 * n_sph, 0, 3 + n_sph)
+
+
+def _geometric(spec: OpSpec) -> _Work:
+    n_blades = 2**spec.lmax  # of an algebra of so many dimensions, each product of two is one term
+    return _Work(3 * n_blades**2 * spec.channels, 0, 3 * n_blades * spec.channels)
 
 
 def _frame(spec: OpSpec) -> _Work:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
+import atomeq.ops.clifford.operations
 import atomeq.ops.coupling.operations
 import atomeq.ops.coupling.symmetric_contraction
 import atomeq.ops.edge.operations

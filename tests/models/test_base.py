@@ -9,7 +9,10 @@ from atomeq.models.registry import MODELS
 from atomeq.potential.checkpoint import build_model
 
 #: The argument that takes another model, and the modules whose models have it.
-WRAPPED = {"model": (".frame_averaged.", ".charged."), "encoder": (".equihgnn.",)}
+WRAPPED = {
+    "model": (".frame_averaged.", ".charged.", ".electric.", ".local_frames."),
+    "encoder": (".equihgnn.",),
+}
 
 
 @pytest.mark.parametrize("class_path", MODELS.paths())
