@@ -15,6 +15,7 @@ MAX_SECONDS = 60  # of one tutorial, on one core
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 os.environ["MATPLOTLIBRC"] = str(DOCS / "matplotlibrc")
 os.environ |= {"OMP_NUM_THREADS": "1", "COLUMNS": "96", "ATOMEQ_SOURCE": str(ROOT)}
+os.environ["TTY_COMPATIBLE"] = "0"  # a kernel asks for colours, which are escapes on a page
 
 project = "atomeq"
 author = "The atomeq developers"
