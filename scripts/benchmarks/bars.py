@@ -94,7 +94,7 @@ def operations(op: str, quick: bool) -> Iterable[Judged]:
     for name, make in cases("cpu", quick, 1):
         if name == op:
             case = make()
-            rows += measure(case, case, 1.6 if quick else 4.0)
+            rows += measure(case, case, 1.0 if quick else 4.0)
     return [bar.judged(rows) for bar in operation_bars.bars("cpu") if bar.op == op]
 
 

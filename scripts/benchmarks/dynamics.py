@@ -234,7 +234,7 @@ def relaxations(*, quick: bool) -> dict[str, dict[str, Any]]:
         fmax, every = (QUICK_FMAX, 16) if quick else (FMAX, 4)
         row = relaxation(potential, structures, fmax=fmax, every=every)
         row["ratio_of_the_potential_alone"] = bound(potential, structures[:32])
-        if (n_threads := os.cpu_count() or 1) > 1:
+        if not quick and (n_threads := os.cpu_count() or 1) > 1:
             row["all_cores"] = relaxation(
                 potential, structures, fmax=QUICK_FMAX, every=16, n_threads=n_threads
             )
