@@ -5,6 +5,7 @@ of the equations of motion over a long step.
 """
 
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from atomeq.graph.atom_graph import AtomGraph
 from atomeq.graph.builders import GraphBuilder, RadiusGraph
+from atomeq.nn.mlp import MLP
 from atomeq.registry import path_of
 from atomeq.typing import EdgeIndex, Positions, PropertyKey
 
@@ -204,6 +206,30 @@ class AtomisticModel(ConfiguredModule):
             if isinstance(part, AtomisticModel):
                 for name in set(part.readouts) & set(dict(part.named_children())):
                     part.get_submodule(name).requires_grad_(False)
+
+
+class InvariantReadout(AtomisticModel, ABC):
+    """A model that reads its energies off the scalars of its atoms, by one perceptron.
+
+    Attributes:
+        energy: The perceptron, from :attr:`node_channels` to one number.
+    """
+
+    energy: MLP
+
+    def forward(self, graph: AtomGraph) -> dict[PropertyKey, Tensor]:
+        """Return per-atom ``energies`` (n_atoms,), in the model's own scale, and ``features``."""
+        energies, features = self.energy.with_hidden(self.node_features(graph))
+        return {"energies": energies[:, 0], "features": features}
+
+    @property
+    def node_channels(self) -> int:
+        """Channels of :meth:`node_features`, those that atoms are embedded in."""
+        return self.embedding_channels
+
+    @abstractmethod
+    def node_features(self, graph: AtomGraph) -> Tensor:
+        """Return the scalars that the energies are read off, (n_atoms, node_channels)."""
 
 
 class Propagator(ConfiguredModule):

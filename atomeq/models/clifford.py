@@ -28,13 +28,13 @@ import torch
 from torch import Tensor, nn
 
 from atomeq.graph.atom_graph import AtomGraph
-from atomeq.models.base import AtomisticModel, Propagator, refuse_nonpositive
+from atomeq.models.base import InvariantReadout, Propagator, refuse_nonpositive
 from atomeq.nn.clifford import GeometricBlock, GradeLinear, grade_linear, grade_sizes
 from atomeq.nn.mlp import MLP
 from atomeq.nn.radial import BesselBasis, PolynomialEnvelope
 from atomeq.ops.clifford.algebra import Sharing
 from atomeq.ops.segment.operations import segment_mean, segment_sum
-from atomeq.typing import EdgeIndex, Positions, PropertyKey
+from atomeq.typing import EdgeIndex, Positions
 
 SIGNATURE = (3, 0)
 _VECTOR = slice(1, 4)  # its rows among the eight blades
@@ -187,7 +187,7 @@ class CliffordLayer(nn.Module):
         return self.update(torch.cat([h, mean], dim=2))
 
 
-class CGENN(AtomisticModel):
+class CGENN(InvariantReadout):
     """An energy from the scalars of multivector features, with conservative forces.
 
     Args:
@@ -229,16 +229,6 @@ class CGENN(AtomisticModel):
             for _ in range(num_layers)
         )
         self.energy = MLP((hidden_channels, hidden_channels, 1), zero_output=True)
-
-    def forward(self, graph: AtomGraph) -> dict[PropertyKey, Tensor]:
-        """Return per-atom ``energies`` (n_atoms,), in the model's own scale, and ``features``."""
-        energies, features = self.energy.with_hidden(self.node_features(graph))
-        return {"energies": energies[:, 0], "features": features}
-
-    @property
-    def node_channels(self) -> int:
-        """Channels of :meth:`node_features`."""
-        return self.hidden_channels
 
     def node_features(self, graph: AtomGraph) -> Tensor:
         """Return the scalars of the atoms after the last layer, (n_atoms, hidden_channels)."""

@@ -20,15 +20,15 @@ import torch
 from torch import Tensor, nn
 
 from atomeq.graph.atom_graph import AtomGraph
-from atomeq.models.base import AtomisticModel, refuse_nonpositive
+from atomeq.models.base import InvariantReadout, refuse_nonpositive
 from atomeq.nn.mlp import MLP
 from atomeq.nn.pair_mlp import PairMLP
 from atomeq.nn.radial import BesselBasis, PolynomialEnvelope
 from atomeq.ops.segment.operations import segment_sum
-from atomeq.typing import EdgeIndex, EdgeVectors, PropertyKey
+from atomeq.typing import EdgeIndex, EdgeVectors
 
 
-class EGNN(AtomisticModel):
+class EGNN(InvariantReadout):
     """E(n)-equivariant network with conservative forces.
 
     Args:
@@ -73,16 +73,6 @@ class EGNN(AtomisticModel):
         # them, but are not trained: distributed training waits for every gradient it was promised.
         self.layers[-1].get_submodule("shift").requires_grad_(False)
         self.energy = MLP((hidden_channels, hidden_channels, 1), zero_output=True)
-
-    def forward(self, graph: AtomGraph) -> dict[PropertyKey, Tensor]:
-        """Return per-atom ``energies`` (n_atoms,), in the model's own scale, and ``features``."""
-        energies, features = self.energy.with_hidden(self.node_features(graph))
-        return {"energies": energies[:, 0], "features": features}
-
-    @property
-    def node_channels(self) -> int:
-        """Channels of :meth:`node_features`."""
-        return self.hidden_channels
 
     def node_features(self, graph: AtomGraph) -> Tensor:
         """Return the atoms after the last layer, (n_atoms, hidden_channels)."""

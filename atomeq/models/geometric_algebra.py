@@ -21,18 +21,17 @@ import torch
 from torch import Tensor, nn
 
 from atomeq.graph.atom_graph import AtomGraph
-from atomeq.models.base import AtomisticModel
+from atomeq.models.base import InvariantReadout
 from atomeq.nn.attention import smooth_softmax
 from atomeq.nn.mlp import MLP
 from atomeq.nn.multivector_attention import invariants_of, products_of
 from atomeq.nn.radial import BesselBasis, PolynomialEnvelope
 from atomeq.ops.segment.operations import segment_sum
-from atomeq.typing import PropertyKey
 
 _FLOOR = 1e-2  # of squared norms, which are near one: lengths are in cutoffs
 
 
-class GeometricAlgebraAttention(AtomisticModel):
+class GeometricAlgebraAttention(InvariantReadout):
     """Attention over tuples of an atom's neighbours, with conservative forces.
 
     Args:
@@ -79,16 +78,6 @@ class GeometricAlgebraAttention(AtomisticModel):
         self.reduction = TupleAttention(hidden_channels, rank)
         self.mix = MLP((2 * hidden_channels, hidden_channels, hidden_channels))
         self.energy = MLP((hidden_channels, hidden_channels, 1), zero_output=True)
-
-    def forward(self, graph: AtomGraph) -> dict[PropertyKey, Tensor]:
-        """Return per-atom ``energies`` (n_atoms,), in the model's own scale, and ``features``."""
-        energies, features = self.energy.with_hidden(self.node_features(graph))
-        return {"energies": energies[:, 0], "features": features}
-
-    @property
-    def node_channels(self) -> int:
-        """Channels of :meth:`node_features`."""
-        return self.hidden_channels
 
     def node_features(self, graph: AtomGraph) -> Tensor:
         """Return the atoms with the sums over their tuples, (n_atoms, hidden_channels)."""

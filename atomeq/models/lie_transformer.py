@@ -25,18 +25,18 @@ import torch
 from torch import Tensor, nn
 
 from atomeq.graph.atom_graph import AtomGraph
-from atomeq.models.base import AtomisticModel, refuse_nonpositive
+from atomeq.models.base import InvariantReadout, refuse_nonpositive
 from atomeq.nn.local_frames import AtomFrames, neighbour_frames, pairs_within
 from atomeq.nn.mlp import MLP
 from atomeq.nn.pair_mlp import PairFeatures, RadialMLP
 from atomeq.nn.radial import BesselBasis, PolynomialEnvelope
 from atomeq.ops.segment.operations import segment_sum
-from atomeq.typing import EdgeIndex, PropertyKey
+from atomeq.typing import EdgeIndex
 
 Group = Literal["T(3)", "SE(3)"]
 
 
-class LieTransformer(AtomisticModel):
+class LieTransformer(InvariantReadout):
     """Self-attention on a group, with conservative forces.
 
     Args:
@@ -97,16 +97,6 @@ class LieTransformer(AtomisticModel):
         )
         self.final_norm = nn.LayerNorm(hidden_channels)
         self.energy = MLP((hidden_channels, hidden_channels, 1), zero_output=True)
-
-    def forward(self, graph: AtomGraph) -> dict[PropertyKey, Tensor]:
-        """Return per-atom ``energies`` (n_atoms,), in the model's own scale, and ``features``."""
-        energies, features = self.energy.with_hidden(self.node_features(graph))
-        return {"energies": energies[:, 0], "features": features}
-
-    @property
-    def node_channels(self) -> int:
-        """Channels of :meth:`node_features`."""
-        return self.embedding.embedding_dim
 
     def node_features(self, graph: AtomGraph) -> Tensor:
         """Return the mean over the lifts of each atom, (n_atoms, hidden_channels)."""

@@ -27,20 +27,20 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from atomeq.graph.atom_graph import AtomGraph
-from atomeq.models.base import AtomisticModel, Propagator, refuse_nonpositive
+from atomeq.models.base import InvariantReadout, Propagator, refuse_nonpositive
 from atomeq.nn.local_frames import Directions, neighbour_directions
 from atomeq.nn.mlp import MLP
 from atomeq.nn.radial import BesselBasis, PolynomialEnvelope
 from atomeq.ops.harmonics.operations import spherical_harmonics
 from atomeq.ops.segment.operations import segment_sum
-from atomeq.typing import EdgeIndex, Positions, PropertyKey
+from atomeq.typing import EdgeIndex, Positions
 
 _POWERS = 4  # of the cosine between a direction and an edge, from 0
 _SMALLEST_SPEED = 0.1  # of a particle with a direction; below it, it fades
 _NEAR = 0.1  # where 1/r of particles is cut off
 
 
-class PONITA(AtomisticModel):
+class PONITA(InvariantReadout):
     """Position-orientation network with conservative forces.
 
     Args:
@@ -106,16 +106,6 @@ class PONITA(AtomisticModel):
             avg_num_directions=avg_num_directions,
         )
         self.energy = MLP((hidden_channels, hidden_channels, 1), zero_output=True)
-
-    def forward(self, graph: AtomGraph) -> dict[PropertyKey, Tensor]:
-        """Return per-atom ``energies`` (n_atoms,), in the model's own scale, and ``features``."""
-        energies, features = self.energy.with_hidden(self.node_features(graph))
-        return {"energies": energies[:, 0], "features": features}
-
-    @property
-    def node_channels(self) -> int:
-        """Channels of :meth:`node_features`."""
-        return self.embedding.embedding_dim
 
     def node_features(self, graph: AtomGraph) -> Tensor:
         """Return sums over the directions of each atom, (n_atoms, hidden_channels)."""

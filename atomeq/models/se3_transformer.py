@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from atomeq.graph.atom_graph import AtomGraph
-from atomeq.models.base import AtomisticModel, Propagator
+from atomeq.models.base import InvariantReadout, Propagator
 from atomeq.nn.mlp import MLP
 from atomeq.nn.radial import BesselBasis, PolynomialEnvelope
 from atomeq.nn.tensor_field import (
@@ -39,7 +39,7 @@ from atomeq.nn.tensor_field import (
     SelfInteraction,
 )
 from atomeq.ops.harmonics.operations import spherical_harmonics
-from atomeq.typing import EdgeIndex, Positions, PropertyKey
+from atomeq.typing import EdgeIndex, Positions
 
 VectorOfEdge = Literal["cat", "add"] | None
 
@@ -281,7 +281,7 @@ class IterativeSE3Transformer(nn.Module):
         return places
 
 
-class SE3Transformer(AtomisticModel):
+class SE3Transformer(InvariantReadout):
     """An energy from attention on features by degree, with conservative forces.
 
     Args:
@@ -336,16 +336,6 @@ class SE3Transformer(AtomisticModel):
         )
         self.mix = MLP((2 * hidden_channels, hidden_channels, hidden_channels))
         self.energy = MLP((hidden_channels, hidden_channels, 1), zero_output=True)
-
-    def forward(self, graph: AtomGraph) -> dict[PropertyKey, Tensor]:
-        """Return per-atom ``energies`` (n_atoms,), in the model's own scale, and ``features``."""
-        energies, features = self.energy.with_hidden(self.node_features(graph))
-        return {"energies": energies[:, 0], "features": features}
-
-    @property
-    def node_channels(self) -> int:
-        """Channels of :meth:`node_features`."""
-        return self.hidden_channels
 
     def node_features(self, graph: AtomGraph) -> Tensor:
         """Return the scalars of the atoms after the last layer, (n_atoms, hidden_channels)."""

@@ -28,12 +28,12 @@ import torch
 from torch import Tensor, nn
 
 from atomeq.graph.atom_graph import AtomGraph
-from atomeq.models.base import AtomisticModel, Propagator, refuse_nonpositive
+from atomeq.models.base import InvariantReadout, Propagator, refuse_nonpositive
 from atomeq.nn.mlp import MLP
 from atomeq.nn.pair_mlp import PairMLP
 from atomeq.nn.radial import BesselBasis, PolynomialEnvelope
 from atomeq.ops.segment.operations import segment_sum
-from atomeq.typing import EdgeIndex, EdgeVectors, Positions, PropertyKey
+from atomeq.typing import EdgeIndex, EdgeVectors, Positions
 
 LARGEST_PULL = 100.0  # of one neighbour on one coordinate, as published
 Integrator = Literal["symplectic_euler", "leapfrog"]
@@ -249,7 +249,7 @@ def from_official(state_dict: dict[str, Tensor], model: SEGNOPropagator) -> dict
     }
 
 
-class SEGNO(AtomisticModel):
+class SEGNO(InvariantReadout):
     """An energy from the features of atoms that moved for a horizon, starting at rest.
 
     Args:
@@ -291,16 +291,6 @@ class SEGNO(AtomisticModel):
         self.envelope = PolynomialEnvelope(cutoff)
         self.layer = SmoothAcceleration(hidden_channels, num_radial + 1)
         self.energy = MLP((hidden_channels, hidden_channels, 1), zero_output=True)
-
-    def forward(self, graph: AtomGraph) -> dict[PropertyKey, Tensor]:
-        """Return per-atom ``energies`` (n_atoms,), in the model's own scale, and ``features``."""
-        energies, features = self.energy.with_hidden(self.node_features(graph))
-        return {"energies": energies[:, 0], "features": features}
-
-    @property
-    def node_channels(self) -> int:
-        """Channels of :meth:`node_features`."""
-        return self.hidden_channels
 
     def node_features(self, graph: AtomGraph) -> Tensor:
         """Return the atoms at the end of the motion, (n_atoms, hidden_channels)."""
