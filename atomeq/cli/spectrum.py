@@ -5,12 +5,13 @@ from typing import Any
 import numpy as np
 from ase import Atoms
 from jsonargparse import Namespace
+from numpy.typing import NDArray
 
 from atomeq.calculators.ase import AtomeqCalculator
 from atomeq.cli.plots import Panel, plot_lines
 from atomeq.cli.structures import structure_output
 from atomeq.cli.terminal import show_table
-from atomeq.cli.verbs import finish, prepare, stages
+from atomeq.cli.verbs import finish, load, prepare, stages
 from atomeq.properties.relaxation import relaxed
 from atomeq.properties.spectrum import infrared_modes, infrared_spectrum
 
@@ -21,10 +22,7 @@ _FINE = 2000  # points of a drawn spectrum
 def spectrum(options: Namespace) -> int:
     """Compute the spectrum of a molecule, or that of a trajectory."""
     calculator, structures = prepare(options, index="-1:" if options.interval is None else ":")
-    dipoles = calculator
-    if options.dipole is not None:
-        how = {name: options[name] for name in ("device", "dtype", "precision")}
-        dipoles = AtomeqCalculator(options.dipole, **how)
+    dipoles = calculator if options.dipole is None else load(options.dipole, options)
     if "dipole" not in dipoles.implemented_properties:
         raise ValueError(
             f"{options.dipole or options.potential} gives no dipoles; name a potential that does, "
@@ -46,7 +44,7 @@ def _of_molecule(
             )
     modes = infrared_modes(atoms, calculator, dipoles)
     wavenumbers, intensities = modes.wavenumbers.tolist(), modes.intensities.tolist()
-    _write(options.out, [atoms], dipoles)
+    _write(options.out, [atoms], [dipoles.get_property("dipole", atoms)])
     grid = np.linspace(0, max(1.1 * max(wavenumbers, default=0), 100.0), _FINE)
     curve = modes.broadened(grid, options.width)
     picture = _draw(options.out, grid, curve)
@@ -71,7 +69,7 @@ def _of_trajectory(options: Namespace, dipoles: AtomeqCalculator, frames: list[A
     result = infrared_spectrum(
         found, interval=options.interval, temperature=options.temperature, width=options.width
     )
-    _write(options.out, frames, dipoles)
+    _write(options.out, frames, found)
     picture = _draw(options.out, result.wavenumbers, result.absorption)
     strongest = int(np.argmax(result.absorption))
     results: dict[str, Any] = {
@@ -94,11 +92,10 @@ def _draw(out: str, wavenumbers: np.ndarray, absorption: np.ndarray) -> Any:
     return plot_lines(out, [Panel(*labels, [line], ends=False)])
 
 
-def _write(out: str, structures: list[Atoms], dipoles: AtomeqCalculator) -> None:
+def _write(out: str, structures: list[Atoms], dipoles: list[NDArray[np.float64]]) -> None:
     """Write structures with their dipoles, e·Å, in their info."""
     with structure_output(out) as output:
-        each = dipoles.evaluate(structures, ["dipole"])
-        for atoms, found in zip(structures, each, strict=True):
+        for atoms, dipole in zip(structures, dipoles, strict=True):
             kept = Atoms(atoms.numbers, atoms.positions, cell=atoms.cell, pbc=atoms.pbc)
-            kept.info["dipole"] = found["dipole"]
+            kept.info["dipole"] = dipole
             output.write(kept)

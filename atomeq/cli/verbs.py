@@ -19,15 +19,20 @@ from atomeq.properties.single_points import Report
 def prepare(options: Namespace, *, index: str) -> tuple[AtomeqCalculator, list[Atoms]]:
     """Read the structures, load the potential and refuse what it cannot compute."""
     structures = read_structures(options.input, index=index)
-    how = {name: options[name] for name in ("device", "dtype", "precision")}
-    chosen = options.potential + (f"@{options.head}" if options.head else "")
-    ignored = [word for word in options.ignore.split(",") if word]
-    calculator = AtomeqCalculator(chosen, **how, ignore=ignored)
+    head = f"@{options.head}" if options.head else ""
+    calculator = load(options.potential + head, options)
     for number, atoms in enumerate(structures):
         validate_structure(
             atoms, name=f"{options.input}[{number}]", known_elements=calculator.elements
         )
     return calculator, structures
+
+
+def load(potential: str, options: Namespace) -> AtomeqCalculator:
+    """Return the calculator of a potential, on the device and with the precision of a run."""
+    how = {name: options[name] for name in ("device", "dtype", "precision")}
+    ignored = [word for word in options.ignore.split(",") if word]
+    return AtomeqCalculator(potential, **how, ignore=ignored)
 
 
 def settings(options: Namespace) -> dict[str, Any]:

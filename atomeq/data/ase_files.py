@@ -46,7 +46,6 @@ ELECTRIC_SHAPES = {
     "polarizability": (3, 3),
     "born_effective_charges": (3, 3),
 }
-_IN_INFO = ("scalar", *(key for key in ELECTRIC_SHAPES if key in OF_STRUCTURES))
 #: What ``atoms.info`` calls the weights of the labels of a structure.
 LABEL_WEIGHTS = tuple(f"{label}_weight" for label in _LABELS)
 _VARIABLE = re.compile(r"\$\{(\w+)\}")
@@ -105,9 +104,13 @@ def other_labels(atoms: Atoms) -> dict[str, Tensor]:
     Returns:
         The scalar (1,), and electric properties (1, ...) or (n_atoms, 3, 3), where it has them.
     """
-    given = {key: np.array([atoms.info[key]]) for key in _IN_INFO if key in atoms.info}
-    of_atoms = {key: shape for key, shape in ELECTRIC_SHAPES.items() if key in atoms.arrays}
-    given |= {key: atoms.arrays[key].reshape(-1, *shape) for key, shape in of_atoms.items()}
+    given = {"scalar": np.array([atoms.info["scalar"]])} if "scalar" in atoms.info else {}
+    for key, shape in ELECTRIC_SHAPES.items():
+        of_atoms = key not in OF_STRUCTURES
+        value = np.asarray((atoms.arrays if of_atoms else atoms.info).get(key))
+        # A file may have something else by this name, which nobody asked for.
+        if value.dtype.kind == "f" and value.shape == ((len(atoms), 9) if of_atoms else shape):
+            given[key] = value.reshape(-1, *shape)
     return {key: torch.tensor(value, dtype=torch.float64) for key, value in given.items()}
 
 

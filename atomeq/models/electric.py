@@ -106,7 +106,7 @@ class Electric(AtomisticModel):
         Raises:
             ValueError: The moments of a periodic structure are asked for, and atoms have charges.
         """
-        outputs = self.model(graph)
+        outputs = self.model(graph) if self.energies or self.lift is None else {}
         if self.lift is None:
             x = outputs["sphere_features"]
         else:

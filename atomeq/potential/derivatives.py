@@ -84,8 +84,7 @@ def energy_and_gradients(
         (n_graphs, 3, 3), eV.
     """
     with torch.inference_mode(False), torch.enable_grad():
-        graph = _differentiable(graph)
-        positions = graph.pos if graph.pos.requires_grad else graph.pos.detach().requires_grad_()
+        graph, positions = _with_positions(graph)
         deformed, inputs = graph.replace(pos=positions), [positions] * forces
         if strain:
             inputs.append(torch.zeros_like(graph.cell).requires_grad_())
@@ -98,31 +97,32 @@ def energy_and_gradients(
     return properties, gradients
 
 
-def born_effective_charges(
+def with_born_effective_charges(
     evaluate: Callable[[AtomGraph], dict[PropertyKey, Tensor]],
     graph: AtomGraph,
     *,
     create_graph: bool = False,
-) -> Tensor:
-    """Return how the dipole of each structure changes with the positions of its atoms.
+) -> dict[PropertyKey, Tensor]:
+    """Evaluate a model and derive how the dipole changes with the positions of the atoms.
 
     Args:
         evaluate: Maps a graph to properties among which is ``dipole`` (n_graphs, 3), e·Å.
         graph: The structures; not modified.
-        create_graph: Keep the derivatives differentiable.
+        create_graph: Keep everything differentiable.
 
     Returns:
-        Z*, (n_atoms, 3, 3), e: [i, a, b] is dμ_a / dr_ib.
+        The properties of ``evaluate`` and beside them ``born_effective_charges``, (n_atoms, 3, 3),
+        e: [i, a, b] is dμ_a / dr_ib.
     """
     with torch.inference_mode(False), torch.enable_grad():
-        graph = _differentiable(graph)
-        positions = graph.pos if graph.pos.requires_grad else graph.pos.detach().requires_grad_()
-        dipoles = evaluate(graph.replace(pos=positions))["dipole"]
+        graph, positions = _with_positions(graph)
+        properties = evaluate(graph.replace(pos=positions))
         rows = [
             _gradients(component, [positions], graph, create_graph=create_graph, retain_graph=True)
-            for component in dipoles.unbind(dim=1)
+            for component in properties["dipole"].unbind(dim=1)
         ]
-        return torch.stack([row[0] for row in rows], dim=1)
+        properties["born_effective_charges"] = torch.stack([row[0] for row in rows], dim=1)
+    return properties if create_graph else {key: x.detach() for key, x in properties.items()}
 
 
 def force_constants(potential: ForceField, graph: AtomGraph, *, max_edges: int) -> Tensor:
@@ -160,6 +160,12 @@ def force_constants(potential: ForceField, graph: AtomGraph, *, max_edges: int) 
             )
             hessian[rows] = gradient.reshape(n_replicas, size)[: len(rows)].to(hessian)
     return (hessian + hessian.T) / 2
+
+
+def _with_positions(graph: AtomGraph) -> tuple[AtomGraph, Tensor]:
+    """Return a graph that autograd can use, and positions to differentiate by."""
+    graph = _differentiable(graph)
+    return graph, graph.pos if graph.pos.requires_grad else graph.pos.detach().requires_grad_()
 
 
 def _differentiable(graph: AtomGraph) -> AtomGraph:

@@ -19,9 +19,9 @@ from atomeq.ops.precision import use_precision
 from atomeq.ops.segment.operations import segment_sum
 from atomeq.potential.blocks import divisible, energies_in_blocks
 from atomeq.potential.derivatives import (
-    born_effective_charges,
     energy_and_derivatives,
     refuse_flat_cells,
+    with_born_effective_charges,
 )
 from atomeq.potential.distances import SHORTEST, KnownDistances
 from atomeq.potential.predictor import Predictor, full_precision
@@ -197,9 +197,7 @@ class Potential(Predictor):
         with use_precision(self.precision):
             if "gradient_forces" in properties:
                 computed = self._evaluate_with_gradient(evaluate, graph)
-            elif not derived:
-                computed = evaluate(graph)
-            else:
+            elif derived:
                 computed = energy_and_derivatives(
                     partial(evaluate, once=not create_graph),
                     graph,
@@ -207,9 +205,13 @@ class Potential(Predictor):
                     stress="stress" in derived,
                     create_graph=create_graph,
                 )
+            elif "born_effective_charges" not in properties:
+                computed = evaluate(graph)
+            else:
+                computed = {}
             if "born_effective_charges" in properties:
-                charges = born_effective_charges(self.evaluate, graph, create_graph=create_graph)
-                computed["born_effective_charges"] = charges
+                own = with_born_effective_charges(evaluate, graph, create_graph=create_graph)
+                computed = own | computed
         for key in derived:
             computed[key] = self.references.of_derivative(key, computed[key])
         return {key: computed[key] for key in properties}

@@ -155,3 +155,12 @@ def test_a_model_without_features_is_refused() -> None:
 
     with pytest.raises(NotImplementedError, match="node_features"):
         Electric(Bare())
+
+
+@pytest.mark.parametrize("name", ["escn", "egnn"])
+def test_the_network_is_run_once_where_nothing_else_is_wanted(name: str) -> None:
+    potential, n_runs = made(name, energies=False), []
+    embedding = potential.model.get_submodule("model.embedding")
+    embedding.register_forward_hook(lambda *_: n_runs.append(1))
+    potential(potential.build_graph(ethanol()), ("dipole", "born_effective_charges"))
+    assert len(n_runs) == 1

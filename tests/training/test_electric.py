@@ -152,9 +152,10 @@ def test_labels_are_read_in_each_form_and_kept_by_hdf5(file: Path, tmp_path: Pat
 def test_a_file_of_other_things_by_these_names_stays_readable(tmp_path: Path):
     """They are labels where something asks for them: a dipole may be a length elsewhere."""
     atoms = molecule("H2O")
-    atoms.info["dipole"] = 1.85
+    atoms.info |= {"dipole": 1.85, "polarizability": 9.9, "quadrupole": "unknown"}
     ase.io.write(tmp_path / "one.extxyz", atoms, format="extxyz")
     (read,) = read_structures(tmp_path / "one.extxyz")
     assert len(read) == 3
+    assert other_labels(read) == {}
     with pytest.raises(DataError, match=r"frame 0: label 'dipole' has shape \(\)"):
         list(read_structures(tmp_path / "one.extxyz", labels=LABELS))
