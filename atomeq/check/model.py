@@ -33,6 +33,7 @@ _MAX_EDGES = 20_000
 _STEP = 1e-4  # Å, of differences of forces
 _WEIGHT_STEP = 1e-5
 _NO_FORCE = 1e-6  # eV/Å
+_BEYOND = (0.02, 0.03, -0.01)  # Å
 _QUARTER_TURN = np.array([[0.36, 0.48, -0.8], [-0.8, 0.6, 0.0], [0.48, 0.64, 0.6]])
 
 
@@ -213,6 +214,32 @@ def poles(subject: ModelSubject) -> Measured:
     return Measured(max(one.turned(_QUARTER_TURN).distance(other) for one, other in pairs))
 
 
+def receptive_depth(subject: ModelSubject) -> Measured:
+    """Move an atom of a chain beyond the depth that is declared, and look at the chain's end."""
+    potential = subject.potential
+    depth = potential.receptive_depth
+    if depth is None:
+        raise NotApplicable("an energy may depend on all of a structure")
+    still = chain(potential.cutoff, depth + 2, subject.elements)
+    moved = still.copy()
+    moved.positions[depth + 1 :] += _BEYOND
+    first, second = (subject.compute([one], ("energies",))["energies"] for one in (still, moved))
+    return Measured(float(abs(second[0] - first[0])), f"depth {depth}")
+
+
+def chain(cutoff: float, n_atoms: int, elements: Sequence[str]) -> Atoms:
+    """Return atoms that see the next one alone, (n_atoms,), no three of them on a line.
+
+    Args:
+        cutoff: Å.
+        n_atoms: How many.
+        elements: Chemical symbols, taken in turn.
+    """
+    steps = np.arange(n_atoms)
+    positions = np.stack([0.52 * steps, 0.14 * (steps % 2), 0.05 * (steps % 3)], axis=1)
+    return Atoms([elements[k % len(elements)] for k in steps], cutoff * positions)
+
+
 def second_derivative(subject: ModelSubject) -> Measured:
     """Compare the Hessian with differences of the forces."""
     if not subject.potential.twice_differentiable:
@@ -294,6 +321,7 @@ MODEL_LAWS: tuple[Law, ...] = (
     Law("batch equals single", batch, "eV, Å", 1e-10, 1e-4),
     Law("forces sum to zero", net_force, "eV/Å", 1e-10, 1e-4),
     Law("edges on the poles", poles, "eV, Å", 1e-9, 1e-4),
+    Law("energies end at the receptive depth", receptive_depth, "eV", 1e-12, 1e-5),
     Law("Hessian is the gradient of the forces", second_derivative, "eV/Å²", 1e-5, 1e-2),
     Law("gradient of a force loss", gradient_of_force_loss, "", 1e-5, 1e-2),
 )

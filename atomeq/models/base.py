@@ -114,6 +114,9 @@ class AtomisticModel(ConfiguredModule):
         recordable: Whether a CUDA graph can be recorded of :meth:`forward`: it waits for no answer
             of a GPU, makes no tensor whose size depends on one, and lets no structure of a batch
             see another.
+        receptive_depth: Edges between an atom and the farthest one that its energy depends on; None
+            where that may be any atom of the structure, or their number. Who computes a part of a
+            structure needs the atoms around it to ``receptive_depth * cutoff``.
         told: Of ``charge`` and ``spin`` what the model is told and can therefore depend on.
         exempt_laws: Laws of physics the method cannot keep by construction, and why, by the names
             that ``atomeq check`` prints. A model that keeps such a law after all is refused by
@@ -124,6 +127,7 @@ class AtomisticModel(ConfiguredModule):
     outputs: frozenset[PropertyKey] = frozenset({"energies"})
     readouts: tuple[str, ...] = ("energy",)
     recordable: bool = True
+    receptive_depth: int | None = None
     told: frozenset[str] = frozenset()
     exempt_laws: Mapping[str, str] = MappingProxyType({})
 

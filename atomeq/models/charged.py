@@ -45,6 +45,7 @@ class Charged(AtomisticModel):
         self.charges, self.multiplicities = list(charges), list(multiplicities)
         self.recordable = False  # what is told is looked at, so a GPU is waited for
         self.cutoff, self.outputs = model.cutoff, model.outputs
+        self.receptive_depth = model.receptive_depth
         self.exempt_laws = dict(model.exempt_laws)  # a view of one could not be copied
         self.told = frozenset(
             name for name, known in (("charge", charges), ("spin", multiplicities)) if known

@@ -216,6 +216,7 @@ class CGENN(InvariantReadout):
     ) -> None:
         super().__init__()
         self.keep_arguments(locals())
+        self.receptive_depth = num_layers
         refuse_nonpositive(avg_num_neighbors=avg_num_neighbors)
         self.hidden_channels = hidden_channels
         self.avg_num_neighbors = avg_num_neighbors

@@ -54,7 +54,7 @@ class EGNN(InvariantReadout):
     ) -> None:
         super().__init__()
         self.cutoff = cutoff
-        self.num_layers = num_layers
+        self.num_layers = self.receptive_depth = num_layers
         self.hidden_channels = hidden_channels
         self.num_radial = num_radial
         self.attention = attention

@@ -71,6 +71,7 @@ class Electric(AtomisticModel):
         self.energies, self.charges = energies, charges
         self.recordable = False  # whether a structure is periodic is looked at
         self.cutoff, self.told = model.cutoff, model.told
+        self.receptive_depth = model.receptive_depth
         outputs: set[PropertyKey] = {key for key in known if key in properties}
         self.outputs = frozenset(outputs | model.outputs if energies else outputs)
         self.exempt_laws = dict(model.exempt_laws)

@@ -164,6 +164,7 @@ class EquiformerV2(EquivariantTransformer):
         _refuse_unknown(element_pairs=element_pairs, energy_reduce=energy_reduce)
         refuse_nonpositive(avg_degree=avg_degree, energy_divisor=energy_divisor)
         self.keep_arguments(locals())
+        self.receptive_depth = num_layers + 1 if energy_reduce == "sum" else None
         self.outputs = outputs_of(forces=direct_forces, stress=stress_head is not None)
 
         self.embedding = nn.Embedding(num_elements, sphere_channels)

@@ -177,6 +177,7 @@ class EquiformerV3(EquivariantTransformer):
         check_orders(lmax, mmax)
         refuse_nonpositive(avg_degree=avg_degree, energy_divisor=energy_divisor)
         self.keep_arguments(locals())
+        self.receptive_depth = num_layers + 1  # atoms start from their neighbours
         self.outputs = outputs_of(forces=direct_forces, stress=direct_stress)
         self.embedding = nn.Embedding(num_elements, sphere_channels)
         self.basis = radial_basis_of(radial_basis, num_radial, cutoff)

@@ -90,6 +90,7 @@ class ESCN(AtomisticModel):
         self.lmax = lmax
         self.mmax = mmax
         self.num_layers = num_layers
+        self.receptive_depth = num_layers + 1  # atoms start from their neighbours
         self.sphere_channels = sphere_channels
         self.hidden_channels = hidden_channels
         self.edge_channels = edge_channels

@@ -107,6 +107,7 @@ class PublishedESCN(AtomisticModel):
         ):
             raise ValueError(f"every resolution needs mmax <= lmax; got lmax={lmax}, mmax={mmax}")
         self.keep_arguments(locals())
+        self.receptive_depth = num_layers if energy_reduce == "sum" else None
         if direct_forces:
             self.outputs = frozenset({"energies", "forces"})
         resolutions = list(zip(lmax, mmax, strict=True))

@@ -138,6 +138,7 @@ class ESEN(AtomisticModel):
         if direct_forces and not lmax:
             raise ValueError("direct_forces are vectors, which features of lmax=0 do not hold")
         self.keep_arguments(locals())
+        self.receptive_depth = num_layers + 1 if energy_reduce == "sum" else None
         self.outputs = outputs_of(forces=direct_forces, stress=stress_head is not None)
 
         self.embedding = nn.Embedding(num_elements, sphere_channels)

@@ -145,6 +145,8 @@ class FAENet(AtomisticModel):
         self.max_neighbors = max_neighbors
         self.remove_tag_0 = remove_tag_0
         self.recordable = not remove_tag_0 and normalisation != "batch"
+        if normalisation in ("atom", "none") and energy_bias == "atom":
+            self.receptive_depth = num_interactions
         self.out_dim = out_dim
         self.num_elements = num_elements
         if force_head is not None:

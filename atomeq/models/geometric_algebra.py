@@ -60,6 +60,7 @@ class GeometricAlgebraAttention(InvariantReadout):
     ) -> None:
         super().__init__()
         self.keep_arguments(locals())
+        self.receptive_depth = 1  # edges of an atom know of no other atom's
         if rank < 2:
             raise ValueError(f"rank {rank}: a tuple has two edges or more")
         self.cutoff = cutoff

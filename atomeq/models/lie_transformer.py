@@ -80,6 +80,7 @@ class LieTransformer(InvariantReadout):
         if frame_cutoff > cutoff:
             raise ValueError(f"frame_cutoff {frame_cutoff} Å is beyond the cutoff, {cutoff} Å")
         self.keep_arguments(locals())
+        self.receptive_depth = num_layers + (group == "SE(3)")  # frames are of neighbours
         self.cutoff, self.group, self.proper = cutoff, group, proper
         if group == "T(3)":
             reason = "T(3) has translations only"

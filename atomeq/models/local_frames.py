@@ -74,6 +74,7 @@ class LocalFrames(AtomisticModel):
         self.keep_arguments(locals())
         self.model, self.proper, self.num_hops = model, proper, num_hops
         self.cutoff, self.outputs, self.told = model.cutoff, model.outputs, model.told
+        self.receptive_depth = model.receptive_depth
         self.envelope = PolynomialEnvelope(frame_cutoff or model.cutoff)
         self._generator = torch.Generator().manual_seed(seed)
 

@@ -147,6 +147,7 @@ class MACE(AtomisticModel):
     ) -> None:
         super().__init__()
         self.keep_arguments(locals())
+        self.receptive_depth = num_layers
         self.radial_channels = list(radial_channels)
         self.elements = None if elements is None else list(elements)
         self.published = None if published is None else dict(published)

@@ -131,7 +131,7 @@ class NequIP(AtomisticModel):
     ) -> None:
         super().__init__()
         self.keep_arguments(locals())
-        self.irreps = list(irreps)
+        self.irreps, self.receptive_depth = list(irreps), len(irreps) - 1
         self.radial_channels = list(radial_channels)
         if not isinstance(self_connection, str):
             self.self_connection = list(self_connection)

@@ -79,6 +79,7 @@ class PONITA(InvariantReadout):
     ) -> None:
         super().__init__()
         self.keep_arguments(locals())
+        self.receptive_depth = num_layers + 1  # directions are those of neighbours
         refuse_nonpositive(
             avg_num_neighbors=avg_num_neighbors, avg_num_directions=avg_num_directions
         )

@@ -311,6 +311,7 @@ class SE3Transformer(InvariantReadout):
     ) -> None:
         super().__init__()
         self.keep_arguments(locals())
+        self.receptive_depth = num_layers
         self.cutoff = cutoff
         self.lmax = lmax
         self.hidden_channels = hidden_channels

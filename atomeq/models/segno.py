@@ -277,7 +277,7 @@ class SEGNO(InvariantReadout):
     ) -> None:
         super().__init__()
         self.cutoff = cutoff
-        self.num_steps = num_steps
+        self.num_steps = self.receptive_depth = num_steps
         self.horizon = horizon
         self.feature_rate = feature_rate
         self.hidden_channels = hidden_channels

@@ -93,6 +93,13 @@ class MeanPotential(Potential):
         return ("energy_uncertainty", "forces_uncertainty")
 
     @property
+    def receptive_depth(self) -> int | None:
+        """That of the member whose energies depend on the farthest atoms."""
+        depths = [one.receptive_depth for one in self._each()]
+        known = [depth for depth in depths if depth is not None]
+        return max(known) if len(known) == len(depths) else None
+
+    @property
     def conservative(self) -> bool:
         """Whether all forces are derivatives of energies."""
         return all(one.conservative for one in self._each())

@@ -349,6 +349,16 @@ class Potential(Predictor):
         return self.conservative or "stress" in self.model.outputs
 
     @property
+    def receptive_depth(self) -> int | None:
+        """Edges to the farthest atom that an atom's energy depends on; None: it may be any."""
+        terms = [term.receptive_depth for term in self.terms if isinstance(term, EnergyTerm)]
+        depths = [self.model.receptive_depth, *terms]
+        known = [depth for depth in depths if depth is not None]
+        # An offset belongs to the structure, and no part of one has a share of it.
+        everything = len(known) < len(depths) or bool(self.references.offset != 0)
+        return None if everything else max(known)
+
+    @property
     def twice_differentiable(self) -> bool:
         """Whether forces can be differentiated once more, for a Hessian."""
         return self.conservative

@@ -40,6 +40,7 @@ class ZBL(EnergyTerm):
     """
 
     recordable = True
+    receptive_depth = 1
 
     radii: Tensor
 

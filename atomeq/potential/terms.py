@@ -18,9 +18,11 @@ class EnergyTerm(nn.Module):
     Attributes:
         recordable: Whether a CUDA graph can be recorded of :meth:`forward`: it waits for no answer
             of a GPU, makes no tensor whose size depends on one, and uses the graph's own edges.
+        receptive_depth: As of :class:`~atomeq.models.base.AtomisticModel`.
     """
 
     recordable: bool = False
+    receptive_depth: int | None = None
 
     def forward(self, graph: AtomGraph) -> Tensor:
         """Return energies (n_atoms,), eV, float64, differentiable by positions and strain."""

@@ -36,6 +36,9 @@ class Faulty(EGNN):
             energies = energies + 1e-3 * graph.pos[:, 0].to(energies)
         if self.fault == "detached":  # the value is right, the second derivative is not
             energies = energies + _HalfBlind.apply(energies)
+        if self.fault == "farther":
+            of_others = energies[graph.edge_index[0]]
+            energies = energies + 1e-3 * segment_sum(of_others, target, graph.n_atoms)
         if self.fault == "nothing":
             energies = 0 * energies
         if self.fault == "fragments":
@@ -89,6 +92,7 @@ def test_a_sound_model_keeps_every_law_and_is_left_as_it_was():
         ("detached", "gradient of a force loss"),
         ("fragments", "separated fragments add"),
         ("fragments", "supercell extensivity"),
+        ("farther", "energies end at the receptive depth"),
     ],
 )
 def test_a_planted_fault_is_found_by_its_law(fault, law):
