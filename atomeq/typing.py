@@ -58,6 +58,7 @@ PropertyKey: TypeAlias = Literal[
     "energies",
     "forces",
     "gradient_forces",
+    "orientation",
     "stress",
     "scalar",
     "dipole",

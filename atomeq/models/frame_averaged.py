@@ -271,6 +271,11 @@ class Canonicalized(OverFrames):
             torch.where(degenerate, principal.weights, first),
         )
 
+    def orientation(self, graph: AtomGraph) -> Tensor:
+        """Return the canonical frames (n_graphs, 3, 3), NaN of structures that have none."""
+        frames, degenerate = self.orientations(graph)
+        return torch.where(degenerate[:, None, None], float("nan"), frames)
+
     def orientations(self, graph: AtomGraph) -> tuple[Tensor, Tensor]:
         """Return the canonical frame (n_graphs, 3, 3) of each structure, and which have none."""
         vectors = self.vectors(

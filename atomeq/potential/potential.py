@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from atomeq.graph.atom_graph import AtomGraph
 from atomeq.models.base import AtomisticModel
+from atomeq.models.frame_averaged import Canonicalized
 from atomeq.ops.precision import use_precision
 from atomeq.ops.segment.operations import segment_sum
 from atomeq.potential.blocks import divisible, energies_in_blocks
@@ -43,6 +44,7 @@ _PROPERTIES: tuple[PropertyKey, ...] = (
     "energies",
     "forces",
     "gradient_forces",
+    "orientation",
     "stress",
     *ELECTRIC,
     *UNCERTAINTIES,
@@ -122,6 +124,8 @@ class Potential(Predictor):
             ``energy`` (n_graphs,) eV and ``energies`` (n_atoms,) eV in float64; ``forces``
             (n_atoms, 3) eV/Å; ``stress`` (n_graphs, 3, 3) eV/Å³, positive when stretched; of a
             model with a force head also ``gradient_forces``, what -dE/dx is, without a gradient; of
+            a :class:`~atomeq.models.frame_averaged.Canonicalized` one ``orientation`` (n_graphs, 3,
+            3), the frames in which its network sees the structures, NaN of those without one; of
             an :class:`~atomeq.models.electric.Electric` one ``dipole`` (n_graphs, 3) e·Å,
             ``quadrupole`` (n_graphs, 3, 3) e·Å², ``polarizability`` (n_graphs, 3, 3) e²·Å²/eV and
             the derivative ``born_effective_charges`` (n_atoms, 3, 3) e, [atom, dipole, position];
@@ -212,6 +216,9 @@ class Potential(Predictor):
             if "born_effective_charges" in properties:
                 own = with_born_effective_charges(evaluate, graph, create_graph=create_graph)
                 computed = own | computed
+        if "orientation" in properties:
+            assert isinstance(self.model, Canonicalized)
+            computed["orientation"] = self.model.orientation(graph)
         for key in derived:
             computed[key] = self.references.of_derivative(key, computed[key])
         return {key: computed[key] for key in properties}
@@ -236,6 +243,11 @@ class Potential(Predictor):
             raise ValueError(
                 f"potential {self.name!r} was made for {', '.join(self.electric)} alone: it has no "
                 f"energy and so no {sorted(others)[0]}"
+            )
+        if "orientation" in properties and not isinstance(self.model, Canonicalized):
+            raise ValueError(
+                f"potential {self.name!r} chooses no orientation: its {type(self.model).__name__} "
+                "sees structures as they lie; put it into a Canonicalized model"
             )
         missing = [key for key in properties if key in ELECTRIC and key not in self.electric]
         if missing:

@@ -15,6 +15,8 @@ from atomeq.typing import OF_STRUCTURES, PropertyKey
 
 #: What potentials learn.
 LABELS: tuple[PropertyKey, ...] = ("energy", "forces", "stress", *ELECTRIC)
+#: What of a potential else a loss may be of.
+_UNLABELLED: tuple[PropertyKey, ...] = ("gradient_forces", "orientation")
 
 
 class Loss(Protocol):
@@ -94,6 +96,10 @@ class PotentialLoss:
         born_effective_charges: Errors in e.
         gradient_forces: c_G; draws a force head to the gradient of the energy, which is held fixed
             (FAENet's ``direct_with_gradient_target``). In training alone.
+        orientation: Of the mean square of R - 1, R the frames of a
+            :class:`~atomeq.models.frame_averaged.Canonicalized` model: the prior of Mondal et al.
+            (NeurIPS 2023, arXiv:2310.01647), which lets a network that was trained on structures as
+            they lie see them so.
         pressure: Whether the trace of the stress counts. Labels from plane waves of a fixed cutoff
             carry the Pulay stress, a pressure that is no derivative of their energies; without the
             trace the loss does not see it.
@@ -112,6 +118,7 @@ class PotentialLoss:
     polarizability: float = 0.0
     born_effective_charges: float = 0.0
     gradient_forces: float = 0.0
+    orientation: float = 0.0
     pressure: bool = True
     kind: Literal["mse", "mae", "huber", "conditional_huber", "l2mae"] = "mse"
     huber_delta: float | dict[str, float] = 0.01
@@ -119,7 +126,7 @@ class PotentialLoss:
     free_atoms_only: bool = False
 
     def __post_init__(self) -> None:
-        coefficients = {key: getattr(self, key) for key in (*LABELS, "gradient_forces")}
+        coefficients = {key: getattr(self, key) for key in (*LABELS, *_UNLABELLED)}
         if min(coefficients.values()) < 0 or not self.labels:
             shown = ", ".join(f"{key}={value}" for key, value in coefficients.items() if value)
             raise ValueError(f"loss coefficients are >= 0 and not all zero; got {shown or 'zeros'}")
@@ -141,8 +148,7 @@ class PotentialLoss:
     @property
     def properties(self) -> tuple[PropertyKey, ...]:
         """What the loss needs of the potential."""
-        target: tuple[PropertyKey, ...] = ("gradient_forces",) if self.gradient_forces else ()
-        return (*self.labels, *target)
+        return tuple(key for key in (*LABELS, *_UNLABELLED) if getattr(self, key) > 0)
 
     @property
     def labels(self) -> tuple[PropertyKey, ...]:
@@ -171,6 +177,10 @@ class PotentialLoss:
     def _term(
         self, key: PropertyKey, prediction: Mapping[PropertyKey, Tensor], graph: AtomGraph
     ) -> Tensor:
+        if key == "orientation":
+            turned = prediction[key] - torch.eye(3).to(prediction[key])
+            known = torch.isfinite(turned)
+            return torch.where(known, turned, 0.0).square().sum() / joint_count(known.sum())
         if key == "gradient_forces":
             error = prediction["forces"] - prediction[key]
             known = torch.ones_like(error, dtype=torch.bool)

@@ -22,6 +22,7 @@ _SHOWN: dict[str, tuple[str, str, float]] = {
     "quadrupole": ("quadrupole", "D·Å", DEBYE),
     "polarizability": ("polarizability", "bohr³", BOHR**3 / COULOMB_CONSTANT),
     "born_effective_charges": ("Born charges", "e", 1.0),
+    "turn": ("turn", "°", 1.0),
 }
 UNITS = {name: unit for name, (_, unit, _) in _SHOWN.items()}
 
@@ -110,7 +111,8 @@ class PotentialErrors(SummedErrors):
 
     ``energy`` [eV per structure], ``energy_per_atom`` [meV/atom], ``forces`` [meV/Å, components]
     and ``stress`` [GPa, nine components], ``dipole`` [D], ``quadrupole`` [D·Å], ``polarizability``
-    [bohr³] and ``born_effective_charges`` [e], each as ``<name>_mae`` and ``<name>_rmse``.
+    [bohr³] and ``born_effective_charges`` [e], each as ``<name>_mae`` and ``<name>_rmse``; and
+    ``turn`` [°], by how much a canonicalized model turns structures from how they lie.
     """
 
     columns: Mapping[str, tuple[str, str]] = {
@@ -137,3 +139,13 @@ class PotentialErrors(SummedErrors):
                 self.add("energy_per_atom", error, known)
                 error = error * graph.natoms
             self.add(key, error, known)
+        if "orientation" in prediction:
+            angles = angles_of(prediction["orientation"].detach())
+            known = torch.isfinite(angles)
+            self.add("turn", torch.where(known, angles, 0.0), known)
+
+
+def angles_of(rotations: Tensor) -> Tensor:
+    """Return the angles (n,) of rotations (n, 3, 3), degrees."""
+    traces = rotations.to(torch.float64).diagonal(dim1=1, dim2=2).sum(dim=1)
+    return torch.rad2deg(torch.arccos(((traces - 1) / 2).clamp(-1, 1)))

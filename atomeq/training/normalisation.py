@@ -18,6 +18,7 @@ from atomeq.graph.atom_graph import AtomGraph
 from atomeq.graph.convert import element_symbols
 from atomeq.models.base import AtomisticModel
 from atomeq.models.charged import Charged
+from atomeq.models.frame_averaged import OverFrames
 from atomeq.potential.folders import installed_potentials, shipped_potentials, split_head
 from atomeq.potential.potential import Potential
 from atomeq.potential.predictor import Predictor
@@ -169,8 +170,9 @@ def take_weights(potential: Predictor, other: Predictor) -> None:
         DataError: It has another model.
     """
     model = potential.model
-    if isinstance(model, Charged) and not isinstance(other.model, Charged):
-        model = model.model  # the vectors of charges start at zero
+    for around in (Charged, OverFrames):  # vectors of charges are zero, frames yet to be learned
+        if isinstance(model, around) and not isinstance(other.model, around):
+            model = model.model
     own, given = model.state_dict(), other.model.state_dict()
     heads = {name for name in own.keys() ^ given.keys() if name.split(".")[0] in _HEADS}
     carried = {name: weight for name, weight in given.items() if name not in heads}

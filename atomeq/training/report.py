@@ -179,7 +179,7 @@ def _parity(
     predictor: Predictor, dataset: GraphDataset, task: AtomisticTask
 ) -> tuple[int, list[Parity]]:
     """Return how many structures were predicted, and their labels beside their predictions."""
-    keys = task.evaluated("val")
+    keys = tuple(key for key in task.evaluated("val") if key in dataset.labels)
     device = next(predictor.parameters()).device
     found: dict[str, tuple[list[float], list[float]]] = {key: ([], []) for key in keys}
     chosen = range(0, len(dataset), -(-len(dataset) // _MOST_IN_PARITY))

@@ -426,10 +426,10 @@ class AtomisticTask(LightningModule):
 
     def _evaluated(self, dataset: GraphDataset) -> tuple[PropertyKey, ...]:
         """Return what is computed for a set: what it has labels for and the potential gives."""
-        labels = set(dataset.labels)
+        asked = {*dataset.labels, *({"orientation"} & set(self.loss.properties))}
         if self.target is not None:
             return ("scalar",)
-        return tuple(key for key in self.potential.learnable if key in labels)
+        return tuple(key for key in (*self.potential.learnable, "orientation") if key in asked)
 
     def _errors_before_training(self, name: str, data: AtomisticDataModule) -> dict[str, float]:
         if name not in data.val_sets:

@@ -128,11 +128,17 @@ def generated_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     model = NequIP(4.0, irreps=irreps, parity=False, elements=[8, 29], sevennet={})
     references = AtomicReferences({8: -1.0, 29: -3.0})
     save_potential(Potential(model, references), tmp_path / "potentials" / "sevennet-0")
-    # As the first stage of direct_to_conservative leaves it.
-    first = yaml.safe_load((CONFIGS / "experiment" / "direct_to_conservative_1.yaml").read_text())
-    direct = Potential(build_model(first["model"]["model"]), AtomicReferences({11: -1.0, 17: -2.0}))
-    save_potential(direct, tmp_path / "potentials" / "direct_to_conservative_1")
+    save_first_stages(tmp_path / "potentials")
     return folder
+
+
+def save_first_stages(folder: Path) -> None:
+    """What second stages start from, as the first ones leave it."""
+    for name, elements in (("direct_to_conservative_1", (11, 17)), ("adaptation_1", (1, 6, 8))):
+        first = yaml.safe_load((CONFIGS / "experiment" / f"{name}.yaml").read_text())
+        references = AtomicReferences(dict.fromkeys(elements, -1.0))
+        model = build_model(first["model"]["model"])
+        save_potential(Potential(model, references), folder / name)
 
 
 def write_md_archives(folder: Path, frames: list[Atoms]) -> None:
