@@ -16,7 +16,6 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-import torch
 from ase import Atoms
 from ase.build import bulk, make_supercell
 from ase.spacegroup import crystal
@@ -331,7 +330,6 @@ def main() -> None:
         "--wheel", type=Path, default=None, help="of sevenn, where there is no index"
     )
     options = parser.parse_args()
-    torch.set_num_threads(min(2, os.cpu_count() or 1))
     if install(wheel_at_hand(options.wheel)):
         console.print(f"Figure: {show(options.out)}")
 

@@ -1,8 +1,32 @@
 """The demo's crystals are what it says, and it says so where the potential cannot be had."""
 
+import os
+import subprocess
+import sys
+
 import demo_crystals
 import pytest
 from ase import Atoms
+
+UNTIL_TORCH = """
+import importlib.abc, os, sys
+class AtTorch(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, *_):
+        if name == "torch":
+            print(os.environ.get("OMP_WAIT_POLICY"), flush=True)
+            os._exit(0)
+sys.meta_path.insert(0, AtTorch())
+import demo
+"""
+
+
+def test_threads_sleep_as_torch_is_imported():
+    """Where it comes before atomeq they spin: beside another program 30 times the CPU time."""
+    free = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    environment = free | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", UNTIL_TORCH]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "passive"
 
 
 def test_crystals_have_their_composition_and_published_numbers():
