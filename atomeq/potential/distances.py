@@ -27,6 +27,9 @@ COVALENT_RADII = (0.0, *map(float, _RADII.split()))
 #: 400 sampled frames of MPtrj one has a shorter distance; triple bonds of N2 have 0.77.
 SHORTEST = 0.65
 
+#: Of a distance that is known: a potential reaches so far beyond it before anybody is told.
+REACH = 0.97
+
 _N = 119  # rows of tables by atomic number
 _SYMBOLS = element_symbols(torch.arange(_N))
 _NUMBERS = {symbol: number for number, symbol in enumerate(_SYMBOLS)}
@@ -84,7 +87,7 @@ class KnownDistances(nn.Module):
         source, target = graph.edge_index
         numbers, lengths = graph.atomic_numbers, graph.edge_vectors().norm(dim=1)
         limits = self.limits[numbers[target], numbers[source]]
-        if not bool((lengths < limits).any()):
+        if not bool((lengths < REACH * limits).any()):
             return None
         self.told = True
         worst = int((lengths / limits).argmin())

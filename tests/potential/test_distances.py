@@ -14,7 +14,7 @@ from atomeq.calculators.ase import AtomeqCalculator
 from atomeq.dynamics.run import relax
 from atomeq.models.faenet import FAENet
 from atomeq.potential.checkpoint import CheckpointError, load_potential, save_potential
-from atomeq.potential.distances import SHORTEST, KnownDistances, shortest_distances
+from atomeq.potential.distances import REACH, SHORTEST, KnownDistances, shortest_distances
 from atomeq.potential.potential import Potential
 from atomeq.potential.repulsion import ZBL
 
@@ -77,7 +77,9 @@ def test_what_data_hold_is_known(tmp_path, caplog):
     calculator = AtomeqCalculator(tmp_path)
     calculator.evaluate(structures)
     assert told(caplog) == []
-    calculator.evaluate([bulk("Cu", a=3.29)])
+    calculator.evaluate([bulk("Cu", a=3.3 * (REACH + 0.005))])  # so little beyond the data
+    assert told(caplog) == []
+    calculator.evaluate([bulk("Cu", a=3.3 * (REACH - 0.005))])
     assert len(told(caplog)) == 1
 
 
