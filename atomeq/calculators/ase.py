@@ -31,6 +31,7 @@ from atomeq.graph.electrons import electrons_of
 from atomeq.graph.hyperedges import Hyperedges
 from atomeq.graph.moving import MovingNeighbors
 from atomeq.graph.neighbors import SKIN
+from atomeq.graph.rewiring import in_batches
 from atomeq.graph.to_structures import to_ase
 from atomeq.graph.topology import KeptTopologies
 from atomeq.potential.checkpoint import resolve_device, resolve_dtype
@@ -354,7 +355,8 @@ class AtomeqCalculator(Calculator):
             raise ValueError(f"evaluate does not give {unknown[0]!r}; it gives {allowed}")
         keys = _keys(properties)
         found: list[dict[str, Any]] = []
-        for batch in self._batches(structures, max_edges, stress="stress" in keys):
+        graphs = self._built(structures, stress="stress" in keys)
+        for batch in in_batches(graphs, max_edges):
             others = [builder(batch) for builder in self._committee.builders[1:]]
             results = self._committee.evaluate([batch, *others], keys, first=len(found))
             stops = np.cumsum(batch.natoms.cpu().numpy())
@@ -404,26 +406,15 @@ class AtomeqCalculator(Calculator):
             graphs.append(graph if device.type == "cpu" else graph.to(device))
         return graphs
 
-    def _batches(
-        self, structures: Structures, max_edges: int, *, stress: bool
-    ) -> Iterator[AtomGraph]:
-        """Yield structures in batches of so many edges of the first member."""
-        waiting: list[AtomGraph] = []
-        n_edges = 0
+    def _built(self, structures: Structures, *, stress: bool) -> Iterator[AtomGraph]:
+        """Yield the graph of each structure for the first member."""
         for k, structure in enumerate(structure_list(structures)):
             bare = self._bare(structure, k)
             if stress and not (bare.pbc.all() and bare.volume() > MIN_VOLUME):
                 raise StructureError(
                     f"structure {k}: stress needs three periodic directions and a volume", index=k
                 )
-            graph = self._committee.builders[0].connect(bare).to(self.device)
-            if waiting and n_edges + graph.n_edges > max_edges:
-                yield AtomGraph.concatenate(waiting)
-                waiting, n_edges = [], 0
-            waiting.append(graph)
-            n_edges += graph.n_edges
-        if waiting:
-            yield AtomGraph.concatenate(waiting)
+            yield self._committee.builders[0].connect(bare).to(self.device)
 
     def __getstate__(self) -> dict[str, Any]:
         state = {key: value for key, value in self.__dict__.items() if key != "_local"}

@@ -11,7 +11,7 @@ from atomeq.graph.atom_graph import AtomGraph
 from atomeq.potential.checkpoint import load_potential, save_potential
 from atomeq.potential.folders import CONFIG_FILE, find_potential
 from atomeq.potential.potential import Potential
-from atomeq.potential.selection import in_batches
+from atomeq.potential.selection import batches_of
 from atomeq.potential.uncertainty import calibrated
 from atomeq.potential.untrusted import read_yaml
 
@@ -41,4 +41,4 @@ def _batches(files: Sequence[str], potential: Potential, name: str) -> Iterator[
     structures = [atoms for file in files for atoms in read_structures(file)]
     meter = Meter(name, len(structures), unit="structures")
     with meter.running():
-        yield from in_batches(potential, structures, observe=meter.advance)
+        yield from batches_of(potential, structures, meter.advance)

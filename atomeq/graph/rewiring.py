@@ -1,4 +1,6 @@
-"""Graphs made from graphs: without their subsurface atoms, and in many orientations at once."""
+"""Graphs made from graphs: in batches, without subsurface atoms, in many orientations at once."""
+
+from collections.abc import Iterable, Iterator
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -10,6 +12,20 @@ Orientations = Float[Tensor, "n_copies n_graphs 3 3"]
 
 _LABELS = ("energy", "forces", "stress", "weight")
 _ROW_VECTORS = ("pos", "velocities")
+
+
+def in_batches(graphs: Iterable[AtomGraph], max_edges: int) -> Iterator[AtomGraph]:
+    """Yield graphs joined in their order to batches of so many edges; a larger one goes alone."""
+    waiting: list[AtomGraph] = []
+    n_edges = 0
+    for graph in graphs:
+        if waiting and n_edges + graph.n_edges > max_edges:
+            yield AtomGraph.concatenate(waiting)
+            waiting, n_edges = [], 0
+        waiting.append(graph)
+        n_edges += graph.n_edges
+    if waiting:
+        yield AtomGraph.concatenate(waiting)
 
 
 def without_tag_0(graph: AtomGraph) -> tuple[AtomGraph, Bool[Tensor, " n_atoms"]]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from atomeq.graph.atom_graph import AtomGraph
+from atomeq.graph.rewiring import in_batches
 from atomeq.ops.segment.operations import segment_mean
 from atomeq.potential.potential import Potential
 from atomeq.potential.uncertainty import atom_features
@@ -21,34 +22,26 @@ _RIDGE = 1e-6  # of the mean variance of a feature: directions below it are roun
 _MAX_EDGES = 20_000  # of a batch
 
 
-def in_batches(
+def batches_of(
     potential: Potential,
     structures: Iterable[Any],
-    *,
-    max_edges: int = _MAX_EDGES,
     observe: Callable[[], None] | None = None,
 ) -> Iterator[AtomGraph]:
-    """Yield structures as batches with edges, in their order.
+    """Return structures as batches with edges, in their order.
 
     Args:
         potential: Builds the graphs.
         structures: As :meth:`~atomeq.potential.predictor.Predictor.build_graph` takes them.
-        max_edges: Of a batch of several.
         observe: Called for each structure.
     """
-    waiting: list[AtomGraph] = []
-    n_edges = 0
-    for atoms in structures:
-        graph = potential.build_graph(atoms)
-        if waiting and n_edges + graph.n_edges > max_edges:
-            yield AtomGraph.concatenate(waiting)
-            waiting, n_edges = [], 0
-        waiting.append(graph)
-        n_edges += graph.n_edges
-        if observe is not None:
-            observe()
-    if waiting:
-        yield AtomGraph.concatenate(waiting)
+
+    def graphs() -> Iterator[AtomGraph]:
+        for structure in structures:
+            yield potential.build_graph(structure)
+            if observe is not None:
+                observe()
+
+    return in_batches(graphs(), _MAX_EDGES)
 
 
 def features_of(potential: Potential, batches: Iterable[AtomGraph]) -> list[Tensor]:

@@ -15,10 +15,10 @@ from atomeq.data.copies import RADIUS, fingerprint, groups_of_copies, kind_of
 from atomeq.graph.builders import RadiusGraph
 from atomeq.potential.potential import Potential
 from atomeq.potential.selection import (
+    batches_of,
     d_optimal,
     farthest_points,
     features_of,
-    in_batches,
     spread_of,
 )
 from atomeq.screening.identity import content_hash
@@ -109,7 +109,7 @@ def select(
     order = sorted(range(len(pool)), key=lambda k: (ids[k], k))
     found = Selection(by, _UNIT[by], len(pool))
     kept = _without_copies(pool, order, ids, training, found)
-    batches = in_batches(potential, (pool[k] for k in kept), observe=observe)
+    batches = batches_of(potential, (pool[k] for k in kept), observe)
     if by == "random":
         shuffled = torch.randperm(len(kept), generator=torch.Generator().manual_seed(seed))
         ranked = [(k, float(place)) for place, k in enumerate(shuffled.tolist()[:number])]
@@ -119,7 +119,7 @@ def select(
     else:
         greedy = d_optimal if by == "d_optimal" else farthest_points
         features = features_of(potential, batches)
-        known = features_of(potential, in_batches(potential, training))
+        known = features_of(potential, batches_of(potential, training))
         ranked = greedy(features, number, known) if kept else []
     found.chosen = [Chosen(kept[k], ids[kept[k]], score) for k, score in ranked]
     return found
