@@ -69,6 +69,24 @@ def test_cross_product_can_not_be_expressed() -> None:
     assert cross.abs().max() > 0.1
 
 
+@pytest.mark.parametrize(("lmax", "n_paths"), [(1, 4), (2, 11), (3, 23)])
+def test_layer_has_a_free_number_a_degree_where_paths_have_one_each(lmax: int, n_paths: int):
+    """The price of freedom: the table of docs/operations.md."""
+    n_sph = (lmax + 1) ** 2
+    pairs = torch.cartesian_prod(torch.arange(n_sph), torch.arange(n_sph))
+    x, y = torch.eye(n_sph, dtype=torch.float64)[pairs.T][:, :, :, None]
+    layer = GauntProduct(lmax, lmax, lmax, 1).double()
+
+    def coefficients(*weights: torch.Tensor) -> torch.Tensor:
+        given = dict(zip(("first", "second", "third"), weights, strict=True))
+        return torch.func.functional_call(layer, given, (x, y)).flatten()
+
+    weights = tuple(torch.randn(lmax + 1, 1, dtype=torch.float64) for _ in range(3))
+    slopes = torch.cat(torch.autograd.functional.jacobian(coefficients, weights), dim=1)
+    assert torch.linalg.matrix_rank(slopes.flatten(1)) == 3 * (lmax + 1) - 2
+    assert len(tensor_product_paths(lmax, lmax, lmax)) == n_paths
+
+
 def test_layer_gives_unit_variance() -> None:
     layer = GauntProduct(3, 3, 4, 8)
     with torch.no_grad():
