@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 from atomeq.cli.structures import versions
 from atomeq.potential.checkpoint import load_potential
-from atomeq.potential.selection import in_batches
+from atomeq.potential.selection import batches_of
 from atomeq.screening.selection import CRITERIA, By, select
 from benchmarks.record import RESULTS, ROOT, atomeq, children_cpu_seconds, commit, read, write
 
@@ -108,7 +108,7 @@ def error(folder: Path, test: list[Atoms]) -> dict[str, float]:
     potential = load_potential(folder)
     expected = test[::EVERY]
     forces, energies = [], []
-    for graph in in_batches(potential, expected):
+    for graph in batches_of(potential, expected):
         found = potential(graph, ("energy", "forces"))
         forces.append((found["forces"] - graph.forces).square().flatten())
         energies.append(((found["energy"] - graph.energy) / graph.natoms).square())
