@@ -19,7 +19,8 @@ class AtomicReferences(nn.Module):
     Args:
         shift: Energy of each known element, eV, by atomic number. Elements not named are unknown to
             the potential, which refuses structures that hold them. None: all known, no shift.
-        scale: eV per unit of the network's output; forces and stress scale with it.
+        scale: eV per unit of the network's output, of all elements or (119,) of each by atomic
+            number; forces and stress scale with it.
         offset: Energy of every structure whatever its size, eV: the mean that published models of
             OC20 were normalised by. Not extensive, so zero for any other model.
         force_scale: eV/Å per unit of the network's forces; by default the scale.
@@ -41,7 +42,7 @@ class AtomicReferences(nn.Module):
         self,
         shift: Mapping[int, float] | None = None,
         *,
-        scale: float = 1.0,
+        scale: float | Tensor = 1.0,
         offset: float = 0.0,
         force_scale: float | None = None,
         stress_scale: tuple[float, float] | None = None,
@@ -56,7 +57,8 @@ class AtomicReferences(nn.Module):
             table[number] = energy
             known[number] = True
         self.register_buffer("shift", table)
-        self.register_buffer("scale", torch.tensor(float(scale), dtype=torch.float64))
+        self.register_buffer("scale", torch.as_tensor(scale, dtype=torch.float64).clone())
+        scale = float(self.scale.mean())  # of heads, which are not told of elements
         force_scale = scale if force_scale is None else force_scale
         self.register_buffer("offset", torch.tensor(float(offset), dtype=torch.float64))
         self.register_buffer("force_scale", torch.tensor(float(force_scale), dtype=torch.float64))
@@ -67,11 +69,21 @@ class AtomicReferences(nn.Module):
         self.register_buffer("known", known)
         self.register_load_state_dict_pre_hook(_complete)
 
-    def train_shift(self) -> None:
-        """Make the shift of the elements a parameter, which an optimizer may train."""
-        shift = self.shift.detach()
-        del self.shift
-        self.shift = nn.Parameter(shift)
+    def train_elements(self, *names: str) -> None:
+        """Make the shift or the scale of each element a parameter, which an optimizer may train.
+
+        Args:
+            names: ``shift``, ``scale``.
+
+        Raises:
+            ValueError: Forces or stress have a scale of their own, which would stay.
+        """
+        if "scale" in names and self.rescales_derivatives:
+            raise ValueError("a scale of forces or stress apart from the energy's is not trained")
+        for name in names:
+            table = getattr(self, name).detach().expand_as(self.shift).clone()
+            delattr(self, name)
+            setattr(self, name, nn.Parameter(table))
 
     @property
     def elements(self) -> tuple[int, ...]:
@@ -80,7 +92,8 @@ class AtomicReferences(nn.Module):
 
     def forward(self, energies: AtomicEnergies, atomic_numbers: AtomicNumbers) -> AtomicEnergies:
         """Turn network outputs (n_atoms,) into atomic energies (n_atoms,), eV, without offset."""
-        return self.scale * energies.to(torch.float64) + self.shift[atomic_numbers]
+        scale = self.scale[atomic_numbers] if self.scale.ndim else self.scale
+        return scale * energies.to(torch.float64) + self.shift[atomic_numbers]
 
     def of_heads(self, forces: Tensor | None, stress: Tensor | None) -> dict[PropertyKey, Tensor]:
         """Turn what a network has heads for into forces, eV/Å, and stress, eV/Å³.
@@ -116,6 +129,8 @@ class AtomicReferences(nn.Module):
         Returns:
             The same shape.
         """
+        if self.scale.ndim:
+            return derivative
         if key == "forces":
             return derivative * (self.force_scale / self.scale)
         return derivative * (self.stress_scale[0] / self.scale) + self.stress_offset
@@ -123,6 +138,8 @@ class AtomicReferences(nn.Module):
     @property
     def rescales_derivatives(self) -> bool:
         """Whether :meth:`of_derivative` changes anything: forces then belong to no energy."""
+        if self.scale.ndim:
+            return False
         scales = torch.cat([self.force_scale[None], self.stress_scale])
         return bool((scales != self.scale).any() or (self.stress_offset != 0).any())
 
@@ -140,9 +157,17 @@ class AtomicReferences(nn.Module):
 def _complete(
     references: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: object
 ) -> None:
-    """Files from before offset and scales of their own existed mean their defaults."""
+    """Files from before offset and scales of their own existed mean their defaults.
+
+    And a scale of all elements is that of each, where one of them has it.
+    """
     scale = state_dict.get(f"{prefix}scale")
     if scale is not None:
+        assert isinstance(references, AtomicReferences)
+        if scale.shape == references.shift.shape and not references.scale.ndim:
+            references.scale = references.scale.expand_as(references.shift).clone()
+        elif not scale.ndim and references.scale.ndim:
+            state_dict[f"{prefix}scale"] = scale.expand_as(references.scale)
         state_dict.setdefault(f"{prefix}offset", torch.zeros_like(scale))
         state_dict.setdefault(f"{prefix}force_scale", scale.clone())
         state_dict.setdefault(f"{prefix}stress_scale", scale.repeat(2))

@@ -1,5 +1,6 @@
 """References from training structures: the shift per element and the scale of the network."""
 
+import copy
 import logging
 import math
 import os
@@ -197,7 +198,7 @@ def take_weights(potential: Predictor, other: Predictor) -> None:
         if potential.conservative and not other.conservative:
             # Heads had scales of their own; derivatives have that of the energy.
             table = {z: float(other.references.shift[z]) for z in other.references.elements}
-            scale, offset = float(other.references.scale), float(other.references.offset)
+            scale, offset = other.references.scale, float(other.references.offset)
             potential.references = AtomicReferences(table, scale=scale, offset=offset)
 
 
@@ -244,16 +245,10 @@ def fit_shift(potential: Potential, dataset: GraphDataset) -> AtomicReferences:
         for symbol, z in zip(symbols, shift, strict=True)
     )
     logger.info("references before and after (eV): %s", compared)
-    old = references.shift.detach()
-    table = {z: float(old[z]) + shift.get(z, 0.0) for z in references.elements}
-    return AtomicReferences(
-        table,
-        scale=float(references.scale),
-        offset=float(references.offset),
-        force_scale=float(references.force_scale),
-        stress_scale=(float(references.stress_scale[0]), float(references.stress_scale[1])),
-        stress_offset=references.stress_offset.clone(),
-    )
+    moved = copy.deepcopy(references)
+    with torch.no_grad():
+        moved.shift[list(shift)] += moved.shift.new_tensor(list(shift.values()))
+    return moved
 
 
 def _some(dataset: GraphDataset) -> list[AtomGraph]:

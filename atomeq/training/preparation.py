@@ -57,7 +57,7 @@ def predictor_to_train(
     terms: Sequence[str | EnergyTerm] = (),
     lora: LoRA | None = None,
     heads: Sequence[str] | None = None,
-    train_references: bool = False,
+    trained: Sequence[str] = (),
     electrons: Electrons | None = None,
 ) -> Predictor:
     """Return what a task trains, with the weights of a potential that is started from.
@@ -70,7 +70,7 @@ def predictor_to_train(
         terms: Known physics that is added, ``zbl``, ``d3`` or spelled out.
         lora: Updates that are trained in place of its weights.
         heads: Names of several heads on the network.
-        train_references: Whether the shift of the elements is trained with the network.
+        trained: Whether shift or scale of the elements are trained with the network.
         electrons: Charges and multiplicities that the network is told of, or ignores.
 
     Raises:
@@ -101,8 +101,9 @@ def predictor_to_train(
         predictor = predictor if heads is None else HeadedPotential(predictor, heads)
     elif heads or terms:
         raise ValueError("heads and terms are of potentials; a target has none")
-    if train_references:
-        train_shifts(predictor)
+    if "scale" in trained and "scalar" in model.outputs:
+        raise ValueError("train_scale is of atoms, and this network gives one number of them all")
+    train_elements(predictor, trained)
     predictor.ignore(electrons.ignore if electrons is not None else ())
     return predictor
 
@@ -121,11 +122,11 @@ def _network(
     return build_model(node).to(start.dtype)
 
 
-def train_shifts(predictor: nn.Module) -> None:
-    """Make the energies of the elements parameters, those of each head."""
+def train_elements(predictor: nn.Module, trained: Sequence[str]) -> None:
+    """Make shift or scale of the elements parameters, those of each head."""
     for part in predictor.modules():
         if isinstance(part, AtomicReferences):
-            part.train_shift()
+            part.train_elements(*trained)
 
 
 def with_neighbor_count(model: AtomisticModel, count: float) -> AtomisticModel:
@@ -227,8 +228,6 @@ def _set_references(task: "AtomisticTask", dataset: GraphDataset) -> None:
         )
     if task.start_from is None:
         task.potential.references = _fit_references(task, dataset)
-        if task.train_references:
-            train_shifts(task.potential.references)
     elif task.reference_source not in (None, "least_squares", "none"):
         raise DataError(
             f"references {task.reference_source!r} are of a training from the beginning; with "
@@ -237,9 +236,8 @@ def _set_references(task: "AtomisticTask", dataset: GraphDataset) -> None:
     elif isinstance(task.potential, Potential) and task.reference_source != "none":
         task.potential.eval()
         task.potential.references = fit_shift(task.potential, dataset)
-        if task.train_references:
-            train_shifts(task.potential.references)
         task.potential.train()
+    train_elements(task.potential.references, task.trained_references)
 
 
 def _set_references_of_heads(

@@ -76,6 +76,7 @@ class AtomisticTask(LightningModule):
         offset: eV of every structure, whatever its size: the mean of OC20's energies, by which its
             models are normalised. Not extensive, so zero for any other data.
         train_references: Train the shift of the elements with the network.
+        train_scale: Train the scale as well, from then on one of each element.
         avg_num_neighbors: ``auto``: the network divides by the mean number of neighbours in the
             training structures, which is saved with it. ValueError beside ``start_from``.
         terms: Known physics added to the network, which learns what it leaves of the labels:
@@ -119,6 +120,7 @@ class AtomisticTask(LightningModule):
         scale: float | Literal["forces", "energy"] | None = None,
         offset: float = 0.0,
         train_references: bool = False,
+        train_scale: bool = False,
         avg_num_neighbors: Literal["auto"] | None = None,
         terms: list[Literal["zbl", "d3"] | EnergyTerm] | None = None,
         metrics: ErrorMetric | None = None,
@@ -131,15 +133,15 @@ class AtomisticTask(LightningModule):
         super().__init__()
         self.target = known_target(target) if target is not None else None
         self.start_from = start_from
+        self.trained_references = ["shift"] * train_references + ["scale"] * train_scale
         self.potential = predictor_to_train(  # here, before the averaged weights are copied
             *(model, self.target, start_from, conservative),
             terms=terms or (),
             lora=lora,
             heads=heads,
-            train_references=train_references,
+            trained=self.trained_references,
             electrons=electrons,
         )
-        self.train_references = train_references
         self.measure_neighbors = avg_num_neighbors == "auto"
         if self.measure_neighbors and start_from is not None:
             raise ValueError("avg_num_neighbors is that of the potential that is started from")

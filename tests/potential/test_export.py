@@ -50,6 +50,8 @@ def random_potential(name: str) -> Potential:
     torch.manual_seed(0)
     terms = [ZBL()] if name == "egnn" else []
     potential = Potential(MODELS[name](), AtomicReferences(ELEMENTS, scale=3.0), terms=terms)
+    if name == "escn":
+        potential.references.train_elements("scale")
     with torch.no_grad():
         for parameter in potential.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))

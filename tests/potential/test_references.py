@@ -46,3 +46,28 @@ def test_files_from_before_offset_and_force_scale_mean_their_defaults():
     references = AtomicReferences()
     references.load_state_dict(old, strict=True)
     assert (float(references.offset), float(references.force_scale)) == (0.0, 2.5)
+
+
+def test_a_scale_of_each_element_begins_as_that_of_all_and_is_loaded():
+    references = AtomicReferences({1: -13.5, 8: -2000.0}, scale=2.0)
+    energies, numbers = torch.tensor([0.5, 0.25, -1.0]), torch.tensor([1, 8, 8])
+    before = references(energies, numbers)
+    references.train_elements("scale")
+    assert torch.equal(references(energies, numbers), before)
+    assert [name for name, _ in references.named_parameters()] == ["scale"]
+    with torch.no_grad():
+        references.scale[8] = 3.0
+    expected = torch.tensor([-12.5, -1999.25, -2003.0], dtype=torch.float64)
+    torch.testing.assert_close(references(energies, numbers), expected)
+    other = AtomicReferences({1: 0.0, 8: 0.0})
+    other.load_state_dict(references.state_dict(), strict=True)
+    torch.testing.assert_close(other(energies, numbers), expected)
+    forces = torch.ones(3, 3)
+    assert torch.equal(other.of_derivative("forces", forces), forces)
+    other.load_state_dict(AtomicReferences({1: -13.5, 8: -2000.0}, scale=2.0).state_dict())
+    assert torch.equal(other(energies, numbers), before)
+
+
+def test_a_scale_of_the_forces_alone_is_not_trained():
+    with pytest.raises(ValueError, match="apart from the energy's"):
+        AtomicReferences({29: 0.0}, scale=2.0, force_scale=1.0).train_elements("scale")

@@ -165,6 +165,22 @@ def test_references_are_trained_and_stay_in_the_potential(tmp_path: Path, experi
     assert "potential.references.shift" in untouched["raw_weights"]
 
 
+def test_the_scale_of_an_element_is_trained_where_that_is_asked_for(tmp_path, experiment: Path):
+    main(["fit", "-c", str(experiment), "--model.train_scale=true", "--model.scale=5"])
+    found = load_potential(tmp_path / "run" / "potential").references.scale
+    assert not isinstance(found, torch.nn.Parameter)
+    assert 0.001 < abs(float(found[29]) - 5) < 1
+    assert found[1:29].eq(5).all()
+    validation = checkpoint(tmp_path / "run", "last")["validation"]
+    more = [f"--model.start_from={tmp_path}/run/potential", "--model.references=none"]
+    more += ["--trainer.max_epochs=1", f"--trainer.default_root_dir={tmp_path}/tuned"]
+    main(["fit", "-c", str(experiment), *more])
+    tuned = load_potential(tmp_path / "tuned" / "potential").references.scale
+    assert torch.equal(tuned, found)
+    started = checkpoint(tmp_path / "tuned", "last")["validation_before"]
+    assert started["forces_mae"] == pytest.approx(validation["forces_mae"])
+
+
 @pytest.mark.parametrize(
     "network",
     [
