@@ -35,6 +35,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+import atomeq.training.sharded  # noqa: F401 - trainer.strategy fsdp2
 from atomeq.cli.parsers.training import HELP, named_in_words
 from atomeq.cli.terminal import show_table
 from atomeq.data.batching import LABELS

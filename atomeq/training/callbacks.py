@@ -17,6 +17,7 @@ from atomeq.potential.checkpoint import refuse_unsaveable, save_potential
 from atomeq.potential.potential import Potential
 from atomeq.potential.predictor import Predictor
 from atomeq.potential.uncertainty import calibrated
+from atomeq.training.distributed import part_like, whole
 from atomeq.training.low_rank import merged
 
 logger = logging.getLogger(__name__)
@@ -61,10 +62,10 @@ class ExponentialMovingAverage(Callback):
             self._average = [p.detach().clone() for p in _trainable(pl_module)]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Follow the weights to their device and dtype."""
+        """Follow the weights to their device and dtype, and into shares of them."""
         if self._average:
             pairs = zip(self._average, _trainable(pl_module), strict=True)
-            self._average = [average.to(parameter) for average, parameter in pairs]
+            self._average = [part_like(average, parameter) for average, parameter in pairs]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin with the raw weights, and count optimizer steps where the run stands."""
@@ -122,9 +123,9 @@ class ExponentialMovingAverage(Callback):
         # Clones, for a checkpoint may be read back after the next step changed these in place.
         checkpoint["state_dict"] = {
             **checkpoint["state_dict"],
-            **{name: value.clone() for name, value in average.items()},
+            **{name: whole(value).clone() for name, value in average.items()},
         }
-        checkpoint["raw_weights"] = {name: value.clone() for name, value in raw.items()}
+        checkpoint["raw_weights"] = {name: whole(value).clone() for name, value in raw.items()}
         checkpoint["ema_updates"] = self.n_updates
         checkpoint["ema_equal"] = self.n_equal
 

@@ -64,3 +64,20 @@ def of_all_processes(value: Any) -> list[Any]:
     gathered: list[Any] = [None] * n_processes()
     distributed.all_gather_object(gathered, value)
     return gathered
+
+
+def whole(value: Any) -> Any:
+    """Return a tensor of which each process keeps a share; anything else as it is."""
+    gather = getattr(value, "full_tensor", None)
+    return value if gather is None else gather().detach()
+
+
+def part_like(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """Return a whole tensor as a parameter is: on its device, and a share where it is one."""
+    found = tensor.to(device=parameter.device, dtype=parameter.dtype)
+    if not hasattr(parameter, "full_tensor") or hasattr(found, "full_tensor"):
+        return found
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(parameter, DTensor)
+    return distribute_tensor(found, parameter.device_mesh, parameter.placements)

@@ -1,12 +1,12 @@
 """Optimizers beside torch's: Muon for matrices with AdamW for the rest, and those that average."""
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback
-from torch import Tensor, nn
+from lightning.pytorch import Callback, Trainer
+from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
 from atomeq.training.callbacks import ExponentialMovingAverage
@@ -111,14 +111,15 @@ def refuse_two_averages(optimizers: Iterable[Optimizer], callbacks: Iterable[Cal
             )
 
 
-def save_averages(
-    checkpoint: dict[str, Any], module: nn.Module, optimizers: Sequence[Optimizer]
-) -> None:
+def save_averages(checkpoint: dict[str, Any], trainer: Trainer) -> None:
     """Let a checkpoint hold the weights that are validated, where an optimizer trains at others."""
+    optimizers, strategy = trainer.optimizers, trainer.strategy
     if any(map(averages_itself, optimizers)):
         train_or_eval(optimizers, train=False)
-        checkpoint["state_dict"] = {k: v.clone() for k, v in module.state_dict().items()}
-        checkpoint["optimizer_states"] = [copy.deepcopy(o.state_dict()) for o in optimizers]
+        found = strategy.lightning_module_state_dict()
+        checkpoint["state_dict"] = {k: v.clone() for k, v in found.items()}
+        states = [strategy.optimizer_state(one) for one in optimizers]
+        checkpoint["optimizer_states"] = copy.deepcopy(states)
         train_or_eval(optimizers, train=True)
 
 

@@ -372,7 +372,7 @@ class AtomisticTask(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the random state, the loss and the validation errors of these weights."""
         checkpoint["rng_state"] = get_rng_states()
-        save_averages(checkpoint, self, self.trainer.optimizers)
+        save_averages(checkpoint, self.trainer)
         checkpoint["loss"] = self.loss_text()
         checkpoint["avg_num_neighbors"] = self.neighbor_count
         checkpoint["validation"] = dict(self.val_results)

@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 from copper_experiment import labelled_copper
+from safetensors.torch import load_file
 from small_models import SMALL_MODELS
 
 from atomeq.cli import main as command
@@ -36,6 +37,15 @@ class Stops(Callback):
         if trainer.global_step == int(sys.argv[2]):
             print({STOPPED!r}, flush=True)
             signal.pause()
+
+class Shares(Callback):
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        weights = [p for p in module.potential.model.parameters() if p.requires_grad]
+        states = [trainer.optimizers[0].state[weight]["momentum_buffer"] for weight in weights]
+        gradients = [weight.grad for weight in weights if weight.grad is not None]
+        for tensors in (weights, states, gradients):
+            own = sum(tensor.to_local().numel() for tensor in tensors)
+            assert own < 0.7 * sum(tensor.numel() for tensor in tensors)
 
 if __name__ == "__main__":
     sys.modules["train"] = sys.modules["__main__"]
@@ -122,6 +132,38 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["raw_weights"]
 
 
+def assert_same_run(one: Path, two: Path) -> None:
+    """Losses, raw and averaged weights and the potential, to the rounding of sums."""
+    pairs = list(zip(rows(one), rows(two), strict=True))
+    assert len(pairs) == 6
+    for expected, found in pairs:
+        assert expected.keys() == found.keys()
+        for key in expected.keys() - {"val/loss"}:  # of batches, whose division differs
+            assert found[key] == pytest.approx(expected[key], rel=RELATIVE), f"{two.name}: {key}"
+    expected, found = weights(one), weights(two)
+    assert sum(float(tensor.abs().sum()) for tensor in expected.values()) > 0
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    expected, found = (load_file(run / "potential" / "weights.safetensors") for run in (one, two))
+    known = {name for name in expected if not name.startswith("uncertainty")}
+    assert known <= found.keys()
+    for name in known:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-6, msg=name)
+
+
+def assert_same_checkpoint(one: Path, two: Path) -> None:
+    """Bit for bit."""
+    expected, found = (
+        torch.load(run / "checkpoints" / "last.ckpt", weights_only=True) for run in (one, two)
+    )
+    assert expected["global_step"] == found["global_step"]
+    for part in ("state_dict", "raw_weights"):
+        torch.testing.assert_close(found[part], expected[part], rtol=0, atol=0)
+    states = [checkpoint["optimizer_states"][0]["state"] for checkpoint in (expected, found)]
+    assert states[0].keys() == states[1].keys()
+    for number, state in states[0].items():
+        torch.testing.assert_close(states[1][number], state, rtol=0, atol=0)
+
+
 def networks() -> list:
     slow = tuple(name for name in SMALL_MODELS if name not in DEFAULT)
     return [pytest.param(DEFAULT), pytest.param(slow, marks=pytest.mark.slow)]
@@ -130,31 +172,32 @@ def networks() -> list:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("chosen", networks(), ids=" ".join)
 def test_two_processes_train_as_one_with_twice_the_batch(tmp_path: Path, chosen: tuple[str, ...]):
-    """13 structures in batches of 2 x 3: the last of an epoch leaves one process nothing."""
-    two = [
-        [*written(tmp_path, f"two {name}", name), "--data.max_structures=3",
-         "--trainer.devices=2", "--trainer.strategy=ddp"]
-        for name in chosen
-    ]  # fmt: skip
-    running = start(tmp_path, two)
+    """13 structures in batches of 2 x 3: the last of an epoch leaves one process nothing.
+
+    Each process has all weights, or its share of them, which once is put together and taken up.
+    """
+    more = ["--model.optimizer.momentum=0.5", "--trainer.gradient_clip_val=1"]
+    more += ["--model.train_references=true", "--model.train_scale=true"]
+    two = [*more, "--data.max_structures=3", "--trainer.devices=2"]
+    shares = [*two, "--trainer.strategy=fsdp2", "--trainer.callbacks+=train.Shares"]
+    shared = chosen[-1:] if chosen == DEFAULT else chosen  # the others at -m slow
+    lists = [
+        [*written(tmp_path, f"two {name}", name), *two, "--trainer.strategy=ddp"] for name in chosen
+    ]
+    lists += [[*written(tmp_path, f"shares {name}", name), *shares] for name in shared]
+    stopped = [*written(tmp_path, "stopped", shared[-1]), *shares]
+    lists += [[*stopped, "--trainer.max_epochs=2"], [*stopped, "--ckpt_path=last"]]
+    running = start(tmp_path, lists)
     try:
         for name in chosen:
-            command([*written(tmp_path, f"one {name}", name), "--data.max_structures=6"])
+            command([*written(tmp_path, f"one {name}", name), *more, "--data.max_structures=6"])
     finally:
         finish(running)
     for name in chosen:
-        one, other = (list(rows(tmp_path / f"{kind} {name}")) for kind in ("one", "two"))
-        assert len(one) == len(other) == 6
-        for expected, found in zip(one, other, strict=True):
-            assert expected.keys() == found.keys()
-            for key in expected.keys() - {"val/loss"}:  # of batches, whose division differs
-                assert found[key] == pytest.approx(expected[key], rel=RELATIVE), f"{name}: {key}"
-        moved = 0.0
-        for key, tensor in weights(tmp_path / f"one {name}").items():
-            found = weights(tmp_path / f"two {name}")[key]
-            torch.testing.assert_close(found, tensor, rtol=1e-5, atol=1e-6)
-            moved += float(tensor.abs().sum())
-        assert moved > 0
+        assert_same_run(tmp_path / f"one {name}", tmp_path / f"two {name}")
+    for name in shared:
+        assert_same_run(tmp_path / f"one {name}", tmp_path / f"shares {name}")
+    assert_same_checkpoint(tmp_path / f"shares {shared[-1]}", tmp_path / "stopped")
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -177,14 +220,7 @@ def test_two_processes_killed_in_an_epoch_end_with_the_same_weights(tmp_path: Pa
     path = tmp_path / "killed" / "checkpoints" / "last.ckpt"
     assert torch.load(path, weights_only=True)["global_step"] == 6
     finish(start(tmp_path, [killed, [*written(tmp_path, "whole", "egnn"), *more]]))
-    expected, found = (
-        torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True)
-        for name in ("whole", "killed")
-    )
-    assert expected["global_step"] == found["global_step"] == 12
-    for part in ("state_dict", "raw_weights"):
-        for name, tensor in expected[part].items():
-            assert torch.equal(tensor, found[part][name]), name
+    assert_same_checkpoint(tmp_path / "whole", tmp_path / "killed")
 
 
 def test_shares_are_disjoint_complete_and_balanced():
