@@ -5,10 +5,10 @@ from typing import Any
 
 from jsonargparse import Namespace
 
-from atomeq.calculators.ase import AtomeqCalculator
+from atomeq.cli.door import ignorable
 from atomeq.cli.screen import Observer, parse_retry, parse_shard
 from atomeq.cli.terminal import Meter, say, show_table
-from atomeq.cli.verbs import stages
+from atomeq.cli.verbs import load, stages
 from atomeq.properties.matbench_kappa import KappaSettings, predict_matbench_kappa
 from atomeq.screening.matbench_discovery import predict_matbench_discovery
 
@@ -58,6 +58,7 @@ def _discovery(options: Namespace) -> int:
                 shard=parse_shard(options.shard),
                 retry=parse_retry(options.retry),
                 max_edges=options.max_edges,
+                ignore=ignorable(options.ignore),
                 observe=Observer(meter, 0),
             )
     except KeyboardInterrupt:
@@ -75,9 +76,7 @@ def _discovery(options: Namespace) -> int:
 
 
 def _kappa(options: Namespace) -> int:
-    calculator = AtomeqCalculator(
-        options.potential, device=options.device, dtype=options.dtype or "float64"
-    )
+    calculator = load(options.potential, options, dtype=options.dtype or "float64")
     protocol = _given(options, displacement="displacement", fmax="fmax", max_steps="max_steps")
     try:
         with stages() as report:

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 
 from jsonargparse import Namespace
 
+from atomeq.cli.door import ignorable
 from atomeq.cli.terminal import Meter, say, show_table
 from atomeq.data.ase_files import read_structures
 from atomeq.graph.atom_graph import AtomGraph
@@ -19,6 +20,7 @@ from atomeq.potential.untrusted import read_yaml
 def calibrate(options: Namespace) -> int:
     """Calibrate, save, and tell how many errors lie within what is promised."""
     potential = load_potential(options.potential, device=options.device)
+    potential.ignore(ignorable(options.ignore))
     source = find_potential(options.potential)
     metadata = read_yaml(source / CONFIG_FILE).get("metadata", {})
     training = _batches(options.train, potential, "training set")

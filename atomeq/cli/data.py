@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from jsonargparse import Namespace
 
-from atomeq.calculators.ase import AtomeqCalculator
 from atomeq.cli.terminal import Meter, say, show_table
+from atomeq.cli.verbs import load
 from atomeq.data.ase_files import (
     DATA_VARIABLE,
     ELECTRIC_SHAPES,
@@ -201,7 +201,7 @@ def is2re(options: Namespace) -> int:
     """Relax initial structures and compare with DFT."""
     refuse_unwritable(options.out)
     frames = open_frames(expand_data_path(options.source))
-    calculator = AtomeqCalculator(options.potential, device=options.device)
+    calculator = load(options.potential, options)
     n_systems = min(len(frames), options.limit or len(frames))
     rows: list[dict[str, Any]] = []
     meter = Meter("is2re", n_systems, unit="systems")

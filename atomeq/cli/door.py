@@ -94,6 +94,18 @@ def device_name(name: str) -> str:
     return name
 
 
+def ignorable(text: str) -> list[str]:
+    """Return what ``--ignore`` names: charge, spin or both, with a comma.
+
+    Raises:
+        ValueError: There is no such thing to ignore.
+    """
+    names = [word.strip() for word in text.split(",") if word.strip()]
+    if wrong := [name for name in names if name not in ("charge", "spin")]:
+        raise ValueError(f"--ignore is charge, spin or both with a comma, not {wrong[0]!r}")
+    return names
+
+
 def summary_path(out: str | Path) -> Path:
     """Return the summary's path: ``cu.extxyz`` has ``cu.summary.json`` beside it."""
     return Path(out).with_suffix(".summary.json")

@@ -15,7 +15,7 @@ from atomeq.cli.data_stats import data_module
 from atomeq.cli.plots import Cloud, plot_clouds
 from atomeq.cli.structures import versions
 from atomeq.cli.terminal import Meter, say, show_table
-from atomeq.cli.verbs import stages
+from atomeq.cli.verbs import load, stages
 from atomeq.data.ase_files import read_structures
 from atomeq.files import write_atomically
 from atomeq.graph.to_structures import to_ase
@@ -31,10 +31,10 @@ _AXES = {
 
 def evaluate(options: Namespace) -> int:
     """Evaluate, show the tables and write the files."""
-    calculator = AtomeqCalculator(options.potential, device=options.device, dtype=options.dtype)
+    calculator = load(options.potential, options)
     properties = None
     if options.properties is not None:
-        precise = AtomeqCalculator(options.potential, device=options.device, dtype="float64")
+        precise = load(options.potential, options, dtype="float64")
         properties = CrystalProperties(read_yaml(options.properties), precise)
     document: dict[str, Any] = {
         "potential": {key: calculator.provenance[key] for key in ("name", "sha256")},

@@ -6,7 +6,7 @@ import math
 import os
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
@@ -22,6 +22,7 @@ from rich.text import Text
 from atomeq.calculators.ase import AtomeqCalculator
 from atomeq.check.calculator import check_calculator
 from atomeq.check.laws import CalculatorFactory, Law, LawResult
+from atomeq.cli.door import ignorable
 from atomeq.cli.plain_text import printable
 from atomeq.cli.structures import versions
 from atomeq.cli.terminal import Meter, say
@@ -64,7 +65,12 @@ def check(options: Namespace) -> int:
     """Measure all laws, a line each."""
     if options.json is not None:
         refuse_unwritable(options.json)
-    factory = calculator_factory(options.target, device=options.device, dtype=options.dtype)
+    factory = calculator_factory(
+        options.target,
+        device=options.device,
+        dtype=options.dtype,
+        ignore=ignorable(options.ignore),
+    )
     structure = None
     if options.structure is not None:
         structure = read_structures(options.structure, index="-1:")[-1]
@@ -105,24 +111,30 @@ def _verdict(results: list[LawResult]) -> str:
     return hold if broken else "all laws hold"
 
 
-def calculator_factory(target: str, *, device: str, dtype: str) -> CalculatorFactory:
+def calculator_factory(
+    target: str, *, device: str, dtype: str, ignore: Sequence[str] = ()
+) -> CalculatorFactory:
     """Return what makes the calculators under test.
 
     Args:
         target: Name or folder of a potential, YAML of a model, or ``module:factory``.
         device: Of a potential.
         dtype: Of a potential.
+        ignore: Of a potential: ``charge``, ``spin``.
 
     Raises:
-        ValueError: Neither a potential nor an importable factory of calculators.
+        ValueError: Neither a potential nor an importable factory of calculators, or something is
+            to be ignored by one that is no potential.
     """
     if target.endswith((".yaml", ".yml")):
         potential = untrained_potential(target, scale=_SCALE, dtype=getattr(torch, dtype))
-        return lambda: AtomeqCalculator(potential, device=device)
+        return lambda: AtomeqCalculator(potential, device=device, ignore=ignore)
     module_name, colon, attribute = target.partition(":")
     if not colon or Path(target).exists():
         find_potential(target)
-        return lambda: AtomeqCalculator(target, device=device, dtype=dtype)
+        return lambda: AtomeqCalculator(target, device=device, dtype=dtype, ignore=ignore)
+    if ignore:
+        raise ValueError(f"--ignore is of potentials; {target} decides that for itself")
     with _importable_here():
         try:
             factory = getattr(importlib.import_module(module_name), attribute)

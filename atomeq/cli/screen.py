@@ -9,6 +9,7 @@ from typing import Any
 
 from jsonargparse import Namespace
 
+from atomeq.cli.door import ignorable
 from atomeq.cli.terminal import Meter, say, show_table
 from atomeq.potential.checkpoint import load_potential
 from atomeq.potential.folders import split_head
@@ -43,6 +44,7 @@ def _take_up(options: Namespace) -> None:
     for name in ("potential", "device", "dtype", "max_edges"):
         setattr(options, name, request[name])
     options.precision = request.get("precision")  # runs of before it do not have it
+    options.ignore = ",".join(request.get("ignore", []))
     for name in ("engine", "workers", "address"):  # another one gives the same rows
         if options[name] is None:
             setattr(options, name, request[name])
@@ -86,6 +88,7 @@ def _run(options: Namespace) -> int:
         "device": options.device,
         "dtype": options.dtype,
         "precision": options.precision,
+        "ignore": ignorable(options.ignore),
         "max_edges": options.max_edges,
         "id_key": options.id_key,
         "info": options.info.split(",") if options.info else [],
@@ -111,6 +114,7 @@ def _run(options: Namespace) -> int:
                 device=options.device,
                 dtype=options.dtype,
                 precision=options.precision,
+                ignore=request["ignore"],
                 shard=shard,
                 retry=parse_retry(options.retry),
                 max_edges=options.max_edges,
@@ -152,6 +156,7 @@ def _dry_run(options: Namespace) -> int:
     directory = options.working_directory if "working_directory" in options else os.getcwd()
     whole = [str(Path(directory, source)) for source in options.sources]
     potential = load_potential(_absolute(options.potential), device=options.device)
+    potential.ignore(ignorable(options.ignore))
     found: Estimate = estimate(
         read_sources(options.sources, working_directory=directory),
         potential,

@@ -5,18 +5,16 @@ import dataclasses
 from ase.calculators.singlepoint import SinglePointCalculator
 from jsonargparse import Namespace
 
-from atomeq.calculators.ase import AtomeqCalculator
 from atomeq.cli.structures import structure_output, write_summary
 from atomeq.cli.terminal import Meter, say, show_table
-from atomeq.cli.verbs import settings
+from atomeq.cli.verbs import load, settings
 from atomeq.data.ase_files import read_structures
 from atomeq.screening.selection import select
 
 
 def choose(options: Namespace) -> int:
     """Choose, write the structures and tell why these."""
-    ignored = [word for word in options.ignore.split(",") if word]
-    calculator = AtomeqCalculator(options.potential, device=options.device, ignore=ignored)
+    calculator = load(options.potential, options)
     pool, places = [], []
     for file in options.pool:
         for frame, atoms in enumerate(read_structures(file)):

@@ -9,6 +9,7 @@ from ase import Atoms
 from jsonargparse import Namespace
 
 from atomeq.calculators.ase import AtomeqCalculator
+from atomeq.cli.door import ignorable
 from atomeq.cli.structures import write_summary
 from atomeq.cli.terminal import Meter, say, show_table
 from atomeq.graph.convert import validate_structure
@@ -28,11 +29,10 @@ def prepare(options: Namespace, *, index: str) -> tuple[AtomeqCalculator, list[A
     return calculator, structures
 
 
-def load(potential: str, options: Namespace) -> AtomeqCalculator:
+def load(potential: str, options: Namespace, **how: Any) -> AtomeqCalculator:
     """Return the calculator of a potential, on the device and with the precision of a run."""
-    how = {name: options[name] for name in ("device", "dtype", "precision")}
-    ignored = [word for word in options.ignore.split(",") if word]
-    return AtomeqCalculator(potential, **how, ignore=ignored)
+    given = {name: options.get(name) for name in ("device", "dtype", "precision")}
+    return AtomeqCalculator(potential, **given | how, ignore=ignorable(options.ignore))
 
 
 def settings(options: Namespace) -> dict[str, Any]:

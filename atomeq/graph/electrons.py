@@ -17,6 +17,8 @@ from atomeq.graph.atom_graph import AtomGraph
 
 logger = logging.getLogger(__name__)
 
+#: What ``info`` may say it by.
+ELECTRON_KEYS = ("charge", "multiplicity", "spin")
 #: e; partial charges add up to a whole number but for this.
 _ROUNDING = 0.05
 _told: set[str] = set()
@@ -50,6 +52,23 @@ def electrons_of(atoms: Any) -> dict[str, Tensor]:
     if spin:
         fields["multiplicity"] = torch.tensor([spin], dtype=torch.float64)
     return fields
+
+
+def electrons_text(atoms: Any) -> str:
+    """Return charge and multiplicity in words; nothing of a neutral structure in its lowest state.
+
+    Args:
+        atoms: ASE's Atoms.
+
+    Raises:
+        ValueError: As :func:`electrons_of`.
+    """
+    found = {name: float(value) for name, value in electrons_of(atoms).items()}
+    charge = found.get("charge", 0.0)
+    lowest = 1 + round(float(np.sum(atoms.numbers)) - charge) % 2
+    spin = found.get("multiplicity", lowest)
+    said = [f" charge {charge:g}"] if charge else []
+    return "".join([*said, f" multiplicity {spin:g}"] if spin != lowest else said)
 
 
 def electrons_of_sites(structure: Any) -> dict[str, float]:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from pymatgen.analysis.structure_matcher import StructureMatcher
 from pymatgen.core import Lattice, Structure
 
+from atomeq.graph.electrons import electrons_text
 from atomeq.graph.neighbors import neighbor_list_with_lengths
 from atomeq.screening.ledger import Ledger
 from atomeq.screening.steps import Dedupe
@@ -133,11 +134,11 @@ class Matcher:
 
 
 def bucket_of(atoms: Atoms) -> str:
-    """Return what all copies share to the letter: reduced formula and periodic directions."""
+    """Return what copies share to the letter: reduced formula, periodic directions, electrons."""
     numbers, counts = np.unique(atoms.numbers, return_counts=True)
     divisor = int(np.gcd.reduce(counts)) if len(counts) else 1
     formula = (f"{z}:{count // divisor}" for z, count in zip(numbers, counts, strict=True))
-    return f"{' '.join(formula)} {int(atoms.pbc.sum())}"
+    return f"{' '.join(formula)} {int(atoms.pbc.sum())}{electrons_text(atoms)}"
 
 
 def _primitive(atoms: Atoms, tolerance: float) -> Atoms:

@@ -34,6 +34,7 @@ class Job:
         dtype: ``float32``, ``float64`` or None for the potential's own.
         max_edges: Edges computed at once.
         precision: Of tensor products on a GPU, or None for the potential's own.
+        ignore: ``charge``, ``spin``: left out where the potential knows neither.
     """
 
     potential: str | Potential
@@ -42,21 +43,27 @@ class Job:
     dtype: str | None = None
     max_edges: int | None = None
     precision: Precision | None = None
+    ignore: tuple[str, ...] = ()
 
     def load(self, potential: str | Potential, device: str | None = None) -> Potential:
         """Return a potential where and as this job computes; one that was given stays as it is."""
         device = self.device if device is None else device
         dtype = _DTYPES[self.dtype] if self.dtype else None
         if not isinstance(potential, Potential):
-            return load_potential(potential, device=device, dtype=dtype, precision=self.precision)
+            loaded = load_potential(potential, device=device, dtype=dtype, precision=self.precision)
+            loaded.ignore(self.ignore)
+            return loaded
+        ignored = frozenset(self.ignore) or potential.ignored
         precision = checked_precision(self.precision) or potential.precision
-        wanted = resolve_device(device), dtype or potential.dtype, precision
+        wanted = resolve_device(device), dtype or potential.dtype, precision, ignored
         frozen = not (potential.training or any(p.requires_grad for p in potential.parameters()))
-        if frozen and wanted == (potential.device, potential.dtype, potential.precision):
+        own = potential.device, potential.dtype, potential.precision, potential.ignored
+        if frozen and wanted == own:
             return potential
-        own = copy.deepcopy(potential).to(wanted[0])
-        own.precision = precision
-        return own.to(wanted[1])
+        other = copy.deepcopy(potential).to(wanted[0])
+        other.precision = precision
+        other.ignore(ignored)
+        return other.to(wanted[1])
 
     def device_of(self, worker: int) -> str:
         """Return the device of a worker."""

@@ -7,6 +7,8 @@ import numpy as np
 from ase import Atoms
 from ase.constraints import FixAtoms
 
+from atomeq.graph.electrons import electrons_text
+
 _DECIMALS = 6  # Å; the digits that text formats keep
 # What is written as one, and what looks as if it had been.
 _SURROGATE = re.compile(r"[\ud800-\udfff]|\\u")
@@ -14,7 +16,7 @@ _DIGITS = 32  # 128 bits: a million structures collide with a chance of 1e-27
 
 
 def content_hash(atoms: Atoms) -> str:
-    """Return the hash of elements, positions, cell, periodicity and fixed atoms.
+    """Return the hash of elements, positions, cell, periodicity, fixed atoms, charge and spin.
 
     Positions and cell count to 1e-6 Å. Labels, names and velocities do not count. Structures that
     differ in the order of their atoms or the choice of their cell have different hashes; whether
@@ -30,6 +32,7 @@ def content_hash(atoms: Atoms) -> str:
     for array in (atoms.positions, atoms.cell.array):
         rounded = np.round(array, _DECIMALS) + 0.0  # no negative zeros
         digest.update(np.ascontiguousarray(rounded, dtype="<f8").tobytes())
+    digest.update(electrons_text(atoms).encode())
     return digest.hexdigest()[:_DIGITS]
 
 

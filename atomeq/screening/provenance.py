@@ -26,9 +26,9 @@ def provenance_of(
     """Return the provenance of a run.
 
     The settings hash, by which results are known, is that of the steps that compute something, of
-    dtype, precision and the potential's SHA-256. Filters and rankings can be changed without
-    computing again. Device and versions are told but not part of it: they change digits, not
-    results.
+    dtype, precision, what is ignored and the potential's SHA-256. Filters and rankings can be
+    changed without computing again. Device and versions are told but not part of it: they change
+    digits, not results.
 
     Args:
         potential: As it was given.
@@ -42,6 +42,8 @@ def provenance_of(
     settings = {"steps": steps, "dtype": dtype, "potential_sha256": origin["sha256"], **columns}
     if loaded.precision is not None:
         settings["precision"] = loaded.precision
+    if loaded.ignored:
+        settings["ignore"] = sorted(loaded.ignored)
     computing = [step for step in steps if not step.keys() & {"filter", "rank"}]
     return {
         "settings_hash": hash_settings({**settings, "steps": computing}),

@@ -65,6 +65,7 @@ def screen(
     device: str | None = None,
     dtype: Literal["float32", "float64"] | None = None,
     precision: Precision | None = None,
+    ignore: Sequence[str] = (),
     shard: tuple[int, int] = (0, 1),
     retry: Sequence[str] | bool = False,
     max_edges: int | None = None,
@@ -94,6 +95,8 @@ def screen(
             where a potential that is given is, and the CPU for a name.
         dtype: Precision of the network; by default that of the potential.
         precision: Of tensor products on a GPU, as of load_potential(); by default the potential's.
+        ignore: ``charge``, ``spin``: compute structures that carry them as if they did not, where
+            the potential knows neither; by default such are rows that failed.
         shard: ``(k, n)``: take every n-th structure, by hash; n such runs share the folder.
         retry: Compute failures again: True for all, or the kinds, such as ``["overlap"]``.
         max_edges: Edges computed at once by each worker.
@@ -124,9 +127,8 @@ def screen(
     described = describe_steps(parsed)
     name = potential if isinstance(potential, Potential) else str(potential)
     seen, labels = Seen(), Labels(id_key, info)
-    if device is None:
-        device = str(potential.device) if isinstance(potential, Potential) else "cpu"
-    job = Job(name, described, device, dtype, max_edges, precision)
+    device = device or str(getattr(potential, "device", "cpu"))
+    job = Job(name, described, device, dtype, max_edges, precision, tuple(ignore))
     loaded = job.load(name, job.device_of(0))
     provenance = provenance_of(name, loaded, described, columns=labels.settings)
     folder = Path(out)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from ase import Atoms
 
+from atomeq.graph.electrons import ELECTRON_KEYS
 from atomeq.graph.hyperedges import INFO_KEY
 from atomeq.screening.readers import COUNTERS, KINDS, Reader, Unreadable, kind_of
 
@@ -122,7 +123,7 @@ def _read_file(file: Path, shown: str) -> Iterator[Found]:
             continue
         # Labels of the file are not those of the potential; what perceives bonds reads INFO_KEY.
         about, item.calc = item.info, None
-        item.info = {INFO_KEY: about[INFO_KEY]} if INFO_KEY in about else {}
+        item.info = {key: about[key] for key in (INFO_KEY, *ELECTRON_KEYS) if key in about}
         yield Found(locator, item, info=about)
 
 

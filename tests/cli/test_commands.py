@@ -24,6 +24,16 @@ def test_help_of_a_verb_has_an_example(run, capsys, verb):
     assert f"  atomeq {verb}" in text
 
 
+def test_every_verb_that_computes_structures_can_leave_charges_out(run, workdir, capsys):
+    """The others compute none, are asked in a configuration, or move bare particles."""
+    others = {"rollout", "convert", "potentials", "export", "doctor", "data"}
+    for verb in VERBS.keys() - others - {"fit", "validate", "test", "predict"}:
+        assert run(f"{verb} --help") == 0
+        assert "--ignore" in capsys.readouterr().out, verb
+    assert run("screen cu.extxyz --potential small --out out --ignore charge,spni") == 2
+    assert "charge, spin or both with a comma, not 'spni'" in capsys.readouterr().err
+
+
 def test_help_loads_nothing_heavy():
     code = """
         import sys

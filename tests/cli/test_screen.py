@@ -53,6 +53,26 @@ def test_the_common_form(run, source, capsys):
     assert "max_steps was 3 and is 4" in capsys.readouterr().err
 
 
+def test_charges_are_left_out_where_that_is_asked_for(run, workdir, capsys):
+    atoms = ase.io.read("cu.extxyz")
+    charged = atoms.copy()
+    charged.info["charge"] = 1
+    ase.io.write("both.extxyz", [atoms, charged])
+    (workdir / "steps.yaml").write_text("steps: [validate, dedupe, single_point]")
+    line = "screen both.extxyz --potential small --config steps.yaml --out"
+    assert run(f"{line} strict") == run(f"{line} out --ignore charge") == 0
+    plain, refused = sorted(rows_of(workdir / "strict"), key=lambda row: row["locator"])
+    assert (plain["status"], refused["status"]) == ("done", "failed")
+    assert "total charge 1" in refused["reason"]
+    rows = rows_of(workdir / "out")
+    assert [row["status"] for row in rows] == ["done", "done"]
+    assert rows[0]["energy"] == rows[1]["energy"] == plain["energy"]
+    assert run("screen --out out --resume") == 0
+    assert rows_of(workdir / "out") == rows
+    assert run(f"{line} out") == 2
+    assert "ignore" in capsys.readouterr().err
+
+
 def test_dry_run_writes_nothing(run, source, capsys):
     line = "screen in --potential small --out out --config steps.yaml --dry-run"
     assert run(line) == 0

@@ -32,6 +32,9 @@ from atomeq.potential.checkpoint import (
 from atomeq.potential.export import ExportError, export_potential
 from atomeq.potential.potential import Potential
 from atomeq.potential.scalar import ScalarPredictor
+from atomeq.screening.dedupe import bucket_of
+from atomeq.screening.identity import content_hash
+from atomeq.screening.selection import select
 
 EXACT = 1e-12  # rounding of float64
 
@@ -183,6 +186,15 @@ def test_one_charged_structure_does_not_stop_the_others():
     found = relax([copper(), copper(charge=1), copper()], small_potential(), max_steps=2)
     refused = {outcome.index: outcome.status == "refused" for outcome in found}
     assert refused == {0: False, 1: True, 2: False}
+
+
+def test_charge_and_spin_make_another_structure():
+    kinds = [copper(), copper(charge=1), copper(spin=3), copper(charge=0, spin=1)]
+    hashes = [content_hash(atoms) for atoms in kinds]
+    assert hashes[0] == hashes[3]  # which says nothing
+    assert len(set(hashes)) == len({bucket_of(atoms) for atoms in kinds}) == 3
+    pool = select(kinds, 4, charged("egnn"), by="farthest")
+    assert len(pool.chosen) == 3
 
 
 def test_it_is_saved_and_loaded(tmp_path):

@@ -12,6 +12,7 @@ from atomeq.cli.door import (
     refuse_old_files,
     refuse_old_output,
 )
+from atomeq.cli.parsers.simulation import add_ignore_option
 from atomeq.cli.terminal import Parser, say
 from atomeq.files import refuse_unwritable
 from atomeq.potential.folders import find_potential, find_propagator
@@ -219,6 +220,7 @@ def _is2re_parser() -> Parser:
     parser.add_argument("--max-steps", type=PositiveInt, default=300, help="end a relaxation after")
     parser.add_argument("--limit", type=PositiveInt, default=None, help="only the first so many")
     parser.add_argument("--device", type=str, default="cpu", help="cpu, cuda or cuda:1")
+    add_ignore_option(parser)
     parser.door(
         source=data_source, potential=find_potential, out=refuse_unwritable, device=device_name
     )

@@ -17,6 +17,7 @@ from atomeq.cli.door import (
     refuse_old_output,
     refuse_old_potential,
 )
+from atomeq.cli.parsers.simulation import add_ignore_option
 from atomeq.cli.terminal import Parser
 from atomeq.files import refuse_unwritable
 from atomeq.potential.folders import ABOUT_FILE, METRICS_FILE, find_potential, find_single_potential
@@ -186,6 +187,7 @@ def _check_parser() -> Parser:
     )
     parser.add_argument("--json", type=str, default=None, help="write the results there as well")
     parser.add_overwrite(refuse_old_files("json"))
+    add_ignore_option(parser)
     parser.door(
         target=checkable, structure=existing_file, json=refuse_unwritable, device=device_name
     )
@@ -282,6 +284,7 @@ def _evaluate_parser() -> Parser:
         default=None,
         help="precision of the network on labels; by default that of the potential",
     )
+    add_ignore_option(parser)
     parser.door(
         potential=find_potential,
         properties=existing_file,
@@ -321,6 +324,7 @@ def _calibrate_parser() -> Parser:
     parser.add_argument("--out", required=True, type=Path, help="folder of the new potential")
     parser.add_overwrite(refuse_old_potential)
     parser.add_argument("--device", type=str, default="cpu", help="cpu or cuda")
+    add_ignore_option(parser)
     parser.door(potential=find_single_potential, device=device_name)
     return parser
 
@@ -345,9 +349,7 @@ def _select_parser() -> Parser:
     parser.add_argument("--out", required=True, type=str, help="OUT.extxyz or OUT.traj")
     parser.add_overwrite(refuse_old_output("select"))
     parser.add_argument("--device", type=str, default="cpu", help="cpu or cuda")
-    parser.add_argument(
-        "--ignore", type=str, default="", help="charge, spin or both: leave them out of account"
-    )
+    add_ignore_option(parser)
     parser.door(
         pool=data_source,
         train=data_source,

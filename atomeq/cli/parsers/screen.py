@@ -6,7 +6,7 @@ from typing import Literal
 from jsonargparse.typing import PositiveFloat, PositiveInt
 
 from atomeq.cli.door import device_name, existing_file, existing_path, refuse_old_files
-from atomeq.cli.parsers.simulation import add_precision_option
+from atomeq.cli.parsers.simulation import add_ignore_option, add_precision_option
 from atomeq.cli.terminal import Parser
 from atomeq.potential.folders import find_potential
 
@@ -100,6 +100,7 @@ def add_work_options(parser: Parser) -> None:
         "--dtype", type=Literal["float32", "float64"], default=None, help="of the network"
     )
     add_precision_option(parser)
+    add_ignore_option(parser)
     parser.add_argument("--max-edges", type=PositiveInt, default=None, help="computed at once")
     parser.add_argument(
         "--shard", type=str, default=None, help="k/n: every n-th structure; in a SLURM array auto"

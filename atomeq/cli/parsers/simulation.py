@@ -5,7 +5,13 @@ from typing import Literal
 
 from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 
-from atomeq.cli.door import device_name, existing_file, output_format, refuse_old_output
+from atomeq.cli.door import (
+    device_name,
+    existing_file,
+    ignorable,
+    output_format,
+    refuse_old_output,
+)
 from atomeq.cli.terminal import Parser
 from atomeq.potential.folders import find_potential
 
@@ -136,12 +142,7 @@ def simulation_parser(
         help="precision of the network" + ("" if dtype else "; by default that of the potential"),
     )
     add_precision_option(parser)
-    parser.add_argument(
-        "--ignore",
-        type=str,
-        default="",
-        help="charge, spin or both, with a comma: leave them out where the potential knows neither",
-    )
+    add_ignore_option(parser)
     parser.door(input=existing_file, potential=find_potential, device=device_name)
     return parser
 
@@ -155,6 +156,17 @@ def add_precision_option(parser: Parser) -> None:
         help="operands of tensor products on a GPU: fp32, TF32 or bfloat16; by default what the "
         "potential recommends",
     )
+
+
+def add_ignore_option(parser: Parser) -> None:
+    """Add what is left out of account, as every verb has it that computes others' structures."""
+    parser.add_argument(
+        "--ignore",
+        type=str,
+        default="",
+        help="charge, spin or both, with a comma: leave them out where the potential knows neither",
+    )
+    parser.door(ignore=ignorable)
 
 
 def _add_relax_options(parser: Parser) -> None:
