@@ -3,10 +3,12 @@
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from torch.optim import Optimizer
 
 from atomeq.training.losses import PotentialLoss
 
@@ -48,6 +50,35 @@ class Stage:
 def stage_of(stages: Sequence[Stage], epoch: int, step: int) -> int:
     """Return how many stages have begun; the last of them is on."""
     return sum(stage.has_begun(epoch, step) for stage in stages)
+
+
+def keep_best(callbacks: Iterable[Callback], stage: int) -> None:
+    """Rename the best weights of a stage that ends, ``best_stage_1.ckpt``, before others are best.
+
+    Args:
+        callbacks: Those of a trainer.
+        stage: Number of the stage, from 1.
+    """
+    for callback in callbacks:
+        if isinstance(callback, ModelCheckpoint) and callback.best_model_path:
+            path = Path(callback.best_model_path)
+            if path.exists():
+                path.rename(path.with_stem(f"{path.stem}_stage_{stage}"))
+
+
+def forget_moments(optimizers: Iterable[Optimizer]) -> None:
+    """Let Adam's means of gradients and of their squares begin anew.
+
+    A step is the one over the root of the other: where a stage makes gradients a hundred times as
+    large its first steps would be tens of times the rate, and throw the network back by epochs.
+
+    Args:
+        optimizers: Those of a trainer, changed in place. Others than Adam's stay.
+    """
+    for optimizer in optimizers:
+        for state in optimizer.state.values():
+            if {"step", "exp_avg", "exp_avg_sq"} <= state.keys():
+                state.update({name: torch.zeros_like(value) for name, value in state.items()})
 
 
 def forget_best(callbacks: Iterable[Callback], monitor: str = "val/loss") -> None:

@@ -33,7 +33,7 @@ from atomeq.training.preparation import predictor_to_train, prepare, with_neighb
 from atomeq.training.random_state import get_rng_states, set_own_rng_state
 from atomeq.training.recomputed import predicted, refuse_to_recompute
 from atomeq.training.schedules import RunSchedule, total_steps
-from atomeq.training.stages import Stage, forget_best, stage_of
+from atomeq.training.stages import Stage, forget_best, forget_moments, keep_best, stage_of
 from atomeq.training.stress_offset import StressOffset
 from atomeq.typing import Precision, PropertyKey
 
@@ -215,17 +215,23 @@ class AtomisticTask(LightningModule):
         )
         return terms["loss"]
 
-    def _enter_stage(self, *, quietly: bool = False) -> None:
+    def _enter_stage(self) -> None:
         """Minimise the loss of the stage that is on."""
-        stage = stage_of(self.stages, self.trainer.current_epoch, self.trainer.global_step)
+        trainer: Any = self.trainer
+        stage = stage_of(self.stages, trainer.current_epoch, trainer.global_step)
         if stage == self._stage:
             return
+        if trainer.is_global_zero:
+            keep_best(trainer.callbacks, self._stage + 1)
+        forget_best(trainer.callbacks)
+        forget_moments(trainer.optimizers)
+        if self._plateau is not None:
+            self._plateau._reset()
+        self._take_stage(stage)
+        logger.info("stage %d: %s", stage + 1, self.loss)
+
+    def _take_stage(self, stage: int) -> None:
         self._stage, self.loss = stage, self.losses[stage]
-        if not quietly:
-            logger.info("stage %d: %s", stage + 1, self.loss)
-            forget_best(self.trainer.callbacks)  # pyright: ignore[reportAttributeAccessIssue]
-            if self._plateau is not None:
-                self._plateau._reset()
 
     def set_neighbor_count(self, count: float) -> None:
         """Let the network divide sums over neighbours by another count; its weights stay."""
@@ -359,7 +365,6 @@ class AtomisticTask(LightningModule):
     def on_train_start(self) -> None:
         """Measure what is started from, and restore the random state of a run that goes on."""
         data = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
-        self._enter_stage(quietly=True)
         refuse_two_averages(self.trainer.optimizers, self.trainer.callbacks)  # pyright: ignore
         train_or_eval(self.trainer.optimizers, train=True)
         if self.start_from is not None and not self._loaded:
@@ -373,7 +378,7 @@ class AtomisticTask(LightningModule):
         """Add the random state, the loss and the validation errors of these weights."""
         checkpoint["rng_state"] = get_rng_states()
         save_averages(checkpoint, self.trainer)
-        checkpoint["loss"] = self.loss_text()
+        checkpoint["loss"], checkpoint["stage"] = self.loss_text(), self._stage
         checkpoint["avg_num_neighbors"] = self.neighbor_count
         checkpoint["validation"] = dict(self.val_results)
         checkpoint["validation_before"] = dict(self.start_results)
@@ -391,6 +396,7 @@ class AtomisticTask(LightningModule):
         if checkpoint.get("loss", self.loss_text()) != self.loss_text():
             logger.info("the loss is another one: the lowest val/loss so far no longer counts")
             forget_scores(checkpoint)
+        self._take_stage(min(checkpoint.get("stage", 0), len(self.stages)))
         self.start_results = checkpoint.get("validation_before", {})
         self.old_start_results = checkpoint.get("old_data_before", {})
         self._rng_state = checkpoint.get("rng_state")

@@ -25,7 +25,7 @@ from atomeq.potential.repulsion import ZBL
 from atomeq.training.callbacks import ExponentialMovingAverage
 from atomeq.training.losses import PotentialLoss
 from atomeq.training.preparation import with_neighbor_count, without_terms
-from atomeq.training.stages import Stage, stage_of
+from atomeq.training.stages import Stage, forget_moments, stage_of
 from atomeq.training.stress_offset import StressOffset
 
 
@@ -56,11 +56,46 @@ def test_a_second_stage_has_its_loss_and_its_own_best_weights(tmp_path: Path, ex
     losses = [float(row.split(",")[column]) for row in rows[1:] if row.split(",")[column]]
     assert losses[2] > losses[1]
     assert "Stage(" in best["loss"]
+    assert checkpoint(run, "best_stage_1")["epoch"] < 2
+    moments = checkpoint(run, "last")["optimizer_states"][0]["state"].values()
+    steps = checkpoint(run, "last")["global_step"]
+    assert {2 * int(moment["step"]) for moment in moments} == {steps}
     # Continued inside the stage, the best weights so far still count.
     main(["fit", "-c", str(experiment), "--trainer.max_epochs=5", stages, *ema, "--ckpt_path=last"])
     again = checkpoint(run, "last")["callbacks"]
     score = next(c["best_model_score"] for name, c in again.items() if "RunCheckpoint" in name)
     assert float(score) <= min(losses[2:]) * (1 + 1e-6)
+
+
+def test_a_run_that_stops_where_a_stage_begins_goes_on_as_if_it_had_not(tmp_path, experiment):
+    stages = f"--model.stages={json.dumps([{'epoch': 2, 'loss': {'energy': 1000.0}}])}"
+    words = ["fit", "-c", str(experiment), stages, "--model.scheduler=null"]
+    main([*words, "--trainer.max_epochs=3"])
+    run = tmp_path / "run"
+    expected = checkpoint(run, "last")
+    run.rename(tmp_path / "whole")
+    main([*words, "--trainer.max_epochs=2"])
+    main([*words, "--trainer.max_epochs=3", "--ckpt_path=last"])
+    found = checkpoint(run, "last")
+    torch.testing.assert_close(found["raw_weights"], expected["raw_weights"], rtol=0, atol=0)
+    assert checkpoint(run, "best")["epoch"] == 2  # of the second stage, whose losses are larger
+
+
+@pytest.mark.parametrize("forgotten", [True, False])
+def test_the_first_steps_of_a_stage_are_no_larger_than_the_rate(forgotten: bool):
+    weight = torch.nn.Parameter(torch.tensor(0.0))
+    optimizer = torch.optim.AdamW([weight], lr=1e-3, weight_decay=0.0)
+    longest = 0.0
+    for step in range(60):
+        factor = 1e-4 if step < 50 else 1.0
+        if step == 50 and forgotten:
+            forget_moments([optimizer])
+        before = weight.item()
+        optimizer.zero_grad()
+        (factor * (weight - 3.0).square()).backward()
+        optimizer.step()
+        longest = max(longest, abs(weight.item() - before))
+    assert (longest < 1.1e-3) is forgotten
 
 
 def test_a_stage_may_need_further_labels(experiment: Path, copper_file: Path, tmp_path, capsys):
