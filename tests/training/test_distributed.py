@@ -15,14 +15,19 @@ import pytest
 import torch
 import yaml
 from copper_experiment import labelled_copper
+from lightning.pytorch import LightningModule, Trainer
 from safetensors.torch import load_file
 from small_models import SMALL_MODELS
 
 from atomeq.cli import main as command
 from atomeq.data.batching import BudgetBatchSampler, GraphDataset
 from atomeq.graph.builders import RadiusGraph
+from atomeq.models.egnn import EGNN
 from atomeq.training.losses import PotentialLoss, ScalarLoss
+from atomeq.training.sharded import Sharded
+from atomeq.training.task import AtomisticTask
 
+ROOT = Path(__file__).parents[2]
 RELATIVE = 1e-6  # float32: sums of two halves and of the whole are rounded differently
 DEFAULT = ("egnn", "escn")
 STOPPED = "stopped in the middle of an epoch"
@@ -198,6 +203,21 @@ def test_two_processes_train_as_one_with_twice_the_batch(tmp_path: Path, chosen:
     for name in shared:
         assert_same_run(tmp_path / f"one {name}", tmp_path / f"shares {name}")
     assert_same_checkpoint(tmp_path / f"shares {shared[-1]}", tmp_path / "stopped")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_shares_are_what_the_configuration_says_and_refuse_what_they_cannot_train():
+    values = yaml.safe_load((ROOT / "configs" / "trainer" / "fsdp.yaml").read_text())
+    strategy = Trainer(**values | {"accelerator": "cpu", "devices": 1}).strategy
+    assert isinstance(strategy, Sharded)
+    network = EGNN(3.5, num_layers=1, hidden_channels=4)
+    for task, message in (
+        (AtomisticTask(network, recompute=2), "leave one of the two out"),
+        (LightningModule(), "take trainer.strategy ddp"),
+    ):
+        strategy.connect(task)
+        with pytest.raises(ValueError, match=message):
+            strategy.setup(task)  # type: ignore[arg-type]
 
 
 @pytest.mark.filterwarnings("ignore")
