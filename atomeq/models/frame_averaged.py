@@ -25,7 +25,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from atomeq.graph.atom_graph import AtomGraph
 from atomeq.graph.builders import GraphBuilder
@@ -221,7 +221,7 @@ class Canonicalized(OverFrames):
     One pass instead of eight, and the orientation is learned. A structure in which vectors cannot
     tell directions apart has no canonical orientation: one with an inversion centre, and for E(3) a
     planar one. It is averaged over its principal frames instead, which is exactly invariant; the
-    energy jumps where a distortion ends that.
+    energy jumps where a distortion ends that. The same learned rotation follows for all structures.
 
     Args:
         model: Any model of the package.
@@ -232,6 +232,8 @@ class Canonicalized(OverFrames):
         num_elements: Atomic numbers below this are embedded.
         batched: All frames in one batch, or one after the other; see :class:`OverFrames`.
     """
+
+    checkpoint_version = 2
 
     def __init__(
         self,
@@ -250,6 +252,8 @@ class Canonicalized(OverFrames):
         self.num_layers = num_layers
         self.num_radial = num_radial
         self.num_elements = num_elements
+        # Polar vectors of a plane of atoms lie in it: only with this can the plane end up tilted.
+        self.rest = nn.Parameter(torch.eye(3))
         self.vectors = CanonicalVectors(
             model.cutoff,
             channels=channels,
@@ -257,6 +261,13 @@ class Canonicalized(OverFrames):
             num_radial=num_radial,
             num_elements=num_elements,
         )
+
+    @classmethod
+    def upgrade(
+        cls, version: int, init_args: dict[str, Any], weights: dict[str, Tensor]
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Add the rotation that comes after the frames, which version 1 had not: none."""
+        return init_args, {**weights, "rest": torch.eye(3)}
 
     def frames(self, graph: AtomGraph) -> FrameSet:
         """Return one frame for each structure, or the principal ones where it has none."""
@@ -285,4 +296,6 @@ class Canonicalized(OverFrames):
             batch=graph.batch,
             n_graphs=graph.n_graphs,
         )
-        return canonical_frames(vectors.to(graph.pos.dtype), proper=self.proper)
+        frames, degenerate = canonical_frames(vectors.to(graph.pos.dtype), proper=self.proper)
+        rest, _ = canonical_frames(self.rest[None].to(frames), proper=True)
+        return torch.where(degenerate[:, None, None], frames, frames @ rest), degenerate

@@ -106,6 +106,37 @@ def test_structures_without_an_orientation_do_not_count():
     assert all(torch.isfinite(one).all() for one in gradients)
 
 
+def test_a_plane_of_atoms_can_be_shown_tilted():
+    """Polar vectors of a plane lie in it, so that frames made of them never tilt it."""
+    model = Canonicalized(FAENet(3.0, **FAENET), proper=True).double()
+    atoms = molecule("H2CO")
+    atoms.positions = Rotation.from_euler("x", 50, degrees=True).apply(atoms.positions)
+    atoms.numbers[2] = 9  # no mirror but that plane
+    graph = Potential(model).build_graph(atoms)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    for _ in range(200):
+        optimizer.zero_grad()
+        prior = (model.orientation(graph) - torch.eye(3)).square().mean()
+        prior.backward()
+        optimizer.step()
+    assert angles_of(model.orientation(graph).detach()) < 10  # of 50
+    turn = torch.tensor(Rotation.from_rotvec([0.7, -1.3, 0.4]).as_matrix())
+    atoms.positions = atoms.positions @ turn.numpy().T
+    again = model.orientation(Potential(model).build_graph(atoms))
+    torch.testing.assert_close(again, turn @ model.orientation(graph))
+
+
+def test_potentials_without_the_last_rotation_load(tmp_path):
+    potential = Potential(Canonicalized(FAENet(3.0, **FAENET)))
+    save_potential(potential, tmp_path / "new")
+    node = yaml.safe_load((tmp_path / "new" / CONFIG_FILE).read_text())
+    weights = {k: v for k, v in potential.model.state_dict().items() if k != "rest"}
+    arguments, upgraded = Canonicalized.upgrade(1, node["model"]["init_args"], weights)
+    assert node["model"]["checkpoint_version"] == 2
+    assert arguments == node["model"]["init_args"]
+    potential.model.load_state_dict(upgraded)
+
+
 def test_angles_are_those_of_the_rotations():
     turns = Rotation.from_rotvec([[0, 0, 0], [0, 0, np.pi / 2], [0, np.pi, 0], [0.3, 0.4, 0]])
     found = angles_of(torch.tensor(turns.as_matrix()))
