@@ -14,7 +14,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from atomeq.data.ase_files import ELECTRIC_SHAPES, DataError
 from atomeq.graph.atom_graph import AtomGraph
+from atomeq.graph.builders import GraphBuilder
 
+_N_SAMPLED = 1000
 LABELS = ("energy", "forces", "stress", "scalar", *ELECTRIC_SHAPES)
 
 
@@ -84,6 +86,38 @@ class GraphDataset(Dataset[AtomGraph]):
     def place(self, index: int) -> str:
         """Return where a structure came from: file and frame, if they are known."""
         return self._places[index] if self._places else f"structure {index} of {self.name}"
+
+
+class DatasetOnDisk(GraphDataset):
+    """Structures that are read, and given their edges, when a batch is asked for."""
+
+    builder: GraphBuilder
+    structures_of: str  # what errors call them
+
+    def __getitem__(self, index: int) -> AtomGraph:
+        return self.__getitems__([index])
+
+    @property
+    def n_edges(self) -> Sequence[int] | NDArray[np.int64]:
+        """Not known before the graphs are built.
+
+        Raises:
+            DataError: Always.
+        """
+        raise DataError(
+            f"{self.name}: the edges of {self.structures_of} are not known before a batch is "
+            "built; bound batches with data.max_atoms instead of data.max_edges"
+        )
+
+    def _sampled(self) -> list[int]:
+        """Return up to 1,000 indices, evenly spread: what references and scales are fitted to."""
+        return np.unique(np.linspace(0, len(self) - 1, _N_SAMPLED).round().astype(int)).tolist()
+
+    def _with_edges(self, graph: AtomGraph, places: str) -> AtomGraph:
+        try:
+            return self.builder(graph)
+        except ValueError as error:
+            raise DataError(f"{places}: {error}") from error
 
 
 class BudgetBatchSampler(Sampler[list[int]]):

@@ -21,7 +21,7 @@ from ase import Atoms
 from numpy.typing import ArrayLike, NDArray
 
 from atomeq.data.ase_files import LABEL_WEIGHTS, DataError, other_labels
-from atomeq.data.batching import LABELS, GraphDataset
+from atomeq.data.batching import LABELS, DatasetOnDisk
 from atomeq.data.molecule_files import HDF5_SUFFIXES
 from atomeq.files import write_atomically
 from atomeq.graph.atom_graph import UNKNOWN, AtomGraph
@@ -33,8 +33,6 @@ _File: TypeAlias = Any  # h5py's own types tell groups from data sets at run tim
 _FORMAT = "atomeq structures"
 _AT_ONCE = 1000  # structures written together
 _CHUNK = 1024  # rows that are compressed together, and read together
-# Structures that references and scales are fitted to, evenly spread.
-_N_SAMPLED = 1000
 
 
 def write_hdf5(
@@ -188,7 +186,7 @@ class StoredStructures(Sequence[AtomGraph]):
         return {**self.__dict__, "_handles": (-1, [])}
 
 
-class StoredDataset(GraphDataset):
+class StoredDataset(DatasetOnDisk):
     """Structures of HDF5 files as graphs; the edges of a batch are built when it is asked for.
 
     Args:
@@ -196,6 +194,8 @@ class StoredDataset(GraphDataset):
         builder: Makes the edges.
         name: What errors call this set.
     """
+
+    structures_of = "structures in HDF5"
 
     def __init__(
         self, structures: StoredStructures, builder: GraphBuilder, *, name: str = "data"
@@ -207,18 +207,11 @@ class StoredDataset(GraphDataset):
     def __len__(self) -> int:
         return len(self.structures)
 
-    def __getitem__(self, index: int) -> AtomGraph:
-        return self.__getitems__([index])
-
     def _batch(self, indices: Sequence[int]) -> AtomGraph:
         graph = AtomGraph.concatenate([self.structures[index] for index in indices])
         if "weight" not in graph:
             graph = graph.replace(weight=torch.ones(graph.n_graphs, dtype=torch.float64))
-        try:
-            return self.builder(graph)
-        except ValueError as error:
-            places = ", ".join(map(self.place, indices))
-            raise DataError(f"{places}: {error}") from error
+        return self._with_edges(graph, ", ".join(map(self.place, indices)))
 
     def place(self, index: int) -> str:
         """Return file and frame of a structure."""
@@ -235,26 +228,13 @@ class StoredDataset(GraphDataset):
         return self.structures.n_atoms
 
     @property
-    def n_edges(self) -> NDArray[np.int64]:
-        """Not known before the graphs are built.
-
-        Raises:
-            DataError: Always.
-        """
-        raise DataError(
-            f"{self.name}: the edges of structures in HDF5 are not known before a batch is built; "
-            "bound batches with data.max_atoms instead of data.max_edges"
-        )
-
-    @property
     def elements(self) -> list[int]:
         """The atomic numbers that occur."""
         return self.structures.elements
 
     def sample(self) -> Sequence[AtomGraph]:
         """Return up to 1,000 structures, evenly spread, with their edges."""
-        chosen = np.unique(np.linspace(0, len(self) - 1, _N_SAMPLED).round().astype(int))
-        return [self._batch([int(k)]) for k in chosen]
+        return [self._batch([k]) for k in self._sampled()]
 
 
 def read_hdf5(path: Path) -> Iterator[Atoms]:

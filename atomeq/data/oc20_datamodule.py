@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from atomeq.data.ase_files import DataError, expand_data_path
-from atomeq.data.batching import GraphDataset
+from atomeq.data.batching import DatasetOnDisk
 from atomeq.data.datamodule import AtomisticDataModule
 from atomeq.data.oc20 import Frames, open_frames
 from atomeq.data.oc20_frame import EnergyKind, OC20Frame
@@ -24,13 +24,11 @@ from atomeq.graph.builders import GraphBuilder
 
 logger = logging.getLogger(__name__)
 
-# Frames that references and scales are fitted to, evenly spread; OC20 has 134 million.
-_N_SAMPLED = 1000
 # Sets up to this size are read through for what metadata.npz would say.
 _SMALL = 20_000
 
 
-class FrameDataset(GraphDataset):
+class FrameDataset(DatasetOnDisk):
     """OC20 frames on disk as graphs; a list of indices gives their batch, built at once.
 
     Args:
@@ -41,6 +39,8 @@ class FrameDataset(GraphDataset):
         n_atoms: Atoms of each frame, where a ``metadata.npz`` has told.
         elements: Atomic numbers that occur, where it has told.
     """
+
+    structures_of = "OC20 frames"
 
     def __init__(
         self,
@@ -62,9 +62,6 @@ class FrameDataset(GraphDataset):
     def __len__(self) -> int:
         return len(self.frames)
 
-    def __getitem__(self, index: int) -> AtomGraph:
-        return self.__getitems__([index])
-
     def place(self, index: int) -> str:
         """Return frame, system and step of a trajectory."""
         frame = self.frames[index]
@@ -74,10 +71,7 @@ class FrameDataset(GraphDataset):
         """Return the batch of some frames, with edges."""
         frames = [self.frames[index] for index in indices]
         graph = graph_of_frames(frames, energy=self.energy, labels=self.labels)
-        try:
-            return self.builder(graph)
-        except ValueError as error:
-            raise DataError(f"{self.name}, frames {list(indices)}: {error}") from error
+        return self._with_edges(graph, f"{self.name}, frames {list(indices)}")
 
     @cached_property
     def labels(self) -> set[str]:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -92,28 +86,15 @@ class FrameDataset(GraphDataset):
         return self._read_through()[0]
 
     @property
-    def n_edges(self) -> NDArray[np.int64]:
-        """Not known before the graphs are built.
-
-        Raises:
-            DataError: Always.
-        """
-        raise DataError(
-            f"{self.name}: the edges of OC20 frames are not known before a batch is built; bound "
-            "batches with data.max_atoms instead of data.max_edges"
-        )
-
-    @property
     def elements(self) -> list[int]:
         """The atomic numbers that occur."""
         return self._read_through()[1]
 
     def sample(self) -> Sequence[AtomGraph]:
         """Return up to 1,000 frames, evenly spread, without edges."""
-        chosen = np.unique(np.linspace(0, len(self) - 1, _N_SAMPLED).round().astype(int))
         return [
-            graph_of_frames([self.frames[int(k)]], energy=self.energy, labels=self.labels)
-            for k in chosen
+            graph_of_frames([self.frames[k]], energy=self.energy, labels=self.labels)
+            for k in self._sampled()
         ]
 
     def _read_through(self) -> tuple[NDArray[np.int64], list[int]]:
