@@ -88,7 +88,7 @@ class PairNetworks(NamedTuple):
     ) -> PairFeatures:
         basis = self.basis(lengths)  # (n_edges, num_radial)
         if self.elements is None:
-            none = basis.new_zeros(len(numbers), 0)
+            none = basis.new_zeros(numbers.shape[0], 0)
             return PairFeatures(basis, none, none, edge_index)
         if isinstance(self.elements, tuple):
             source, target = (embed(numbers) for embed in self.elements)

@@ -90,7 +90,7 @@ class PairKernel(nn.Module):
             for (l_out, n_out), part in zip(self.outputs.items(), parts, strict=True):
                 weights = self.radial[f"{l_in}_{l_out}"](edges.scalars)
                 n_paths = len(self.paths[l_in, l_out])
-                weights = weights.view(len(weights), n_out, n_in, n_paths)
+                weights = weights.view(weights.shape[0], n_out, n_in, n_paths)
                 part = part.unflatten(1, (n_paths, 2 * l_out + 1)) / math.sqrt(2 * l_out + 1)
                 message = torch.einsum("ejmi,eoij->emo", part, weights)
                 found[l_out] = found[l_out] + message if l_out in found else message
@@ -158,7 +158,9 @@ class DegreeAttention(nn.Module):
             products = (x[l].mT @ x[l]).flatten(1)
             sign = torch.where(products < 0, -1.0, 1.0).to(products)
             products = sign * products.abs().clamp(min=_SMALLEST)
-            shares = self.networks[str(l)](products).view(len(products), n_out, -1).softmax(dim=2)
+            shares = (
+                self.networks[str(l)](products).view(products.shape[0], n_out, -1).softmax(dim=2)
+            )
             found[l] = x[l] @ shares.mT
         return found
 
@@ -193,7 +195,7 @@ class TensorFieldLayer(nn.Module):
     def forward(self, h: DegreeFeatures, edges: EdgeData) -> DegreeFeatures:
         """Convolve the features of the atoms."""
         source, target = edges.index
-        n_atoms = len(next(iter(h.values())))
+        n_atoms = next(iter(h.values())).shape[0]
         sources = {l: x.index_select(0, source) for l, x in h.items()}
         messages = self.kernel(sources, edges)
         messages = self.own(messages) if self.flavor == "TFN" else messages
@@ -258,7 +260,7 @@ class SE3Attention(nn.Module):
     def forward(self, h: DegreeFeatures, edges: EdgeData) -> DegreeFeatures:
         """Attend to the neighbours of the atoms."""
         source, target = edges.index
-        n_atoms = len(next(iter(h.values())))
+        n_atoms = next(iter(h.values())).shape[0]
         sources = {l: x.index_select(0, source) for l, x in h.items()}
         if self.x_ij == "cat":
             own = [sources[1]] if 1 in sources else []
@@ -268,7 +270,7 @@ class SE3Attention(nn.Module):
             sources[1] = torch.cat([first, sources[1][:, :, 1:]], dim=2)
         keys, queries = self.key(sources, edges), self.query(h)
         terms = [(keys[l] * q.index_select(0, target)).sum(dim=1) for l, q in queries.items()]
-        by_head = [t.view(len(t), self.num_heads, t.shape[1] // self.num_heads) for t in terms]
+        by_head = [t.view(t.shape[0], self.num_heads, t.shape[1] // self.num_heads) for t in terms]
         logits = torch.cat(by_head, dim=2).sum(dim=2) / self.temperature
         if edges.envelope is None:
             weights = segment_softmax(logits, target, n_atoms)  # (n_edges, num_heads)

@@ -161,18 +161,18 @@ def _exported(potential: Potential) -> torch.export.ExportedProgram:
     def compute(*values: Tensor) -> tuple[Tensor, ...]:
         return _computed(potential, AtomGraph(**dict(zip(fields, values, strict=True))))
 
-    graph = _example(potential)
+    graph = example_graph(potential)
     example = tuple(graph[name] for name in fields)
     with use_backend("reference"):
         compute(*example)  # constant tables are made from numbers, which a trace does not have
         try:
             trace = make_fx(compute, tracing_mode="symbolic", _allow_non_fake_inputs=True)(*example)
-            _refuse_guards(trace)
+            refuse_guards(trace)
             return torch.export.export(
                 trace, example, dynamic_shapes=tuple(map(_dynamic, fields)), strict=False
             )
         except RuntimeError as error:
-            raise ExportError(_not_traceable(potential, error)) from error
+            raise ExportError(not_traceable(potential, error)) from error
 
 
 def _computed(potential: Potential, graph: AtomGraph) -> tuple[Tensor, ...]:
@@ -191,7 +191,7 @@ def _dynamic(field: str) -> dict[int, Any]:
     return {axis: torch.export.Dim.DYNAMIC}  # refuses a trace that holds for one size alone
 
 
-def _refuse_guards(trace: fx.GraphModule) -> None:
+def refuse_guards(trace: fx.GraphModule) -> None:
     """Refuse a trace that took one of two ways by looking at a size of the example.
 
     Only the axes of space, 3, and the ends of an edge, 2, are numbers that it may rely on.
@@ -202,7 +202,8 @@ def _refuse_guards(trace: fx.GraphModule) -> None:
             raise RuntimeError(f"the trace holds only where {guard.expr}")
 
 
-def _not_traceable(potential: Potential, error: RuntimeError) -> str:
+def not_traceable(potential: Potential, error: RuntimeError) -> str:
+    """Return what to tell of a potential whose trace has failed."""
     reason = str(error).strip().split("\n")[0]
     parts = [potential.model, *potential.terms]
     names = " with ".join(type(part).__name__ for part in parts)
@@ -212,7 +213,7 @@ def _not_traceable(potential: Potential, error: RuntimeError) -> str:
     )
 
 
-def _example(potential: Potential) -> AtomGraph:
+def example_graph(potential: Potential) -> AtomGraph:
     """Return structures to trace with; of their numbers only the sizes matter."""
     generator = torch.Generator().manual_seed(0)
     n_atoms = sum(_SIZES)

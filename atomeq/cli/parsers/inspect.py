@@ -118,8 +118,12 @@ structures of any size without the package's operations, faster for small struct
 a minute and a C++ compiler. The file is a program: whoever loads it runs it, which in Python
 atomeq.load_compiled("OUT.pt2") does.
 
-example:
+With --format metatomic it writes OUT.pt, a model for LAMMPS, GROMACS, i-PI and other codes that are
+built with metatomic, which has to be installed here as well (pip install atomeq[metatomic]).
+
+examples:
   atomeq export cu-pbe --out cu.pt2
+  atomeq export cu-pbe --format metatomic --out cu.pt
 """
 
 
@@ -365,8 +369,11 @@ def _export_parser() -> Parser:
     parser.add_argument(
         "potential", metavar="POTENTIAL", type=str, help="name or folder of a potential"
     )
-    parser.add_argument("--out", required=True, type=Path, help="OUT.pt2")
+    parser.add_argument("--out", required=True, type=Path, help="OUT.pt2, or OUT.pt of metatomic")
     parser.add_overwrite(refuse_old_files("out"))
+    parser.add_argument(
+        "--format", type=Literal["pt2", "metatomic"], default="pt2", help="what to write"
+    )
     parser.add_argument(
         "--dtype",
         type=Literal["float32", "float64"],

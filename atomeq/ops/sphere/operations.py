@@ -108,9 +108,9 @@ def sphere_silu(
     Raises:
         ValueError: If x has not the grid's number of rows.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or type(x) is not Tensor:
         # The compiler differentiates a Function once only, and takes that for a constant of further
-        # derivatives; it need not keep what it can make again.
+        # derivatives; it need not keep what it can make again. A trace has no place for one at all.
         return grid.from_matrix(like=x) @ silu(grid.to_matrix(like=x) @ x)
     return _SphereSiLU.apply(x, grid)  # type: ignore[no-any-return]
 
