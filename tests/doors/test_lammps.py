@@ -1,5 +1,11 @@
 """LAMMPS moves atoms by a potential's forces as ASE does; skipped where LAMMPS is not installed."""
 
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from ase import Atoms, units
@@ -132,14 +138,102 @@ def test_what_cannot_be_right_is_refused(elements, unit, message):
         LammpsForces(lmp, small_potential(), elements)
 
 
-def test_several_processes_and_no_box_are_refused(monkeypatch):
+def test_no_box_is_refused():
     lmp = lammps("-screen", "none", "-log", "none")
     lmp.command("units metal")
     with pytest.raises(ValueError, match="no box yet"):
         LammpsForces(lmp, small_potential(), ["Cu"])
+
+
+def test_several_processes_without_mpi4py_or_another_mpi_are_refused(monkeypatch):
+    lmp = started(alloy(), ["Cu", "Al"])
     asked = lmp.extract_setting
     monkeypatch.setattr(
-        lmp, "extract_setting", lambda name: 2 if name == "world_size" else asked(name)
+        lmp, "extract_setting", lambda name: 3 if name == "world_size" else asked(name)
     )
-    with pytest.raises(ValueError, match="2 processes, and each would see"):
-        LammpsForces(lmp, small_potential(), ["Cu"])
+    monkeypatch.setitem(sys.modules, "mpi4py", None)
+    with pytest.raises(ImportError, match="3 processes, which speak by mpi4py"):
+        LammpsForces(lmp, small_potential(), ["Cu", "Al"])
+    world = SimpleNamespace(MPI=SimpleNamespace(COMM_WORLD=SimpleNamespace(size=1)))
+    monkeypatch.setitem(sys.modules, "mpi4py", world)
+    with pytest.raises(ValueError, match="mpi4py sees 1: they use different libraries"):
+        LammpsForces(lmp, small_potential(), ["Cu", "Al"])
+
+
+def many() -> Atoms:
+    """Enough for two domains, with atoms of both elements."""
+    atoms = alloy().repeat((2, 3, 2))
+    atoms.rattle(0.05, seed=1)
+    atoms.wrap()
+    return atoms
+
+
+def run_of_many() -> dict[str, np.ndarray]:
+    """What a process sees after some steps, in which atoms cross from one domain to the other."""
+    atoms = many()
+    lmp = started(atoms, ["Cu", "Al"], before="atom_modify sort 3 2.0")
+    lmp.commands_string("velocity all create 3000.0 7 loop all\ntimestep 0.002\nfix move all nve")
+    forces = LammpsForces(lmp, small_potential(), ["Cu", "Al"])
+    domain = set(lmp.numpy.extract_atom("id")[: lmp.extract_setting("nlocal")].tolist())
+    forces.run("run 12")
+    after = lmp.numpy.extract_atom("id")[: lmp.extract_setting("nlocal")].tolist()
+    pe = lmp.get_thermo("pe")
+    seen = {"energy": forces.energy, "pe": pe, "forces": forces.forces}
+    seen |= {"pressure": pressure_of(lmp), "moved": len(domain.symmetric_difference(after))}
+    return {key: np.asarray(value) for key, value in seen.items()}
+
+
+def broken_in_one(rank: int) -> str:
+    """What a process raises where the potential of the second fails."""
+    lmp = started(many(), ["Cu", "Al"])
+    forces = LammpsForces(lmp, small_potential(), ["Cu", "Al"])
+    lmp.command("fix move all nve")
+    forces.run("run 0")
+    if rank == 1:
+        forces.potential.references.scale.fill_(float("nan"))
+    try:
+        forces.run("run 100")
+    except NotFiniteError as error:
+        return f"{error} at step {lmp.extract_global('ntimestep')}"
+    return "nothing"
+
+
+@pytest.fixture(scope="module")
+def of_two(tmp_path_factory) -> list[dict[str, np.ndarray]]:
+    """What each of two processes saw."""
+    mpiexec = Path(sys.prefix) / "bin" / "mpiexec"
+    if find_spec("mpi4py") is None or not mpiexec.exists():
+        pytest.skip("two processes need mpiexec and mpi4py: pip install mpich mpi4py")
+    folder = tmp_path_factory.mktemp("two")
+    code = f"""
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+import numpy as np
+spec = spec_from_file_location("test_lammps", {__file__!r})
+tests = module_from_spec(spec)
+spec.loader.exec_module(tests)
+from mpi4py import MPI
+rank = MPI.COMM_WORLD.rank
+seen = tests.run_of_many() | {{"error": np.asarray(tests.broken_in_one(rank))}}
+np.savez(f"{{sys.argv[1]}}/{{rank}}.npz", **seen)
+"""
+    command = [mpiexec, "-n", "2", sys.executable, "-W", "ignore", "-c", code, folder]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [dict(np.load(folder / f"{rank}.npz")) for rank in range(2)]
+
+
+def test_two_processes_find_what_one_does(of_two):
+    one = run_of_many()
+    assert min(int(seen["moved"]) for seen in of_two) > 0
+    for seen in of_two:
+        assert seen["energy"] == pytest.approx(float(one["energy"]), abs=1e-6)
+        assert seen["pe"] == pytest.approx(float(one["pe"]), abs=1e-6)
+        np.testing.assert_allclose(seen["forces"], one["forces"], atol=1e-6)
+        np.testing.assert_allclose(seen["pressure"], one["pressure"], rtol=1e-6, atol=1e-2)
+
+
+def test_an_error_in_one_process_ends_both(of_two):
+    for seen in of_two:
+        assert "gives NaN or infinite" in str(seen["error"])
+        assert int(str(seen["error"]).split()[-1]) < 5
