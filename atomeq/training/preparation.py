@@ -173,6 +173,7 @@ def prepare(task: "AtomisticTask", data: AtomisticDataModule) -> None:
             f"{', '.join(data.heads) or 'none'}; name the same ones in the same order"
         )
     _refuse_missing_labels(task, data.train_set)
+    refuse_compiled(task)
     if task.measure_neighbors:
         some = data.train_set.sample()
         count = sum(graph.n_edges for graph in some) / sum(graph.n_atoms for graph in some)
@@ -190,6 +191,23 @@ def prepare(task: "AtomisticTask", data: AtomisticDataModule) -> None:
     refuse_precision(task, data.train_set)
     if data.replay is not None:
         _replay(task, data)
+
+
+def refuse_compiled(task: "AtomisticTask") -> None:
+    """Refuse, before the first step, a compiled network whose forces are to be learnt.
+
+    Raises:
+        ValueError: What torch.compile makes has no backward pass of its backward pass.
+    """
+    compiled = [one for one in task.modules() if getattr(one, "_compiled_call_impl", None)]
+    compiled += [task] if getattr(task, "_compiler_ctx", None) else []
+    derived = {"forces", "stress"} - task.potential.model.outputs
+    if compiled and derived & {key for loss in task.losses for key in loss.properties}:
+        raise ValueError(
+            f"{type(compiled[0]).__name__} is compiled, and torch.compile gives no second "
+            "derivative, which the gradient of forces is; train it as it is, and compile what "
+            "comes of it with `atomeq export`"
+        )
 
 
 def refuse_precision(task: "AtomisticTask", dataset: GraphDataset) -> None:

@@ -66,7 +66,7 @@ class Sharded(DDPStrategy):
         """Return the whole weights."""
         return {name: whole(one) for name, one in super().lightning_module_state_dict().items()}
 
-    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Tensor]:
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """Return the whole state of an optimizer."""
         found: dict[str, Any] = super().optimizer_state(optimizer)
         states = {

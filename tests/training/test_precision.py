@@ -12,7 +12,9 @@ from small_models import SMALL_MODELS
 from atomeq.cli.training import main
 from atomeq.potential.checkpoint import build_model, load_potential
 from atomeq.potential.potential import Potential
-from atomeq.training.preparation import refuse_precision
+from atomeq.training.losses import PotentialLoss
+from atomeq.training.preparation import refuse_compiled, refuse_precision
+from atomeq.training.task import AtomisticTask
 
 ROUNDED = 0.1  # of bfloat16's 8 bits, after two epochs
 
@@ -57,6 +59,16 @@ def test_half_precision_of_a_gpu_is_refused():
     task = SimpleNamespace(trainer=SimpleNamespace(precision="16-mixed"))
     with pytest.raises(ValueError, match="forces are derivatives"):
         refuse_precision(task, None)  # type: ignore[arg-type]
+
+
+def test_a_compiled_network_is_refused_where_forces_are_derivatives():
+    network = build_model(SMALL_MODELS["egnn"])
+    task = AtomisticTask(network, loss=PotentialLoss(energy=1, forces=1))
+    refuse_compiled(task)
+    network.compile(backend="eager")
+    with pytest.raises(ValueError, match=r"EGNN is compiled, and .* no second derivative"):
+        refuse_compiled(task)
+    refuse_compiled(AtomisticTask(network, loss=PotentialLoss(energy=1, forces=0)))
 
 
 @pytest.mark.slow  # six CPU seconds of torch's compiler
