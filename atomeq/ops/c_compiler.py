@@ -170,15 +170,22 @@ def _for_c(value: Any) -> Any:
     Raises:
         ValueError: A tensor is not contiguous.
     """
+    if value is None or type(value) is int:
+        return value
     if isinstance(value, Tensor):
         if not value.is_contiguous():
             raise ValueError(f"a C kernel was given strides {value.stride()}; pass .contiguous()")
         return value.data_ptr()
     if isinstance(value, list | tuple):
         numbers = bool(value) and isinstance(value[0], int)
-        kind = ctypes.c_int64 if numbers else ctypes.c_void_p
-        return (kind * max(1, len(value)))(*map(_for_c, value))
+        return _array(numbers, max(1, len(value)))(*map(_for_c, value))
     return ctypes.byref(value) if isinstance(value, ctypes.Structure) else value
+
+
+@cache
+def _array(numbers: bool, length: int) -> Any:
+    """Return a kind of array, which ctypes forgets with the last one of it."""
+    return (ctypes.c_int64 if numbers else ctypes.c_void_p) * length
 
 
 class _Structure(ctypes.Structure):
