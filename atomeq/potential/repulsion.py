@@ -12,6 +12,7 @@ from atomeq.graph.atom_graph import AtomGraph
 from atomeq.nn.irreps import known_to_the_host
 from atomeq.nn.radial import PolynomialEnvelope
 from atomeq.ops.segment.operations import segment_sum
+from atomeq.ops.tables import constant_table, table_like
 from atomeq.potential.distances import COVALENT_RADII
 from atomeq.potential.references import MAX_ATOMIC_NUMBER
 from atomeq.potential.terms import EnergyTerm
@@ -19,8 +20,6 @@ from atomeq.units import COULOMB_CONSTANT
 
 _SCREENING_LENGTH = 0.46850  # Å, 0.8854 Bohr radii
 _POWER = 0.23
-_AMPLITUDES = (0.18175, 0.50986, 0.28022, 0.02817)
-_DECAYS = (3.19980, 0.94229, 0.40290, 0.20162)
 _EXPONENT = 6
 
 
@@ -56,25 +55,21 @@ class ZBL(EnergyTerm):
 
     def forward(self, graph: AtomGraph) -> Tensor:
         """Return half of every pair's energy to each of its atoms, (n_atoms,), eV."""
-        numbers = graph.atomic_numbers
-        source, target = graph.edge_index
+        numbers, target = graph.atomic_numbers, graph.edge_index[1]
         lengths = graph.edge_vectors().to(torch.float64).norm(dim=1)
-        if known_to_the_host(source):  # else of all pairs: those that are far give zero
+        ends = numbers[graph.edge_index]  # (2, n_edges)
+        reach = self.radius_scale * self.radii[ends].sum(dim=0)
+        if known_to_the_host(target):  # else of all pairs: those that are far give zero
             self._refuse(numbers)
-            near = self._reach(numbers[source], numbers[target]) > lengths
-            source, target, lengths = source[near], target[near], lengths[near]
-        charge_j, charge_i = numbers[source].to(lengths), numbers[target].to(lengths)
-        x = lengths * (charge_i**_POWER + charge_j**_POWER) / _SCREENING_LENGTH
-        screening = sum(
-            amplitude * torch.exp(-decay * x)
-            for amplitude, decay in zip(_AMPLITUDES, _DECAYS, strict=True)
-        )
-        pairs = COULOMB_CONSTANT * charge_i * charge_j / lengths * screening
-        pairs = pairs * self._switch(lengths / self._reach(numbers[source], numbers[target]))
-        return segment_sum(pairs / 2, target, graph.n_atoms)
-
-    def _reach(self, numbers_j: Tensor, numbers_i: Tensor) -> Tensor:
-        return self.radius_scale * (self.radii[numbers_j] + self.radii[numbers_i])
+            near = (reach > lengths).nonzero()[:, 0]
+            target, lengths, reach = (one.index_select(0, near) for one in (target, lengths, reach))
+            ends = ends.index_select(1, near)
+        charges = ends.to(lengths)
+        amplitudes, decays = table_like(_screening, like=lengths)
+        x = lengths * ((charges**_POWER).sum(dim=0) / _SCREENING_LENGTH)
+        screening = torch.exp(x[:, None] * -decays) @ amplitudes
+        pairs = (COULOMB_CONSTANT / 2) * charges.prod(dim=0) / lengths * screening
+        return segment_sum(pairs * self._switch(lengths / reach), target, graph.n_atoms)
 
     def _refuse(self, numbers: Tensor) -> None:
         if len(numbers) and int(numbers.max()) >= len(COVALENT_RADII):
@@ -82,3 +77,10 @@ class ZBL(EnergyTerm):
                 f"ZBL knows elements up to {len(COVALENT_RADII) - 1}, and the structure has "
                 f"{int(numbers.max())}"
             )
+
+
+@constant_table
+def _screening() -> Tensor:
+    """Return the amplitudes and decays of the screening function, (2, 4)."""
+    amplitudes, decays = (0.18175, 0.50986, 0.28022, 0.02817), (3.19980, 0.94229, 0.40290, 0.20162)
+    return torch.tensor([amplitudes, decays], dtype=torch.float64)
