@@ -38,7 +38,7 @@ from atomeq.nn.pair_networks import PairNetworks
 from atomeq.nn.radial import BesselBasis, PolynomialEnvelope
 from atomeq.nn.radial_tables import RadialTables
 from atomeq.nn.so3 import Gate, SO3Linear
-from atomeq.ops.atoms.operations import gated_update
+from atomeq.ops.atoms.operations import Products, gated_update
 from atomeq.ops.edge.frame import EdgeFrame
 from atomeq.ops.edge.wigner import build_edge_frame
 from atomeq.typing import NodeFeatures, PropertyKey
@@ -241,12 +241,12 @@ class GatedUpdate(nn.Module):
         self.gate = Gate(range((lmax + 1) ** 2), hidden_channels)
         self.second = SO3Linear(lmax, hidden_channels, sphere_channels)
 
-    def forward(self, x: NodeFeatures) -> NodeFeatures:
-        """Return the update of ``x`` (n_atoms, n_sph, C)."""
+    def forward(self, x: NodeFeatures, products: Products | None = None) -> NodeFeatures:
+        """Return the update of ``x`` (n_atoms, n_sph, C), products added (:func:`gated_update`)."""
         if self.gates is None:
             return self.second(self.gate(self.first(x), None))
         gates = self.gates.weight, self.gates.bias
-        return gated_update(x, self.first.parts, gates, self.second.parts)
+        return gated_update(x, self.first.parts, gates, self.second.parts, products=products)
 
 
 class GauntUpdate(nn.Module):
@@ -267,7 +267,19 @@ class GauntUpdate(nn.Module):
 
     def forward(self, x: NodeFeatures) -> NodeFeatures:
         """Return the update of ``x`` (n_atoms, n_sph, C)."""
-        return self.gated(x) + self.out(self.product(self.first(x), self.second(x)))
+        if self.gated.gates is None:
+            return self.gated(x) + self.out(self.product(self.first(x), self.second(x)))
+        return self.gated(x, self._products())
+
+    def _products(self) -> Products:
+        """Return the maps, with the factors of degrees that lie between them and the product."""
+        one, other, of_product = (factor[:, :, None] for factor in self.product.factors)
+        (left, left_bias), (right, right_bias) = self.first.parts, self.second.parts
+        return (
+            (left * one, left_bias * one[0, :, 0]),
+            (right * other, right_bias * other[0, :, 0]),
+            (self.out.weight * of_product.mT, self.out.bias),
+        )
 
 
 UPDATES: dict[str, Callable[[int, int, int], nn.Module]] = {

@@ -52,10 +52,16 @@ class GauntProduct(nn.Module):
         Returns:
             (n, (lmax_out + 1)^2, channels).
         """
-        product = gaunt_product(
-            x * _by_row(self.first), y * _by_row(self.second), self.lmax_out
-        )  # (n, n_out, channels)
-        return product * _by_row(self.third * self.norm)
+        first, second, third = map(_by_row, self.factors)
+        return gaunt_product(x * first, y * second, self.lmax_out) * third
+
+    @property
+    def factors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What each degree of both features and of their product is multiplied by, (l, channels).
+
+        Linear maps per degree before and after may take them along.
+        """
+        return self.first, self.second, self.third * self.norm
 
 
 def _by_row(weights: Tensor) -> Tensor:

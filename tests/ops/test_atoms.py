@@ -30,7 +30,12 @@ def test_kernels_give_the_numbers_of_plain_torch(n_atoms: int, lmax: int, channe
     def updated(x: torch.Tensor) -> torch.Tensor:
         return gated_update(x, tuple(weights), tuple(gates), tuple(second))
 
-    for function in (normed, updated):
+    def multiplied(x: torch.Tensor) -> torch.Tensor:
+        inward = [(fixed(n, 6, channels, like=x), fixed(6, like=x)) for _ in range(2)]
+        products = *inward, (fixed(n, 4, 6, like=x), fixed(4, like=x))
+        return gated_update(x, tuple(weights), tuple(gates), tuple(second), products=products)
+
+    for function in (normed, updated, multiplied):
         found = []
         for backend in ("cpu", "reference"):
             x = given.clone().requires_grad_()
@@ -66,3 +71,8 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
         gated_update(x, (first, None), (torch.ones(5, 5), None), (second, None))
     with pytest.raises(ValueError, match="weight of the second map"):
         gated_update(x, (first, None), (torch.ones(6, 5), None), (first, None))
+    maps = (first, torch.ones(6)), (first, torch.ones(6)), (first, torch.ones(5))
+    with pytest.raises(
+        ValueError, match=r"third map of products is \(2, 6, 5\); expected \(2, 5, 6\)"
+    ):
+        gated_update(x, (first, None), (torch.ones(6, 5), None), (second, None), products=maps)

@@ -18,10 +18,12 @@ from atomeq.ops.dispatch import operation, size_of
 from atomeq.ops.registration import differentiable_gradient, kernel, kernels_of, registered
 from atomeq.ops.self_check import Example, random
 from atomeq.ops.specification import Size
+from atomeq.ops.sphere.gaunt import gaunt_product, grid_values, pointwise_product
 from atomeq.ops.tables import constant_table, table_like
 from atomeq.typing import NodeFeatures
 
 Linear = tuple[Tensor, Tensor | None]  # weight and bias
+Products = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def _verified_norm(x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float) -> Size:
@@ -76,7 +78,9 @@ def rms_norm(
     return _rms_norm(x, weight, bias, epsilon)
 
 
-def _verified_update(x: NodeFeatures, first: Linear, gates: Linear, second: Linear) -> Size:
+def _verified_update(
+    x: NodeFeatures, first: Linear, gates: Linear, second: Linear, products: Products | None
+) -> Size:
     n_degrees, hidden, channels = first[0].shape
     c_out = second[0].shape[1]
     _check_rows(x, n_degrees)
@@ -86,6 +90,15 @@ def _verified_update(x: NodeFeatures, first: Linear, gates: Linear, second: Line
     _check("bias of the gates", gates[1], (n_degrees - 1) * hidden)
     _check("weight of the second map", second[0], n_degrees, c_out, hidden)
     _check("bias of the second map", second[1], c_out)
+    if products is not None:
+        inside = products[0][0].shape[1]
+        for name, (weight, bias), n, n_in in zip(
+            ("first", "second", "third"),
+            *(products, (inside, inside, c_out), (x.shape[2], x.shape[2], inside)),
+            strict=True,
+        ):
+            _check(f"weight of the {name} map of products", weight, n_degrees, n, n_in)
+            _check(f"bias of the {name} map of products", bias, n)
     return size_of(x, x.shape[0], lmax=n_degrees - 1, channels=hidden)
 
 
@@ -101,27 +114,45 @@ def _example_update(size: Size) -> Example:
 
 
 def _update_by_kernels(
-    x: Tensor, first: Linear, gates: Linear, second: Linear, kernels: str
+    x: Tensor,
+    first: Linear,
+    gates: Linear,
+    second: Linear,
+    products: Products | None,
+    kernels: str,
 ) -> Tensor:
-    weights = (*first, *gates, *second)
-    if _trained(*weights):
-        return _gated_update(x, first, gates, second)
-    return atom_update(x, *weights, kernels)
+    if products is not None and kernels != "cpu":  # they have the product on the sphere itself
+        factors = (so3_linear(x, *linear) for linear in products[:2])
+        product = so3_linear(gaunt_product(*factors, len(first[0]) - 1), *products[2])
+        return _update_by_kernels(x, first, gates, second, None, kernels) + product
+    weights, inside = (*first, *gates, *second), [part for one in products or () for part in one]
+    if _trained(*weights, *inside):
+        return _gated_update(x, first, gates, second, products)
+    inside += [_points(x)] if inside else []
+    return atom_update(x, *weights, inside, kernels)
 
 
 @operation(_verified_update, by_kernels=_update_by_kernels, example=_example_update)
 def gated_update(
-    x: NodeFeatures, first: Linear, gates: Linear, second: Linear
+    x: NodeFeatures,
+    first: Linear,
+    gates: Linear,
+    second: Linear,
+    *,
+    products: Products | None = None,
 ) -> Float[Tensor, "n_atoms n_sph c_out"]:
     """Apply a linear map for each degree, a gate, and a linear map for each degree.
 
     The gate is SiLU on l = 0, and on l > 0 the sigmoid of a linear map of the l = 0 of ``x``.
+    Products on the sphere of two linear maps of ``x`` may be added, after a third map.
 
     Args:
         x: Features, (n_atoms, n_sph, channels), lmax > 0.
         first: Weight (lmax + 1, hidden, channels), and bias on l = 0, (hidden,) or None.
         gates: Weight (lmax * hidden, channels) and bias (lmax * hidden,) or None.
         second: Weight (lmax + 1, c_out, hidden), and bias on l = 0, (c_out,) or None.
+        products: Weights and biases like these of the two maps whose values are multiplied point
+            by point (:func:`~atomeq.ops.sphere.gaunt.gaunt_product`), and of that of the product.
 
     Returns:
         (n_atoms, n_sph, c_out).
@@ -129,7 +160,7 @@ def gated_update(
     Raises:
         ValueError: If the shapes do not fit together.
     """
-    return _gated_update(x, first, gates, second)
+    return _gated_update(x, first, gates, second, products)
 
 
 def _check(name: str, tensor: Tensor | None, *shape: int) -> None:
@@ -188,12 +219,26 @@ def so3_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.cat(blocks, dim=1)
 
 
-def _gated_update(x: Tensor, first: Linear, gates: Linear, second: Linear) -> Tensor:
+def _gated_update(
+    x: Tensor, first: Linear, gates: Linear, second: Linear, products: Products | None
+) -> Tensor:
     rows = so3_linear(x, *first)
     scalars, *higher = rows.split([2 * l + 1 for l in range(len(first[0]))], dim=1)
     opened = torch.sigmoid(linear(x[:, 0], *gates)).unflatten(1, (len(first[0]) - 1, -1))
     gated = [part * gate[:, None] for part, gate in zip(higher, opened.unbind(1), strict=True)]
-    return so3_linear(torch.cat([silu(scalars), *gated], dim=1), *second)
+    updated = so3_linear(torch.cat([silu(scalars), *gated], dim=1), *second)
+    return updated if products is None else updated + _product(x, *products)
+
+
+def _product(x: Tensor, left: Linear, right: Linear, out: Linear) -> Tensor:
+    factors, tables = (so3_linear(x, *left), so3_linear(x, *right)), [_points(x)] * 3
+    return so3_linear(pointwise_product(*factors, *tables), *out)
+
+
+def _points(x: Tensor) -> Tensor:
+    """Return the harmonics of x at points of the sphere that integrate the product of three."""
+    lmax = math.isqrt(x.shape[1]) - 1
+    return table_like(grid_values, lmax, 3 * lmax, like=x)
 
 
 def _trained(*weights: Tensor | None) -> bool:
@@ -237,13 +282,17 @@ def _fake_update(call: SimpleNamespace) -> Tensor:
 def _update_gradient(saved: SimpleNamespace, wanted: set[str], grad: Tensor) -> dict[str, Tensor]:
     first, gates = (saved.first, saved.first_bias), (saved.gates, saved.gates_bias)
     if torch.is_grad_enabled():
-        second = saved.second, saved.second_bias
+        given = first, gates, (saved.second, saved.second_bias), _maps_of(saved.products)
+        return {"x": differentiable_gradient(lambda x: _gated_update(x, *given), saved.x, grad)}
+    given = *first, *gates, saved.second, saved.products, grad, saved.kernels
+    return {"x": atom_update_gradient(saved.x, *given)}
 
-        def update(x: Tensor) -> Tensor:
-            return _gated_update(x, first, gates, second)
 
-        return {"x": differentiable_gradient(update, saved.x, grad)}
-    return {"x": atom_update_gradient(saved.x, *first, *gates, saved.second, grad, saved.kernels)}
+def _maps_of(products: list[Tensor]) -> Products | None:
+    if not products:
+        return None
+    left, left_bias, right, right_bias, out, out_bias, _ = products
+    return (left, left_bias), (right, right_bias), (out, out_bias)
 
 
 @registered(outputs=_fake_update, gradient=_update_gradient)
@@ -255,10 +304,15 @@ def atom_update(
     gates_bias: Tensor | None,
     second: Tensor,
     second_bias: Tensor | None,
+    products: list[Tensor],
     kernels: str,
 ) -> Tensor:
-    """Return the update, (n_atoms, n_sph, c_out)."""
-    update = _Update(kernels_of("atoms", kernels), (first, first_bias), (gates, gates_bias))
+    """Return the update, (n_atoms, n_sph, c_out).
+
+    ``products`` is empty, or has weight and bias of three maps and a table of the sphere's points.
+    """
+    by = kernels_of("atoms", kernels)
+    update = _Update(by, (first, first_bias), (gates, gates_bias), products)
     return update.value(x, (second, second_bias))
 
 
@@ -270,11 +324,13 @@ def atom_update_gradient(
     gates: Tensor,
     gates_bias: Tensor | None,
     second: Tensor,
+    products: list[Tensor],
     grad: Tensor,
     kernels: str,
 ) -> Tensor:
     """Return the gradient of the update by the features."""
-    update = _Update(kernels_of("atoms", kernels), (first, first_bias), (gates, gates_bias))
+    by = kernels_of("atoms", kernels)
+    update = _Update(by, (first, first_bias), (gates, gates_bias), products)
     return update.gradient(x, second, grad)
 
 
@@ -288,31 +344,52 @@ class _Update(NamedTuple):
         by: Kernels with ``gate`` and ``gate_gradient``.
         first: Weight (lmax + 1, hidden, channels) and bias of the map of each degree.
         gates: Weight (lmax * hidden, channels) and bias of the gates.
+        products: As of :func:`atom_update`.
     """
 
     by: ModuleType
     first: Linear
     gates: Linear
+    products: list[Tensor]
 
     def value(self, x: Tensor, second: Linear) -> Tensor:
         """Return the update of ``x`` (n_atoms, n_sph, channels)."""
-        rows, gates = self._before(x)
-        return _by_atoms(_mapped(self.by.gate(rows, gates), second[0].mT, second[1]))
+        x = _by_degrees(x)
+        found = _mapped(self.by.gate(*self._before(x)), second[0].mT, second[1])
+        if self.products:
+            *_, out, bias, table = self.products
+            left, right = self._factors(x)
+            found += _mapped(_times(table.mT, left.mul_(right)), out.mT, bias)
+        return _by_atoms(found)
 
     def gradient(self, x: Tensor, second: Tensor, grad: Tensor) -> Tensor:
         """Return the gradient by ``x``; what the gate was given is computed again."""
-        rows, gates = self._before(x)
-        grad = _mapped(_by_degrees(grad), second)
-        to_rows, to_gates = self.by.gate_gradient(rows, gates, grad)
+        x, grad = _by_degrees(x), _by_degrees(grad)
+        to_rows, to_gates = self.by.gate_gradient(*self._before(x), _mapped(grad, second))
         to_x = _mapped(to_rows, self.first[0])
         to_x[0].addmm_(to_gates, self.gates[0])
+        if self.products:
+            one, _, other, _, out, _, table = self.products
+            left, right = self._factors(x)
+            through = _times(table, _mapped(grad, out))
+            to_x += _mapped(_times(table.mT, right.mul_(through)), one)
+            to_x += _mapped(_times(table.mT, left.mul_(through)), other)
         return _by_atoms(to_x)
 
     def _before(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return what the gate is given: rows (n_sph, n_atoms, hidden), and gates."""
-        x = _by_degrees(x)
-        gates = linear(x[0], *self.gates)
-        return _mapped(x, self.first[0].mT, self.first[1]), gates
+        return _mapped(x, self.first[0].mT, self.first[1]), linear(x[0], *self.gates)
+
+    def _factors(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what is multiplied, at points of the sphere (n_points, n_atoms, hidden)."""
+        left, left_bias, right, right_bias, *_, table = self.products
+        rows = _mapped(x, left.mT, left_bias), _mapped(x, right.mT, right_bias)
+        return _times(table, rows[0]), _times(table, rows[1])
+
+
+def _times(matrix: Tensor, rows: Tensor) -> Tensor:
+    """Return a matrix times rows, over their first axis."""
+    return torch.mm(matrix, rows.flatten(1)).unflatten(1, rows.shape[1:])
 
 
 def _by_degrees(x: Tensor) -> Tensor:

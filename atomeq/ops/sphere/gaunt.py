@@ -86,11 +86,11 @@ def _tables(x: Tensor, y: Tensor, lmax: int) -> list[Tensor]:
     """Return the values of harmonics on the grid for x, y and the product."""
     lmax1, lmax2 = _degree(x), _degree(y)
     exact = lmax1 + lmax2 + lmax
-    return [table_like(_grid_values, l, exact, like=x) for l in (lmax1, lmax2, lmax)]
+    return [table_like(grid_values, l, exact, like=x) for l in (lmax1, lmax2, lmax)]
 
 
 @constant_table
-def _grid_values(lmax: int, exact: int) -> Tensor:
+def grid_values(lmax: int, exact: int) -> Tensor:
     """Return orthonormal harmonics times sqrt[3](weight) on a grid, (n_points, n_sph).
 
     Three of them multiply to the integrand of a Gaunt coefficient with its weight. The grid, Gauss
