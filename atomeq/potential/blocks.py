@@ -18,9 +18,10 @@ from atomeq.graph.atom_graph import AtomGraph
 from atomeq.models.base import AtomisticModel, Stage
 from atomeq.potential.derivatives import pulled_back
 
-# An edge of cu-pbe needs 3.5 kB: 100 MB a block. Of so many edges blocks cost no time: they need
-# as much less of page faults and cache misses as they compute twice.
-_EDGES = 2**15
+# An edge of cu-pbe needs 3.5 kB: 170 MB a block at most. From so many edges on blocks cost no time:
+# they need as much less of page faults and cache misses as they compute twice. To keep no rows of
+# edges in the layer instead (``recompute``) costs a sixth at any size.
+_EDGES = 3 * 2**14
 
 Named = dict[str, Tensor]  # pos, cell and, but of the first stage, the features x
 
