@@ -1,5 +1,6 @@
 """Small random problems by which kernels prove themselves."""
 
+import torch
 from torch import Tensor
 
 from atomeq.ops.edge.frame import EdgeFrame
@@ -27,7 +28,8 @@ def out_of_frame(size: Size) -> Example:
     n_rows = _frame(size, vectors, edges).wigner.shape[1]
 
     def compute(operation, y: Tensor, vectors: Tensor) -> Tensor:
-        return operation(y, _frame(size, vectors, edges))
+        frame = _frame(size, vectors, edges)
+        return torch.cat((operation(y, frame), operation(y, frame, reduce="none")))
 
     return [random(size, _EDGES, n_rows, size.channels), vectors], compute
 
@@ -45,17 +47,21 @@ def so2_map(size: Size) -> Example:
 
 
 def layer(size: Size) -> Example:
-    """Return all of an edge layer with as many hidden channels as others."""
+    """Return all of an edge layer with as many hidden channels as others, factors and envelopes."""
     edges, channels = indices(size, _ATOMS, 2, _EDGES), size.channels
     first = _weights(size, 2 * channels, channels, size.lmax * channels)
     second = _weights(size, channels, channels, 0)
     x = random(size, _ATOMS, (size.lmax + 1) ** 2, channels)
+    n_scales = 2 * sum(size.lmax + 1 - m for m in range(size.mmax + 1)) * channels
+    radial, envelope = random(size, _EDGES, n_scales), random(size, _EDGES)
 
-    def compute(operation, x: Tensor, vectors: Tensor, *weights: Tensor) -> Tensor:
-        frame = _frame(size, vectors, edges)
-        return operation(x, frame, weights[: len(first)], weights[len(first) :])
+    def compute(
+        operation, x: Tensor, vectors: Tensor, radial: Tensor, envelope: Tensor, *maps: Tensor
+    ) -> Tensor:
+        given = x, _frame(size, vectors, edges), maps[: len(first)], maps[len(first) :]
+        return operation(*given, radial=radial, envelope=envelope)
 
-    return [x, random(size, _EDGES, 3), *first, *second], compute
+    return [x, random(size, _EDGES, 3), radial, envelope, *first, *second], compute
 
 
 def _frame(size: Size, vectors: Tensor, edges: Tensor) -> EdgeFrame:

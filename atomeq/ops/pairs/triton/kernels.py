@@ -11,7 +11,7 @@ from torch import Tensor
 
 from atomeq.ops.coupling.weight_table import ROWS
 from atomeq.ops.specification import OpSpec
-from atomeq.ops.triton_launch import launch, power_of_2
+from atomeq.ops.triton_launch import accumulator, launch, power_of_2
 from atomeq.ops.triton_launch import refusal as launch_refusal
 
 _NUMBERS = 1024  # functions of one program at a time, of some edges
@@ -48,11 +48,12 @@ def _launch(kernel: object, call: SimpleNamespace, parts: list[Tensor], *result:
             *(call.polynomials, part, *result),
             like=part,
             n_edges=len(part),
-            step=call.step,
+            STEP=call.step,  # an argument would be rounded to single precision
             N_KINDS=n_kinds,
             N_INTERVALS=n_intervals,
             N_FUNCTIONS=n_functions,
             DEGREE=ROWS - 1,
+            SUM=accumulator(part.dtype),
             WIDTH=width,
             BLOCK=block,
             EDGES=edges,
@@ -62,16 +63,16 @@ def _launch(kernel: object, call: SimpleNamespace, parts: list[Tensor], *result:
 
 
 @triton.jit
-def _places(vectors, ends, kinds, n_edges, step, N_KINDS: tl.constexpr, N_INTERVALS: tl.constexpr,
-            EDGES: tl.constexpr):  # fmt: skip
+def _places(vectors, ends, kinds, n_edges, STEP: tl.constexpr, N_KINDS: tl.constexpr,
+            N_INTERVALS: tl.constexpr, EDGES: tl.constexpr, SUM: tl.constexpr):  # fmt: skip
     """Return the edges, which there are, x, y, z, lengths, tables' intervals and places in them."""
     edge = tl.program_id(0).to(tl.int64) * EDGES + tl.arange(0, EDGES)
     there = edge < n_edges
-    x = tl.load(vectors + 3 * edge, mask=there, other=1.0)
-    y = tl.load(vectors + 3 * edge + 1, mask=there, other=0.0)
-    z = tl.load(vectors + 3 * edge + 2, mask=there, other=0.0)
+    x = tl.load(vectors + 3 * edge, mask=there, other=1.0).to(SUM)
+    y = tl.load(vectors + 3 * edge + 1, mask=there, other=0.0).to(SUM)
+    z = tl.load(vectors + 3 * edge + 2, mask=there, other=0.0).to(SUM)
     length = tl.sqrt(x * x + y * y + z * z)
-    at = length / step
+    at = length / STEP
     inside = at < N_INTERVALS
     interval = tl.where(inside, at, N_INTERVALS - 1).to(tl.int64)
     place = tl.where(inside, at - interval.to(at.dtype), 1.0)
@@ -83,18 +84,18 @@ def _places(vectors, ends, kinds, n_edges, step, N_KINDS: tl.constexpr, N_INTERV
 
 
 @triton.jit
-def _read(vectors, ends, kinds, polynomials, result, n_edges, step, N_KINDS: tl.constexpr,
-          N_INTERVALS: tl.constexpr, N_FUNCTIONS: tl.constexpr, DEGREE: tl.constexpr,
-          WIDTH: tl.constexpr, BLOCK: tl.constexpr, EDGES: tl.constexpr,
-          START: tl.constexpr):  # fmt: skip
+def _read(vectors, ends, kinds, polynomials, result, n_edges, STEP: tl.constexpr,
+          N_KINDS: tl.constexpr, N_INTERVALS: tl.constexpr, N_FUNCTIONS: tl.constexpr,
+          DEGREE: tl.constexpr, SUM: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+          EDGES: tl.constexpr, START: tl.constexpr):  # fmt: skip
     edge, there, _x, _y, _z, _length, interval, t, _near = _places(
-        vectors, ends, kinds, n_edges, step, N_KINDS, N_INTERVALS, EDGES)  # fmt: skip
+        vectors, ends, kinds, n_edges, STEP, N_KINDS, N_INTERVALS, EDGES, SUM)  # fmt: skip
     column = tl.arange(0, BLOCK)
     inside = there[:, None] & (column < WIDTH)[None, :]
     rows = (
         polynomials + (interval * ((DEGREE + 1) * N_FUNCTIONS))[:, None] + START + column[None, :]
     )
-    value = tl.load(rows + DEGREE * N_FUNCTIONS, mask=inside, other=0.0)
+    value = tl.load(rows + DEGREE * N_FUNCTIONS, mask=inside, other=0.0).to(SUM)
     for power in tl.static_range(1, DEGREE + 1):
         row = tl.load(rows + (DEGREE - power) * N_FUNCTIONS, mask=inside, other=0.0)
         value = value * t[:, None] + row
@@ -102,24 +103,24 @@ def _read(vectors, ends, kinds, polynomials, result, n_edges, step, N_KINDS: tl.
 
 
 @triton.jit
-def _read_gradient(vectors, ends, kinds, polynomials, grad, result, n_edges, step,
+def _read_gradient(vectors, ends, kinds, polynomials, grad, result, n_edges, STEP: tl.constexpr,
                    N_KINDS: tl.constexpr, N_INTERVALS: tl.constexpr, N_FUNCTIONS: tl.constexpr,
-                   DEGREE: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
-                   EDGES: tl.constexpr, START: tl.constexpr):  # fmt: skip
+                   DEGREE: tl.constexpr, SUM: tl.constexpr, WIDTH: tl.constexpr,
+                   BLOCK: tl.constexpr, EDGES: tl.constexpr, START: tl.constexpr):  # fmt: skip
     """Add the gradient of some functions to ``result``."""
     edge, there, x, y, z, length, interval, t, near = _places(
-        vectors, ends, kinds, n_edges, step, N_KINDS, N_INTERVALS, EDGES)  # fmt: skip
+        vectors, ends, kinds, n_edges, STEP, N_KINDS, N_INTERVALS, EDGES, SUM)  # fmt: skip
     column = tl.arange(0, BLOCK)
     inside = there[:, None] & (column < WIDTH)[None, :]
     rows = (
         polynomials + (interval * ((DEGREE + 1) * N_FUNCTIONS))[:, None] + START + column[None, :]
     )
-    slope = tl.load(rows + DEGREE * N_FUNCTIONS, mask=inside, other=0.0) * DEGREE
+    slope = tl.load(rows + DEGREE * N_FUNCTIONS, mask=inside, other=0.0).to(SUM) * DEGREE
     for power in tl.static_range(1, DEGREE):
         row = tl.load(rows + (DEGREE - power) * N_FUNCTIONS, mask=inside, other=0.0)
         slope = slope * t[:, None] + row * (DEGREE - power)
     pull = tl.load(grad + (edge * WIDTH)[:, None] + column[None, :], mask=inside, other=0.0)
-    along = tl.where(near & (length > 0.0), tl.sum(slope * pull, axis=1) / (step * length), 0.0)
+    along = tl.where(near & (length > 0.0), tl.sum(slope * pull, axis=1) / (STEP * length), 0.0)
     for axis in tl.static_range(3):
         out = result + 3 * edge + axis
         part = x if axis == 0 else (y if axis == 1 else z)
