@@ -8,6 +8,7 @@
 #   pip download --dest gpu_wheels --python-version 3.12 --only-binary :all: --no-deps \
 #     ase vesin e3nn jaxtyping wadler-lindig opt_einsum opt_einsum_fx scipy pyyaml safetensors \
 #     rich pytest pluggy iniconfig packaging pygments
+# The proof of `atomeq export --device cuda` wants NVIDIA's toolkit too (CUDA_HOME), or skips itself.
 # At most 520 s: 90 to install, the rest for the stages of `scripts/benchmark.py gpu`, proofs first.
 # Each keeps what it has when its time is over; called again, what has passed with this code is not
 # repeated. Options go to that benchmark: `bash scripts/gpu_check.sh --only dynamics`.

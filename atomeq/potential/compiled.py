@@ -20,7 +20,7 @@ from torch import Tensor
 from atomeq.graph.atom_graph import AtomGraph
 from atomeq.graph.builders import HyperGraph
 from atomeq.models.base import AtomisticModel
-from atomeq.potential.checkpoint import CheckpointError, build_model
+from atomeq.potential.checkpoint import CheckpointError, build_model, resolve_device
 from atomeq.potential.derivatives import refuse_flat_cells
 from atomeq.potential.distances import KnownDistances
 from atomeq.potential.potential import Potential, refuse_unknown_properties
@@ -40,8 +40,9 @@ class CompiledPotential(Potential):
     """A potential as a compiled library: the same numbers, for calculators and dynamics.
 
     Energy, forces and stress of any number of structures of any size come from one call. It
-    computes on a CPU in the dtype it was compiled for, cannot be trained, saved or differentiated,
-    and has no Hessian. Copies share the library; a pickle holds the path and loads it again.
+    computes on the device and in the dtype it was compiled for, cannot be trained, saved or
+    differentiated, and has no Hessian. Copies share the library; a pickle holds the path and loads
+    it again.
 
     Args:
         library: What the package computes: fields of a graph in, energy, energies, forces, dE/dε
@@ -67,6 +68,9 @@ class CompiledPotential(Potential):
         self.name = str(path)
         self.metadata = metadata
         self._library = library
+        self._device = resolve_device(metadata.get("device"))
+        if self._device.type == "cuda":
+            self._device = torch.device("cuda", torch.cuda.current_device())
         self._fields = graph_fields(model)
         self.requires_grad_(False).eval()
 
@@ -99,7 +103,7 @@ class CompiledPotential(Potential):
                 raise ValueError("a model with a force head has no energy whose strain is a stress")
             refuse_flat_cells(graph)
         missing = [name for name in self._fields if name not in graph]
-        if missing or graph.pos.device.type != "cpu":
+        if missing or graph.pos.device.type != self.device.type:
             fault = f"lacks {missing[0]}" if missing else f"is on {graph.pos.device}"
             raise ValueError(f"this graph {fault}; make it with build_graph()")
         self.check_electrons(graph)
@@ -122,8 +126,8 @@ class CompiledPotential(Potential):
 
     @property
     def device(self) -> torch.device:
-        """Where it computes, the CPU."""
-        return torch.device("cpu")
+        """Where it computes: the CPU, or the GPU that was the current one when it was loaded."""
+        return self._device
 
     @property
     def twice_differentiable(self) -> bool:
@@ -151,10 +155,10 @@ class CompiledPotential(Potential):
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "CompiledPotential":
-        wanted = fn(torch.empty(0, dtype=self.dtype))
-        if (wanted.dtype, wanted.device.type) != (self.dtype, "cpu"):
+        wanted = fn(torch.empty(0, dtype=self.dtype, device=self.device))
+        if (wanted.dtype, wanted.device) != (self.dtype, self.device):
             raise ValueError(
-                f"{self.path} is compiled for the CPU in {self.dtype} and cannot go to "
+                f"{self.path} is compiled for {self.device} in {self.dtype} and cannot go to "
                 f"{wanted.device} in {wanted.dtype}; export the potential anew, or use it as it is"
             )
         return self
@@ -180,13 +184,14 @@ def load_compiled(path: str | Path) -> CompiledPotential:
     Raises:
         CheckpointError: No such file, no package of this kind, or one that was compiled by another
             version of torch or for another kind of machine.
+        ValueError: It was compiled for CUDA, and there is none here.
 
     Example:
         >>> atoms.calc = AtomeqCalculator(load_compiled("cu.pt2"))  # doctest: +SKIP
     """
     path = Path(path).resolve()
     metadata = read_metadata(path)
-    here = machine()
+    here = machine(resolve_device(metadata.get("device")).type)
     for what, compiled_for in metadata["machine"].items():
         if here[what] != compiled_for:
             raise CheckpointError(
@@ -209,8 +214,8 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     Returns:
         ``name``, ``model`` (the node of its class and arguments), ``terms``, ``cutoff`` (Å),
         ``elements`` (atomic numbers), ``dtype``, ``properties``, ``sha256`` of the weights,
-        ``machine`` and ``threads`` (what it was compiled for), ``versions``, and ``inputs`` and
-        ``outputs``, what the library is given and returns, in their order.
+        ``device``, ``machine`` and ``threads`` (what it was compiled for), ``versions``, and
+        ``inputs`` and ``outputs``, what the library is given and returns, in their order.
 
     Raises:
         CheckpointError: No such file, or no package of :func:`export_potential`.
@@ -240,13 +245,17 @@ def graph_fields(model: AtomisticModel) -> tuple[str, ...]:
     return _FIELDS + (_HYPEREDGE_FIELDS if hypergraph else ())
 
 
-def machine() -> dict[str, str]:
-    """Return what a library depends on: torch's interface, the system and the processor."""
-    return {
+def machine(device: str = "cpu") -> dict[str, str]:
+    """Return what a library depends on: torch's interface, the system, the processor, the GPU."""
+    found = {
         "torch": ".".join(torch.__version__.split(".")[:2]),
         "system": platform.system(),
         "processor": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
     }
+    if device == "cuda":
+        major, minor = torch.cuda.get_device_capability()
+        found["GPU"] = f"sm_{major}{minor}"
+    return found
 
 
 def _plain(field: Tensor) -> Tensor:

@@ -2,13 +2,15 @@
 
 The trace follows the reference backend, whose operations are plain torch, with symbols in place of
 the numbers of atoms, edges and structures. The derivatives are traced as they are computed, so the
-result is one graph without any autograd, which AOTInductor compiles into a shared library.
+result is one graph without any autograd, which AOTInductor compiles into a shared library. For a
+GPU the graph is made on the CPU and moved there: its operations are the same.
 """
 
 import copy
 import json
 import warnings
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from atomeq.ops.dispatch import use_backend
 from atomeq.potential.checkpoint import (
     load_potential,
     refuse_unsaveable,
+    resolve_device,
     sha256,
 )
 from atomeq.potential.compiled import (
@@ -50,25 +53,26 @@ def export_potential(
     path: str | Path,
     *,
     dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
 ) -> Path:
     """Compile a potential into one .pt2 file that computes energy, forces and stress.
 
     The library needs torch, but nothing of this package's operations, and serves structures of any
     size, several at once. It is made for this kind of processor, and for as many threads as torch
-    has here (``torch.set_num_threads``). Compiling takes about a minute.
+    has here (``torch.set_num_threads``), or for this kind of GPU. Compiling takes about a minute.
 
     Args:
         potential: A potential, name of a shipped one or folder of a saved one.
         path: A file ending in .pt2, written or replaced.
         dtype: The dtype the network computes in; by default the potential's own.
+        device: Where the library computes, ``cpu`` or ``cuda``; by default where the potential is.
 
     Returns:
         The path; :func:`~atomeq.potential.compiled.load_compiled` loads it.
 
     Raises:
-        ExportError: The model cannot be traced, there is no C++ compiler, or the potential is on
-            another device than the CPU.
-        ValueError: The path does not end in .pt2.
+        ExportError: The model cannot be traced, or what compiles for the device is not here.
+        ValueError: The path does not end in .pt2, or there is no such device.
 
     Example:
         >>> export_potential("cu-pbe", "cu.pt2")  # doctest: +SKIP
@@ -78,34 +82,29 @@ def export_potential(
         raise ValueError(f"a compiled potential is a .pt2 file, and {path} does not end so")
     refuse_unwritable(path)
     if isinstance(potential, Potential):
-        loaded = copy.deepcopy(potential).to(dtype if dtype is not None else potential.dtype)
+        _refuse(potential)
+        device = potential.device if device is None else device
+        loaded = copy.deepcopy(potential).cpu().to(dtype if dtype is not None else potential.dtype)
         loaded = loaded.requires_grad_(False).eval()
         origin = {"name": None, "sha256": loaded.fingerprint()}
     else:
         folder = find_single_potential(potential)
         loaded = load_potential(potential, dtype=dtype)
+        _refuse(loaded)
         origin = {"name": str(potential), "sha256": sha256(folder / WEIGHTS_FILE)}
-    _refuse(loaded)
-    _refuse_without_compiler()
-    metadata = {**origin, **_description(loaded)}
+    target = resolve_device(device)
+    _refuse_without_compiler(target)
+    metadata = {**origin, **_description(loaded, target)}
     with warnings.catch_warnings(), write_atomically(path) as partial:
         for category in (FutureWarning, DeprecationWarning):  # torch's compiler, of itself
             warnings.simplefilter("ignore", category)
-        _compile(_exported(loaded), partial, metadata)
+        _compile(_on(target, _exported(loaded)), partial, metadata)
     return path
 
 
 def _refuse(potential: Potential) -> None:
     if isinstance(potential, CompiledPotential):
         raise ExportError(f"{potential.path} is compiled already")
-    if potential.device.type != "cpu":
-        raise ExportError(
-            f"potentials are compiled for the CPU only, and this one is on {potential.device}: its "
-            "trace would serve any device, but AOTInductor moves weights to the GPU it compiles "
-            "for and tries its kernels there, with a CUDA build of torch, and no potential has "
-            "been through that yet. Export potential.cpu(), or use it as it is: on CUDA, Triton's "
-            "kernels and a CUDA graph of their launches serve it"
-        )
     if potential.conservative and potential.references.rescales_derivatives:
         raise ExportError(
             "this potential scales its forces or stress apart from its energy, whose derivatives "
@@ -118,8 +117,9 @@ def _refuse(potential: Potential) -> None:
     refuse_unsaveable(potential)  # what is compiled builds its model again, for its graphs
 
 
-def _refuse_without_compiler() -> None:
+def _refuse_without_compiler(device: torch.device) -> None:
     from torch._inductor import cpp_builder  # two seconds that nobody else should wait
+    from torch.utils import cpp_extension
 
     try:
         cpp_builder.get_cpp_compiler()
@@ -127,9 +127,17 @@ def _refuse_without_compiler() -> None:
         raise ExportError(
             f"no C++ compiler here: {error}; install g++ or clang++, or set CXX to one"
         ) from error
+    if device.type == "cuda" and find_spec("triton") is None:
+        raise ExportError("a library for CUDA is made of Triton kernels: pip install atomeq[cuda]")
+    if device.type == "cuda" and cpp_extension.CUDA_HOME is None:
+        raise ExportError(
+            "a library for CUDA is compiled with the headers of NVIDIA's CUDA toolkit, which is "
+            f"not found: install the toolkit of CUDA {torch.version.cuda} and set CUDA_HOME to its "
+            "folder, or use the potential as it is"
+        )
 
 
-def _description(potential: Potential) -> dict[str, Any]:
+def _description(potential: Potential, device: torch.device) -> dict[str, Any]:
     """Return what a package tells about itself, as plain values."""
     stress = ["stress"] if potential.gives_stress else []
     derived = stress and "stress" not in potential.model.outputs
@@ -144,7 +152,8 @@ def _description(potential: Potential) -> dict[str, Any]:
         "properties": ["energy", "energies", "forces", *stress],
         "inputs": list(graph_fields(potential.model)),
         "outputs": ["energy", "energies", "forces", *(["dE/dstrain"] if derived else stress)],
-        "machine": machine(),
+        "device": device.type,
+        "machine": machine(device.type),
         "threads": torch.get_num_threads(),
         "versions": {"atomeq": _version(), "torch": str(torch.__version__)},
     }
@@ -173,6 +182,17 @@ def _exported(potential: Potential) -> torch.export.ExportedProgram:
             )
         except RuntimeError as error:
             raise ExportError(not_traceable(potential, error)) from error
+
+
+def _on(
+    device: torch.device, program: torch.export.ExportedProgram
+) -> torch.export.ExportedProgram:
+    """Return a trace with its weights, tables and what it makes on the way on a device."""
+    if device.type == "cpu":
+        return program
+    from torch.export.passes import move_to_device_pass
+
+    return move_to_device_pass(program, str(device))
 
 
 def _computed(potential: Potential, graph: AtomGraph) -> tuple[Tensor, ...]:
@@ -248,7 +268,7 @@ def _compile(program: torch.export.ExportedProgram, path: Path, metadata: dict[s
     """Compile a trace into a package.
 
     Raises:
-        ExportError: There is no C++ compiler, or it fails.
+        ExportError: A compiler fails.
     """
     try:
         torch._inductor.aoti_compile_and_package(
@@ -256,7 +276,7 @@ def _compile(program: torch.export.ExportedProgram, path: Path, metadata: dict[s
             package_path=str(path),
             inductor_configs={"aot_inductor.metadata": {METADATA_KEY: json.dumps(metadata)}},
         )
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:
         raise ExportError(f"no library came of it: {error}") from error
 
 

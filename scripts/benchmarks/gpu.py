@@ -73,6 +73,9 @@ STAGES: dict[str, Stage] = {
         _tests("tests/potential/test_captured.py", "tests/graph/test_device_neighbors.py",
                "tests/calculators/test_ase_calculator.py", "tests/dynamics/test_in_flight.py"),
     ),
+    "export": Stage(
+        50, ("pytest", "triton", *STRUCTURES), _tests("tests/potential/test_export.py")
+    ),
     "adapters": Stage(30, ("pytest",), _tests("tests/ops/test_adapters.py")),
     "operations": Stage(120, ("scipy",), _benchmark("tensor-product", file="tensor_product")),
     "dynamics": Stage(70, STRUCTURES, _benchmark("on-device", "dynamics", file="dynamics_gpu")),

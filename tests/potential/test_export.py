@@ -2,7 +2,10 @@
 
 import copy
 import json
+import os
 import pickle
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -11,6 +14,7 @@ import pytest
 import torch
 from structures import RATTLED, rattled_crystal, rattled_molecule
 from torch._inductor import config as inductor_config
+from torch.utils import cpp_extension
 
 import atomeq
 from atomeq.calculators.ase import AtomeqCalculator
@@ -262,9 +266,84 @@ def test_a_potential_of_two_scales_is_not_compiled(tmp_path):
         export_potential(potential, tmp_path / "two.pt2")
 
 
-def test_a_potential_on_a_gpu_is_refused_with_what_its_export_lacks(
+def test_cuda_without_a_gpu_is_refused_with_the_way_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    potential, path = Potential(EGNN(hidden_channels=8)), tmp_path / "x.pt2"
+    with pytest.raises(ValueError, match="install a CUDA build of torch on a machine with a GPU"):
+        export_potential(potential, path, device="cuda")
     monkeypatch.setattr(Potential, "device", torch.device("cuda"))
-    with pytest.raises(ExportError, match="tries its kernels there, with a CUDA build of torch"):
-        export_potential(Potential(EGNN(hidden_channels=8)), tmp_path / "x.pt2")
+    with pytest.raises(ValueError, match="finds no CUDA GPU here"):
+        export_potential(potential, path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("without", "way_out"),
+    [("toolkit", "set CUDA_HOME to its folder"), ("triton", r"pip install atomeq\[cuda\]")],
+)
+def test_cuda_without_what_compiles_for_it_is_refused(
+    without: str, way_out: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", None)
+    monkeypatch.setattr(export, "find_spec", lambda name: without == "toolkit" or None)
+    with pytest.raises(ExportError, match=way_out):
+        export_potential(Potential(EGNN(hidden_channels=8)), tmp_path / "x.pt2", device="cuda")
+
+
+def test_a_library_for_cuda_wants_its_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a package says of itself is read first, and on another machine nothing but that."""
+    potential, path = random_potential("egnn"), tmp_path / "x.pt2"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    told = {**export._description(potential, torch.device("cuda")), "sha256": "x", "name": None}
+    assert (told["device"], told["machine"]["GPU"]) == ("cuda", "sm_90")
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("x_metadata.json", json.dumps({"atomeq": json.dumps(told)}))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="finds no CUDA GPU here"):
+        load_compiled(path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 0))
+    with pytest.raises(CheckpointError, match="for GPU sm_90, and here it is sm_80"):
+        load_compiled(path)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    compiled = CompiledPotential(lambda *_: [], path, told)
+    assert compiled.device == torch.device("cuda", 0)
+    graph = potential.build_graph(rattled_molecule())
+    with pytest.raises(ValueError, match="this graph is on cpu"):
+        compiled(graph)
+
+
+@pytest.mark.slow
+@pytest.mark.triton
+def test_a_library_for_cuda_compiles_for_sm_90_without_a_gpu() -> None:
+    """All but the C++ of its host: the trace, its move, and machine code of every kernel."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    if not torch.__version__.startswith("2.13"):
+        pytest.skip("the pretence of a GPU knows torch 2.13")
+    words = [sys.executable, str(Path(__file__).parents[1] / "fake_cuda.py"), "egnn", "escn"]
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for found in json.loads(done.stdout.splitlines()[-1]).values():
+        assert found["operations"] > 100
+        assert found["on_host"] == []
+        assert found["for_sm_90"] == found["kernels"] > 10
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(cpp_extension.CUDA_HOME is None, reason="there is no CUDA toolkit here")
+@pytest.mark.parametrize("name", MODELS)
+def test_a_library_for_cuda_gives_the_numbers_of_the_potential(name: str, tmp_path: Path) -> None:
+    potential = random_potential(name)
+    compiled = load_compiled(export_potential(potential, tmp_path / "x.pt2", device="cuda"))
+    assert compiled.device.type == "cuda"
+    assert potential.device.type == "cpu"
+    potential = potential.to(compiled.device)
+    for structures in batches():
+        assert_equal_results(potential, compiled, structures, DOUBLE)
+    assert compiled.double() is compiled
+    with pytest.raises(ValueError, match="cannot go to cpu"):
+        compiled.cpu()

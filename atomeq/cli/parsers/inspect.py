@@ -113,16 +113,17 @@ examples:
   atomeq select md.extxyz --potential runs/cu/committee --by spread --number 9 --out chosen.extxyz
 """
 _EXPORT = """\
-Compile a potential for the processor of this machine: OUT.pt2 computes energy, forces and stress of
-structures of any size without the package's operations, faster for small structures. It takes about
-a minute and a C++ compiler. The file is a program: whoever loads it runs it, which in Python
-atomeq.load_compiled("OUT.pt2") does.
+Compile a potential for this machine: OUT.pt2 computes energy, forces and stress of structures of
+any size without the package's operations, faster for small structures. It takes about a minute and
+a C++ compiler; with --device cuda also a GPU like the one it is for, and NVIDIA's CUDA toolkit. The
+file is a program: whoever loads it runs it, which in Python atomeq.load_compiled("OUT.pt2") does.
 
 With --format metatomic it writes OUT.pt, a model for LAMMPS, GROMACS, i-PI and other codes that are
 built with metatomic, which has to be installed here as well (pip install atomeq[metatomic]).
 
 examples:
   atomeq export cu-pbe --out cu.pt2
+  atomeq export cu-pbe --out cu.pt2 --device cuda
   atomeq export cu-pbe --format metatomic --out cu.pt
 """
 
@@ -380,5 +381,8 @@ def _export_parser() -> Parser:
         default=None,
         help="precision of the network; by default that of the potential",
     )
-    parser.door(potential=find_single_potential, out=refuse_unwritable)
+    parser.add_argument(
+        "--device", type=str, default=None, help="cpu (default) or cuda, where OUT.pt2 computes"
+    )
+    parser.door(potential=find_single_potential, out=refuse_unwritable, device=device_name)
     return parser
