@@ -14,7 +14,8 @@ from atomeq.files import write_atomically
 from atomeq.potential.folders import ABOUT_FILE, CONFIG_FILE, METRICS_FILE, WEIGHTS_FILE
 from atomeq.potential.untrusted import read_yaml
 
-SPEED, CARD = "speed.json", "README.md"
+SPEED, CARD, SCANS = "speed.json", "README.md", "scans.png"
+_CURVE = "learning_curve.png"
 _QUANTITIES = {
     "energy_meV_per_atom": "energy, meV/atom",
     "forces_meV_per_A": "forces, meV/Å",
@@ -39,10 +40,12 @@ def card_of(folder: Path) -> str:
     found = json.loads((folder / METRICS_FILE).read_text(encoding="utf-8"))
     title, _, opening = opening.strip().partition("\n")
     parts = [title, opening.strip(), _facts(folder), *_errors(found), *_uncertainty(found)]
-    parts += _properties(found)
+    parts += [*_properties(found), *_scans(found)]
     if (folder / SPEED).is_file():
         parts += _speed(json.loads((folder / SPEED).read_text(encoding="utf-8")))
     parts += [f"## {sections.strip()}"] if sections else []
+    if (folder / _CURVE).is_file():
+        parts.append(f"![loss by epoch, error of forces by time]({_CURVE})")
     parts.append(f"Everything above but the text is of this command:\n\n    {found['command']}")
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -93,11 +96,13 @@ def _uncertainty(found: Mapping[str, Any]) -> list[str]:
         if worst is None
         else f"The tenth with the largest σ has {worst:.1f} times the median error of forces. "
     )
-    beyond = 100 * found["uncertainty"]["atoms_beyond_training"]
+    beyond = found["uncertainty"].get("atoms_beyond_training")
+    if beyond is not None:
+        told += f"{100 * beyond:.1f} % of the atoms lie beyond what training has shown."
     return [
         "## Uncertainty",
         table(head, rows),
-        f"{told}{beyond:.1f} % of the atoms lie beyond what training has shown.",
+        told.strip(),
     ]
 
 
@@ -111,6 +116,18 @@ def _properties(found: Mapping[str, Any]) -> list[str]:
         off = "" if not known else f"{100 * (node['value'] / known - 1):+.1f} %"
         rows.append([name.replace("_", " "), f"{node['value']:.4g}", told, off])
     return ["## Properties", table(["", "computed", "reference", "off by"], rows)]
+
+
+def _scans(found: Mapping[str, Any]) -> list[str]:
+    if "scans" not in found:
+        return []
+    rows = [
+        [name.replace("_", " "), len(one["labelled_eV"])]
+        + [f"{1e3 * one[f'{key}_eV']:.1f}" for key in ("rmse", "range_labelled", "range_predicted")]
+        for name, one in found["scans"].items()
+    ]
+    head = ["path", "structures", "error, meV: RMSE", "labelled range, meV", "predicted range, meV"]
+    return ["## Scans", table(head, rows), f"![energies along paths: labels, curve]({SCANS})"]
 
 
 def _speed(found: Mapping[str, Any]) -> list[str]:

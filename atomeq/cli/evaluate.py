@@ -10,18 +10,19 @@ from ase import Atoms
 from jsonargparse import Namespace
 
 from atomeq.calculators.ase import AtomeqCalculator
-from atomeq.cli.card import write_card
+from atomeq.cli.card import SCANS, write_card
 from atomeq.cli.data_stats import data_module
-from atomeq.cli.plots import Cloud, plot_clouds
+from atomeq.cli.plots import Cloud, Panel, plot_clouds, plot_lines
 from atomeq.cli.structures import versions
 from atomeq.cli.terminal import Meter, say, show_table
 from atomeq.cli.verbs import load, stages
 from atomeq.data.ase_files import read_structures
 from atomeq.files import write_atomically
 from atomeq.graph.to_structures import to_ase
+from atomeq.potential.checkpoint import metadata_of
 from atomeq.potential.untrusted import read_yaml
-from atomeq.properties.evaluation import Evaluation
-from atomeq.properties.reference_values import CrystalProperties
+from atomeq.properties.evaluation import Evaluation, scan
+from atomeq.properties.reference_values import CrystalProperties, crystals_of
 
 _AXES = {
     "energy_meV_per_atom": ("energy / eV per atom", 1.0),
@@ -32,10 +33,11 @@ _AXES = {
 def evaluate(options: Namespace) -> int:
     """Evaluate, show the tables and write the files."""
     calculator = load(options.potential, options)
-    properties = None
+    properties: dict[str, CrystalProperties] = {}
     if options.properties is not None:
         precise = load(options.potential, options, dtype="float64")
-        properties = CrystalProperties(read_yaml(options.properties), precise)
+        known = crystals_of(read_yaml(options.properties))
+        properties = {name: CrystalProperties(one, precise) for name, one in known.items()}
     document: dict[str, Any] = {
         "potential": {key: calculator.provenance[key] for key in ("name", "sha256")},
         "command": _command(options),
@@ -48,9 +50,20 @@ def evaluate(options: Namespace) -> int:
         document |= _told(evaluation)
         written.append(_pictures(options.out, evaluation))
         _show_errors(document)
-    if properties is not None:
+    if options.scans:
+        document["scans"] = {
+            Path(file).name.partition(".")[0]: scan(list(read_structures(file)), calculator)
+            for file in options.scans
+        }
+        written.append(_draw_scans(options.out.with_name(SCANS), document["scans"]))
+        _show_scans(document["scans"])
+    if properties:
         with stages() as report:
-            document["properties"] = properties(report)
+            document["properties"] = {
+                f"{name}_{key}" if name else key: found
+                for name, one in properties.items()
+                for key, found in one(report).items()
+            }
         _show_properties(document["properties"])
     with write_atomically(options.out) as partial:
         partial.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
@@ -64,6 +77,7 @@ def _command(options: Namespace) -> str:
     words = ["atomeq evaluate", str(options.potential), *map(str, options.files)]
     given = {"kind": options.kind, "properties": options.properties, "dtype": options.dtype}
     words += [f"--{name} {value}" for name, value in given.items() if value is not None]
+    words += ["--scans", *options.scans] if options.scans else []
     return " ".join([*words, f"--out {options.out}", *["--card"] * options.card, "--overwrite"])
 
 
@@ -71,7 +85,7 @@ def _evaluation(options: Namespace, calculator: AtomeqCalculator) -> Evaluation:
     structures: list[Atoms] = []
     for file in options.files:
         if Path(file).suffix in (".yaml", ".yml"):
-            structures += _tests_of(Path(file), options.kind)
+            structures += _tests_of(Path(file), options)
             continue
         for atoms in read_structures(file):
             atoms.info["_kind"] = _kind(atoms, options.kind, file, several=len(options.files) > 1)
@@ -86,22 +100,24 @@ def _evaluation(options: Namespace, calculator: AtomeqCalculator) -> Evaluation:
         )
 
 
-def _tests_of(path: Path, kind: str | None) -> list[Atoms]:
+def _tests_of(path: Path, options: Namespace) -> list[Atoms]:
     """Return the test structures of an experiment, whole ones, less its offset of the stress."""
     data = data_module(path)
     data.reduce_supercells = False
     sets = data.structures()
     named = {name: list(some) for name, some in sets.items() if name.startswith("test/")}
     offset = (read_yaml(path).get("model") or {}).get("stress_offset", 0.0)
+    if offset == "fitted":
+        offset = metadata_of(options.potential).get("stress_offset", 0.0)
     found: list[Atoms] = []
     for name, some in named.items():
         for given in some:
             atoms = given if isinstance(given, Atoms) else to_ase(given)[0]  # of HDF5 files
             set_name = name.removeprefix("test/")
-            label = atoms.info.get(kind or data.labels.kind, set_name)
+            label = atoms.info.get(options.kind or data.labels.kind, set_name)
             atoms.info["_kind"] = str(label).removeprefix("set=")
             results = getattr(atoms.calc, "results", {})
-            if isinstance(offset, float) and "stress" in results:
+            if "stress" in results:
                 results["stress"] = results["stress"] - offset * np.array([1, 1, 1, 0, 0, 0])
             found.append(atoms)
     if not found:
@@ -138,6 +154,29 @@ def _show_errors(document: Mapping[str, Any]) -> None:
     if document["uncertainty"]:
         rows = [[name, f"{value:.3f}"] for name, value in document["uncertainty"].items()]
         show_table(["uncertainty", "share or ratio"], rows)
+
+
+def _draw_scans(out: Path, scans: Mapping[str, Mapping[str, Any]]) -> Path:
+    """Draw labelled energies as points on the predicted curve of each scan."""
+    panels = []
+    for name, found in scans.items():
+        steps = range(1, 1 + len(found["labelled_eV"]))
+        lines = [(steps, found["predicted_eV"])]
+        labels = (steps, found["labelled_eV"])
+        title = name.replace("_", " ")
+        panels.append(
+            Panel("structure", "energy / eV", lines, ends=False, points=labels, title=title)
+        )
+    return plot_lines(out, panels)
+
+
+def _show_scans(scans: Mapping[str, Mapping[str, Any]]) -> None:
+    rows = [
+        [name, str(len(found["labelled_eV"]))]
+        + [f"{found[key]:.4f}" for key in ("rmse_eV", "range_labelled_eV", "range_predicted_eV")]
+        for name, found in scans.items()
+    ]
+    show_table(["scan", "structures", "RMSE eV", "labelled range eV", "predicted range eV"], rows)
 
 
 def _pair(row: Mapping[str, float] | None) -> str:

@@ -123,6 +123,8 @@ class Panel(NamedTuple):
         lines: x and y of each.
         log: Whether y is logarithmic.
         ends: Whether the first and the last point of each line are marked.
+        points: x and y of what stands beside the lines.
+        title: Above.
     """
 
     x_label: str
@@ -130,6 +132,8 @@ class Panel(NamedTuple):
     lines: Sequence[tuple[Sequence[float], Sequence[float]]]
     log: bool = False
     ends: bool = True
+    points: tuple[Sequence[float], Sequence[float]] | None = None
+    title: str = ""
 
 
 def plot_lines(out: str | Path, panels: Sequence[Panel]) -> Path:
@@ -141,7 +145,9 @@ def plot_lines(out: str | Path, panels: Sequence[Panel]) -> Path:
                 axes.plot(x, y, color=_INK, linewidth=1)
                 if panel.ends and len(x):
                     axes.plot([x[0], x[-1]], [y[0], y[-1]], "o", color=_ACCENT, markersize=4)
-            axes.set(xlabel=panel.x_label, ylabel=panel.y_label)
+            if panel.points is not None:
+                axes.plot(*panel.points, "o", color=_ACCENT, markersize=4, zorder=0)
+            axes.set(xlabel=panel.x_label, ylabel=panel.y_label, title=panel.title)
             if panel.log:
                 axes.set_yscale("log")
 

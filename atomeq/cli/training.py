@@ -36,8 +36,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 import atomeq.training.sharded  # noqa: F401 - trainer.strategy fsdp2
+from atomeq.cli.errors import show_errors
 from atomeq.cli.parsers.training import HELP, named_in_words
-from atomeq.cli.terminal import show_table
 from atomeq.data.batching import LABELS
 from atomeq.data.datamodule import AtomisticDataModule
 from atomeq.data.targets import ScalarTarget
@@ -46,8 +46,9 @@ from atomeq.graph.atom_graph import AtomGraph
 from atomeq.graph.to_structures import to_ase
 from atomeq.models.base import ConfiguredModule
 from atomeq.models.registry import MODELS, PROPAGATORS
-from atomeq.potential.checkpoint import write_committee
+from atomeq.potential.checkpoint import load_potential
 from atomeq.potential.folders import CONFIG_FILE
+from atomeq.potential.mean import MeanPotential, rescaling_of, write_committee
 from atomeq.propagation.callbacks import SavePropagator
 from atomeq.propagation.datamodules import PropagationDataModule
 from atomeq.propagation.task import PropagationTask
@@ -57,6 +58,7 @@ from atomeq.training.callbacks import (
     SaveBest,
     SavePotential,
 )
+from atomeq.training.published import PublishedErrors
 from atomeq.training.report import LogEpochs, ModelCard
 from atomeq.training.task import AtomisticTask
 from atomeq.typing import PropertyKey
@@ -176,6 +178,13 @@ class TrainingCLI(LightningCLI):
             default=None,
             help="Fit as many potentials, from seed_everything on, to one committee.",
         )
+        parser.add_argument(
+            "--potential",
+            type=str | None,
+            default=None,
+            help="A saved one by name or folder, to test, validate or predict by.",
+        )
+        parser.add_class_arguments(PublishedErrors, "published")
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         parser.add_lightning_class_args(ExponentialMovingAverage, "ema")
         parser.add_lightning_class_args(self.kind.saver, self.kind.saver_section)
@@ -277,6 +286,14 @@ class TrainingCLI(LightningCLI):
             raise ValueError(
                 f"the configuration cannot be built: {type(error).__name__}: {error}"
             ) from error
+        if (name := self._get(self.config, "potential")) is not None:
+            given = self._get(self.config, "ckpt_path") is not None
+            if given or self.subcommand == "fit" or not isinstance(self.model, AtomisticTask):
+                raise ValueError(
+                    "potential is what to test, validate or predict by in place of ckpt_path; a "
+                    "fit starts from one by model.start_from, and a propagator is none"
+                )
+            self.model.use(name)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the trainer with a CSV log in the run's folder, and a bar if there is a terminal."""
@@ -316,12 +333,13 @@ class TrainingCLI(LightningCLI):
     def validate(self, **arguments: Any) -> None:
         """Print the errors of the validation set."""
         self.trainer.validate(verbose=False, weights_only=True, **arguments)
-        _show_errors({"val": self.model.val_results}, self.model.metrics.columns)
+        show_errors({"val": self.model.val_results}, self.model.metrics.columns)
 
     def test(self, **arguments: Any) -> None:
         """Print the errors of each test set and keep them as JSON in the run's folder."""
         self.trainer.test(verbose=False, weights_only=True, **arguments)
-        _show_errors(self.model.test_results, self.model.metrics.columns)
+        published = self._get(self.config_init, "published")
+        show_errors(self.model.test_results, self.model.metrics.columns, published)
         with write_atomically(self._run_folder() / "test_errors.json") as partial:
             partial.write_text(json.dumps(self.model.test_results, indent=2) + "\n")
 
@@ -362,7 +380,7 @@ def main(argv: Sequence[str]) -> None:
             for member in range(1, cli.n_members):
                 TrainingCLI(list(argv), member=member)
             if cli.n_members and cli.trainer.is_global_zero:
-                write_committee(cli.committee, [f"seed-{k}" for k in range(cli.n_members)])
+                _make_committee(cli)
     except MisconfigurationException as error:
         raise ValueError(str(error)) from error
     except RuntimeError as error:
@@ -373,6 +391,22 @@ def main(argv: Sequence[str]) -> None:
         if not _raised_by_lightning(error):
             raise
         raise ValueError(str(error)) from error
+
+
+def _make_committee(cli: TrainingCLI) -> None:
+    """Make the members one potential, its spread rescaled by the last one's validation set."""
+    names, data = [f"seed-{k}" for k in range(cli.n_members)], cli.datamodule
+    write_committee(cli.committee, names)
+    if not isinstance(data, AtomisticDataModule) or data.heads or data.val_set is None:
+        return
+    try:
+        committee = load_potential(cli.committee)
+        assert isinstance(committee, MeanPotential)
+        factors, _ = rescaling_of(committee, data.eval_loader(data.val_set))
+    except ValueError as error:
+        logger.info("the committee's spread is as it is: %s", error)
+        return
+    write_committee(cli.committee, names, rescaling=factors)
 
 
 def _set_up_messages() -> None:
@@ -430,19 +464,6 @@ def _predicted(
     for atoms, value in zip(structures, prediction["scalar"].tolist(), strict=True):
         atoms.info[target.name] = value
     return structures
-
-
-def _show_errors(
-    results: dict[str, dict[str, float]], columns: Mapping[str, tuple[str, str]]
-) -> None:
-    shown = [name for name in columns if any(name in errors for errors in results.values())]
-    show_table(
-        ["set", *("\n".join(columns[name]) for name in shown)],
-        [
-            [set_name, *(f"{errors[name]:.4g}" if name in errors else "-" for name in shown)]
-            for set_name, errors in results.items()
-        ],
-    )
 
 
 def _suggestion(message: str, keys: set[str]) -> str:

@@ -39,6 +39,7 @@ DATA_VARIABLE = "ATOMEQ_DATA"
 DATABASE_SUFFIXES = (".db", ".aselmdb")
 _OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 _LABELS = ("energy", "forces", "stress")
+_VOIGT = "xx yy zz yz xz xy"
 #: Labels that stay in ``atoms.info`` or, those of atoms, in ``atoms.arrays``, and their shape.
 ELECTRIC_SHAPES = {
     "dipole": (3,),
@@ -63,6 +64,8 @@ class LabelKeys:
         energy: Total energy, eV.
         forces: Forces, eV/Å.
         stress: Stress, eV/Å³ in ASE's sign; 6 Voigt components or 3 x 3.
+        stress_order: What the six components are where ASE takes them for ``xx yy zz yz xz xy``;
+            VASP's order is ``xx yy zz xy yz xz``.
         dipole: e·Å; a task whose model gives dipoles looks for ``dipole``, and so on.
         quadrupole: e·Å², about the mean position; 6 Voigt components or 3 x 3.
         polarizability: e²·Å²/eV, 1/14.4 of its volume in Å³; likewise.
@@ -78,6 +81,7 @@ class LabelKeys:
     energy: str = "energy"
     forces: str = "forces"
     stress: str = "stress"
+    stress_order: str = _VOIGT
     dipole: str | None = None
     quadrupole: str | None = None
     polarizability: str | None = None
@@ -88,6 +92,8 @@ class LabelKeys:
     kind_weights: dict[str, float | dict[str, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if sorted(self.stress_order.split()) != sorted(_VOIGT.split()):
+            raise DataError(f"stress_order are {_VOIGT} in an order, not {self.stress_order!r}")
         for kind, weights in self.kind_weights.items():
             if isinstance(weights, dict) and not set(weights) <= set(_LABELS):
                 raise DataError(
@@ -294,6 +300,9 @@ def _normalise_labels(atoms: Atoms, labels: LabelKeys, name: str) -> None:
         results[label] = _checked(value, allowed, f"{name}: label {key!r}")
     if "stress" in results and results["stress"].size == 9:
         results["stress"] = _voigt(results["stress"].reshape(3, 3))
+    if "stress" in results:
+        order = labels.stress_order.split()
+        results["stress"] = results["stress"][[order.index(one) for one in _VOIGT.split()]]
     if "energy" in results:
         results["energy"] = float(results["energy"])
     _normalise_electric(atoms, labels, name)

@@ -34,7 +34,7 @@ from atomeq.potential.folders import (
     split_head,
 )
 from atomeq.potential.heads import HeadedPotential, weights_of_head
-from atomeq.potential.mean import MeanPotential
+from atomeq.potential.mean import MeanPotential, read_committee
 from atomeq.potential.potential import Potential
 from atomeq.potential.predictor import Predictor
 from atomeq.potential.references import AtomicReferences
@@ -51,7 +51,6 @@ from atomeq.registry import Registry, RegistryError
 from atomeq.typing import Precision
 
 CHECKPOINT_VERSION = 1
-COMMITTEE_VERSION = 1
 
 T = TypeVar("T")
 
@@ -221,10 +220,10 @@ def load_predictor(
     """
     folder = find_potential(name_or_path)
     if (folder / COMMITTEE_FILE).is_file():
-        names, head = _members(folder), split_head(name_or_path)[1]
+        (names, rescaling), head = read_committee(folder), split_head(name_or_path)[1]
         each = [folder / (name if head is None else f"{name}@{head}") for name in names]
         how: dict[str, Any] = {"device": device, "dtype": dtype, "precision": precision}
-        committee = _committee([load_potential(one, **how) for one in each], folder)
+        committee = _committee([load_potential(one, **how) for one in each], rescaling, folder)
         committee.name = str(name_or_path)
         return committee.eval()
     document = read_document(folder)
@@ -257,39 +256,21 @@ def load_predictor(
     return potential.to(resolve_device(device)).requires_grad_(False).eval()
 
 
-def write_committee(folder: Path, members: Sequence[str]) -> None:
-    """Make potentials that lie in a folder a committee, which loads as one potential.
+def metadata_of(name_or_path: str | Path) -> dict[str, Any]:
+    """Return what was kept of the training of a predictor; nothing of a committee's.
 
     Args:
-        folder: Holds them.
-        members: Names of the folders in it, two or more.
+        name_or_path: As of :func:`load_predictor`.
     """
-    text = yaml.safe_dump({"committee_version": COMMITTEE_VERSION, "members": list(members)})
-    with write_atomically(folder / COMMITTEE_FILE) as partial:
-        partial.write_text(text, encoding="utf-8")
+    file = find_potential(name_or_path) / CONFIG_FILE
+    return read_yaml(file).get("metadata") or {} if file.is_file() else {}
 
 
-def _members(folder: Path) -> list[str]:
-    """Return the names of the folders that a committee's file lists."""
-    document = read_yaml(folder / COMMITTEE_FILE)
-    version, names = document.get("committee_version"), document.get("members")
-    if version != COMMITTEE_VERSION:
-        raise CheckpointError(
-            f"{folder} has committee_version {version!r}, this package reads {COMMITTEE_VERSION}"
-        )
-    plain = isinstance(names, list) and all(
-        isinstance(name, str) and name == Path(name).name and name not in (".", "..")
-        for name in names
-    )
-    if not plain:
-        raise CheckpointError(f"members of {folder} are names of folders in it, not {names!r}")
-    assert isinstance(names, list)
-    return names
-
-
-def _committee(members: Sequence[Potential], folder: Path) -> MeanPotential:
+def _committee(
+    members: Sequence[Potential], rescaling: dict[str, float], folder: Path
+) -> MeanPotential:
     try:
-        return MeanPotential(members)
+        return MeanPotential(members, rescaling)
     except ValueError as error:
         raise CheckpointError(f"{folder / COMMITTEE_FILE}: {error}") from error
 

@@ -1,17 +1,25 @@
 """MeanPotential: a committee as one potential; its results are means, its doubt their spread."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 import torch
+import yaml
 from torch import Tensor, nn
 
+from atomeq.files import write_atomically
 from atomeq.graph.atom_graph import AtomGraph
 from atomeq.ops.precision import use_precision
+from atomeq.potential.folders import COMMITTEE_FILE, CheckpointError
 from atomeq.potential.potential import Potential
 from atomeq.potential.references import AtomicReferences
 from atomeq.potential.terms import EnergyTerm
+from atomeq.potential.uncertainty import coverage_of, factor_of
+from atomeq.potential.untrusted import read_yaml
 from atomeq.typing import PropertyKey
 
+COMMITTEE_VERSION = 1
+_AGREED = 1e-6  # eV/Å; of forces that symmetry forbids the spread is rounding
 _SPREAD_OF: dict[PropertyKey, PropertyKey] = {
     "energy_uncertainty": "energy",
     "forces_uncertainty": "forces",
@@ -27,12 +35,22 @@ class MeanPotential(Potential):
 
     Args:
         members: Two or more, with equal graphs; they are this potential's from now on.
+        rescaling: What the spreads of ``energy`` and ``forces`` are multiplied by, as
+            :func:`rescaling_of` finds it; by default 1.
 
     Raises:
-        ValueError: Less than two, different graphs or dtypes, or no element in common.
+        ValueError: Less than two, different graphs or dtypes, no element in common, or a factor
+            that is none.
     """
 
-    def __init__(self, members: Sequence[Potential]) -> None:
+    def __init__(
+        self, members: Sequence[Potential], rescaling: Mapping[str, float] | None = None
+    ) -> None:
+        factors = {"energy": 1.0, "forces": 1.0} | dict(rescaling or {})
+        if len(factors) > 2 or not all(
+            type(f) in (int, float) and 0 < f < float("inf") for f in factors.values()
+        ):
+            raise ValueError(f"rescaling are positive factors of energy and forces: {rescaling}")
         if len(members) < 2:
             raise ValueError(f"a committee has two members or more, not {len(members)}")
         first = members[0]
@@ -53,6 +71,7 @@ class MeanPotential(Potential):
         for one in members:
             one.precision = None  # that of the whole holds
         self.members = nn.ModuleList(members)
+        self.rescaling = factors
 
     def _each(self) -> list[Potential]:
         return [one for one in self.members if isinstance(one, Potential)]
@@ -81,10 +100,12 @@ class MeanPotential(Potential):
             ]
         found = {key: torch.stack([one[key] for one in each]).mean(dim=0) for key in keys}
         if "energy_uncertainty" in spreads:
-            found["energy_uncertainty"] = torch.stack([one["energy"] for one in each]).std(dim=0)
+            spread = torch.stack([one["energy"].detach() for one in each]).std(dim=0)
+            found["energy_uncertainty"] = self.rescaling["energy"] * spread
         if "forces_uncertainty" in spreads:
             forces = torch.stack([one["forces"].detach() for one in each]).to(torch.float64)
-            found["forces_uncertainty"] = forces.var(dim=0).mean(dim=1).sqrt()
+            spread = forces.var(dim=0).mean(dim=1).sqrt()
+            found["forces_uncertainty"] = self.rescaling["forces"] * spread
         return {key: found[key] for key in properties}
 
     @property
@@ -119,3 +140,80 @@ class MeanPotential(Potential):
         """The electric properties that every member gives."""
         first, *others = (one.electric for one in self._each())
         return tuple(key for key in first if all(key in other for other in others))
+
+
+def rescaling_of(
+    committee: MeanPotential, held_out: Iterable[AtomGraph]
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Find what a committee's spread is to be multiplied by, for 68 % of the errors to lie within.
+
+    Members that were trained on the same data agree more than they are right.
+
+    Args:
+        committee: Stays as it is.
+        held_out: Batches with labels ``energy`` and ``forces`` that no member was trained on.
+
+    Returns:
+        The factors of ``energy`` and ``forces``, and the shares of errors within one and two of the
+        rescaled σ, ``energy_68`` and so on.
+
+    Raises:
+        ValueError: There are too few labels.
+    """
+    ratios: dict[str, list[Tensor]] = {"energy": [], "forces": []}
+    keys: tuple[PropertyKey, ...] = ("energy", "forces", "energy_uncertainty", "forces_uncertainty")
+    for graph in held_out:
+        found = committee(graph, keys, create_graph=False)
+        for name, ratio in ratios.items():
+            if (label := graph.get(name)) is None:
+                continue
+            sigma = found[f"{name}_uncertainty"].reshape(len(label), -1) / committee.rescaling[name]
+            error = (found[name].detach() - label).abs().reshape(len(label), -1)
+            known = error.isfinite().all(dim=1) & (sigma[:, 0] > _AGREED)
+            ratio.append((error / sigma)[known].to(torch.float64).flatten())
+    joined = {name: torch.cat(ratio) for name, ratio in ratios.items() if ratio}
+    factors = {name: factor_of(joined.get(name, torch.empty(0)), name) for name in ratios}
+    coverage: dict[str, float] = {}
+    for name, factor in factors.items():
+        coverage |= coverage_of(joined[name] / factor, name)
+    return factors, coverage
+
+
+def write_committee(
+    folder: Path, members: Sequence[str], *, rescaling: Mapping[str, float] | None = None
+) -> None:
+    """Make potentials that lie in a folder a committee, which loads as one potential.
+
+    Args:
+        folder: Holds them.
+        members: Names of the folders in it, two or more.
+        rescaling: Of :class:`MeanPotential`.
+    """
+    document = {"committee_version": COMMITTEE_VERSION, "members": list(members)}
+    if rescaling is not None:
+        document["rescaling"] = dict(rescaling)
+    with write_atomically(folder / COMMITTEE_FILE) as partial:
+        partial.write_text(yaml.safe_dump(document), encoding="utf-8")
+
+
+def read_committee(folder: Path) -> tuple[list[str], dict[str, float]]:
+    """Return the names of the folders that a committee's file lists, and its rescaling.
+
+    Raises:
+        CheckpointError: The file is of another version, or names no folders.
+    """
+    document = read_yaml(folder / COMMITTEE_FILE)
+    version, names = document.get("committee_version"), document.get("members")
+    if version != COMMITTEE_VERSION:
+        raise CheckpointError(
+            f"{folder} has committee_version {version!r}, this package reads {COMMITTEE_VERSION}"
+        )
+    if not isinstance(names, list) or not all(
+        isinstance(name, str) and name == Path(name).name and name not in (".", "..")
+        for name in names
+    ):
+        raise CheckpointError(f"members of {folder} are names of folders in it, not {names!r}")
+    rescaling = document.get("rescaling") or {}
+    if not isinstance(rescaling, dict):
+        raise CheckpointError(f"rescaling of {folder} are factors by name, not {rescaling!r}")
+    return names, rescaling

@@ -126,24 +126,50 @@ def calibrated(
     for name, covariance in sums.covariances().items():
         features = torch.cat([rows[name][0] for rows in found])
         errors = torch.cat([rows[name][1] for rows in found])
-        if len(errors) < _FEWEST:
-            if name == "energy":
-                raise ValueError(
-                    f"{len(errors)} held-out energies are too few to calibrate by; "
-                    f"give {_FEWEST} or more structures that were not trained on"
-                )
-            raise ValueError(
-                "the held-out structures have no forces to calibrate by; label them with both"
-            )
+        _refuse_few(len(errors), name)
         factor = _fitted(covariance, features, errors)
         setattr(module, name, factor)
-        z = errors.abs() / _norms(features, factor)[:, None]
-        coverage[f"{name}_68"] = float((z <= 1).double().mean())
-        coverage[f"{name}_95"] = float((z <= 2).double().mean())
+        coverage |= coverage_of(errors.abs() / _norms(features, factor)[:, None], name)
     module.largest = torch.stack(
         [_norms(part, module.forces).square().max() for part in sums.atoms]
     ).max()
     return module, coverage
+
+
+def _refuse_few(n_errors: int, name: str) -> None:
+    if n_errors >= _FEWEST:
+        return
+    if name == "energy":
+        raise ValueError(
+            f"{n_errors} held-out energies are too few to calibrate by; "
+            f"give {_FEWEST} or more structures that were not trained on"
+        )
+    raise ValueError("the held-out structures have no forces to calibrate by; label them with both")
+
+
+def coverage_of(ratios: Tensor, name: str) -> dict[str, float]:
+    """Return the shares of errors within one and two σ, ``energy_68`` and ``energy_95``.
+
+    Args:
+        ratios: Of errors to σ.
+        name: Of the property.
+    """
+    shares = {f"{name}_{share}": (ratios <= z).double().mean() for z, share in ((1, 68), (2, 95))}
+    return {key: float(share) for key, share in shares.items()}
+
+
+def factor_of(ratios: Tensor, name: str) -> float:
+    """Return what to multiply σ by for 68 % of the errors to lie within.
+
+    Args:
+        ratios: Of errors to σ.
+        name: Of the property.
+
+    Raises:
+        ValueError: They are too few.
+    """
+    _refuse_few(len(ratios), name)
+    return float(torch.quantile(_few(ratios.flatten()), ONE_SIGMA))
 
 
 class _Sums:
@@ -226,7 +252,7 @@ def _fitted(covariance: Tensor, features: Tensor, errors: Tensor) -> Tensor:
         inverse = torch.linalg.solve_triangular(lower, eye, upper=False)
         q = _norms(features, inverse)[:, None].clamp(min=1e-300)
         z = errors.abs() / q
-        alpha = float(torch.quantile(_few(z.flatten()), ONE_SIGMA))
+        alpha = factor_of(z, "energy")
         likelihood = float(-(0.5 * (z / max(alpha, 1e-300)) ** 2).mean() - (alpha * q).log().mean())
         if likelihood > best:
             best, chosen = likelihood, alpha * inverse

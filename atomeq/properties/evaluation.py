@@ -11,6 +11,7 @@ from ase.data import chemical_symbols
 from numpy.typing import NDArray
 
 from atomeq.calculators.ase import AtomeqCalculator
+from atomeq.potential.uncertainty import UNCERTAINTIES
 from atomeq.units import GPA
 
 _SIGMAS = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0)
@@ -64,6 +65,7 @@ class Evaluation:
         self.n_structures: dict[str, int] = {"all": 0}
         self.n_outside = 0  # atoms whose features training has not shown
         self._calibrated = "forces_uncertainty" in calculator.implemented_properties
+        self._judges = "extrapolation" in calculator.implemented_properties
         for start in range(0, len(structures), _CHUNK):
             few = structures[start : start + _CHUNK]
             for atoms, results in zip(few, self._computed(few, calculator), strict=True):
@@ -80,7 +82,8 @@ class Evaluation:
     ) -> Iterable[Mapping[str, Any]]:
         names = ["energy", "forces"]
         if self._calibrated:
-            names += ["energy_uncertainty", "forces_uncertainty", "extrapolation"]
+            known = calculator.implemented_properties
+            names += [name for name in UNCERTAINTIES if name in known]
         if "stress" in calculator.implemented_properties and all(
             "stress" in _labels(atoms) for atoms in structures
         ):
@@ -91,7 +94,7 @@ class Evaluation:
         labels, n = _labels(atoms), len(atoms)
         for name in ("all", kind) if kind != "all" else ("all",):
             self.n_structures[name] = self.n_structures.get(name, 0) + 1
-        if self._calibrated:
+        if "extrapolation" in results:
             self.n_outside += int((results["extrapolation"] > 1).sum())
         if "energy" in labels:
             sigma = results.get("energy_uncertainty")
@@ -160,7 +163,8 @@ class Evaluation:
         """Return what a calibrated potential's uncertainties are worth here; else nothing.
 
         The shares of errors within σ and 2 σ (68.3 and 95.4 % are promised), the mean error of the
-        tenth with the largest σ over the median error, and the share of atoms beyond training.
+        tenth with the largest σ over the median error, and the share of atoms beyond training,
+        which a committee does not tell.
         """
         found: dict[str, float] = {}
         for name in ("energy_meV_per_atom", "forces_meV_per_A"):
@@ -176,7 +180,7 @@ class Evaluation:
             median = float(np.median(errors.mean(axis=1)))
             if median > 0:
                 found[f"{short}_worst_decile_over_median"] = float(errors[worst].mean()) / median
-        if found:
+        if found and self._judges:
             n_atoms = sum(map(len, self.compared["forces_meV_per_A"].label)) or 1
             found["atoms_beyond_training"] = self.n_outside / n_atoms
         return found
@@ -193,6 +197,35 @@ class Evaluation:
                 ratios = errors.reshape(len(sigma), -1) / sigma[:, None]
                 found[name.partition("_")[0]] = [float((ratios <= z).mean()) for z in _SIGMAS]
         return found if len(found) > 2 else {}
+
+
+def scan(structures: Sequence[Atoms], calculator: AtomeqCalculator) -> dict[str, Any]:
+    """Compare energies along a path, each over that where the labelled energy is lowest.
+
+    Args:
+        structures: In the order of the path, with labelled energies.
+        calculator: Computes them.
+
+    Returns:
+        ``labelled_eV`` and ``predicted_eV``, their ``range_..._eV`` and ``rmse_eV``.
+
+    Raises:
+        ValueError: A structure has no energy.
+    """
+    if not structures or not all("energy" in _labels(atoms) for atoms in structures):
+        raise ValueError("a scan is of structures with energies, and one has none")
+    labelled = np.array([_labels(atoms)["energy"] for atoms in structures])
+    rows = calculator.evaluate(structures, ["energy"])
+    predicted = np.array([row["energy"] for row in rows])
+    lowest = int(labelled.argmin())
+    labelled, predicted = labelled - labelled[lowest], predicted - predicted[lowest]
+    return {
+        "labelled_eV": labelled.tolist(),
+        "predicted_eV": predicted.tolist(),
+        "range_labelled_eV": float(np.ptp(labelled)),
+        "range_predicted_eV": float(np.ptp(predicted)),
+        "rmse_eV": float(np.sqrt(((predicted - labelled) ** 2).mean())),
+    }
 
 
 def _labels(atoms: Atoms) -> Mapping[str, Any]:

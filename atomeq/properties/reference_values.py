@@ -13,7 +13,8 @@ References:
       surface_energy_111_J_per_m2: {}                                       # computed alone
       bcc_minus_crystal_meV_per_atom: {value: 37, source: PBE}
 
-What is named under ``references`` is computed, in float64, and nothing else.
+What is named under ``references`` is computed, in float64, and nothing else. Of several crystals
+each has such a part, by its name, under ``crystals``.
 """
 
 import re
@@ -38,6 +39,21 @@ _LENGTH = 10.0  # Å; of the supercell with a vacancy, at least
 _LAYERS = 10  # of a slab, in units of what ase.build.surface repeats
 _FMAX, _MAX_STEPS = 0.005, 500
 _CORE = np.arange(0.5, 1.21, 0.1)  # Å; distances of a dimer that no atoms should come to
+
+
+def crystals_of(document: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return what a YAML file says of each crystal by its name, of a single one by none.
+
+    Args:
+        document: As the file has it.
+
+    Raises:
+        ValueError: ``crystals`` are no parts by name.
+    """
+    parts = document.get("crystals", {"": dict(document)})
+    if not isinstance(parts, dict) or not all(isinstance(one, dict) for one in parts.values()):
+        raise ValueError(f"crystals are parts by name, not {parts!r}")
+    return parts
 
 
 class CrystalProperties:

@@ -12,6 +12,9 @@ from atomeq.files import write_atomically
 _INK, _ACCENT, _PALE = "#1f3a5f", "#c0562f", "#b8c4d0"
 
 
+_BY_TIME = ("cpu_s", "val/forces_mae")
+
+
 class Parity(NamedTuple):
     """Labels and predictions of one property.
 
@@ -29,14 +32,16 @@ class Parity(NamedTuple):
 
 
 def draw_learning_curve(path: Path, rows: Sequence[dict[str, float]]) -> None:
-    """Draw the losses of each epoch, on a logarithmic scale.
+    """Draw the losses of each epoch and, of a potential, the error of forces by CPU time.
 
     Args:
         path: The PNG.
-        rows: ``epoch`` and, where they are known, ``train/loss`` and ``val/loss``.
+        rows: ``epoch`` and, where they are known, ``train/loss`` and ``val/loss``; ``cpu_s`` and
+            ``val/forces_mae``, meV/Å.
     """
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
-    axes = figure.subplots()
+    errors = [(r["cpu_s"], r["val/forces_mae"]) for r in rows if {*_BY_TIME} <= set(r)]
+    figure = Figure(figsize=(9.0 if errors else 6.4, 4.2), layout="constrained")
+    axes, *more = figure.subplots(1, 2 if errors else 1, squeeze=False)[0]
     for name, colour in (("train/loss", _INK), ("val/loss", _ACCENT)):
         known = [(row["epoch"] + 1, row[name]) for row in rows if name in row]
         if known:
@@ -44,6 +49,10 @@ def draw_learning_curve(path: Path, rows: Sequence[dict[str, float]]) -> None:
     axes.set(xlabel="epoch", ylabel="loss", yscale="log")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend()
+    for beside in more:
+        beside.plot(*zip(*errors, strict=True), "o-", color=_INK, markersize=3)
+        beside.set(xlabel="CPU time / s", ylabel="validation MAE of forces / meV/Å")
+        beside.set(xscale="log", yscale="log")
     _save(figure, path)
 
 

@@ -47,7 +47,7 @@ class LogEpochs(Callback):
         self.quiet = quiet
         self.seconds = seconds
         self.rows: list[Row] = []
-        self._started = self._told = 0.0
+        self._started = self._told = self._cpu_started = 0.0
 
     def state_dict(self) -> dict[str, Any]:
         """Return the lines so far."""
@@ -60,6 +60,8 @@ class LogEpochs(Callback):
     @rank_zero_only
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say what is trained."""
+        before = self.rows[-1].get("cpu_s", 0.0) if self.rows else 0.0
+        self._cpu_started = time.process_time() - before
         model: Any = getattr(pl_module, "potential", pl_module).model
         logger.info(
             "%s: %s; %d batches in an epoch",
@@ -99,7 +101,8 @@ class LogEpochs(Callback):
             for name in shown
             if name in trainer.callback_metrics
         }
-        self.rows.append({"epoch": trainer.current_epoch, **values})
+        cpu = time.process_time() - self._cpu_started
+        self.rows.append({"epoch": trainer.current_epoch, "cpu_s": cpu, **values})
         logger.info(
             "epoch %d  %s  %.1f s",
             trainer.current_epoch,
@@ -131,7 +134,9 @@ class ModelCard(Callback):
         figures = []
         if rows:
             draw_learning_curve(folder / "learning_curve.png", rows)
-            figures.append("Learning curve: ![loss by epoch](learning_curve.png)")
+            figures.append(
+                "Learning curve: ![loss by epoch, error of forces by time](learning_curve.png)"
+            )
         shown = data.val_set
         if head and shown is not None:  # those of the head that was loaded
             shown = GraphDataset([graph for graph in shown.graphs if int(graph["head"]) == 0])

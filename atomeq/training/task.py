@@ -18,6 +18,8 @@ from atomeq.graph.atom_graph import AtomGraph
 from atomeq.graph.convert import Structures
 from atomeq.models.base import AtomisticModel
 from atomeq.ops.precision import checked_precision
+from atomeq.potential.checkpoint import load_predictor, metadata_of
+from atomeq.potential.scalar import ScalarPredictor
 from atomeq.potential.terms import EnergyTerm
 from atomeq.training.callbacks import forget_scores
 from atomeq.training.distributed import is_empty_share, joint_counts, joint_structures
@@ -178,6 +180,23 @@ class AtomisticTask(LightningModule):
         self._rng_state: Any = None
         self._loaded = False
         self.neighbor_count: float | None = None
+
+    def use(self, name: str | Path) -> None:
+        """Take a saved predictor, and the stress offset it was trained with, to test or predict by.
+
+        Args:
+            name: As of :func:`~atomeq.potential.checkpoint.load_predictor`.
+
+        Raises:
+            ValueError: It predicts something else than this task trains.
+        """
+        predictor = load_predictor(name)
+        if isinstance(predictor, ScalarPredictor) != (self.target is not None):
+            trained = self.target.name if self.target else "energies"
+            raise ValueError(f"{name} does not predict what this experiment trains, {trained}")
+        self.potential, self._loaded = predictor, True
+        if self.stress_offset.fitted:
+            self.stress_offset.value.fill_(metadata_of(name).get("stress_offset", 0.0))
 
     def build_graph(self, structures: Structures) -> AtomGraph:
         """Return graphs for this potential, on the CPU; its elements are not known yet."""

@@ -8,6 +8,7 @@ import ase.io
 import numpy as np
 import pytest
 from ase import Atoms
+from ase.build import bulk
 from ase.calculators.singlepoint import SinglePointCalculator
 
 from atomeq.data.ase_files import (
@@ -171,3 +172,15 @@ def test_kinds_of_configuration_have_weights(tmp_path: Path):
     assert [atoms.info["weight"] for atoms in read] == [10.0, 1.0, 5.0]
     with pytest.raises(DataError, match=r"frame 1.*weights are >= 0"):
         list(read_structures(path, labels=LabelKeys(kind="tag", kind_weights={"liquid": -1.0})))
+
+
+def test_stress_components_may_stand_in_the_order_of_another_program(tmp_path: Path):
+    atoms = bulk("Cu")
+    in_vasps = np.array([1.0, 2.0, 3.0, 6.0, 4.0, 5.0]) * 1e-3  # xx yy zz xy yz xz
+    atoms.calc = SinglePointCalculator(atoms, energy=0.0, stress=in_vasps)
+    ase.io.write(tmp_path / "a.extxyz", atoms)
+    keys = LabelKeys(stress_order="xx yy zz xy yz xz")
+    (read,) = read_structures(tmp_path / "a.extxyz", labels=keys)
+    np.testing.assert_allclose(read.get_stress(), np.array([1, 2, 3, 4, 5, 6]) * 1e-3, atol=1e-10)
+    with pytest.raises(DataError, match="in an order"):
+        LabelKeys(stress_order="xx yy zz")

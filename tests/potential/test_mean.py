@@ -2,22 +2,26 @@
 
 from pathlib import Path
 
+import ase.io
 import numpy as np
 import pytest
 import torch
 from ase.build import bulk
+from ase.calculators.singlepoint import SinglePointCalculator
 from small_potential import small_potential
 
 from atomeq.calculators.ase import AtomeqCalculator
+from atomeq.cli import main
 from atomeq.dynamics.evaluator import Evaluator
 from atomeq.dynamics.run import relax
-from atomeq.potential.checkpoint import load_potential, save_potential, write_committee
+from atomeq.potential.checkpoint import load_potential, save_potential
 from atomeq.potential.export import export_potential
 from atomeq.potential.folders import CheckpointError
-from atomeq.potential.mean import MeanPotential
+from atomeq.potential.mean import MeanPotential, write_committee
 from atomeq.potential.potential import Potential
 from atomeq.screening.run import screen
 
+KEYS = ("energy", "forces", "energy_uncertainty", "forces_uncertainty")
 DIGITS = 1e-12  # float64, relative
 
 
@@ -134,3 +138,36 @@ def test_a_committee_is_made_of_folders_in_its_own(folder: Path, tmp_path: Path,
 def test_members_that_see_different_graphs_are_refused():
     with pytest.raises(ValueError, match="different graphs"):
         MeanPotential([small_potential(), small_potential(cutoff=5.0)])
+
+
+def test_a_spread_is_rescaled_to_hold_what_it_promises(folder: Path, tmp_path: Path, capsys):
+    most = 3.0  # σ; errors are spread evenly up to there, and 68.27 % of them lie within 2.05 σ
+    ratios = np.random.RandomState(0).permutation(np.linspace(0, most, 240))
+    calculator = AtomeqCalculator(folder)
+    held_out = [crystal() for _ in range(20)]
+    for k, atoms in enumerate(held_out):
+        atoms.rattle(0.05, seed=k)
+        (told,) = calculator.evaluate([atoms], [*KEYS])
+        off = ratios[12 * k : 12 * k + 12].reshape(4, 3) * told["forces_uncertainty"][:, None]
+        values = {"energy": told["energy"], "forces": told["forces"] - off}
+        values["energy"] += 0.5 * told["energy_uncertainty"]
+        atoms.calc = SinglePointCalculator(atoms, **values)
+    ase.io.write(tmp_path / "held_out.extxyz", held_out)
+    words = ["--held-out", str(tmp_path / "held_out.extxyz"), "--out", str(tmp_path / "out")]
+    main(["calibrate", str(folder), *words])
+    assert "68.3%" in capsys.readouterr().out
+    one, other = load_potential(folder), load_potential(tmp_path / "out")
+    graph = one.build_graph(held_out[0])
+    before, after = one(graph, KEYS), other(graph, KEYS)
+    torch.testing.assert_close(after["forces"], before["forces"])
+    for name, expected in (("energy", 0.5), ("forces", 2.05)):
+        ratio = after[f"{name}_uncertainty"] / before[f"{name}_uncertainty"]
+        torch.testing.assert_close(
+            ratio, torch.full_like(ratio, expected), rtol=0.02, atol=0
+        )  # labels are stored to eight digits
+    with pytest.raises(SystemExit):
+        main(["calibrate", str(folder / "seed-0"), *words[:-1], str(tmp_path / "single")])
+    assert "--train" in capsys.readouterr().err
+    write_committee(tmp_path / "out", ["seed-0", "seed-1"], rescaling={"forces": -1.0})
+    with pytest.raises(CheckpointError, match="positive factors"):
+        load_potential(tmp_path / "out")

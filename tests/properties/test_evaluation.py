@@ -19,7 +19,7 @@ from atomeq.cli.card import card_of
 from atomeq.potential.checkpoint import save_potential
 from atomeq.potential.uncertainty import calibrated
 from atomeq.properties.evaluation import Evaluation
-from atomeq.properties.reference_values import CrystalProperties
+from atomeq.properties.reference_values import CrystalProperties, crystals_of
 from atomeq.units import GPA
 
 # So narrow a well that at rest the second neighbours of fcc are beyond the cutoff.
@@ -166,6 +166,38 @@ def test_calibration_counts_errors_within_sigma():
     assert found["promised"][3] == pytest.approx(0.9545, abs=1e-4)
     assert found["forces"][1] == pytest.approx(promised["forces_68"], abs=0.05)
     assert found["forces"] == sorted(found["forces"])
+
+
+def test_scans_are_compared_from_their_lowest_structure_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    save_potential(small_potential(), "small")
+    path = [off_by(energy, 0.0, kind="a", seed=0) for energy in (0.0, 0.01, 0.03)]
+    for k, atoms in enumerate(path):  # the same structure, so the predicted curve is flat
+        atoms.calc.results["energy"] += 1.0 * (k == 1)
+    ase.io.write("turn.extxyz", path)
+    (tmp_path / "small" / "about.md").write_text("# small\n\nFor tests.\n")
+    main(["evaluate", "small", "--scans", "turn.extxyz", "--out", "small/metrics.json", "--card"])
+    found = json.loads((tmp_path / "small" / "metrics.json").read_text())["scans"]["turn"]
+    assert found["labelled_eV"] == pytest.approx([0.0, 1.04, 0.12], abs=1e-5)
+    assert found["predicted_eV"] == pytest.approx([0.0, 0.0, 0.0], abs=1e-5)
+    assert found["range_labelled_eV"] == pytest.approx(1.04, abs=1e-5)
+    assert (tmp_path / "small" / "scans.png").stat().st_size > 10_000
+    card = (tmp_path / "small" / "README.md").read_text()
+    assert "| turn | 3 | 604.4 | 1040.0 | 0.0 |" in card
+    assert "--scans turn.extxyz" in card
+    unlabelled = bulk("Cu")
+    ase.io.write("bare.extxyz", unlabelled)
+    with pytest.raises(SystemExit):
+        main(["evaluate", "small", "--scans", "bare.extxyz", "--out", "bare.json"])
+    assert "one has none" in capsys.readouterr().err
+
+
+def test_several_crystals_have_their_parts_by_name():
+    one = {"crystal": COPPER, "references": {}}
+    assert crystals_of(one) == {"": one}
+    assert crystals_of({"crystals": {"Cu": one}}) == {"Cu": one}
+    with pytest.raises(ValueError, match="parts by name"):
+        crystals_of({"crystals": [one]})
 
 
 def test_card_is_made_of_the_evaluation_of_an_experiments_test_set(tmp_path, monkeypatch, capsys):

@@ -77,7 +77,8 @@ Measure a potential: errors on labelled structures, in all, by kind and by eleme
 labels against predictions; of a calibrated potential also what its uncertainties are worth. With
 --properties also textbook properties of a crystal (lattice, elastic constants, vacancy, surfaces,
 other structures, a dimer's core) beside the reference values that a YAML file names. OUT.json holds
-it all, OUT.png the pictures. An experiment's YAML stands for its test structures, whole ones where
+it all, OUT.png the pictures. --scans compares energies along paths of structures. An experiment's
+YAML stands for its test structures, whole ones where
 it trains on reduced cells, and less the offset of stresses that it names. --card writes README.md
 beside OUT.json, which is then the potential's metrics.json, around the text of its about.md.
 
@@ -91,7 +92,8 @@ scaled so that 68 % of the errors of structures that it was not trained on lie w
 deviation. One pass over the files, no training. The potential in OUT gives the same energies and
 forces, and beside them energy_uncertainty and forces_uncertainty: calculators, single-point and
 screen tell them, relax and md stop by --max-uncertainty. Structures far from the training set are
-told apart (extrapolation above 1), but how far off they are is not promised.
+told apart (extrapolation above 1), but how far off they are is not promised. Of a committee's
+folder the spread of its members is rescaled so, without --train.
 
 example:
   atomeq calibrate cu-pbe --train train.extxyz --held-out held_out.extxyz --out my-cu
@@ -280,6 +282,13 @@ def _evaluate_parser() -> Parser:
         "--properties", type=Path, default=None, help="YAML of a crystal and reference values"
     )
     parser.add_argument(
+        "--scans",
+        nargs="+",
+        type=str,
+        default=[],
+        help="files of structures with energies, each along a path; drawn beside OUT in scans.png",
+    )
+    parser.add_argument(
         "--card", action="store_true", help="write the model card of the potential in OUT's folder"
     )
     parser.add_argument("--device", type=str, default="cpu", help="cpu or cuda")
@@ -300,8 +309,8 @@ def _evaluate_parser() -> Parser:
 
 
 def _refuse_nothing_to_evaluate(options: Namespace) -> None:
-    if not options.files and options.properties is None:
-        raise ValueError("nothing to evaluate by: name labelled structures or --properties")
+    if not (options.files or options.properties or options.scans):
+        raise ValueError("nothing to evaluate by: name files of labels, --scans or --properties")
     about = options.out.parent / ABOUT_FILE
     if options.card and (options.out.name != METRICS_FILE or not about.is_file()):
         raise ValueError(
@@ -317,7 +326,11 @@ def _calibrate_parser() -> Parser:
         "potential", metavar="POTENTIAL", type=str, help="name or folder of a potential"
     )
     parser.add_argument(
-        "--train", required=True, nargs="+", type=str, help="files of what it was trained on"
+        "--train",
+        nargs="+",
+        type=str,
+        default=[],
+        help="files of what it was trained on; a committee needs none",
     )
     parser.add_argument(
         "--held-out",
@@ -330,7 +343,7 @@ def _calibrate_parser() -> Parser:
     parser.add_overwrite(refuse_old_potential)
     parser.add_argument("--device", type=str, default="cpu", help="cpu or cuda")
     add_ignore_option(parser)
-    parser.door(potential=find_single_potential, device=device_name)
+    parser.door(potential=find_potential, device=device_name)
     return parser
 
 

@@ -16,6 +16,7 @@ _KEYS = """\
   --model.KEY VALUE         the model, its losses, optimizer and schedule
   --data.KEY VALUE          files, labels, batches
   --ckpt_path FILE          a checkpoint to start from
+  --potential NAME          of test, validate, predict: a saved potential instead
   --overwrite               replace what an earlier run left in the folder
   --seeds NUMBER            of fit: so many potentials from seeds, one committee
   --seed_everything NUMBER  of weights and batches; 0 by default
@@ -42,10 +43,12 @@ example:
   atomeq validate -c EXPERIMENT.yaml --ckpt_path runs/NAME/checkpoints/best.ckpt
 """,
     "test": """\
-Errors of a checkpoint on each test set.
+Errors of a checkpoint or a saved potential on each test set, beside those that the experiment
+names as published.
 
-example:
+examples:
   atomeq test -c EXPERIMENT.yaml --ckpt_path runs/NAME/checkpoints/best.ckpt
+  atomeq test -c configs/experiment/cu_pbe.yaml --potential cu-pbe
 """,
     "predict": """\
 Energies and forces, or the target, of the structures of a file.
