@@ -5,3 +5,5 @@ what is asked) and ``rounds.py`` (turns of things that are compared). ``results/
 README, docs and CHANGELOG cite, ``peers/`` what runs other libraries in a Python of theirs. Tests
 of speed do not belong here, nor anything that a user of the package imports.
 """
+
+import atomeq  # noqa: F401 - before torch: threads sleep while they wait, as they do for users
