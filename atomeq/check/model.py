@@ -237,7 +237,7 @@ def chain(cutoff: float, n_atoms: int, elements: Sequence[str]) -> Atoms:
     """
     steps = np.arange(n_atoms)
     positions = np.stack([0.52 * steps, 0.14 * (steps % 2), 0.05 * (steps % 3)], axis=1)
-    return Atoms([elements[k % len(elements)] for k in steps], cutoff * positions)
+    return Atoms([elements[k % len(elements)] for k in range(n_atoms)], cutoff * positions)
 
 
 def second_derivative(subject: ModelSubject) -> Measured:

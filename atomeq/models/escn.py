@@ -274,10 +274,9 @@ class GauntUpdate(nn.Module):
     def _products(self) -> Products:
         """Return the maps, with the factors of degrees that lie between them and the product."""
         one, other, of_product = (factor[:, :, None] for factor in self.product.factors)
-        (left, left_bias), (right, right_bias) = self.first.parts, self.second.parts
         return (
-            (left * one, left_bias * one[0, :, 0]),
-            (right * other, right_bias * other[0, :, 0]),
+            (self.first.weight * one, self.first.bias * one[0, :, 0]),
+            (self.second.weight * other, self.second.bias * other[0, :, 0]),
             (self.out.weight * of_product.mT, self.out.bias),
         )
 

@@ -122,8 +122,9 @@ def _update_by_kernels(
     kernels: str,
 ) -> Tensor:
     if products is not None and kernels != "cpu":  # they have the product on the sphere itself
-        factors = (so3_linear(x, *linear) for linear in products[:2])
-        product = so3_linear(gaunt_product(*factors, len(first[0]) - 1), *products[2])
+        left, right, out = products
+        factors = so3_linear(x, *left), so3_linear(x, *right)
+        product = so3_linear(gaunt_product(*factors, len(first[0]) - 1), *out)
         return _update_by_kernels(x, first, gates, second, None, kernels) + product
     weights, inside = (*first, *gates, *second), [part for one in products or () for part in one]
     if _trained(*weights, *inside):
