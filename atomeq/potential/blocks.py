@@ -64,21 +64,37 @@ def divisible(model: AtomisticModel, graph: AtomGraph) -> bool:
     return in_order and not torch.compiler.is_compiling() and bool(model.stages())
 
 
-def energies_in_blocks(model: AtomisticModel, graph: AtomGraph) -> Tensor:
-    """Return the energies of a model that has stages, (n_atoms,), which are differentiable once."""
-    energies = _Energies.apply(graph.pos, graph.cell, model.stages(), list(_blocks(graph)))
+def energies_in_blocks(
+    model: AtomisticModel, graph: AtomGraph, wanted: Sequence[int] | None = None
+) -> Tensor:
+    """Return the energies of a model that has stages, which are differentiable once.
+
+    Args:
+        model: The model.
+        graph: Structures, edges in the order of their targets.
+        wanted: Of how many atoms, the first ones, each stage is asked; those that it takes must be
+            among the ones before. By default of all.
+
+    Returns:
+        Energies of the atoms that the last stage is asked of, (n_wanted,).
+    """
+    counts = [graph.n_atoms] * len(model.stages()) if wanted is None else list(wanted)
+    blocks = {count: list(_blocks(graph, count)) for count in set(counts)}
+    stages = [(stage, blocks[n]) for stage, n in zip(model.stages(), counts, strict=True)]
+    energies = _Energies.apply(graph.pos, graph.cell, stages)
     assert isinstance(energies, Tensor)
     return energies
 
 
-def _blocks(graph: AtomGraph) -> Iterator[Block]:
-    """Cut the atoms into blocks of about as many edges each."""
-    n_atoms, n_edges = graph.n_atoms, graph.n_edges
-    source, target = graph.edge_index
+def _blocks(graph: AtomGraph, n_atoms: int) -> Iterator[Block]:
+    """Cut the first so many atoms into blocks of about as many edges each."""
+    n_edges = int(torch.searchsorted(graph.edge_index[1], n_atoms))
+    source, target = graph.edge_index[:, :n_edges]
     first_edge = torch.searchsorted(target, torch.arange(n_atoms + 1))
-    step = -(-n_edges // -(-n_edges // _EDGES))
-    cuts = torch.searchsorted(first_edge, torch.arange(step, n_edges, step)).unique().tolist()
-    place = torch.empty(n_atoms, dtype=torch.int64)
+    step = -(-n_edges // max(1, -(-n_edges // _EDGES)))
+    inner = torch.arange(step, n_edges, step) if step else torch.arange(0)
+    cuts = torch.searchsorted(first_edge, inner).unique().tolist()
+    place = torch.empty(graph.n_atoms, dtype=torch.int64)
     for start, stop in pairwise([0, *cuts, n_atoms]):
         edges = slice(int(first_edge[start]), int(first_edge[stop]))
         ends = source[edges]
@@ -97,21 +113,21 @@ def _blocks(graph: AtomGraph) -> Iterator[Block]:
 class _Energies(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, pos: Tensor, cell: Tensor, stages: Sequence[Stage], blocks: list[Block]
+        ctx: Any, pos: Tensor, cell: Tensor, stages: Sequence[tuple[Stage, list[Block]]]
     ) -> Tensor:
         known = {"pos": pos.detach(), "cell": cell.detach()}
-        steps: list[tuple[Stage, Named]] = []
-        for stage in stages[:-1]:
-            steps.append((stage, known))
+        steps: list[tuple[Stage, list[Block], Named]] = []
+        for stage, blocks in stages[:-1]:
+            steps.append((stage, blocks, known))
             made = torch.cat([block.run(stage, block.own(known)) for block in blocks])
             known = known | {"x": made}
-        last = stages[-1]
+        last, blocks = stages[-1]
         wanted = {name for name, one in zip(known, ctx.needs_input_grad[:2], strict=False) if one}
         if not wanted:
             return torch.cat([block.run(last, block.own(known)) for block in blocks])
         # A sum over atoms is what is differentiated nearly always; backward scales it.
         energies, ctx.of_sum = _pulled(last, blocks, known, {*wanted, "x"}, None)
-        ctx.steps, ctx.blocks, ctx.wanted = [*steps, (last, known)], blocks, wanted
+        ctx.steps, ctx.wanted = [*steps, (last, blocks, known)], wanted
         return energies
 
     @staticmethod
@@ -119,18 +135,18 @@ class _Energies(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, grad: Tensor
     ) -> tuple[Tensor | None, ...]:
-        *steps, (last, known) = ctx.steps
-        blocks, wanted, found = ctx.blocks, ctx.wanted, ctx.of_sum
+        *steps, (last, blocks, known) = ctx.steps
+        wanted, found = ctx.wanted, ctx.of_sum
         if bool((grad == grad[0]).all()):
             found = {name: value * grad[0].to(value.dtype) for name, value in found.items()}
         else:
             found = _pulled(last, blocks, known, {*wanted, "x"}, grad)[1]
-        for stage, known in reversed(steps):
+        for stage, blocks, known in reversed(steps):
             through = _pulled(stage, blocks, known, {*wanted, "x"}, found.pop("x"))[1]
             for name in wanted:
                 found[name] += through.pop(name)
             found |= through
-        return found.get("pos"), found.get("cell"), None, None
+        return found.get("pos"), found.get("cell"), None
 
 
 def _pulled(

@@ -10,7 +10,9 @@ from torch import Tensor
 from atomeq.calculators.shares import refuse_shares, share, surroundings
 from atomeq.graph.atom_graph import AtomGraph
 from atomeq.potential.checkpoint import build_model, scatter_weights
+from atomeq.potential.mean import MeanPotential
 from atomeq.potential.potential import Potential
+from atomeq.potential.repulsion import ZBL
 
 ROUNDING = 1e-10  # eV, eV/Å
 
@@ -33,7 +35,8 @@ def added(potential: Potential, graph: AtomGraph, owners: Tensor) -> list[Tensor
 @pytest.mark.parametrize("name", ["egnn", "escn", "mace"])
 def test_shares_of_three_add_up(name: str) -> None:
     torch.manual_seed(0)
-    potential = Potential(build_model(SMALL_MODELS[name])).double().eval().requires_grad_(False)
+    potential = Potential(build_model(SMALL_MODELS[name]), terms=[ZBL(1.5)])
+    potential = potential.double().eval().requires_grad_(False)
     scatter_weights(potential)
     graph = crystal(potential)
     expected = potential(graph, ("energy", "forces", "stress"))
@@ -51,7 +54,8 @@ def test_a_part_is_as_deep_as_is_declared_and_no_deeper() -> None:
     potential = small_potential(cutoff=3.0)
     graph = crystal(potential)
     own = torch.tensor([0, 1, 2])
-    part, atoms = surroundings(graph, own, 2)
+    part, atoms, within = surroundings(graph, own, 2)
+    assert within == sorted(within) == [3, within[1], part.n_atoms]
     assert atoms[:3].tolist() == [0, 1, 2]
     assert len(own) < part.n_atoms < graph.n_atoms
     assert part.n_edges < graph.n_edges
@@ -59,7 +63,7 @@ def test_a_part_is_as_deep_as_is_declared_and_no_deeper() -> None:
     potential.requires_grad_(False)
     whole = potential.evaluate(graph)["energies"][own]
     torch.testing.assert_close(potential.evaluate(part)["energies"][:3], whole)
-    thinner, _ = surroundings(graph, own, 1)
+    thinner, _, _ = surroundings(graph, own, 1)
     wrong = potential.evaluate(thinner)["energies"][:3] - whole
     assert float(wrong.abs().max()) > 1e-6
 
@@ -73,3 +77,5 @@ def test_what_cannot_be_divided_is_refused() -> None:
     ):
         with pytest.raises(ValueError, match=words):
             refuse_shares(Potential(build_model(model)))
+    with pytest.raises(ValueError, match="is a MeanPotential"):
+        refuse_shares(MeanPotential([small_potential(), small_potential()]))
