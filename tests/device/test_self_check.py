@@ -11,6 +11,7 @@ from torch import Tensor
 from atomeq.ops import dispatch
 from atomeq.ops.dispatch import OPERATIONS, load_backend, refusal, use_backend
 from atomeq.ops.explain import explain
+from atomeq.ops.pairs.operations import pair_functions
 from atomeq.ops.segment.operations import segment_sum
 from atomeq.ops.self_check import deviation
 from atomeq.ops.specification import OpSpec, Size
@@ -141,6 +142,13 @@ def test_every_operation_with_kernels_proves_itself(
     assert load_backend(backend, known.family) is not None
     by_kernels = known.served_by(backend)
     assert deviation(known.example, known.reference, by_kernels, Size(*spec[1:]), "highest") is None
+
+
+def test_tables_of_pairs_are_read_in_bfloat16() -> None:
+    known = OPERATIONS[pair_functions.__name__]
+    size = Size(0, 0, 6, 1, torch.bfloat16, DEVICE)
+    kernels = known.served_by("triton:highest")
+    assert deviation(known.example, known.reference, kernels, size, "highest") is None
 
 
 def test_an_interpreter_serves_only_when_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

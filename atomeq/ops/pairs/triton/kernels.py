@@ -68,7 +68,7 @@ def _places(vectors, ends, kinds, n_edges, STEP: tl.constexpr, N_KINDS: tl.const
     """Return the edges, which there are, x, y, z, lengths, tables' intervals and places in them."""
     edge = tl.program_id(0).to(tl.int64) * EDGES + tl.arange(0, EDGES)
     there = edge < n_edges
-    x = tl.load(vectors + 3 * edge, mask=there, other=1.0).to(SUM)
+    x = tl.where(there, tl.load(vectors + 3 * edge, mask=there, other=0.0).to(SUM), 1.0)
     y = tl.load(vectors + 3 * edge + 1, mask=there, other=0.0).to(SUM)
     z = tl.load(vectors + 3 * edge + 2, mask=there, other=0.0).to(SUM)
     length = tl.sqrt(x * x + y * y + z * z)
@@ -97,7 +97,7 @@ def _read(vectors, ends, kinds, polynomials, result, n_edges, STEP: tl.constexpr
     )
     value = tl.load(rows + DEGREE * N_FUNCTIONS, mask=inside, other=0.0).to(SUM)
     for power in tl.static_range(1, DEGREE + 1):
-        row = tl.load(rows + (DEGREE - power) * N_FUNCTIONS, mask=inside, other=0.0)
+        row = tl.load(rows + (DEGREE - power) * N_FUNCTIONS, mask=inside, other=0.0).to(SUM)
         value = value * t[:, None] + row
     tl.store(result + (edge * WIDTH)[:, None] + column[None, :], value, mask=inside)
 
@@ -117,7 +117,7 @@ def _read_gradient(vectors, ends, kinds, polynomials, grad, result, n_edges, STE
     )
     slope = tl.load(rows + DEGREE * N_FUNCTIONS, mask=inside, other=0.0).to(SUM) * DEGREE
     for power in tl.static_range(1, DEGREE):
-        row = tl.load(rows + (DEGREE - power) * N_FUNCTIONS, mask=inside, other=0.0)
+        row = tl.load(rows + (DEGREE - power) * N_FUNCTIONS, mask=inside, other=0.0).to(SUM)
         slope = slope * t[:, None] + row * (DEGREE - power)
     pull = tl.load(grad + (edge * WIDTH)[:, None] + column[None, :], mask=inside, other=0.0)
     along = tl.where(near & (length > 0.0), tl.sum(slope * pull, axis=1) / (STEP * length), 0.0)
