@@ -4,11 +4,13 @@ from dataclasses import dataclass
 
 import torch
 
+import atomeq.ops.atoms.operations
 import atomeq.ops.clifford.operations
 import atomeq.ops.coupling.operations
 import atomeq.ops.coupling.symmetric_contraction
 import atomeq.ops.edge.operations
 import atomeq.ops.harmonics.operations
+import atomeq.ops.pairs.operations
 import atomeq.ops.segment.operations
 import atomeq.ops.sphere.gaunt
 import atomeq.ops.sphere.operations  # noqa: F401 - an operation is known once it is imported
