@@ -6,18 +6,23 @@ torn apart: a network that has seen them decays to free atoms and does not colla
     python scripts/anchors.py Cu --out configs/data/cu_anchors.extxyz
     python scripts/anchors.py Si --out configs/data/mlearn/Si_anchors.extxyz \
         --divide mlearn/Si_train.extxyz.gz --split configs/data/mlearn/Si_split.json
+    python scripts/anchors.py Nb Mo Ta W --out configs/data/nbmotaw_anchors.extxyz \
+        --divide mvl_snap/NbMoTaW.extxyz.gz --split configs/data/nbmotaw_split.json --test-tag _Test
 
-With --divide, also which structures of a file train, anchors included, and which choose the
-weights: 6 % of each kind, whole groups of symmetry copies, none with a copy in the --test set.
+Of several elements pairs of unlike atoms collide as well. With --divide, also which structures of a
+file train, anchors included, and which choose the weights: 6 % of each kind, whole groups of
+symmetry copies, none with a copy in the test set.
 
 Crystals lie on the universal binding curve (Rose, Smith, Guinea and Ferrante, Phys. Rev. B 29, 2963
-(1984)) through lattice constant, cohesive energy and bulk modulus of PBE; dimers on Morse's curve
-through bond length, frequency and dissociation energy of Huber and Herzberg (1979), and at
-distances of collisions on the repulsion of nuclei alone. Labels of this kind are good to tenths of
-an eV and get a small weight.
+(1984)) through lattice constant, cohesive energy and bulk modulus of PBE (the cohesive energies of
+Nb, Ta and W are measured ones: Kittel, Introduction to Solid State Physics); dimers, where they are
+known, on Morse's curve through bond length, frequency and dissociation energy of Huber and Herzberg
+(1979), and at distances of collisions on the repulsion of nuclei alone. Labels of this kind are
+good to tenths of an eV and get a small weight.
 """
 
 import argparse
+import itertools
 import json
 import math
 from dataclasses import dataclass
@@ -51,7 +56,7 @@ class Known:
         energy: Of an atom of the crystal in the labels of the data, eV.
         cohesive: Energy, eV per atom.
         bulk_modulus: GPa.
-        bond: Length of the dimer, Å.
+        bond: Length of the dimer, Å; 0 where it is not known.
         frequency: Of its vibration, 1/cm.
         dissociation: Energy of the dimer, eV.
     """
@@ -61,9 +66,9 @@ class Known:
     energy: float
     cohesive: float
     bulk_modulus: float
-    bond: float
-    frequency: float
-    dissociation: float
+    bond: float = 0.0
+    frequency: float = 0.0
+    dissociation: float = 0.0
 
 
 KNOWN = {
@@ -72,6 +77,9 @@ KNOWN = {
     "Mo": Known("bcc", 3.165, -10.8502, 6.21, 258.0, 1.938, 477.1, 4.2),
     "Si": Known("diamond", 5.469, -5.4253, 4.55, 88.6, 2.246, 510.98, 3.24),
     "Ge": Known("diamond", 5.763, -4.4925, 3.72, 58.0, 2.368, 287.9, 2.75),
+    "Nb": Known("bcc", 3.3226, -10.0950, 7.57, 174.0),
+    "Ta": Known("bcc", 3.3223, -11.8529, 8.10, 196.0),
+    "W": Known("bcc", 3.190, -12.9603, 8.90, 305.0),
 }
 
 
@@ -104,14 +112,20 @@ def anchors(symbol: str) -> list[Atoms]:
         cell = bulk(symbol, known.lattice, a=stretch * known.a)
         energy = free + rose(known, cell.get_volume() / len(cell))
         found.append(labelled(cell, len(cell) * energy))
-    for length in _BONDS:
+    for length in _BONDS if known.bond else ():
         distance = length * known.bond
         energy = 2 * free + morse(known, symbol, distance)
         found.append(labelled(boxed(2 * [symbol], distance), energy))
+    return found + collisions([symbol, symbol])
+
+
+def collisions(pair: list[str]) -> list[Atoms]:
+    """Return two atoms so close that their nuclei alone speak."""
+    free, found = sum(KNOWN[one].energy + KNOWN[one].cohesive for one in pair), []
     for distance in _COLLISIONS:
-        atoms = boxed(2 * [symbol], distance)
+        atoms = boxed(pair, distance)
         nuclei = float(ZBL()(RadiusGraph(_CUTOFF)(atoms)).sum())
-        found.append(labelled(atoms, 2 * free + nuclei))
+        found.append(labelled(atoms, free + nuclei))
     return found
 
 
@@ -127,9 +141,13 @@ def labelled(atoms: Atoms, energy: float) -> Atoms:
     return atoms
 
 
-def division(file: str, n_anchors: int, test: list[int]) -> dict[str, list[int]]:
+def division(
+    file: str, n_anchors: int, test: list[int], test_tag: str | None = None
+) -> dict[str, list[int]]:
     """Return indices to train on, to validate on and to test on."""
     structures = list(read_structures(f"${{ATOMEQ_DATA}}/{file}"))
+    if test_tag is not None:
+        test = [k for k, a in enumerate(structures) if a.info["tag"].endswith(test_tag)]
     graphs = [RadiusGraph(RADIUS)(atoms) for atoms in structures]
     kinds = [kind_of(graph.atomic_numbers, int(graph.pbc.sum())) for graph in graphs]
     groups = np.array(groups_of_copies(kinds, [fingerprint(graph) for graph in graphs]))
@@ -149,16 +167,19 @@ def division(file: str, n_anchors: int, test: list[int]) -> dict[str, list[int]]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("element", choices=KNOWN)
+    parser.add_argument("elements", nargs="+", choices=KNOWN)
     parser.add_argument("--out", required=True)
     parser.add_argument("--divide", help="file of labelled structures under ATOMEQ_DATA")
     parser.add_argument("--split", type=Path, help="where the indices go")
     parser.add_argument("--test", type=int, nargs="*", default=[], help="indices of the test set")
+    parser.add_argument("--test-tag", help="or those whose tag ends so")
     options = parser.parse_args()
-    made = anchors(options.element)
+    made = [one for element in options.elements for one in anchors(element)]
+    for pair in itertools.combinations(options.elements, 2):
+        made += collisions(list(pair))
     ase.io.write(options.out, made, format="extxyz")
     if options.divide:
-        found = division(options.divide, len(made), options.test)
+        found = division(options.divide, len(made), options.test, options.test_tag)
         options.split.write_text(json.dumps(found) + "\n", encoding="utf-8")
 
 

@@ -15,6 +15,7 @@ from atomeq.potential.uncertainty import UNCERTAINTIES
 from atomeq.units import GPA
 
 _SIGMAS = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0)
+_FORBIDDEN = 1e-3  # eV/Å; forces below it, labelled and predicted, are zero by symmetry
 _CHUNK = 8  # structures between two reports of progress
 _FACTORS = {"energy_meV_per_atom": 1e3, "forces_meV_per_A": 1e3, "stress_GPa": 1 / GPA}
 
@@ -168,12 +169,10 @@ class Evaluation:
         """
         found: dict[str, float] = {}
         for name in ("energy_meV_per_atom", "forces_meV_per_A"):
-            part, short = self.compared[name], name.partition("_")[0]
-            if not part.sigma or not part.label:
+            short = name.partition("_")[0]
+            sigma, errors = self._doubted(name)
+            if not len(sigma):
                 continue
-            sigma = np.concatenate(part.sigma)
-            errors = np.abs(np.concatenate(part.predicted) - np.concatenate(part.label))
-            errors = errors.reshape(len(sigma), -1)
             found[f"{short}_68"] = float((errors <= sigma[:, None]).mean())
             found[f"{short}_95"] = float((errors <= 2 * sigma[:, None]).mean())
             worst = np.argsort(-sigma, kind="stable")[: max(1, len(sigma) // 10)]
@@ -185,16 +184,30 @@ class Evaluation:
             found["atoms_beyond_training"] = self.n_outside / n_atoms
         return found
 
+    def _doubted(self, name: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Return σ (n,) and errors (n, 1 or 3), less those of forces that symmetry forbids.
+
+        Those are right whatever was learned, and would make any σ look too large.
+        """
+        part = self.compared[name]
+        if not part.sigma or not part.label:
+            return np.empty(0), np.empty((0, 1))
+        sigma, label = np.concatenate(part.sigma), np.concatenate(part.label)
+        predicted = np.concatenate(part.predicted)
+        errors = np.abs(predicted - label).reshape(len(sigma), -1)
+        if name != "forces_meV_per_A":
+            return sigma, errors
+        free = (np.abs(label) + np.abs(predicted)).max(axis=1) > _FORBIDDEN
+        return sigma[free], errors[free]
+
     def calibration(self) -> dict[str, list[float]]:
         """Return shares of errors within multiples of σ, beside those of a normal distribution."""
         found = {"sigmas": list(_SIGMAS)}
         found["promised"] = [math.erf(z / math.sqrt(2)) for z in _SIGMAS]
         for name in ("energy_meV_per_atom", "forces_meV_per_A"):
-            part = self.compared[name]
-            if part.sigma and part.label:
-                sigma = np.concatenate(part.sigma)
-                errors = np.abs(np.concatenate(part.predicted) - np.concatenate(part.label))
-                ratios = errors.reshape(len(sigma), -1) / sigma[:, None]
+            sigma, errors = self._doubted(name)
+            if len(sigma):
+                ratios = errors / sigma[:, None]
                 found[name.partition("_")[0]] = [float((ratios <= z).mean()) for z in _SIGMAS]
         return found if len(found) > 2 else {}
 

@@ -62,6 +62,7 @@ FEW_MOLECULES = ["--data.split.val=2", "--data.split.test=2", "--data.max_struct
 FEW_FRAMES = {
     "md22_mace": ["--data.split={train: 8, val: 2, test: 2}"],
     "rmd17_mace": ["--data.split.val=4"],
+    "nbmotaw_pbe": ["--data.split={file: null, val: 2, test: 2}"],
 }
 
 
@@ -107,8 +108,9 @@ def generated_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     # As many as cu_split.json divides.
     ase.io.write(folder / "mvl_snap" / "Cu.extxyz.gz", labelled(bulk("Cu"), 294))
     monkeypatch.setenv("ELEMENT", "Si")
-    for part, n_structures in (("train", 214), ("test", 2)):
-        ase.io.write(folder / "mlearn" / f"Si_{part}.extxyz.gz", labelled(bulk("Si"), n_structures))
+    for name, n in (("Si_train", 214), ("Si_test", 2), ("Mo_train", 194), ("Mo_test", 2)):
+        ase.io.write(folder / "mlearn" / f"{name}.extxyz.gz", labelled(bulk(name[:2]), n))
+    ase.io.write(folder / "mvl_snap" / "NbMoTaW.extxyz.gz", labelled(bulk("Ta", cubic=True), 12))
     salt = labelled(bulk("NaCl", "rocksalt", a=5.6), 12)
     ase.io.write(folder / "mattersim_benchmarks" / "mpf-alkali-TP.extxyz.gz", salt)
     for atoms in (energies_only := labelled(molecule("CH3COOH"), 30)):

@@ -73,6 +73,22 @@ def test_uncertainties_are_judged_by_what_they_hold():
     assert found["atoms_beyond_training"] == 0
 
 
+def test_forces_that_symmetry_forbids_do_not_count_as_well_doubted():
+    potential = small_potential()
+    structures = [off_by(0.01 * k, 0.1 * (k % 3), kind="a", seed=k) for k in range(8)]
+    batch = [potential.build_graph(structures)]
+    potential.uncertainty, _ = calibrated(potential, batch, batch)
+    calculator = AtomeqCalculator(potential)
+    perfect = bulk("Cu", cubic=True)
+    (found,) = calculator.evaluate([perfect], ["energy", "forces"])
+    perfect.calc = SinglePointCalculator(perfect, energy=found["energy"], forces=np.zeros((4, 3)))
+    one, other = (
+        Evaluation(s, calculator).coverage() for s in (structures, [*structures, perfect])
+    )
+    assert other["forces_68"] == one["forces_68"]
+    assert other["energy_68"] > one["energy_68"]
+
+
 def test_structures_without_labels_are_refused():
     with pytest.raises(ValueError, match="no structure has a label"):
         Evaluation([bulk("Cu")], AtomeqCalculator(small_potential()))
