@@ -212,6 +212,40 @@ class AtomisticModel(ConfiguredModule):
                     part.get_submodule(name).requires_grad_(False)
 
 
+class Wrapper(AtomisticModel, ABC):
+    """A model around another one, whose cutoff, graphs, outputs and channels it has.
+
+    Attributes:
+        model: The model inside.
+    """
+
+    recordable = False  # each asks for values: how many frames, which charges, what is periodic
+
+    def __init__(self, model: AtomisticModel) -> None:
+        super().__init__()
+        self.model = model
+        self.cutoff, self.outputs, self.told = model.cutoff, model.outputs, model.told
+        self.receptive_depth = model.receptive_depth
+
+    def graph_builder(self) -> GraphBuilder:
+        """Return the builder of the model inside."""
+        return self.model.graph_builder()
+
+    @property
+    def node_channels(self) -> int:
+        """Channels of :meth:`node_features`."""
+        return self.model.node_channels
+
+    @property
+    def embedding_channels(self) -> int:
+        """Channels in which the model inside embeds atoms."""
+        return self.model.embedding_channels
+
+    @abstractmethod
+    def forward(self, graph: AtomGraph) -> dict[PropertyKey, Tensor]:
+        """Return what is made of the outputs of the model inside."""
+
+
 class InvariantReadout(AtomisticModel, ABC):
     """A model that reads its energies off the scalars of its atoms, by one perceptron.
 

@@ -13,13 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from atomeq.graph.atom_graph import AtomGraph
-from atomeq.graph.builders import GraphBuilder
 from atomeq.graph.electrons import charge_of, multiplicity_of
-from atomeq.models.base import AtomisticModel
+from atomeq.models.base import AtomisticModel, Wrapper
 from atomeq.typing import PropertyKey
 
 
-class Charged(AtomisticModel):
+class Charged(Wrapper):
     """A model with vectors for total charges and multiplicities.
 
     Args:
@@ -38,14 +37,10 @@ class Charged(AtomisticModel):
         charges: Sequence[int] = (-1, 0, 1),
         multiplicities: Sequence[int] = (1, 2, 3),
     ) -> None:
-        super().__init__()
+        super().__init__(model)
         if not charges and not multiplicities:
             raise ValueError("give charges or multiplicities that the model is to be told of")
-        self.model = model
         self.charges, self.multiplicities = list(charges), list(multiplicities)
-        self.recordable = False  # what is told is looked at, so a GPU is waited for
-        self.cutoff, self.outputs = model.cutoff, model.outputs
-        self.receptive_depth = model.receptive_depth
         self.exempt_laws = dict(model.exempt_laws)  # a view of one could not be copied
         self.told = frozenset(
             name for name, known in (("charge", charges), ("spin", multiplicities)) if known
@@ -53,10 +48,6 @@ class Charged(AtomisticModel):
         channels = model.embedding_channels
         self.charge_embedding = _zeros(len(self.charges), channels)
         self.multiplicity_embedding = _zeros(len(self.multiplicities), channels)
-
-    def graph_builder(self) -> GraphBuilder:
-        """Return the builder of the model inside."""
-        return self.model.graph_builder()
 
     def forward(self, graph: AtomGraph) -> dict[PropertyKey, Tensor]:
         """Return the outputs of the model inside.
@@ -67,19 +58,9 @@ class Charged(AtomisticModel):
         return self.model(self._telling(graph))
 
     @property
-    def node_channels(self) -> int:
-        """Channels of :meth:`node_features`."""
-        return self.model.node_channels
-
-    @property
     def sphere_shape(self) -> tuple[int, int]:
         """Degree and channels of the ``sphere_features`` of the model inside."""
         return self.model.sphere_shape
-
-    @property
-    def embedding_channels(self) -> int:
-        """Channels of the embedding of the model inside."""
-        return self.model.embedding_channels
 
     def node_features(self, graph: AtomGraph) -> Tensor:
         """Return the features of the model inside, (n_atoms, node_channels)."""

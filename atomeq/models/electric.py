@@ -19,9 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from atomeq.graph.atom_graph import AtomGraph
-from atomeq.graph.builders import GraphBuilder
 from atomeq.graph.electrons import charge_of
-from atomeq.models.base import AtomisticModel
+from atomeq.models.base import AtomisticModel, Wrapper
 from atomeq.nn.convolution import convolution_paths, convolve
 from atomeq.nn.feed_forward import FeedForward
 from atomeq.nn.irreps import SCALAR, Irrep
@@ -35,7 +34,7 @@ from atomeq.typing import ElectricProperty, NodeFeatures, PropertyKey
 _NATURAL = {SCALAR: 1, Irrep(1, -1): 1, Irrep(2, 1): 1}
 
 
-class Electric(AtomisticModel):
+class Electric(Wrapper):
     """A model with dipole, quadrupole and polarizability beside its energies.
 
     Args:
@@ -62,16 +61,12 @@ class Electric(AtomisticModel):
         energies: bool = True,
         charges: bool = True,
     ) -> None:
-        super().__init__()
+        super().__init__(model)
         known: tuple[ElectricProperty, ...] = get_args(ElectricProperty)
         if not properties or not set(properties) <= set(known):
             raise ValueError(f"properties are of {', '.join(known)}; got {list(properties)}")
-        self.model = model
         self.properties, self.hidden_channels = list(properties), hidden_channels
         self.energies, self.charges = energies, charges
-        self.recordable = False  # whether a structure is periodic is looked at
-        self.cutoff, self.told = model.cutoff, model.told
-        self.receptive_depth = model.receptive_depth
         outputs: set[PropertyKey] = {key for key in known if key in properties}
         self.outputs = frozenset(outputs | model.outputs if energies else outputs)
         self.exempt_laws = dict(model.exempt_laws)
@@ -82,20 +77,6 @@ class Electric(AtomisticModel):
             nn.init.zeros_(weight)
 
     readouts = ("lift", "network")
-
-    def graph_builder(self) -> GraphBuilder:
-        """Return the builder of the model inside."""
-        return self.model.graph_builder()
-
-    @property
-    def node_channels(self) -> int:
-        """Channels of :meth:`node_features`."""
-        return self.model.node_channels
-
-    @property
-    def embedding_channels(self) -> int:
-        """Channels of the embedding of the model inside."""
-        return self.model.embedding_channels
 
     def node_features(self, graph: AtomGraph) -> Tensor:
         """Return the features of the model inside, (n_atoms, node_channels)."""

@@ -28,9 +28,8 @@ import torch
 from torch import Tensor, nn
 
 from atomeq.graph.atom_graph import AtomGraph
-from atomeq.graph.builders import GraphBuilder
 from atomeq.graph.rewiring import oriented_copies
-from atomeq.models.base import AtomisticModel
+from atomeq.models.base import AtomisticModel, Wrapper
 from atomeq.nn.canonicalization import CanonicalVectors, canonical_frames
 from atomeq.nn.frame_averaging import FrameMethod, FrameSet, principal_frames
 from atomeq.nn.radial import PolynomialEnvelope
@@ -41,7 +40,7 @@ from atomeq.typing import OF_STRUCTURES, PropertyKey
 _N_LABELS = 128
 
 
-class OverFrames(AtomisticModel, ABC):
+class OverFrames(Wrapper, ABC):
     """What both wrappers share: a model's mean over the frames of each structure.
 
     Args:
@@ -50,7 +49,6 @@ class OverFrames(AtomisticModel, ABC):
             memory, and the only way for a model with statistics over its batch.
     """
 
-    recordable = False  # how many frames there are is asked
     exempt_laws: Mapping[str, str] = MappingProxyType(
         {
             "separated fragments add": "one frame belongs to the whole structure, and "
@@ -61,17 +59,10 @@ class OverFrames(AtomisticModel, ABC):
     )
 
     def __init__(self, model: AtomisticModel, *, batched: bool = True) -> None:
-        super().__init__()
-        self.model = model
+        super().__init__(model)
+        self.receptive_depth = None  # a frame is of the whole structure
         self.batched = batched
-        self.cutoff = model.cutoff
-        self.outputs = model.outputs
-        self.told = model.told
         self.polynomial = PolynomialEnvelope(model.cutoff)
-
-    def graph_builder(self) -> GraphBuilder:
-        """Return the builder of the model inside."""
-        return self.model.graph_builder()
 
     @abstractmethod
     def frames(self, graph: AtomGraph) -> FrameSet:
@@ -92,16 +83,6 @@ class OverFrames(AtomisticModel, ABC):
             share = share.view(*share.shape, *(1 for _ in value.shape[2:]))
             averaged[key] = (share * value).sum(dim=0)
         return averaged
-
-    @property
-    def embedding_channels(self) -> int:
-        """Channels in which the model embeds atoms."""
-        return self.model.embedding_channels
-
-    @property
-    def node_channels(self) -> int:
-        """Channels of :meth:`node_features`."""
-        return self.model.node_channels
 
     def node_features(self, graph: AtomGraph) -> Tensor:
         """Return the mean of the model's features over the frames, (n_atoms, node_channels)."""
@@ -247,11 +228,8 @@ class Canonicalized(OverFrames):
         batched: bool = True,
     ) -> None:
         super().__init__(model, batched=batched)
+        self.keep_arguments(locals())
         self.proper = proper
-        self.channels = channels
-        self.num_layers = num_layers
-        self.num_radial = num_radial
-        self.num_elements = num_elements
         # Polar vectors of a plane of atoms lie in it: only with this can the plane end up tilted.
         self.rest = nn.Parameter(torch.eye(3))
         self.vectors = CanonicalVectors(

@@ -20,16 +20,15 @@ import torch
 from torch import Tensor
 
 from atomeq.graph.atom_graph import AtomGraph
-from atomeq.graph.builders import GraphBuilder
 from atomeq.graph.rewiring import views_of_atoms
-from atomeq.models.base import AtomisticModel
+from atomeq.models.base import AtomisticModel, Wrapper
 from atomeq.nn.local_frames import AtomFrames, neighbour_frames
 from atomeq.nn.radial import PolynomialEnvelope
 from atomeq.ops.segment.operations import segment_sum
 from atomeq.typing import PropertyKey
 
 
-class LocalFrames(AtomisticModel):
+class LocalFrames(Wrapper):
     """A model's energies of atoms, each in the mean over the frames of its neighbourhood.
 
     Args:
@@ -52,8 +51,6 @@ class LocalFrames(AtomisticModel):
         5.0
     """
 
-    recordable = False  # how many frames there are is asked
-
     def __init__(
         self,
         model: AtomisticModel,
@@ -64,7 +61,7 @@ class LocalFrames(AtomisticModel):
         training_frames: Literal["all", "stochastic"] = "all",
         seed: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(model)
         if beyond := model.outputs - {"energies", "forces"}:
             raise ValueError(f"frames of atoms give energies and forces, not {', '.join(beyond)}")
         if frame_cutoff is not None and frame_cutoff > model.cutoff:
@@ -72,15 +69,9 @@ class LocalFrames(AtomisticModel):
                 f"frame_cutoff {frame_cutoff} Å is beyond the model's cutoff, {model.cutoff} Å"
             )
         self.keep_arguments(locals())
-        self.model, self.proper, self.num_hops = model, proper, num_hops
-        self.cutoff, self.outputs, self.told = model.cutoff, model.outputs, model.told
-        self.receptive_depth = model.receptive_depth
+        self.proper, self.num_hops = proper, num_hops
         self.envelope = PolynomialEnvelope(frame_cutoff or model.cutoff)
         self._generator = torch.Generator().manual_seed(seed)
-
-    def graph_builder(self) -> GraphBuilder:
-        """Return the builder of the model inside."""
-        return self.model.graph_builder()
 
     def frames(self, graph: AtomGraph) -> AtomFrames:
         """Return the frames of each atom, all or one as training or evaluation asks."""
@@ -108,16 +99,6 @@ class LocalFrames(AtomisticModel):
                 value = (frames.matrices.to(value.dtype) @ value[:, :, None])[:, :, 0]
             averaged[key] = self._mean(value, frames, graph.n_atoms)
         return averaged
-
-    @property
-    def embedding_channels(self) -> int:
-        """Channels in which the model embeds atoms."""
-        return self.model.embedding_channels
-
-    @property
-    def node_channels(self) -> int:
-        """Channels of :meth:`node_features`."""
-        return self.model.node_channels
 
     def node_features(self, graph: AtomGraph) -> Tensor:
         """Return the mean of the model's features over the frames, (n_atoms, node_channels)."""
