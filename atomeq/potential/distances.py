@@ -49,6 +49,7 @@ class KnownDistances(nn.Module):
     """
 
     limits: Tensor
+    reach: Tensor
 
     def __init__(self, shortest: Mapping[str, float] | None = None) -> None:
         super().__init__()
@@ -63,6 +64,7 @@ class KnownDistances(nn.Module):
             one, other = numbers
             limits[one, other] = limits[other, one] = distance
         self.register_buffer("limits", limits, persistent=False)
+        self.register_buffer("reach", REACH * limits, persistent=False)
         self.told = False
 
     def limit(self, pair: str) -> float:
@@ -86,10 +88,9 @@ class KnownDistances(nn.Module):
             return None
         source, target = graph.edge_index
         numbers, lengths = graph.atomic_numbers, graph.edge_vectors().norm(dim=1)
-        limits = self.limits[numbers[target], numbers[source]]
-        if not bool((lengths < REACH * limits).any()):
+        if not bool((lengths < self.reach[numbers[target], numbers[source]]).any()):
             return None
-        self.told = True
+        self.told, limits = True, self.limits[numbers[target], numbers[source]]
         worst = int((lengths / limits).argmin())
         i, j = int(target[worst]), int(source[worst])
         one, other = (_SYMBOLS[int(numbers[k])] for k in (i, j))

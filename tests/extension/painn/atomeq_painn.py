@@ -46,6 +46,7 @@ class PaiNN(AtomisticModel):
         self.messages = nn.ModuleList(
             Message(hidden_channels, num_basis) for _ in range(num_layers)
         )
+        self.receptive_depth = num_layers
         self.updates = nn.ModuleList(Update(hidden_channels) for _ in range(num_layers))
         self.energy = _network(hidden_channels, hidden_channels // 2, 1)
 
