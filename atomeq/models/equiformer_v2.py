@@ -25,17 +25,11 @@ from torch import Tensor, nn
 
 from atomeq.graph.atom_graph import AtomGraph
 from atomeq.models.base import outputs_of, refuse_nonpositive
-from atomeq.models.transformer import EquivariantTransformer, TransformerBlock, radial_basis_of
+from atomeq.models.transformer import EquivariantTransformer
 from atomeq.nn.activations import ActivationName
-from atomeq.nn.attention import (
-    EquivariantAttention,
-    Weighing,
-)
-from atomeq.nn.edge_network import DegreeEmbedding, EdgeNetwork, ElementPair
+from atomeq.nn.attention import Weighing
 from atomeq.nn.feed_forward import FeedForward, Nonlinearity
-from atomeq.nn.norms import NormName, equivariant_norm
-from atomeq.nn.radial import PolynomialEnvelope
-from atomeq.nn.sphere import set_resolution
+from atomeq.nn.norms import NormName
 from atomeq.nn.stress import StressHead, stress_head_of
 from atomeq.ops.orders import check_orders
 from atomeq.typing import NodeFeatures
@@ -91,35 +85,8 @@ class EquiformerV2(EquivariantTransformer):
         ValueError: ``mmax`` is not between 0 and ``lmax``, or an option is none of those above.
     """
 
-    lmax: int
-    mmax: int
-    sphere_channels: int
-    attn_hidden_channels: int
-    num_heads: int
-    attn_alpha_channels: int
-    attn_value_channels: int
-    ffn_hidden_channels: int
-    edge_channels: int
-    num_elements: int
-    radial_basis: Literal["bessel", "gaussian"]
-    num_radial: int
-    norm: NormName
-    activation: ActivationName
     feed_forward: Nonlinearity
-    grid_resolution: int | None
-    element_pairs: Literal["per_block", "shared", "none"]
-    shared_radial: bool
-    attn_renorm: bool
-    chiral: bool
-    max_neighbors: int | None
-    strict_neighbors: bool
-    stress_head: StressHead
-    avg_degree: float
-    energy_divisor: float
     energy_reduce: Literal["sum", "mean"]
-    alpha_drop: float
-    drop_path: float
-    proj_drop: float
 
     def __init__(
         self,
@@ -166,25 +133,18 @@ class EquiformerV2(EquivariantTransformer):
         self.keep_arguments(locals())
         self.receptive_depth = num_layers + 1 if energy_reduce == "sum" else None
         self.outputs = outputs_of(forces=direct_forces, stress=stress_head is not None)
-
-        self.embedding = nn.Embedding(num_elements, sphere_channels)
-        self.basis = radial_basis_of(radial_basis, num_radial, cutoff)
-        self.cut = PolynomialEnvelope(cutoff) if envelope else None
-        shared = element_pairs == "shared"
-        self.pairs = ElementPair(num_elements, edge_channels) if shared else None
-        self.degree_embedding = self._degree_embedding()
-        self.blocks = nn.ModuleList(self._block() for _ in range(num_layers))
-        self.norm_out = equivariant_norm(norm, lmax, sphere_channels)
+        self._make_trunk(
+            Weighing(norm="layer_norm" if attn_renorm else "none"),
+            grid_resolution,
+            own_elements=num_elements if element_pairs == "per_block" else None,
+            shared_elements=element_pairs == "shared",
+        )
         self.energy = self._feed_forward(1)
-        self.forces = self._attention(1, dropout=0.0) if direct_forces else None
+        head = (1, activation, grid_resolution)
+        self.forces = self._attention(*head) if direct_forces else None
         self.stress = stress_head_of(stress_head, lmax, sphere_channels, ffn_hidden_channels, norm)
         linear = nn.Parameter(torch.zeros(num_elements), requires_grad=False)
         self.linear_energies = linear if linear_reference else None
-
-    def set_grid_resolution(self, grid_resolution: int | None) -> None:
-        """Compute on other grids from now on; the finer, the more equivariant and the slower."""
-        self.grid_resolution = grid_resolution
-        set_resolution(self, grid_resolution)
 
     def _energies(self, x: NodeFeatures, graph: AtomGraph) -> tuple[Tensor, Tensor]:
         divisor = graph.natoms[graph.batch] if self.energy_reduce == "mean" else self.energy_divisor
@@ -194,61 +154,12 @@ class EquiformerV2(EquivariantTransformer):
             energies = energies + self.linear_energies[graph.atomic_numbers]
         return energies, features
 
-    @property
-    def _num_edge_scalars(self) -> int:
-        return self.num_radial + (2 * self.edge_channels if self.element_pairs == "shared" else 0)
-
-    @property
-    def _per_block(self) -> int | None:
-        """Elements that each block embeds for itself."""
-        return self.num_elements if self.element_pairs == "per_block" else None
-
-    def _degree_embedding(self) -> DegreeEmbedding:
-        n_weights = (self.lmax + 1) * self.sphere_channels
-        network = EdgeNetwork(
-            self._num_edge_scalars, self.edge_channels, n_weights, self._per_block
-        )
-        return DegreeEmbedding(
-            self.lmax, self.sphere_channels, network, mmax=self.mmax, avg_degree=self.avg_degree
-        )
-
-    def _block(self) -> "TransformerBlock":
-        return TransformerBlock(
-            norm_1=equivariant_norm(self.norm, self.lmax, self.sphere_channels),
-            attention=self._attention(self.sphere_channels, dropout=self.alpha_drop),
-            norm_2=equivariant_norm(self.norm, self.lmax, self.sphere_channels),
-            feed_forward=self._feed_forward(self.sphere_channels),
-            drop_path=self.drop_path,
-            proj_drop=self.proj_drop,
-        )
-
-    def _attention(self, out_channels: int, *, dropout: float) -> EquivariantAttention:
-        return EquivariantAttention(
-            self.lmax,
-            self.mmax,
-            self.sphere_channels,
-            out_channels,
-            hidden_channels=self.attn_hidden_channels,
-            num_heads=self.num_heads,
-            alpha_channels=self.attn_alpha_channels,
-            value_channels=self.attn_value_channels,
-            num_basis=self._num_edge_scalars,
-            edge_channels=self.edge_channels,
-            num_elements=self._per_block,
-            activation=self.activation,
-            grid_resolution=self.grid_resolution,
-            shared_radial=self.shared_radial,
-            weighing=Weighing(norm="layer_norm" if self.attn_renorm else "none"),
-            chiral=self.chiral,
-            dropout=dropout,
-        )
-
-    def _feed_forward(self, out_channels: int) -> FeedForward:
+    def _feed_forward(self, out_channels: int | None = None) -> FeedForward:
         return FeedForward(
             self.lmax,
             self.sphere_channels,
             self.ffn_hidden_channels,
-            out_channels,
+            self.sphere_channels if out_channels is None else out_channels,
             nonlinearity=self.feed_forward,
             grid_resolution=self.grid_resolution,
         )

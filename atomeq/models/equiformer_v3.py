@@ -27,17 +27,12 @@ from torch import Tensor, nn
 
 from atomeq.graph.atom_graph import AtomGraph
 from atomeq.models.base import outputs_of, refuse_nonpositive
-from atomeq.models.transformer import EquivariantTransformer, TransformerBlock, radial_basis_of
+from atomeq.models.transformer import EquivariantTransformer
 from atomeq.nn.activations import PAIRED, ActivationName, ScalarsAndSphere
-from atomeq.nn.attention import (
-    EquivariantAttention,
-    Weighing,
-)
-from atomeq.nn.edge_network import DegreeEmbedding, EdgeNetwork
+from atomeq.nn.attention import Weighing
 from atomeq.nn.feed_forward import FeedForward, Nonlinearity
 from atomeq.nn.mlp import MLP
-from atomeq.nn.norms import NormName, equivariant_norm
-from atomeq.nn.radial import PolynomialEnvelope
+from atomeq.nn.norms import NormName
 from atomeq.nn.so3 import SO3Linear
 from atomeq.nn.sphere import GridResolution, set_resolution, with_scalars
 from atomeq.nn.stress import stress_head_of
@@ -97,38 +92,9 @@ class EquiformerV3(EquivariantTransformer):
         ValueError: ``mmax`` is not between 0 and ``lmax``, or a divisor is not positive.
     """
 
-    lmax: int
-    mmax: int
-    sphere_channels: int
-    attn_hidden_channels: int
-    num_heads: int
-    attn_alpha_channels: int
-    attn_value_channels: int
-    ffn_hidden_channels: int
-    edge_channels: int
-    num_elements: int
-    num_radial: int
-    norm: NormName
-    logit_norm: Literal["layer_norm", "rms_norm", "none"]
-    activation: ActivationName
     feed_forward: Nonlinearity
     grid_mlp: bool
-    attn_grid: GridResolution
     ffn_grid: GridResolution
-    element_pairs: bool
-    shared_radial: bool
-    add_merge: bool
-    softcap: float | None
-    silu_logits: bool
-    attn_epsilon: float | None
-    chiral: bool
-    max_neighbors: int | None
-    strict_neighbors: bool
-    avg_degree: float
-    energy_divisor: float
-    alpha_drop: float
-    drop_path: float
-    proj_drop: float
 
     def __init__(
         self,
@@ -179,15 +145,14 @@ class EquiformerV3(EquivariantTransformer):
         self.keep_arguments(locals())
         self.receptive_depth = num_layers + 1  # atoms start from their neighbours
         self.outputs = outputs_of(forces=direct_forces, stress=direct_stress)
-        self.embedding = nn.Embedding(num_elements, sphere_channels)
-        self.basis = radial_basis_of(radial_basis, num_radial, cutoff)
-        self.cut = PolynomialEnvelope(cutoff) if envelope else None
-        self.pairs = None  # networks embed elements for themselves
-        self.degree_embedding = self._degree_embedding()
-        self.blocks = nn.ModuleList(self._block() for _ in range(num_layers))
-        self.norm_out = equivariant_norm(norm, lmax, sphere_channels)
+        self._make_trunk(
+            Weighing(norm=logit_norm, silu=silu_logits, softcap=softcap, epsilon=attn_epsilon),
+            attn_grid,
+            own_elements=num_elements if element_pairs else None,
+        )
         self.energy = MLP((sphere_channels, ffn_hidden_channels, 1))
-        self.forces = self._attention(1, force_activation, dropout=0.0) if direct_forces else None
+        forces = (1, force_activation, attn_grid)
+        self.forces = self._attention(*forces) if direct_forces else None
         head = "equivariant" if direct_stress else None
         self.stress = stress_head_of(head, lmax, sphere_channels, ffn_hidden_channels, norm)
 
@@ -199,57 +164,6 @@ class EquiformerV3(EquivariantTransformer):
     def _energies(self, x: NodeFeatures, graph: AtomGraph) -> tuple[Tensor, Tensor]:
         energies, features = self.energy.with_hidden(x[:, 0])
         return energies[:, 0] / self.energy_divisor, features
-
-    @property
-    def _elements(self) -> int | None:
-        return self.num_elements if self.element_pairs else None
-
-    def _degree_embedding(self) -> DegreeEmbedding:
-        n_weights = (self.lmax + 1) * self.sphere_channels
-        network = EdgeNetwork(self.num_radial, self.edge_channels, n_weights, self._elements)
-        return DegreeEmbedding(
-            self.lmax, self.sphere_channels, network, mmax=self.mmax, avg_degree=self.avg_degree
-        )
-
-    def _block(self) -> "TransformerBlock":
-        attention = self._attention(self.sphere_channels, self.activation, dropout=self.alpha_drop)
-        return TransformerBlock(
-            norm_1=equivariant_norm(self.norm, self.lmax, self.sphere_channels),
-            attention=attention,
-            norm_2=equivariant_norm(self.norm, self.lmax, self.sphere_channels),
-            feed_forward=self._feed_forward(),
-            drop_path=self.drop_path,
-            proj_drop=self.proj_drop,
-        )
-
-    def _attention(
-        self, out_channels: int, activation: ActivationName, *, dropout: float
-    ) -> EquivariantAttention:
-        return EquivariantAttention(
-            self.lmax,
-            self.mmax,
-            self.sphere_channels,
-            out_channels,
-            hidden_channels=self.attn_hidden_channels,
-            num_heads=self.num_heads,
-            alpha_channels=self.attn_alpha_channels,
-            value_channels=self.attn_value_channels,
-            num_basis=self.num_radial,
-            edge_channels=self.edge_channels,
-            num_elements=self._elements,
-            activation=activation,
-            grid_resolution=self.attn_grid,
-            shared_radial=self.shared_radial,
-            add_merge=self.add_merge,
-            weighing=Weighing(
-                norm=self.logit_norm,
-                silu=self.silu_logits,
-                softcap=self.softcap,
-                epsilon=self.attn_epsilon,
-            ),
-            chiral=self.chiral,
-            dropout=dropout,
-        )
 
     def _feed_forward(self) -> nn.Module:
         sizes = (self.lmax, self.sphere_channels, self.ffn_hidden_channels)

@@ -22,29 +22,26 @@ from collections.abc import Callable
 from functools import partial
 from typing import Literal, cast
 
-import torch
 from torch import Tensor, nn
 
 from atomeq.graph.atom_graph import AtomGraph
-from atomeq.models.base import AtomisticModel, Stage, refuse_nonpositive
+from atomeq.models.base import Stage, refuse_nonpositive
+from atomeq.models.spherical import Edges, MessageBlock, SphericalNetwork
 from atomeq.nn.edge_convolution import EdgeConvolution
 from atomeq.nn.edge_network import DegreeEmbedding
 from atomeq.nn.feed_forward import FeedForward
 from atomeq.nn.gaunt import GauntProduct
 from atomeq.nn.mlp import MLP
 from atomeq.nn.norms import EquivariantRMSNorm
-from atomeq.nn.pair_mlp import Pairs, RadialMLP
+from atomeq.nn.pair_mlp import RadialMLP
 from atomeq.nn.pair_networks import PairNetworks
 from atomeq.nn.radial import BesselBasis, PolynomialEnvelope
-from atomeq.nn.radial_tables import RadialTables
 from atomeq.nn.so3 import Gate, SO3Linear
 from atomeq.ops.atoms.operations import Products, gated_update
-from atomeq.ops.edge.frame import EdgeFrame
-from atomeq.ops.edge.wigner import build_edge_frame
-from atomeq.typing import NodeFeatures, PropertyKey
+from atomeq.typing import NodeFeatures
 
 
-class ESCN(AtomisticModel):
+class ESCN(SphericalNetwork):
     """Equivariant spherical channel network with conservative forces.
 
     Args:
@@ -81,24 +78,14 @@ class ESCN(AtomisticModel):
         num_elements: int = 119,
         update: Literal["gate", "gaunt", "product"] = "gate",
     ) -> None:
-        super().__init__()
+        super().__init__(cutoff)
         if update not in UPDATES:
             raise ValueError(f"update is {' or '.join(UPDATES)}, not {update!r}")
         if not 0 <= mmax <= lmax:
             raise ValueError(f"mmax must lie between 0 and lmax; got mmax={mmax}, lmax={lmax}")
-        self.cutoff = cutoff
-        self.lmax = lmax
-        self.mmax = mmax
-        self.num_layers = num_layers
-        self.receptive_depth = num_layers + 1  # atoms start from their neighbours
-        self.sphere_channels = sphere_channels
-        self.hidden_channels = hidden_channels
-        self.edge_channels = edge_channels
-        self.num_radial = num_radial
         refuse_nonpositive(avg_num_neighbors=avg_num_neighbors)
-        self.avg_num_neighbors = avg_num_neighbors
-        self.num_elements = num_elements
-        self.update = update
+        self.keep_arguments(locals())
+        self.receptive_depth = num_layers + 1  # atoms start from their neighbours
 
         self.embedding = nn.Embedding(num_elements, sphere_channels)
         self.source_embedding = nn.Embedding(num_elements, edge_channels)
@@ -106,26 +93,23 @@ class ESCN(AtomisticModel):
         self.basis = BesselBasis(num_radial, cutoff)
         # messages are divided by the root of how many there are
         self.envelope = PolynomialEnvelope(cutoff, height=1 / math.sqrt(avg_num_neighbors))
-        self._tables = RadialTables(cutoff)
         n_edge_scalars = num_radial + 2 * edge_channels
         sizes = (n_edge_scalars, edge_channels, edge_channels, (lmax + 1) * sphere_channels)
         radial = RadialMLP(sizes, layer_norm=True)
         self.neighborhood = DegreeEmbedding(lmax, sphere_channels, radial)
         self.layers = nn.ModuleList(
-            ESCNLayer(
-                *(lmax, mmax, sphere_channels, hidden_channels, edge_channels, n_edge_scalars),
-                update=UPDATES[update],
+            MessageBlock(
+                message_norm=EquivariantRMSNorm(lmax, sphere_channels),
+                message=EdgeConvolution(
+                    lmax, mmax, sphere_channels, hidden_channels, edge_channels, n_edge_scalars
+                ),
+                update_norm=EquivariantRMSNorm(lmax, sphere_channels),
+                update=UPDATES[update](lmax, sphere_channels, hidden_channels),
             )
             for _ in range(num_layers)
         )
         self.norm = EquivariantRMSNorm(lmax, sphere_channels)
         self.energy = MLP((sphere_channels, hidden_channels, 1), zero_output=True)
-
-    def forward(self, graph: AtomGraph) -> dict[PropertyKey, Tensor]:
-        """Return per-atom ``energies`` (n_atoms,), in the model's own scale, and both features."""
-        x = self._atoms(graph)
-        energies, features = self.energy.with_hidden(x[:, 0])
-        return {"energies": energies[:, 0], "features": features, "sphere_features": x}
 
     def stages(self) -> list[Stage]:
         """Return the density of neighbours, then layer after layer; the last gives energies."""
@@ -133,48 +117,19 @@ class ESCN(AtomisticModel):
         *earlier, last = [lambda graph, _, n: self._density(graph, self._edges(graph))[:n], *layers]
         return [*earlier, lambda *given: self.energy(self.norm(last(*given))[:, 0])[:, 0]]
 
-    @property
-    def node_channels(self) -> int:
-        """Channels of :meth:`node_features`."""
-        return self.sphere_channels
+    def _energies(self, x: NodeFeatures, graph: AtomGraph) -> tuple[Tensor, Tensor]:
+        energies, features = self.energy.with_hidden(x[:, 0])
+        return energies[:, 0], features
 
-    def node_features(self, graph: AtomGraph) -> Tensor:
-        """Return the scalars of the last layer, normalised, (n_atoms, sphere_channels)."""
-        return self._atoms(graph)[:, 0]
-
-    @property
-    def sphere_shape(self) -> tuple[int, int]:
-        """Highest degree and channels of the features of the last layer."""
-        return self.lmax, self.sphere_channels
-
-    def _atoms(self, graph: AtomGraph) -> NodeFeatures:
-        """Return the features of the last layer, normalised, (n_atoms, n_sph, sphere_channels)."""
-        edges = self._edges(graph)
+    def _atoms(self, graph: AtomGraph, edges: Edges) -> NodeFeatures:
         x = self._density(graph, edges)
         for layer in self.layers:
             x = layer(x, *edges)
         return self.norm(x)
 
-    def _edges(self, graph: AtomGraph) -> tuple[EdgeFrame, Pairs, Tensor | None]:
-        """Return their frames, what radial networks see of them, and the envelope (n_edges,)."""
-        numbers = graph.atomic_numbers
-        frame = build_edge_frame(
-            graph.edge_vectors().to(self.embedding.weight.dtype),
-            graph.edge_index,
-            n_atoms=numbers.shape[0],
-            lmax=self.lmax,
-            mmax=self.mmax,
-        )
-        pairs = self._pair_networks().evaluate(frame, numbers, graph.edge_index, self._tables)
-        return frame, *pairs
-
-    def _density(
-        self, graph: AtomGraph, edges: tuple[EdgeFrame, Pairs, Tensor | None]
-    ) -> NodeFeatures:
+    def _density(self, graph: AtomGraph, edges: Edges) -> NodeFeatures:
         """Return the features that atoms start from, (n_atoms, n_sph, C)."""
-        x = self.neighborhood(*edges)
-        atoms = self.with_state(self.embedding(graph.atomic_numbers), graph)  # (n_atoms, C)
-        return torch.cat([x[:, :1] + atoms[:, None], x[:, 1:]], dim=1)
+        return self._with_elements(self.neighborhood(*edges), graph)
 
     def _layer(
         self, layer: nn.Module, graph: AtomGraph, x: Tensor | None, n_wanted: int
@@ -183,7 +138,7 @@ class ESCN(AtomisticModel):
         return layer(x, *self._edges(graph), n_wanted=n_wanted)
 
     def _pair_networks(self) -> PairNetworks:
-        layers = cast("list[ESCNLayer]", list(self.layers))  # a ModuleList has no types
+        layers = cast("list[MessageBlock]", list(self.layers))  # a ModuleList has no types
         return PairNetworks(
             self.basis,
             self.envelope,
@@ -191,44 +146,6 @@ class ESCN(AtomisticModel):
             self.neighborhood.radial,
             tuple(layer.message.radial for layer in layers),
         )
-
-
-class ESCNLayer(nn.Module):
-    """Messages along edges, then an update of each atom; both residual, after a normalisation."""
-
-    def __init__(
-        self,
-        lmax: int,
-        mmax: int,
-        sphere_channels: int,
-        hidden_channels: int,
-        edge_channels: int,
-        n_edge_scalars: int,
-        *,
-        update: Callable[[int, int, int], nn.Module],
-    ) -> None:
-        super().__init__()
-        self.message_norm = EquivariantRMSNorm(lmax, sphere_channels)
-        self.message = EdgeConvolution(
-            lmax, mmax, sphere_channels, hidden_channels, edge_channels, n_edge_scalars
-        )
-        self.update_norm = EquivariantRMSNorm(lmax, sphere_channels)
-        self.update = update(lmax, sphere_channels, hidden_channels)
-
-    def forward(
-        self,
-        x: NodeFeatures,
-        frame: EdgeFrame,
-        edges: Pairs,
-        envelope: Tensor | None,
-        *,
-        n_wanted: int | None = None,
-    ) -> NodeFeatures:
-        """Update ``x`` (n_atoms, n_sph, C), or only the first so many that are wanted."""
-        x = x + self.message(self.message_norm(x), frame, edges, envelope)
-        if n_wanted is not None:
-            x = x[:n_wanted]
-        return x + self.update(self.update_norm(x))
 
 
 class GatedUpdate(nn.Module):

@@ -26,32 +26,27 @@ import torch
 from torch import Tensor, nn
 
 from atomeq.graph.atom_graph import AtomGraph
-from atomeq.graph.builders import GraphBuilder, neighbor_graph
-from atomeq.models.base import AtomisticModel, outputs_of
+from atomeq.models.base import outputs_of
+from atomeq.models.spherical import Edges, MessageBlock, SphericalNetwork, radial_basis_of
 from atomeq.nn.activations import ActivationName
 from atomeq.nn.edge_convolution import EdgeConvolution
 from atomeq.nn.edge_network import DegreeEmbedding
 from atomeq.nn.feed_forward import FeedForward, Nonlinearity
 from atomeq.nn.mlp import MLP
 from atomeq.nn.norms import NormName, equivariant_norm
-from atomeq.nn.pair_mlp import Pairs, RadialMLP
+from atomeq.nn.pair_mlp import RadialMLP
 from atomeq.nn.pair_networks import PairNetworks
-from atomeq.nn.radial import BesselBasis, GaussianBasis, PolynomialEnvelope
-from atomeq.nn.radial_tables import RadialTables
+from atomeq.nn.radial import PolynomialEnvelope
 from atomeq.nn.so3 import SO3Linear
-from atomeq.nn.sphere import set_resolution, with_scalars
-from atomeq.nn.stress import StressHead, stress_head_of, stress_of
-from atomeq.ops.edge.frame import EdgeFrame
-from atomeq.ops.edge.wigner import build_edge_frame
+from atomeq.nn.stress import StressHead, stress_head_of
 from atomeq.ops.orders import check_orders
-from atomeq.typing import EdgeLengths, NodeFeatures, PropertyKey
+from atomeq.typing import EdgeLengths, NodeFeatures
 
 RadialBasis = Literal["bessel", "gaussian", "enveloped_bessel"]
-GAUSSIAN_WIDTH = 2.0  # of the grid spacing, as published
 DEGREE_SCALE = 5.0  # divides the embedding of neighbourhoods, whatever the data
 
 
-class ESEN(AtomisticModel):
+class ESEN(SphericalNetwork):
     """Equivariant smooth energy network; conservative, or with a linear head for forces.
 
     Args:
@@ -87,23 +82,16 @@ class ESEN(AtomisticModel):
         ValueError: ``mmax`` is not between 0 and ``lmax``, or an option is none of those above.
     """
 
-    lmax: int
-    mmax: int
-    sphere_channels: int
     hidden_channels: int
     edge_channels: int
     norm: NormName
     activation: ActivationName
     feed_forward: Nonlinearity
-    grid_resolution: int | None
     chiral: bool
     bias: bool
-    max_neighbors: int | None
     skip_isolated: bool
     stress_head: StressHead
     energy_reduce: Literal["sum", "mean"]
-
-    readouts = ("energy", "forces", "stress")
 
     def __init__(
         self,
@@ -131,7 +119,7 @@ class ESEN(AtomisticModel):
         stress_head: StressHead = None,
         energy_reduce: Literal["sum", "mean"] = "sum",
     ) -> None:
-        super().__init__()
+        super().__init__(cutoff)
         check_orders(lmax, mmax)
         if energy_reduce not in ("sum", "mean"):
             raise ValueError(f"energy_reduce is sum or mean, not {energy_reduce!r}")
@@ -144,9 +132,10 @@ class ESEN(AtomisticModel):
         self.embedding = nn.Embedding(num_elements, sphere_channels)
         self.source_embedding = nn.Embedding(num_elements, edge_channels)
         self.target_embedding = nn.Embedding(num_elements, edge_channels)
-        self.basis = _radial_basis(radial_basis, num_radial, cutoff)
+        self.basis = radial_basis_of(
+            radial_basis, num_radial, cutoff, enveloped_bessel=EnvelopedBesselBasis
+        )
         self.cut = PolynomialEnvelope(cutoff) if envelope else None
-        self._tables = RadialTables(cutoff)
         n_edge_scalars = num_radial + 2 * edge_channels
         sizes = (n_edge_scalars, edge_channels, edge_channels, (lmax + 1) * sphere_channels)
         radial = RadialMLP(sizes, layer_norm=True)
@@ -157,58 +146,8 @@ class ESEN(AtomisticModel):
         self.forces = SO3Linear(1, sphere_channels, 1) if direct_forces else None
         self.stress = stress_head_of(stress_head, lmax, sphere_channels, hidden_channels, norm)
 
-    def graph_builder(self) -> GraphBuilder:
-        """Return the builder of all pairs within the cutoff, or of the nearest neighbours."""
-        return neighbor_graph(self.cutoff, self.max_neighbors, strict=False)
-
-    def set_grid_resolution(self, grid_resolution: int | None) -> None:
-        """Compute on other grids from now on; the finer, the more equivariant and the slower."""
-        self.grid_resolution = grid_resolution
-        set_resolution(self, grid_resolution)
-
-    def forward(
-        self, graph: AtomGraph, *, edge_rotation: Tensor | None = None
-    ) -> dict[PropertyKey, Tensor]:
-        """Compute energies, and what has a head of its own, in the model's own scale.
-
-        Args:
-            graph: Structures with edges.
-            edge_rotation: Rotations that take each edge to +y, (n_edges, 3, 3), to set its roll;
-                by default a rule without randomness.
-
-        Returns:
-            ``energies`` (n_atoms,) and both features; ``forces`` (n_atoms, 3) and ``stress``
-            (n_graphs, 3, 3) if they have a head.
-        """
-        x = self._transform(graph, edge_rotation)  # (n_atoms, n_sph, C)
-        energies, features = self.energy.with_hidden(x[:, 0])
-        energies = energies[:, 0]
-        if self.energy_reduce == "mean":
-            energies = energies / graph.natoms[graph.batch]
-        outputs: dict[PropertyKey, Tensor] = {"energies": energies, "features": features}
-        outputs["sphere_features"] = x
-        if self.forces is not None:
-            outputs["forces"] = self.forces(x[:, :4])[:, 1:, 0]  # l = 1 is (x, y, z)
-        if self.stress is not None:
-            outputs["stress"] = stress_of(self.stress, x, graph)
-        return outputs
-
-    @property
-    def node_channels(self) -> int:
-        """Channels of :meth:`node_features`."""
-        return self.sphere_channels
-
-    @property
-    def sphere_shape(self) -> tuple[int, int]:
-        """Highest degree and channels of the features of the last block."""
-        return self.lmax, self.sphere_channels
-
-    def node_features(self, graph: AtomGraph) -> Tensor:
-        """Return the scalars of the last block, normalised, (n_atoms, sphere_channels)."""
-        return self._transform(graph, None)[:, 0]
-
-    def _block(self, n_edge_scalars: int) -> "ESENBlock":
-        return ESENBlock(
+    def _block(self, n_edge_scalars: int) -> MessageBlock:
+        return MessageBlock(
             message_norm=equivariant_norm(self.norm, self.lmax, self.sphere_channels),
             message=EdgeConvolution(
                 self.lmax,
@@ -234,33 +173,29 @@ class ESEN(AtomisticModel):
             ),
         )
 
-    def _transform(self, graph: AtomGraph, edge_rotation: Tensor | None) -> NodeFeatures:
-        """Return the atoms after the last block and its norm, (n_atoms, n_sph, C)."""
-        numbers = graph.atomic_numbers
-        frame = build_edge_frame(
-            graph.edge_vectors().to(self.dtype),
-            graph.edge_index,
-            n_atoms=graph.n_atoms,
-            lmax=self.lmax,
-            mmax=self.mmax,
-            rotation=edge_rotation,
-        )
-        edges, envelope = self._pair_networks().evaluate(
-            frame, numbers, graph.edge_index, self._tables
-        )
-        x = self.neighborhood(frame, edges, envelope) / DEGREE_SCALE
-        atoms = self.with_state(self.embedding(numbers), graph)  # (n_atoms, C)
-        embedded = x = with_scalars(x, x[:, 0] + atoms)
+    def _energies(self, x: NodeFeatures, graph: AtomGraph) -> tuple[Tensor, Tensor]:
+        energies, features = self.energy.with_hidden(x[:, 0])
+        energies = energies[:, 0]
+        if self.energy_reduce == "mean":
+            energies = energies / graph.natoms[graph.batch]
+        return energies, features
+
+    def _forces(self, x: NodeFeatures, graph: AtomGraph, edges: Edges) -> Tensor | None:
+        # l = 1 is (x, y, z)
+        return None if self.forces is None else self.forces(x[:, :4])[:, 1:, 0]
+
+    def _atoms(self, graph: AtomGraph, edges: Edges) -> NodeFeatures:
+        embedded = x = self._with_elements(self.neighborhood(*edges) / DEGREE_SCALE, graph)
         for block in self.blocks:
-            x = block(x, frame, edges, envelope)
+            x = block(x, *edges)
         if self.skip_isolated:
             connected = torch.zeros(graph.n_graphs, dtype=torch.bool, device=x.device)
-            connected[graph.batch[frame.target]] = True
+            connected[graph.batch[graph.edge_index[1]]] = True
             x = torch.where(connected[graph.batch][:, None, None], x, embedded)
         return self.norm_out(x)
 
     def _pair_networks(self) -> PairNetworks:
-        blocks = cast("list[ESENBlock]", list(self.blocks))  # a ModuleList has no types
+        blocks = cast("list[MessageBlock]", list(self.blocks))  # a ModuleList has no types
         return PairNetworks(
             self.basis,
             self.cut,
@@ -268,31 +203,6 @@ class ESEN(AtomisticModel):
             self.neighborhood.radial,
             tuple(block.message.radial for block in blocks),
         )
-
-
-class ESENBlock(nn.Module):
-    """Messages along edges, then an update of each atom; both residual, after a normalisation."""
-
-    def __init__(
-        self,
-        *,
-        message_norm: nn.Module,
-        message: EdgeConvolution,
-        update_norm: nn.Module,
-        update: FeedForward,
-    ) -> None:
-        super().__init__()
-        self.message_norm = message_norm
-        self.message = message
-        self.update_norm = update_norm
-        self.update = update
-
-    def forward(
-        self, x: NodeFeatures, frame: EdgeFrame, edges: Pairs, envelope: Tensor | None
-    ) -> NodeFeatures:
-        """Update ``x`` (n_atoms, n_sph, C)."""
-        x = x + self.message(self.message_norm(x), frame, edges, envelope)
-        return x + self.update(self.update_norm(x))
 
 
 class EnvelopedBesselBasis(nn.Module):
@@ -316,12 +226,3 @@ class EnvelopedBesselBasis(nn.Module):
         s = (lengths / self.cutoff)[:, None]
         scale = self.envelope(lengths)[:, None] * math.sqrt(2 / self.cutoff**3)
         return scale * torch.sin(self.frequencies * s) / s
-
-
-def _radial_basis(name: RadialBasis, num_radial: int, cutoff: float) -> nn.Module:
-    if name == "gaussian":
-        return GaussianBasis(num_radial, cutoff, width=GAUSSIAN_WIDTH)
-    bases = {"bessel": BesselBasis, "enveloped_bessel": EnvelopedBesselBasis}
-    if name not in bases:
-        raise ValueError(f"radial_basis is gaussian, {' or '.join(bases)}, not {name!r}")
-    return bases[name](num_radial, cutoff)

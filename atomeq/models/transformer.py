@@ -1,4 +1,4 @@
-"""What EquiformerV2 and EquiformerV3 have in common: edges, blocks, and where heads read."""
+"""What EquiformerV2 and EquiformerV3 have in common: blocks of attention, and what is in them."""
 
 from abc import ABC, abstractmethod
 from typing import cast
@@ -6,122 +6,88 @@ from typing import cast
 from torch import Tensor, nn
 
 from atomeq.graph.atom_graph import AtomGraph
-from atomeq.graph.builders import GraphBuilder, neighbor_graph
-from atomeq.models.base import AtomisticModel
-from atomeq.nn.attention import EquivariantAttention
+from atomeq.models.spherical import Edges, SphericalNetwork, radial_basis_of
+from atomeq.nn.activations import ActivationName
+from atomeq.nn.attention import EquivariantAttention, Weighing
 from atomeq.nn.dropout import EquivariantDropout, GraphDropPath
-from atomeq.nn.edge_network import DegreeEmbedding, EdgeScalars, ElementPair
+from atomeq.nn.edge_network import DegreeEmbedding, EdgeNetwork, EdgeScalars, ElementPair
+from atomeq.nn.norms import NormName, equivariant_norm
 from atomeq.nn.pair_networks import PairNetworks
-from atomeq.nn.radial import BesselBasis, GaussianBasis
-from atomeq.nn.radial_tables import RadialTables
-from atomeq.nn.sphere import with_scalars
-from atomeq.nn.stress import EquivariantStress, Rank2Stress, stress_of
+from atomeq.nn.radial import PolynomialEnvelope
+from atomeq.nn.sphere import GridResolution
 from atomeq.ops.edge.frame import EdgeFrame
-from atomeq.ops.edge.wigner import build_edge_frame
-from atomeq.typing import NodeFeatures, PropertyKey
-
-GAUSSIAN_WIDTH = 2.0  # of the grid spacing, as published
+from atomeq.typing import NodeFeatures
 
 
-class EquivariantTransformer(AtomisticModel, ABC):
-    """A transformer over the edges of each atom; a subclass makes the parts named here.
-
-    Args:
-        cutoff: Radius of the graph, Å.
+class EquivariantTransformer(SphericalNetwork, ABC):
+    """A transformer over the edges of each atom; a subclass names the arguments and makes heads.
 
     Attributes:
-        pairs: Embeds the elements of an edge for all networks; None where each does for itself.
+        own_elements: Elements that each network embeds for itself; None where none does.
+        pairs: Embeds the elements of an edge for all networks; None where it does not.
+        weighing: How attention weighs messages.
     """
 
-    lmax: int
-    mmax: int
-    sphere_channels: int
+    num_layers: int
+    attn_hidden_channels: int
+    num_heads: int
+    attn_alpha_channels: int
+    attn_value_channels: int
+    ffn_hidden_channels: int
+    edge_channels: int
+    num_elements: int
+    radial_basis: str
+    num_radial: int
+    norm: NormName
+    activation: ActivationName
+    shared_radial: bool
+    add_merge: bool = False
+    chiral: bool
+    envelope: bool
     max_neighbors: int | None
     strict_neighbors: bool
-    embedding: nn.Embedding
-    basis: nn.Module
-    cut: nn.Module | None
-    pairs: ElementPair | None
-    degree_embedding: DegreeEmbedding
-    blocks: nn.ModuleList
-    norm_out: nn.Module
+    avg_degree: float
+    energy_divisor: float
+    alpha_drop: float
+    drop_path: float
+    proj_drop: float
+
     forces: EquivariantAttention | None
-    stress: EquivariantStress | Rank2Stress | None
 
-    readouts = ("energy", "forces", "stress")
-
-    def __init__(self, cutoff: float) -> None:
-        super().__init__()
-        self._tables = RadialTables(cutoff)
+    def _make_trunk(
+        self,
+        weighing: Weighing,
+        grid_resolution: GridResolution,
+        *,
+        own_elements: int | None,
+        shared_elements: bool = False,
+    ) -> None:
+        """Make all parts but the heads, of the arguments that are kept and of these."""
+        self.weighing, self.own_elements = weighing, own_elements
+        self.embedding = nn.Embedding(self.num_elements, self.sphere_channels)
+        self.basis = radial_basis_of(self.radial_basis, self.num_radial, self.cutoff)
+        self.cut = PolynomialEnvelope(self.cutoff) if self.envelope else None
+        sizes = (self.num_elements, self.edge_channels)
+        self.pairs = ElementPair(*sizes) if shared_elements else None
+        self.degree_embedding = self._degree_embedding()
+        self.blocks = nn.ModuleList(self._block(grid_resolution) for _ in range(self.num_layers))
+        self.norm_out = equivariant_norm(self.norm, self.lmax, self.sphere_channels)
 
     @abstractmethod
-    def _energies(self, x: NodeFeatures, graph: AtomGraph) -> tuple[Tensor, Tensor]:
-        """Return the energies of the atoms (n_atoms,), and what the last map makes them of."""
+    def _feed_forward(self) -> nn.Module:
+        """Return the network on each atom that a block has."""
 
-    def graph_builder(self) -> GraphBuilder:
-        """Return the builder of all pairs within the cutoff, or of the nearest neighbours."""
-        return neighbor_graph(self.cutoff, self.max_neighbors, strict=self.strict_neighbors)
+    def _forces(self, x: NodeFeatures, graph: AtomGraph, edges: Edges) -> Tensor | None:
+        if self.forces is None:
+            return None
+        return self.forces(x, *_seen(graph, edges))[:, 1:4, 0]  # l = 1 is (x, y, z)
 
-    def forward(
-        self, graph: AtomGraph, *, edge_rotation: Tensor | None = None
-    ) -> dict[PropertyKey, Tensor]:
-        """Compute energies, and what has a head of its own, in the model's own scale.
-
-        Args:
-            graph: Structures with edges.
-            edge_rotation: Rotations that take each edge to +y, (n_edges, 3, 3), to set its roll;
-                by default a rule without randomness.
-
-        Returns:
-            ``energies`` (n_atoms,) and both features; ``forces`` (n_atoms, 3) and ``stress``
-            (n_graphs, 3, 3) if they have a head.
-        """
-        x, frame, edges = self._transform(graph, edge_rotation)
-        energies, features = self._energies(x, graph)
-        outputs: dict[PropertyKey, Tensor] = {"energies": energies, "features": features}
-        outputs["sphere_features"] = x
-        if self.forces is not None:
-            outputs["forces"] = self.forces(x, frame, edges)[:, 1:4, 0]  # l = 1 is (x, y, z)
-        if self.stress is not None:
-            outputs["stress"] = stress_of(self.stress, x, graph)
-        return outputs
-
-    @property
-    def node_channels(self) -> int:
-        """Channels of :meth:`node_features`."""
-        return self.sphere_channels
-
-    @property
-    def sphere_shape(self) -> tuple[int, int]:
-        """Highest degree and channels of the features of the last block."""
-        return self.lmax, self.sphere_channels
-
-    def node_features(self, graph: AtomGraph) -> Tensor:
-        """Return the scalars of the last block, normalised, (n_atoms, sphere_channels)."""
-        return self._transform(graph, None)[0][:, 0]
-
-    def _transform(
-        self, graph: AtomGraph, edge_rotation: Tensor | None
-    ) -> tuple[NodeFeatures, EdgeFrame, EdgeScalars]:
-        """Return the atoms after the last block (n_atoms, n_sph, C), and the edges they saw."""
-        numbers = graph.atomic_numbers
-        frame = build_edge_frame(
-            graph.edge_vectors().to(self.dtype),
-            graph.edge_index,
-            n_atoms=graph.n_atoms,
-            lmax=self.lmax,
-            mmax=self.mmax,
-            rotation=edge_rotation,
-        )
-        pairs, envelope = self._pair_networks().evaluate(
-            frame, numbers, graph.edge_index, self._tables
-        )
-        edges = EdgeScalars(pairs, numbers, envelope)
-        x = self.degree_embedding(frame, edges, edges.envelope)
-        x = with_scalars(x, x[:, 0] + self.with_state(self.embedding(numbers), graph))
+    def _atoms(self, graph: AtomGraph, edges: Edges) -> NodeFeatures:
+        frame, scalars = _seen(graph, edges)
+        x = self._with_elements(self.degree_embedding(frame, scalars, scalars.envelope), graph)
         for block in self.blocks:
-            x = block(x, frame, edges, graph.batch, graph.n_graphs)
-        return self.norm_out(x), frame, edges
+            x = block(x, frame, scalars, graph.batch, graph.n_graphs)
+        return self.norm_out(x)
 
     def _pair_networks(self) -> PairNetworks:
         blocks = cast("list[TransformerBlock]", list(self.blocks))  # a ModuleList has no types
@@ -134,6 +100,66 @@ class EquivariantTransformer(AtomisticModel, ABC):
             self.degree_embedding.radial,
             tuple(one.radial for one in attentions),
         )
+
+    @property
+    def _num_edge_scalars(self) -> int:
+        return self.num_radial + (0 if self.pairs is None else 2 * self.edge_channels)
+
+    def _degree_embedding(self) -> DegreeEmbedding:
+        n_weights = (self.lmax + 1) * self.sphere_channels
+        sizes = (self._num_edge_scalars, self.edge_channels, n_weights, self.own_elements)
+        return DegreeEmbedding(
+            self.lmax,
+            self.sphere_channels,
+            EdgeNetwork(*sizes),
+            mmax=self.mmax,
+            avg_degree=self.avg_degree,
+        )
+
+    def _block(self, grid_resolution: GridResolution) -> "TransformerBlock":
+        sizes = (self.sphere_channels, self.activation, grid_resolution)
+        return TransformerBlock(
+            norm_1=equivariant_norm(self.norm, self.lmax, self.sphere_channels),
+            attention=self._attention(*sizes, dropout=self.alpha_drop),
+            norm_2=equivariant_norm(self.norm, self.lmax, self.sphere_channels),
+            feed_forward=self._feed_forward(),
+            drop_path=self.drop_path,
+            proj_drop=self.proj_drop,
+        )
+
+    def _attention(
+        self,
+        out_channels: int,
+        activation: ActivationName,
+        grid_resolution: GridResolution,
+        *,
+        dropout: float = 0.0,
+    ) -> EquivariantAttention:
+        return EquivariantAttention(
+            self.lmax,
+            self.mmax,
+            self.sphere_channels,
+            out_channels,
+            hidden_channels=self.attn_hidden_channels,
+            num_heads=self.num_heads,
+            alpha_channels=self.attn_alpha_channels,
+            value_channels=self.attn_value_channels,
+            num_basis=self._num_edge_scalars,
+            edge_channels=self.edge_channels,
+            num_elements=self.own_elements,
+            activation=activation,
+            grid_resolution=grid_resolution,
+            shared_radial=self.shared_radial,
+            add_merge=self.add_merge,
+            weighing=self.weighing,
+            chiral=self.chiral,
+            dropout=dropout,
+        )
+
+
+def _seen(graph: AtomGraph, edges: Edges) -> tuple[EdgeFrame, EdgeScalars]:
+    frame, pairs, envelope = edges
+    return frame, EdgeScalars(pairs, graph.atomic_numbers, envelope)
 
 
 class TransformerBlock(nn.Module):
@@ -165,12 +191,3 @@ class TransformerBlock(nn.Module):
         x = x + self.drop_path(self.proj_drop(y), batch, n_graphs)
         y = self.feed_forward(self.norm_2(x))
         return x + self.drop_path(self.proj_drop(y), batch, n_graphs)
-
-
-def radial_basis_of(name: str, num_radial: int, cutoff: float) -> nn.Module:
-    """Return ``bessel`` functions, or ``gaussian`` ones as published."""
-    if name == "bessel":
-        return BesselBasis(num_radial, cutoff)
-    if name == "gaussian":
-        return GaussianBasis(num_radial, cutoff, width=GAUSSIAN_WIDTH)
-    raise ValueError(f"radial_basis is bessel or gaussian, not {name!r}")

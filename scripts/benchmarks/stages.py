@@ -12,10 +12,8 @@ from unittest.mock import patch
 import torch
 from torch import nn
 
-import atomeq.models.escn
 import atomeq.models.escn_published
-import atomeq.models.esen
-import atomeq.models.transformer
+import atomeq.models.spherical
 import atomeq.nn.attention
 import atomeq.nn.edge_convolution
 import atomeq.nn.edge_network
@@ -61,9 +59,7 @@ FUNCTIONS = {
     "whole edge layer": [(atomeq.nn.edge_convolution, "escn_conv")],
     "attention": [(atomeq.nn.attention, "segment_softmax")],
     "edge frames": [
-        (atomeq.models.transformer, "build_edge_frame"),
-        (atomeq.models.escn, "build_edge_frame"),
-        (atomeq.models.esen, "build_edge_frame"),
+        (atomeq.models.spherical, "build_edge_frame"),
         (atomeq.models.escn_published, "build_edge_frame"),
     ],
 }
