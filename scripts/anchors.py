@@ -149,7 +149,7 @@ def division(
     if test_tag is not None:
         test = [k for k, a in enumerate(structures) if a.info["tag"].endswith(test_tag)]
     graphs = [RadiusGraph(RADIUS)(atoms) for atoms in structures]
-    kinds = [kind_of(graph.atomic_numbers, int(graph.pbc.sum())) for graph in graphs]
+    kinds = [kind_of(graph) for graph in graphs]
     groups = np.array(groups_of_copies(kinds, [fingerprint(graph) for graph in graphs]))
     tags = np.array([atoms.info["tag"] for atoms in structures])
     random, val = np.random.RandomState(0), []

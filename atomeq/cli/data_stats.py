@@ -194,6 +194,12 @@ def _findings(found: dict[str, Any]) -> Iterator[str]:
             f"differ by {1e3 * pair['energy_eV_per_atom']:.1f} meV/atom"
             for pair in copies["contradicting"]
         ]
+        if set(electrons := dict(one["electrons"])) - {"neutral"}:
+            lines.append(
+                f"electrons: of {name} "
+                + ", ".join(f"{n} are {said}" for said, n in sorted(electrons.items()))
+                + "; a potential without `charge` refuses all but neutral ones"
+            )
         if one["net_forces"]:
             lines.append(
                 f"net force: {one['net_forces']} structures of {name} have forces with a sum, at "

@@ -1,33 +1,41 @@
 """Which structures are copies: what a division into training and test must not part.
 
-They count as copies up to rotation, reflection, order of atoms and repetition of the cell.
+They count as copies up to rotation, reflection, order of atoms and repetition of the cell; those
+that differ in charge or multiplicity are none.
 """
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.spatial import KDTree
-from torch import Tensor
 
 from atomeq.graph.atom_graph import AtomGraph
+from atomeq.graph.electrons import electrons_text
 
 #: Å, how far fingerprints look.
 RADIUS = 5.0
 #: Of the components of two fingerprints: what rounding in files leaves, and vibrations exceed.
 _SAME = 1e-4
 
-Kind: TypeAlias = tuple[tuple[int, int], ...]
+
+class Kind(NamedTuple):
+    """What copies have in common at least: composition, periodic directions, electrons."""
+
+    composition: tuple[tuple[int, int], ...]
+    periodic: int
+    electrons: str
 
 
-def kind_of(numbers: Tensor, periodic: int) -> Kind:
-    """Return what copies have in common at least: composition and periodic directions."""
-    counts = Counter(numbers.tolist())
+def kind_of(graph: AtomGraph) -> Kind:
+    """Return the kind of one structure."""
+    counts, periodic = Counter(graph.atomic_numbers.tolist()), int(graph.pbc.sum())
     divisor = int(np.gcd.reduce(list(counts.values()))) if periodic else 1
-    return (*sorted((z, n // divisor) for z, n in counts.items()), (0, periodic))
+    composition = tuple(sorted((z, n // divisor) for z, n in counts.items()))
+    return Kind(composition, periodic, electrons_text(graph))
 
 
 def groups_of_copies(

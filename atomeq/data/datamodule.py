@@ -398,7 +398,7 @@ def _copies(structures: _Structures) -> list[int]:
     build, kinds, prints = RadiusGraph(RADIUS), [], []
     for one in structures:
         graph = build(one)
-        kinds.append(kind_of(graph.atomic_numbers, int(graph.pbc.sum())))
+        kinds.append(kind_of(graph))
         prints.append(fingerprint(graph))
     return groups_of_copies(kinds, prints)
 

@@ -54,19 +54,21 @@ def electrons_of(atoms: Any) -> dict[str, Tensor]:
     return fields
 
 
-def electrons_text(atoms: Any) -> str:
+def electrons_text(structure: Any) -> str:
     """Return charge and multiplicity in words; nothing of a neutral structure in its lowest state.
 
     Args:
-        atoms: ASE's Atoms.
+        structure: ASE's Atoms, or a graph of one structure.
 
     Raises:
         ValueError: As :func:`electrons_of`.
     """
-    found = {name: float(value) for name, value in electrons_of(atoms).items()}
-    charge = found.get("charge", 0.0)
-    lowest = 1 + round(float(np.sum(atoms.numbers)) - charge) % 2
-    spin = found.get("multiplicity", lowest)
+    of_graph = isinstance(structure, AtomGraph)
+    fields = structure if of_graph else electrons_of(structure)
+    charge, spin = (float(fields[k]) if k in fields else 0.0 for k in ("charge", "multiplicity"))
+    numbers = structure.atomic_numbers if of_graph else structure.numbers
+    lowest = 1 + round(float(numbers.sum()) - charge) % 2
+    spin = spin or lowest  # 0 is not said
     said = [f" charge {charge:g}"] if charge else []
     return "".join([*said, f" multiplicity {spin:g}"] if spin != lowest else said)
 

@@ -13,7 +13,6 @@ from ase import Atoms
 
 from atomeq.data.copies import RADIUS, fingerprint, groups_of_copies, kind_of
 from atomeq.graph.builders import RadiusGraph
-from atomeq.graph.electrons import charge_of, multiplicity_of
 from atomeq.potential.potential import Potential
 from atomeq.potential.selection import (
     batches_of,
@@ -138,8 +137,7 @@ def _without_copies(
     kinds, prints = [], []
     for atoms in (*training, *(pool[k] for k in order)):
         graph = build(atoms)
-        electrons = int(charge_of(graph).round()), int(multiplicity_of(graph))
-        kinds.append((*kind_of(graph.atomic_numbers, int(graph.pbc.sum())), electrons))
+        kinds.append(kind_of(graph))
         prints.append(fingerprint(graph))
     groups = groups_of_copies(kinds, prints)
     first: dict[int, str] = dict.fromkeys(groups[: len(training)], "training")

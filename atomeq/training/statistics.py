@@ -1,7 +1,8 @@
 """What is in the data, said before the first step: ranges, copies, leaks, outliers, distances.
 
 Structures count as copies of each other up to rotation, reflection, order of atoms and repetition
-of the cell: what a division into training and test must not part.
+of the cell, with the same charge and multiplicity: what a division into training and test must not
+part.
 """
 
 from collections import Counter
@@ -13,9 +14,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from atomeq.data.copies import fingerprint, groups_of_copies, kind_of
+from atomeq.data.copies import Kind, fingerprint, groups_of_copies, kind_of
 from atomeq.graph.atom_graph import MIN_VOLUME, AtomGraph
 from atomeq.graph.convert import element_symbols
+from atomeq.graph.electrons import charge_of
 from atomeq.potential.distances import COVALENT_RADII, SHORTEST
 from atomeq.potential.references import least_squares_shift
 from atomeq.units import GPA
@@ -38,7 +40,8 @@ class _Row:
 
     place: str
     numbers: torch.Tensor
-    periodic: int
+    kind: Kind
+    charge: float  # e
     energy: float  # eV/atom
     force: float  # eV/Å, the longest
     net_force: float  # eV/Å per atom
@@ -54,7 +57,7 @@ class _Row:
 
     @property
     def isolated(self) -> bool:
-        return self.n_atoms == 1 and not self.periodic
+        return self.n_atoms == 1 and not self.kind.periodic
 
 
 def data_statistics(sets: LabelledSets) -> dict[str, Any]:
@@ -90,7 +93,8 @@ def _row(place: str, graph: AtomGraph) -> _Row:
     return _Row(
         place,
         graph.atomic_numbers,
-        int(graph.pbc.sum()),
+        kind_of(graph),
+        float(charge_of(graph)),
         float(graph.energy[0]) / n_atoms if "energy" in graph else nothing,
         float(forces.norm(dim=1).max()),
         float(forces.sum(dim=0).norm()) / n_atoms,
@@ -122,7 +126,10 @@ def _of_set(rows: list[_Row]) -> dict[str, Any]:
         "structures": len(rows),
         "atoms": {**_range([float(n) for n in sizes]), "total": int(sizes.sum())},
         "elements": {_symbol(z): n for z, n in sorted(elements.items())},
-        "periodic_directions": {str(k): v for k, v in Counter(r.periodic for r in rows).items()},
+        "periodic_directions": {
+            str(k): v for k, v in Counter(r.kind.periodic for r in rows).items()
+        },
+        "electrons": Counter(row.kind.electrons.strip() or "neutral" for row in rows),
         "labels": {
             "energy": sum(bool(np.isfinite(row.energy)) for row in rows),
             "forces": sum(bool(np.isfinite(row.force)) for row in rows),
@@ -153,7 +160,7 @@ def _references(rows: list[_Row]) -> tuple[dict[str, Any], NDArray[np.float64]]:
     """Return the fit of energies of elements, and what it leaves of each structure, eV/atom."""
     residuals = np.full(len(rows), np.nan)
     fitted = [k for k, row in enumerate(rows) if np.isfinite(row.energy) and not row.isolated]
-    isolated = {_symbol(int(r.numbers[0])): r.energy for r in rows if r.isolated}
+    isolated = {_symbol(int(r.numbers[0])): r.energy for r in rows if r.isolated and not r.charge}
     if not fitted:
         return {"isolated_eV": isolated}, residuals
     some = [rows[k] for k in fitted]
@@ -176,7 +183,7 @@ def _references(rows: list[_Row]) -> tuple[dict[str, Any], NDArray[np.float64]]:
 def _copies(rows: Mapping[str, list[_Row]]) -> dict[tuple[str, int], int]:
     """Return the number of the group of copies that each structure is in."""
     members = [(name, k) for name, some in rows.items() for k in range(len(some))]
-    kinds = [kind_of(row.numbers, row.periodic) for some in rows.values() for row in some]
+    kinds = [row.kind for some in rows.values() for row in some]
     prints = [row.fingerprint for some in rows.values() for row in some]
     return dict(zip(members, groups_of_copies(kinds, prints), strict=True))
 

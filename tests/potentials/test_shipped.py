@@ -73,7 +73,7 @@ def test_no_validation_structure_is_a_copy_of_one_trained_on(data_folder: Path):
     build, kinds, prints = RadiusGraph(RADIUS), [], []
     for atoms in (*sets["val"], *sets["train"]):
         graph = build(atoms)
-        kinds.append(kind_of(graph.atomic_numbers, int(graph.pbc.sum())))
+        kinds.append(kind_of(graph))
         prints.append(fingerprint(graph))
     groups, n_val = groups_of_copies(kinds, prints), len(sets["val"])
     assert set(groups[:n_val]).isdisjoint(groups[n_val:])

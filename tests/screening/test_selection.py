@@ -58,6 +58,11 @@ def test_copies_are_chosen_once_and_those_of_the_training_set_never(committee, b
     assert {which for which in found.copies.values() if which != "training"} <= ids
 
 
+def test_cells_of_an_odd_and_an_even_number_of_electrons_are_copies(committee: MeanPotential):
+    found = select([bulk("Cu"), bulk("Cu", cubic=True)], 2, committee, by="farthest")
+    assert len(found.chosen) == 1  # 29 electrons and 116, each in its lowest multiplicity
+
+
 def test_what_is_known_is_not_chosen_again(committee: MeanPotential):
     structures = pool()
     known = structures[6:]

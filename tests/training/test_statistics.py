@@ -71,6 +71,25 @@ def test_copies_are_found_whatever_was_done_to_them():
     assert leak[0]["example"] == ["train, frame 2", "test, frame 1"]
 
 
+def test_charge_and_multiplicity_tell_structures_apart():
+    water = Atoms("OH2", [[0, 0, 0], [0, 0, 0.96], [0.93, 0, -0.24]])
+    frames = [water, *(water.copy() for _ in range(4)), Atoms("H"), Atoms("H")]
+    told = [{}, {"charge": 1}, {"multiplicity": 3}, {"charge": 1, "spin": 2}, {"multiplicity": 1}]
+    for atoms, info, energy in zip(frames, [*told, {}, {"charge": 1}], range(7), strict=True):
+        atoms.info.update(info, energy=float(energy))
+    found = statistics(train=frames[:2], test=frames[1:])
+    assert found["copies"]["train"] == {"distinct": 2, "example": [], "contradicting": []}
+    assert found["leakage"][0]["structures"] == 3  # a doublet is the lowest of the cation
+    (pair,) = found["copies"]["test"]["contradicting"]
+    assert pair["places"] == ["test, frame 0", "test, frame 2"]
+    assert found["sets"]["test"]["electrons"] == {
+        "charge 1": 3,
+        "multiplicity 3": 1,
+        "neutral": 2,
+    }
+    assert found["references"]["isolated_eV"] == {"H": 5.0}  # not that of the proton
+
+
 def test_copies_with_other_labels_contradict():
     frames = labelled_copper(3)
     other = turned(frames[1])
