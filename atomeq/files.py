@@ -7,6 +7,7 @@ import gzip
 import io
 import logging
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import date
@@ -54,6 +55,31 @@ def write_atomically(
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def write_folder_atomically(path: str | Path) -> Iterator[Path]:
+    """Yield the path of a folder to make, which replaces ``path`` when the block ends well.
+
+    Raises:
+        FileNotFoundError: The folder above does not exist.
+    """
+    path = Path(path)
+    partial = path.with_name(f"{path.stem}.part-{os.getpid()}{path.suffix}")
+    refuse_unwritable(partial)
+    try:
+        yield partial
+        for file in filter(Path.is_file, partial.rglob("*")):
+            with file.open("rb+") as stream:
+                os.fsync(stream.fileno())
+        if path.exists():
+            path.rename(old := partial.with_suffix(".old"))
+            partial.rename(path)
+            shutil.rmtree(old)
+        else:
+            partial.rename(path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 @contextmanager

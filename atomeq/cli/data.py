@@ -23,7 +23,7 @@ from atomeq.data.ase_files import (
 )
 from atomeq.data.download import DATA_SETS, download
 from atomeq.data.molecule_download import MOLECULE_SETS, download_molecules
-from atomeq.data.molecule_files import reader_of
+from atomeq.data.molecule_files import STORED_FORMATS, reader_of
 from atomeq.data.oc20 import open_frames
 from atomeq.data.oc20_download import ARCHIVES, Archive, fetch, unpack
 from atomeq.data.oc20_frame import EnergyKind
@@ -143,22 +143,27 @@ def label_keys(text: str) -> LabelKeys:
     return replace(LabelKeys(), **given)
 
 
-def _convert_to_hdf5(options: Namespace) -> int:
-    from atomeq.data.hdf5_files import write_hdf5  # brings h5py
+def _convert_to_stored(options: Namespace) -> int:
+    from atomeq.data.stored_files import write_stored  # brings h5py
 
     refuse_existing(options.target, overwrite=options.overwrite)
     source = expand_data_path(options.source)
     labels = label_keys(options.labels)
     structures = read_structures(source, labels=labels, reader=reader_of(source))
-    n_structures = write_hdf5(options.target, structures)
+    n_structures = write_stored(options.target, structures)
     say(f"{n_structures} structures in {options.target}")
     return 0
 
 
 def convert_files(options: Namespace) -> int:
     """Rewrite data in another format."""
-    if options.format == "hdf5":
-        return _convert_to_hdf5(options)
+    by_suffix = STORED_FORMATS.get(Path(options.target).suffix)
+    wanted: Any = options.format or by_suffix or "lmdb"
+    if wanted != by_suffix and (by_suffix or wanted in STORED_FORMATS.values()):
+        suffixes = ", ".join(f"{one} is {name}" for one, name in STORED_FORMATS.items())
+        raise DataError(f"cannot write {options.target} as {wanted}: of suffixes {suffixes}")
+    if by_suffix:
+        return _convert_to_stored(options)
     meter: Meter | None = None
 
     def report(done: int, total: int) -> None:
@@ -167,7 +172,7 @@ def convert_files(options: Namespace) -> int:
             meter = Meter("convert", total, unit="frames")
         meter.advance(done - meter.done)
 
-    file_format: FileFormat = options.format
+    file_format: FileFormat = wanted
     energy: EnergyKind = options.energy
     n_frames = convert(
         expand_data_path(options.source),

@@ -22,14 +22,14 @@ from atomeq.data.ase_files import (
 )
 from atomeq.data.copies import RADIUS
 from atomeq.data.datamodule import AtomisticDataModule
-from atomeq.data.hdf5_files import StoredStructures
-from atomeq.data.molecule_files import HDF5_SUFFIXES, reader_of
+from atomeq.data.molecule_files import STORED_FORMATS, reader_of
 from atomeq.data.splits import Split
+from atomeq.data.stored_files import StoredStructures
 from atomeq.graph.atom_graph import AtomGraph
 from atomeq.graph.builders import RadiusGraph
 from atomeq.training.statistics import data_statistics
 
-_SUFFIXES = (".extxyz", ".xyz", ".traj", *DATABASE_SUFFIXES, *HDF5_SUFFIXES)
+_SUFFIXES = (".extxyz", ".xyz", ".traj", *DATABASE_SUFFIXES, *STORED_FORMATS)
 _COMPRESSED = (".gz", ".bz2", ".xz")
 _SHOWN = 10
 _COLUMNS = (
@@ -67,8 +67,9 @@ def _sets_of(source: str, labels: LabelKeys) -> dict[str, Iterator[tuple[str, At
     if path.suffix in (".yaml", ".yml"):
         divided = data_module(path).structures()
         return {name: _divided(some) for name, some in divided.items()}
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
-    readable = [file for file in files if path.is_file() or _plain_suffix(file) in _SUFFIXES]
+    single = path.is_file() or path.suffix in STORED_FORMATS
+    files = [path] if single else sorted(path.iterdir())
+    readable = [file for file in files if single or _plain_suffix(file) in _SUFFIXES]
     if not readable:
         raise DataError(f"{path} holds no files of structures ({', '.join(_SUFFIXES)})")
     return {

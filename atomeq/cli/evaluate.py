@@ -112,7 +112,7 @@ def _tests_of(path: Path, options: Namespace) -> list[Atoms]:
     found: list[Atoms] = []
     for name, some in named.items():
         for given in some:
-            atoms = given if isinstance(given, Atoms) else to_ase(given)[0]  # of HDF5 files
+            atoms = given if isinstance(given, Atoms) else to_ase(given)[0]  # of sets on disk
             set_name = name.removeprefix("test/")
             label = atoms.info.get(options.kind or data.labels.kind, set_name)
             atoms.info["_kind"] = str(label).removeprefix("set=")

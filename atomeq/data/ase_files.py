@@ -127,10 +127,10 @@ def resolve_data_path(path: str | os.PathLike[str]) -> Path:
         path: As in a YAML file, for example ``${ATOMEQ_DATA}/acac/train_300K.extxyz.gz``.
 
     Raises:
-        DataError: The variable is not set, or there is no such file.
+        DataError: The variable is not set, or there is no such file, or folder in Zarr.
     """
     resolved = expand_data_path(path)
-    if not resolved.is_file():
+    if not (resolved.is_dir() if resolved.suffix == ".zarr" else resolved.is_file()):
         raise DataError(f"there is no data file {resolved}; {_hint()}")
     return resolved
 

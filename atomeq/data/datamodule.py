@@ -25,9 +25,9 @@ from atomeq.data.ase_files import (
 )
 from atomeq.data.batching import LABELS, BudgetBatchSampler, GraphDataset, ResumableLoader
 from atomeq.data.copies import RADIUS, fingerprint, groups_of_copies, kind_of
-from atomeq.data.hdf5_files import HDF5_SUFFIXES, StoredDataset, StoredStructures
-from atomeq.data.molecule_files import reader_of
+from atomeq.data.molecule_files import STORED_FORMATS, reader_of
 from atomeq.data.splits import DataFiles, Split, split_indices
+from atomeq.data.stored_files import StoredDataset, StoredStructures
 from atomeq.data.supercells import without_repetition
 from atomeq.graph.atom_graph import AtomGraph
 from atomeq.graph.builders import GraphBuilder, RadiusGraph
@@ -84,7 +84,7 @@ class AtomisticDataModule(LightningDataModule):
     """Reads labelled structures, builds their graphs once and serves them in batches.
 
     Args:
-        train: File or files to train on. Those in HDF5 (``.h5``) stay on disk, and the graphs of a
+        train: File or files to train on. Those in ``.h5`` or ``.zarr`` stay on disk; graphs of a
             batch are built when it is wanted; any others are read and built once, into memory.
             Of a potential of several heads, the files of each by name.
         val: What to validate on; else ``split`` says which part of ``train`` is.
@@ -179,7 +179,7 @@ class AtomisticDataModule(LightningDataModule):
     def structures(self) -> dict[str, _Structures]:
         """Return the structures of every set by its name, divided as a fit does it.
 
-        They know where they came from: ``atoms.info["place"]`` or, of HDF5 files, ``place(k)``.
+        They know where they came from: ``atoms.info["place"]`` or, of sets on disk, ``place(k)``.
         """
         found = {"train": self._training_part("train"), "val": self._validation_structures()}
         try:
@@ -235,7 +235,9 @@ class AtomisticDataModule(LightningDataModule):
     def _read_old_data(self, replay: Replay) -> None:
         structures = self._read(replay.files)
         if isinstance(structures, StoredStructures) or isinstance(self.train_set, StoredDataset):
-            raise DataError("data.replay mixes sets in memory: neither it nor data.train is HDF5")
+            raise DataError(
+                "data.replay mixes sets in memory: neither it nor data.train stays on disk"
+            )
         if replay.number is not None and replay.number < len(structures):
             step = len(structures) / replay.number
             structures = [structures[int(k * step)] for k in range(replay.number)]
@@ -328,7 +330,9 @@ class AtomisticDataModule(LightningDataModule):
         for name, own in files.items():
             structures = self._of(own)
             if isinstance(structures, StoredStructures):
-                raise DataError(f"files by head are read into memory; {own!r} of {name!r} is HDF5")
+                raise DataError(
+                    f"files by head are read into memory; {own!r} of {name!r} stays on disk"
+                )
             for atoms in structures:
                 atoms.info[_HEAD] = self.heads.index(name)
             found += structures
@@ -336,9 +340,9 @@ class AtomisticDataModule(LightningDataModule):
 
     def _of(self, files: DataFiles) -> _Structures:
         paths = files if isinstance(files, list) else [files]
-        stored = [Path(path).suffix in HDF5_SUFFIXES for path in paths]
+        stored = [Path(path).suffix in STORED_FORMATS for path in paths]
         if any(stored) and self.reduce_supercells:
-            raise DataError("supercells in HDF5 files stay: convert files that were reduced")
+            raise DataError("supercells on disk stay as they are: convert files that were reduced")
         if all(stored):
             return StoredStructures([resolve_data_path(path) for path in paths])
         labels, found = self.label_keys(), []

@@ -18,23 +18,24 @@ from atomeq.data.qm9 import read_moleculenet, read_pyg, read_raw
 
 Reader = Callable[[Path], Iterator[Atoms]]
 
-HDF5_SUFFIXES = (".h5", ".hdf5")
+#: Of sets that stay on disk, by suffix.
+STORED_FORMATS = {".h5": "hdf5", ".hdf5": "hdf5", ".zarr": "zarr"}
 
 
 def reader_of(path: Path) -> Reader | None:
     """Return the reader of a published file by its name, or None where ASE reads it.
 
-    * ``*.h5``, ``*.hdf5``: what ``atomeq data convert --format hdf5`` writes
+    * ``*.h5``, ``*.hdf5``, ``*.zarr``: what ``atomeq data convert`` writes
     * ``dsgdb9nsd*``, ``gdb9.sdf``, ``qm9_v3.pt``, ``data_v3.pt``: QM9
     * ``pcqm4m-v2*.sdf[.tar.gz]``: the geometries of PCQM4Mv2
     * ``*.npz``: frames of MD17, rMD17 and MD22
     * ``*.csv[.gz]``: SMILES or MOL blocks with labels, as OPV and PCQM4Mv2 have them
     """
     name = path.name
-    if path.suffix in HDF5_SUFFIXES:
-        from atomeq.data.hdf5_files import read_hdf5  # brings h5py
+    if path.suffix in STORED_FORMATS:
+        from atomeq.data.stored_files import read_stored  # brings h5py
 
-        return read_hdf5
+        return read_stored
     if path.suffix == ".npz":
         return read_md_archive
     if name.startswith("dsgdb9nsd"):

@@ -14,7 +14,7 @@ from ase.stress import full_3x3_to_voigt_6_stress
 from atomeq.calculators.ase import AtomeqCalculator
 from atomeq.cli.training import main
 from atomeq.data.ase_files import DataError, LabelKeys, other_labels, read_structures
-from atomeq.data.hdf5_files import read_hdf5, write_hdf5
+from atomeq.data.stored_files import read_stored, write_stored
 from atomeq.potential.checkpoint import load_potential
 
 CHARGES = {"H": 0.1, "C": 0.0, "N": -0.2, "O": -0.3}  # e
@@ -143,8 +143,8 @@ def test_labels_are_read_in_each_form_and_kept_by_hdf5(file: Path, tmp_path: Pat
             3 * sum(VOLUMES[s] for s in atoms.symbols)
         )
         assert given["born_effective_charges"].shape == (len(atoms), 3, 3)
-    write_hdf5(tmp_path / "d.h5", iter(read))
-    for before, after in zip(read, read_hdf5(tmp_path / "d.h5"), strict=True):
+    write_stored(tmp_path / "d.h5", iter(read))
+    for before, after in zip(read, read_stored(tmp_path / "d.h5"), strict=True):
         for key, value in other_labels(before).items():
             np.testing.assert_allclose(other_labels(after)[key], value, atol=1e-9)
 

@@ -58,12 +58,12 @@ examples:
 Rewrite OC20 data in another format, with metadata.npz. The source may be raw S2EF (*.extxyz[.xz]
 with *.txt[.xz]), an LMDB of pickled records, which are read without executing them, or an ASE-LMDB.
 
-With --format hdf5 the source is any file of structures, and TARGET.h5 one file from which training
-reads what it wants, whether it fits into memory or not.
+Where TARGET ends in .h5 or .zarr the source is any file of structures, and training reads from it
+what it wants, whether it fits into memory or not.
 
 examples:
   atomeq data convert data/oc20/oc20-s2ef-200k data/oc20/s2ef_200k --format lmdb
-  atomeq data convert train.extxyz.gz train.h5 --format hdf5 --labels energy=REF_energy
+  atomeq data convert train.extxyz.gz train.h5 --labels energy=REF_energy
 """,
     "metadata": """\
 Read a folder of OC20 data once and write metadata.npz into it: the number of atoms of each frame
@@ -169,12 +169,12 @@ def _data_parser(command: str) -> Parser:
     if command == "metadata":
         parser.add_overwrite()
     if command == "convert":
-        parser.add_argument("target", metavar="TARGET", type=str, help="new folder or .h5")
+        parser.add_argument("target", metavar="TARGET", type=str, help="new folder, .h5 or .zarr")
         parser.add_argument(
             "--format",
-            type=Literal["lmdb", "aselmdb", "raw", "hdf5"],
-            default="lmdb",
-            help="lmdb, aselmdb, raw, hdf5",
+            type=Literal["lmdb", "aselmdb", "raw", "hdf5", "zarr"] | None,
+            default=None,
+            help="lmdb, aselmdb, raw, hdf5, zarr; by default what the suffix says, else lmdb",
         )
         parser.add_argument(
             "--energy",

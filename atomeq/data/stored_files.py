@@ -1,4 +1,4 @@
-"""Structures in one HDF5 file, for sets larger than memory: whichever are wanted are read.
+"""Structures in one HDF5 file or Zarr store, for sets larger than memory: those wanted are read.
 
 Fields of atoms and of structures stand in one data set each, one structure after another, under the
 names of :class:`~atomeq.graph.atom_graph.AtomGraph` and in its units: ``pos`` (n_atoms, 3) Å,
@@ -10,6 +10,7 @@ structures had. NaN marks a label that is not known.
 import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -22,20 +23,23 @@ from numpy.typing import ArrayLike, NDArray
 
 from atomeq.data.ase_files import LABEL_WEIGHTS, DataError, other_labels
 from atomeq.data.batching import LABELS, DatasetOnDisk
-from atomeq.data.molecule_files import HDF5_SUFFIXES
-from atomeq.files import write_atomically
+from atomeq.data.molecule_files import STORED_FORMATS
+from atomeq.data.zarr_files import add_array, create_zarr, open_zarr
+from atomeq.files import write_atomically, write_folder_atomically
 from atomeq.graph.atom_graph import UNKNOWN, AtomGraph
 from atomeq.graph.builders import GraphBuilder
 from atomeq.graph.convert import from_ase
 from atomeq.graph.to_structures import to_ase
 
-_File: TypeAlias = Any  # h5py's own types tell groups from data sets at run time alone
+# h5py's own types tell groups from data sets at run time alone, and zarr may be absent.
+_File: TypeAlias = Any
+_Fields: TypeAlias = dict[str, Any]
 _FORMAT = "atomeq structures"
 _AT_ONCE = 1000  # structures written together
 _CHUNK = 1024  # rows that are compressed together, and read together
 
 
-def write_hdf5(
+def write_stored(
     path: str | os.PathLike[str],
     structures: Iterator[Atoms],
     *,
@@ -44,7 +48,7 @@ def write_hdf5(
     """Write structures with their labels into one file.
 
     Args:
-        path: ``.h5`` or ``.hdf5``.
+        path: ``.h5`` or ``.hdf5``, or ``.zarr``, a folder.
         structures: As :func:`~atomeq.data.ase_files.read_structures` yields them.
         report: Called with the number of structures done.
 
@@ -54,10 +58,10 @@ def write_hdf5(
     Raises:
         DataError: The suffix is another, or there are no structures.
     """
-    if Path(path).suffix not in HDF5_SUFFIXES:
-        raise DataError(f"cannot write {path}: give it a suffix of {', '.join(HDF5_SUFFIXES)}")
+    if Path(path).suffix not in STORED_FORMATS:
+        raise DataError(f"cannot write {path}: give it a suffix of {', '.join(STORED_FORMATS)}")
     n_done = 0
-    with write_atomically(Path(path)) as partial, h5py.File(partial, "w") as file:
+    with _created(Path(path)) as file:
         file.attrs.update({"format": _FORMAT, "version": 1})
         while some := list(itertools.islice(structures, _AT_ONCE)):
             graph = AtomGraph.concatenate([_labelled(atoms) for atoms in some])
@@ -68,6 +72,18 @@ def write_hdf5(
         if not n_done:
             raise DataError(f"there are no structures to write into {path}")
     return n_done
+
+
+@contextmanager
+def _created(path: Path) -> Iterator[_File]:
+    if STORED_FORMATS[path.suffix] == "zarr":
+        if path.exists() and not (path / "zarr.json").is_file():
+            raise DataError(f"{path} exists and is no Zarr store: it is not replaced")
+        with write_folder_atomically(path) as partial, create_zarr(partial) as group:
+            yield group
+    else:
+        with write_atomically(path) as partial, h5py.File(partial, "w") as file:
+            yield file
 
 
 def _labelled(atoms: Atoms) -> AtomGraph:
@@ -84,22 +100,28 @@ def _append(file: _File, graph: AtomGraph, n_before: int) -> None:
         n_rows = graph.n_atoms if _of_atoms(name, graph, file) else graph.n_graphs
         start = n_atoms_before if n_rows == graph.n_atoms else n_before
         if name not in file:
-            values = graph[name].numpy()
-            file.create_dataset(
-                name,
-                shape=(start, *values.shape[1:]),
-                maxshape=(None, *values.shape[1:]),
-                dtype=values.dtype,
-                chunks=(_CHUNK, *values.shape[1:]),
-                fillvalue=UNKNOWN.get(name),
-                compression="gzip",
-                shuffle=True,
-            )
+            _add(file, name, graph[name].numpy(), start)
             file[name].attrs["of"] = "atoms" if n_rows == graph.n_atoms else "structures"
         data: Any = file[name]
-        data.resize(start + n_rows, axis=0)
-        if name in graph:
-            data[start:] = graph[name].numpy()
+        data.resize((start + n_rows, *data.shape[1:]))
+        data[start:] = graph[name].numpy() if name in graph else UNKNOWN.get(name, 0)
+
+
+def _add(file: _File, name: str, values: NDArray[Any], n_rows: int) -> None:
+    """Add rows that lack a field, before those that have it."""
+    fill = UNKNOWN.get(name, 0)
+    if not isinstance(file, h5py.File):
+        return add_array(file, name, values, n_rows, _CHUNK, fill)
+    file.create_dataset(
+        name,
+        shape=(n_rows, *values.shape[1:]),
+        maxshape=(None, *values.shape[1:]),
+        dtype=values.dtype,
+        chunks=(_CHUNK, *values.shape[1:]),
+        fillvalue=fill,
+        compression="gzip",
+        shuffle=True,
+    )
 
 
 def _of_atoms(name: str, graph: AtomGraph, file: _File) -> bool:
@@ -109,7 +131,7 @@ def _of_atoms(name: str, graph: AtomGraph, file: _File) -> bool:
 
 
 class StoredStructures(Sequence[AtomGraph]):
-    """Structures of HDF5 files, one after another, or some of them; each is read when asked for.
+    """Structures of such files, one after another, or some of them; each is read when asked for.
 
     Every process opens the files for itself: a handle must not pass a fork.
 
@@ -125,7 +147,7 @@ class StoredStructures(Sequence[AtomGraph]):
         self, paths: Sequence[str | os.PathLike[str]], chosen: ArrayLike | None = None
     ) -> None:
         self.paths = [Path(path) for path in paths]
-        self._handles: tuple[int, list[_File]] = (-1, [])
+        self._handles: tuple[int, list[_Fields]] = (-1, [])
         sizes = [np.asarray(file["natoms"]) for file in self._files()]
         self._first = [np.concatenate(([0], np.cumsum(some))) for some in sizes]
         self._ends = np.cumsum([len(some) for some in sizes])
@@ -177,7 +199,7 @@ class StoredStructures(Sequence[AtomGraph]):
         part = int(np.searchsorted(self._ends, number, side="right"))
         return part, number - (int(self._ends[part - 1]) if part else 0)
 
-    def _files(self) -> list[_File]:
+    def _files(self) -> list[_Fields]:
         if self._handles[0] != os.getpid():
             self._handles = os.getpid(), [_open(path) for path in self.paths]
         return self._handles[1]
@@ -187,7 +209,7 @@ class StoredStructures(Sequence[AtomGraph]):
 
 
 class StoredDataset(DatasetOnDisk):
-    """Structures of HDF5 files as graphs; the edges of a batch are built when it is asked for.
+    """Structures of such files as graphs; the edges of a batch are built when it is asked for.
 
     Args:
         structures: Which.
@@ -195,7 +217,7 @@ class StoredDataset(DatasetOnDisk):
         name: What errors call this set.
     """
 
-    structures_of = "structures in HDF5"
+    structures_of = "structures on disk"
 
     def __init__(
         self, structures: StoredStructures, builder: GraphBuilder, *, name: str = "data"
@@ -237,11 +259,11 @@ class StoredDataset(DatasetOnDisk):
         return [self._batch([k]) for k in self._sampled()]
 
 
-def read_hdf5(path: Path) -> Iterator[Atoms]:
+def read_stored(path: Path) -> Iterator[Atoms]:
     """Yield the structures of a file with their labels, as ASE's Atoms.
 
     Args:
-        path: Of a file of :func:`write_hdf5`.
+        path: Of a file of :func:`write_stored`.
     """
     for graph in StoredStructures([path]):
         (atoms,) = to_ase(graph)
@@ -250,20 +272,26 @@ def read_hdf5(path: Path) -> Iterator[Atoms]:
         yield atoms
 
 
-def _open(path: Path) -> _File:
-    try:
-        file = h5py.File(path, "r")
-    except OSError as error:
-        raise DataError(f"{path} is no HDF5 file, or is cut short ({error})") from error
-    if file.attrs.get("format") != _FORMAT:
+def _open(path: Path) -> _Fields:
+    """Return the fields by name; those of HDF5 keep their file open."""
+    kind = "Zarr" if path.suffix == ".zarr" else "HDF5"
+    if kind == "Zarr":
+        attributes, fields = open_zarr(path)
+    else:
+        try:
+            file = h5py.File(path, "r")
+        except OSError as error:
+            raise DataError(f"{path} is no HDF5 file, or is cut short ({error})") from error
+        attributes, fields = file.attrs, dict(file.items())
+    if attributes.get("format") != _FORMAT:
         raise DataError(
-            f"{path} is HDF5 of another layout; `atomeq data convert SOURCE {path.name} --format "
-            "hdf5` writes ours from any structures that ASE reads"
+            f"{path} is {kind} of another layout; `atomeq data convert SOURCE {path.name}` writes "
+            "ours from any structures that ASE reads"
         )
-    return file
+    return fields
 
 
-def _known(file: _File, name: str) -> bool:
+def _known(file: _Fields, name: str) -> bool:
     if name not in file:
         return False
     data: Any = file[name]
