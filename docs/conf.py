@@ -52,7 +52,7 @@ PAGES = {
     "README.md": "index.md",
     "CHANGELOG.md": "changelog.md",
     "configs/README.md": "configurations.md",
-    "potentials/cu-pbe/README.md": "cu-pbe.md",
+    **{f"potentials/{name}/README.md": f"{name}.md" for name in ("acac-pbe", "cu-pbe", "li-pbe")},
 }
 _LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(([^)#\s]+)(#[^)\s]*)?\)")
 
