@@ -32,7 +32,7 @@ def check_calculator(
     single_precision: bool = False,
     dynamics_structure: Atoms | None = None,
     dynamics_picoseconds: float | None = None,
-    timestep: float = 2.0,
+    timestep: float | None = None,
     temperature: float = 300.0,
     seed: int = 0,
     on_start: Callable[[Law], object] = lambda law: None,
@@ -51,7 +51,7 @@ def check_calculator(
         dynamics_structure: Start of the NVE law; by default about 100 atoms of bulk.
         dynamics_picoseconds: Length of the NVE law, ps; by default 5, and of what computes slowly
             as much as a minute allows.
-        timestep: Of the NVE law, fs.
+        timestep: Of the NVE law, fs; by default 2, and 0.5 from a structure with hydrogen.
         temperature: Of the NVE law, K.
         seed: Of every random displacement, rotation and velocity.
         on_start: Called with each law before it is measured.
@@ -67,6 +67,9 @@ def check_calculator(
         >>> from ase.calculators.emt import EMT  # doctest: +SKIP
         >>> results = list(check_calculator(EMT, elements=["Cu"]))  # doctest: +SKIP
     """
+    if timestep is None:
+        numbers = () if dynamics_structure is None else dynamics_structure.numbers
+        timestep = 0.5 if 1 in numbers else 2.0
     subject = Subject(
         factory,
         list(elements) if elements else known_elements(factory),
@@ -99,7 +102,8 @@ def known_elements(factory: CalculatorFactory) -> list[str]:
     if stated is not None and 0 < len(stated) < len(chemical_symbols) - 1:
         known = [chemical_symbols[int(number)] for number in stated]
         common = [symbol for symbol in _COMMON if symbol in known]
-        return common if common and len(known) > len(_COMMON) else known
+        known = common if common and len(known) > len(_COMMON) else known
+        return sorted(known, key=lambda symbol: symbol == "H")  # no crystal of half an ångström
     accepted, refusal = [], None
     for symbol in _COMMON:
         atoms = Atoms([symbol, symbol], positions=[[0, 0, 0], [0.8, 1.6, 1.6]])

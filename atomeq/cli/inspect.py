@@ -32,7 +32,12 @@ from atomeq.ops.dispatch import AUTO_ORDER, backends, chosen_backend, distrust, 
 from atomeq.ops.explain import kernels_here
 from atomeq.ops.specification import OpSpec
 from atomeq.potential.checkpoint import load_potential, untrained_potential
-from atomeq.potential.folders import find_potential, shipped_potentials
+from atomeq.potential.folders import (
+    EXAMPLE_FILE,
+    CheckpointError,
+    find_potential,
+    shipped_potentials,
+)
 
 _SCALE = 30.0  # eV; makes forces like those of bonds of what random weights make small
 
@@ -71,9 +76,8 @@ def check(options: Namespace) -> int:
         dtype=options.dtype,
         ignore=ignorable(options.ignore),
     )
-    structure = None
-    if options.structure is not None:
-        structure = read_structures(options.structure, index="-1:")[-1]
+    start = options.structure or _example_of(options.target)
+    structure = None if start is None else read_structures(start, index="-1:")[-1]
     console = Console()
     console.width = max(console.width, 200)  # lines are for reading and for grep, never wrapped
     results: list[LawResult] = []
@@ -100,6 +104,15 @@ def check(options: Namespace) -> int:
             partial.write_text(_as_json(options, results), encoding="utf-8")
     say(_verdict(results))
     return 1 if broken else 0
+
+
+def _example_of(target: str) -> Path | None:
+    """Return the structure that lies beside a potential, or None."""
+    try:
+        path = find_potential(target) / EXAMPLE_FILE
+    except CheckpointError:  # a model, or a calculator of somebody else
+        return None
+    return path if path.is_file() else None
 
 
 def _verdict(results: list[LawResult]) -> str:

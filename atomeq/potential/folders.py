@@ -11,6 +11,7 @@ CONFIG_FILE = "model.yaml"
 WEIGHTS_FILE = "weights.safetensors"
 ABOUT_FILE = "about.md"  # of a card, what was written by hand
 METRICS_FILE = "metrics.json"  # what was measured
+EXAMPLE_FILE = "example.extxyz"  # a structure that it is made for, where a crystal is not
 COMMITTEE_FILE = "committee.yaml"  # of a folder whose subfolders are potentials
 
 

@@ -173,7 +173,10 @@ def _check_parser() -> Parser:
     depth.add_argument("--full", action="store_true", help="measure every law there is")
     parser.add_argument("--only", type=str, default=None, help="laws by name, as rotation,pickling")
     parser.add_argument(
-        "--structure", type=str, default=None, help="file with the start of the NVE law"
+        "--structure",
+        type=str,
+        default=None,
+        help="file with the start of the NVE law; by default example.extxyz of the potential",
     )
     parser.add_argument(
         "--picoseconds",
@@ -181,7 +184,12 @@ def _check_parser() -> Parser:
         default=None,
         help="of the NVE law; by default 5, less where that takes more than a minute",
     )
-    parser.add_argument("--timestep", type=PositiveFloat, default=2.0, help="of the NVE law, fs")
+    parser.add_argument(
+        "--timestep",
+        type=PositiveFloat,
+        default=None,
+        help="of the NVE law, fs; by default 2, and 0.5 from a structure with hydrogen",
+    )
     parser.add_argument(
         "--temperature", type=PositiveFloat, default=300.0, help="of the NVE law, K"
     )
