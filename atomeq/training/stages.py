@@ -52,20 +52,6 @@ def stage_of(stages: Sequence[Stage], epoch: int, step: int) -> int:
     return sum(stage.has_begun(epoch, step) for stage in stages)
 
 
-def keep_best(callbacks: Iterable[Callback], stage: int) -> None:
-    """Rename the best weights of a stage that ends, ``best_stage_1.ckpt``, before others are best.
-
-    Args:
-        callbacks: Those of a trainer.
-        stage: Number of the stage, from 1.
-    """
-    for callback in callbacks:
-        if isinstance(callback, ModelCheckpoint) and callback.best_model_path:
-            path = Path(callback.best_model_path)
-            if path.exists():
-                path.rename(path.with_stem(f"{path.stem}_stage_{stage}"))
-
-
 def forget_moments(optimizers: Iterable[Optimizer]) -> None:
     """Let Adam's means of gradients and of their squares begin anew.
 
@@ -81,17 +67,25 @@ def forget_moments(optimizers: Iterable[Optimizer]) -> None:
                 state.update({name: torch.zeros_like(value) for name, value in state.items()})
 
 
-def forget_best(callbacks: Iterable[Callback], monitor: str = "val/loss") -> None:
+def forget_best(
+    callbacks: Iterable[Callback], stage: int, *, rename: bool, monitor: str = "val/loss"
+) -> None:
     """Let checkpoints and early stopping begin anew: another loss has other values.
 
     Args:
         callbacks: Those of a trainer, changed in place.
+        stage: Number of the stage that ends, from 1.
+        rename: Keep its best weights as ``best_stage_1.ckpt``, before others are best; of several
+            processes one does.
         monitor: The quantity.
     """
     for callback in callbacks:
         if getattr(callback, "monitor", None) != monitor:
             continue
         if isinstance(callback, ModelCheckpoint):
+            path = Path(callback.best_model_path)
+            if rename and path.is_file():
+                path.rename(path.with_stem(f"{path.stem}_stage_{stage}"))
             callback.best_k_models = {}
             callback.best_model_score = None
             callback.best_model_path = callback.kth_best_model_path = ""

@@ -35,7 +35,7 @@ from atomeq.training.preparation import predictor_to_train, prepare, with_neighb
 from atomeq.training.random_state import get_rng_states, set_own_rng_state
 from atomeq.training.recomputed import predicted, refuse_to_recompute
 from atomeq.training.schedules import RunSchedule, total_steps
-from atomeq.training.stages import Stage, forget_best, forget_moments, keep_best, stage_of
+from atomeq.training.stages import Stage, forget_best, forget_moments, stage_of
 from atomeq.training.stress_offset import StressOffset
 from atomeq.typing import Precision, PropertyKey
 
@@ -240,9 +240,7 @@ class AtomisticTask(LightningModule):
         stage = stage_of(self.stages, trainer.current_epoch, trainer.global_step)
         if stage == self._stage:
             return
-        if trainer.is_global_zero:
-            keep_best(trainer.callbacks, self._stage + 1)
-        forget_best(trainer.callbacks)
+        forget_best(trainer.callbacks, self._stage + 1, rename=trainer.is_global_zero)
         forget_moments(trainer.optimizers)
         if self._plateau is not None:
             self._plateau._reset()

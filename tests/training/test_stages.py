@@ -11,6 +11,7 @@ import yaml
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 from copper_experiment import labelled_copper
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from atomeq.cli.training import main
 from atomeq.data.ase_files import DataError, LabelKeys, read_structures
@@ -25,7 +26,7 @@ from atomeq.potential.repulsion import ZBL
 from atomeq.training.callbacks import ExponentialMovingAverage
 from atomeq.training.losses import PotentialLoss
 from atomeq.training.preparation import with_neighbor_count, without_terms
-from atomeq.training.stages import Stage, forget_moments, stage_of
+from atomeq.training.stages import Stage, forget_best, forget_moments, stage_of
 from atomeq.training.stress_offset import StressOffset
 
 
@@ -79,6 +80,16 @@ def test_a_run_that_stops_where_a_stage_begins_goes_on_as_if_it_had_not(tmp_path
     found = checkpoint(run, "last")
     torch.testing.assert_close(found["raw_weights"], expected["raw_weights"], rtol=0, atol=0)
     assert checkpoint(run, "best")["epoch"] == 2  # of the second stage, whose losses are larger
+
+
+def test_a_stage_renames_the_best_by_its_own_loss_alone(tmp_path: Path):
+    callbacks = [ModelCheckpoint(monitor=one) for one in ("val/loss", "val/forces_mae")]
+    for callback, name in zip(callbacks, ("best.ckpt", "forces.ckpt"), strict=True):
+        callback.best_model_path = str(tmp_path / name)
+        (tmp_path / name).touch()
+    forget_best(callbacks, 1, rename=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"best_stage_1.ckpt", "forces.ckpt"}
+    assert [bool(callback.best_model_path) for callback in callbacks] == [False, True]
 
 
 @pytest.mark.parametrize("forgotten", [True, False])
