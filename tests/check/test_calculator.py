@@ -339,6 +339,16 @@ def test_elements_are_those_the_calculator_states_or_accepts():
     # Of all the elements those of ordinary structures, not hydrogen, helium and lithium.
     universal = type("Universal", (EMT,), {"elements": tuple(range(1, 95))})
     assert known_elements(universal)[:3] == ["Cu", "Al", "Si"]
+    organic = type("Organic", (EMT,), {"elements": (1, 6, 8)})
+    assert known_elements(organic) == ["C", "O", "H"]  # of the first are the crystals
+
+
+def test_steps_are_short_where_hydrogen_moves():
+    for symbol, fs in (("H", 0.5), ("Cu", 2)):
+        start = Atoms([symbol, "Cu"], [[0, 0, 0], [0, 0, 2.0]])
+        options = {"dynamics_structure": start, "dynamics_picoseconds": 0.002}
+        (law,) = check_calculator(EMT, elements=["Cu"], only=["NVE drift"], **options)
+        assert f"in steps of {fs} fs" in law.note
 
 
 def test_what_is_no_calculator_of_anything_is_refused():

@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -85,6 +86,12 @@ def test_check_runs_the_long_law_and_shows_its_progress(run, workdir, capsys):
     captured = capsys.readouterr()
     assert "16 atoms, 0.008 ps" in captured.out
     assert "NVE drift: 4/4 steps" in captured.err
+
+
+def test_check_moves_the_example_that_lies_beside_a_potential(run, workdir, capsys):
+    shutil.copyfile("cu.extxyz", "small/example.extxyz")
+    run_words(["check", "small", "--only", "NVE drift", "--picoseconds", "0.008"])
+    assert "16 atoms, 0.008 ps" in capsys.readouterr().out
 
 
 def test_check_finds_the_faults_of_a_foreign_calculator(run, workdir, capsys):
