@@ -1,5 +1,7 @@
 """MeanPotential: a committee as one potential; its results are means, its doubt their spread."""
 
+import hashlib
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -107,6 +109,11 @@ class MeanPotential(Potential):
             spread = forces.var(dim=0).mean(dim=1).sqrt()
             found["forces_uncertainty"] = self.rescaling["forces"] * spread
         return {key: found[key] for key in properties}
+
+    def fingerprint(self) -> str:
+        """Return a SHA-256 of the members and of what their spread is multiplied by."""
+        factors = json.dumps(self.rescaling, sort_keys=True)
+        return hashlib.sha256((super().fingerprint() + factors).encode()).hexdigest()
 
     @property
     def uncertainties(self) -> tuple[PropertyKey, ...]:

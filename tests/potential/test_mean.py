@@ -84,6 +84,16 @@ def test_the_calculator_takes_the_folder_like_any_other(folder: Path):
     assert atoms.calc.provenance["sha256"] == load_potential(folder).fingerprint()
 
 
+def test_a_committee_with_another_rescaling_gives_other_results_under_another_hash(folder: Path):
+    members = [load_potential(folder / f"seed-{k}") for k in range(3)]
+    plain, same, wider = (
+        MeanPotential(members, rescaling).fingerprint()
+        for rescaling in (None, {"energy": 1.0}, {"energy": 2.0})
+    )
+    assert plain == same
+    assert plain != wider
+
+
 def test_relaxations_and_screenings_move_by_the_mean_and_tell_the_spread(folder: Path, tmp_path):
     committee = load_potential(folder)
     graph = Evaluator(committee).prepare([crystal()])
