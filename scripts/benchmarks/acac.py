@@ -3,13 +3,16 @@
 ``atomeq fit`` and ``atomeq test`` on configs/experiment/acac_*.yaml, one model after another. Each
 fit gets as many epochs as go into ``--seconds`` of the CPU on one core, by what epochs cost in two
 short runs before, so that the schedule of the learning rate ends with it. ``--collect`` only reads
-runs that are finished.
+runs that are finished. ``--mace-torch PYTHON`` names an interpreter with mace-torch, whose own
+command then trains a MACE at the same cost (:mod:`benchmarks.peers.mace_torch`).
 """
 
 import argparse
 import json
 import sys
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ import yaml
 
 from atomeq.cli.structures import versions
 from atomeq.potential.checkpoint import load_potential
+from benchmarks.peers import mace_torch
 from benchmarks.record import RESULTS, ROOT, atomeq, children_cpu_seconds, commit, write
 
 FILE = RESULTS / "acac.json"
@@ -30,7 +34,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the runs")
     parser.add_argument("--seconds", type=float, default=150.0, help="of the CPU, for each fit")
     parser.add_argument("--collect", action="store_true", help="train nothing")
+    parser.add_argument("--mace-torch", metavar="PYTHON", help="an interpreter that has it")
     options = parser.parse_args(argv)
+    if options.mace_torch and not (options.runs / "acac_mace_torch" / "test_errors.json").exists():
+        train_mace_torch(options.mace_torch, options.runs / "acac_mace_torch", options.seconds)
     for model in options.models:
         run = options.runs / f"acac_{model}"
         if not options.collect and not (run / "test_errors.json").exists():
@@ -49,16 +56,35 @@ def train(config: list[str], run: Path, seconds: float, pilot: tuple[int, int] =
         seconds: Of the CPU, of all epochs.
         pilot: Epochs of the two short runs that say what one costs.
     """
+    fit_at_cost(partial(cost_of_fit, config), run, seconds, pilot)
+    where = [f"--trainer.default_root_dir={run}", f"--ckpt_path={run}/checkpoints/best.ckpt"]
+    atomeq("test", *config, *where, "--overwrite", "--trainer.accelerator=cpu")
+
+
+def train_mace_torch(python: str, run: Path, seconds: float) -> None:
+    """Let mace-torch train a MACE, which then becomes a potential of ours and is tested as such."""
+    run = run.resolve()
+    experiment = ROOT / "configs" / "experiment" / "acac_escn.yaml"
+    data = yaml.safe_load(experiment.read_text())["data"]["init_args"]
+    fit_at_cost(partial(mace_torch.cost_of_fit, python, data), run, seconds, PILOT)
+    potential = run / "potential"
+    atomeq("convert", str(run / f"{mace_torch.NAME}.model"), str(potential), "--overwrite")
+    where = [f"--potential={potential}", f"--trainer.default_root_dir={run}"]
+    atomeq("test", "-c", str(experiment), *where, "--overwrite", "--trainer.accelerator=cpu")
+
+
+def fit_at_cost(
+    cost_of: Callable[[Path, int], float], run: Path, seconds: float, pilot: tuple[int, int]
+) -> None:
+    """Fit in a folder for as many epochs as go into the seconds, and write what it cost."""
     with tempfile.TemporaryDirectory() as scratch:
-        short, long = (cost_of_fit(config, Path(scratch) / str(n), n) for n in pilot)
+        short, long = (cost_of(Path(scratch) / str(n), n) for n in pilot)
     per_epoch = (long - short) / (pilot[1] - pilot[0])
     n_epochs = max(1, round(seconds / per_epoch))
-    cost = cost_of_fit(config, run, n_epochs)
+    cost = cost_of(run, n_epochs)
     start = short - per_epoch * pilot[0]
     spent = {"epochs": n_epochs, "cpu_seconds": round(cost - start, 1), "commit": commit()}
     (run / "cost.json").write_text(json.dumps(spent))
-    where = [f"--trainer.default_root_dir={run}", f"--ckpt_path={run}/checkpoints/best.ckpt"]
-    atomeq("test", *config, *where, "--overwrite", "--trainer.accelerator=cpu")
 
 
 def cost_of_fit(config: list[str], run: Path, n_epochs: int) -> float:
@@ -71,7 +97,8 @@ def cost_of_fit(config: list[str], run: Path, n_epochs: int) -> float:
 
 def write_results(runs: Path, seconds: float) -> None:
     """Write the table of all runs that have been tested, and show it."""
-    tested = [model for model in MODELS if (runs / f"acac_{model}" / "test_errors.json").exists()]
+    rows_of = (*MODELS, mace_torch.NAME)
+    tested = [model for model in rows_of if (runs / f"acac_{model}" / "test_errors.json").exists()]
     rows = {model: row_of(runs / f"acac_{model}") for model in tested}
     document = {
         "command": f"python scripts/benchmark.py acac --seconds {seconds:g}",
@@ -95,11 +122,13 @@ def row_of(run: Path) -> dict[str, Any]:
     for name, found in json.loads((run / "test_errors.json").read_text()).items():
         row[f"energy {name}"] = round(found["energy_per_atom_mae"], 3)
         row[f"forces {name}"] = round(found["forces_mae"], 2)
-    config = yaml.safe_load((run / "config.yaml").read_text())
+        row[f"rms forces {name}"] = round(found["forces_rmse"], 2)
+    file = run / "config.yaml"  # those of mace-torch have none
+    seed = yaml.safe_load(file.read_text())["seed_everything"] if file.exists() else 0
     model = load_potential(run / "potential").model
     return {
         **row,
         **json.loads((run / "cost.json").read_text()),
         "parameters": sum(p.numel() for p in model.parameters()),
-        "seed": config["seed_everything"],
+        "seed": seed,
     }
