@@ -82,20 +82,41 @@ def test_energy_forces_and_pressure_are_those_of_ase(make):
         assert np.allclose(pressure_of(lmp), expected * BAR, rtol=1e-6, atol=1e-2)
 
 
-def test_motion_is_that_of_ase_however_lammps_sorts():
+def in_motion(fs: float) -> tuple[Atoms, LammpsForces]:
+    """Atoms in ASE and in LAMMPS with the same velocities, about to move in steps of so many fs."""
     atoms = alloy()
     atoms.set_velocities(0.02 * np.random.default_rng(0).standard_normal((8, 3)))
+    atoms.calc = AtomeqCalculator(small_potential())
     lmp = started(atoms, ["Cu", "Al"], before="atom_modify sort 3 2.0")
     order = lmp.numpy.extract_atom("id")[:8] - 1
     lmp.numpy.extract_atom("v")[:8] = atoms.get_velocities()[order] * (1e3 * units.fs)  # Å/ps
     forces = LammpsForces(lmp, small_potential(), ["Cu", "Al"])
-    lmp.commands_string("timestep 0.001\nfix move all nve")
+    lmp.commands_string(f"timestep {1e-3 * fs}\nfix move all nve")
+    return atoms, forces
+
+
+def test_motion_is_that_of_ase_however_lammps_sorts():
+    atoms, forces = in_motion(1.0)
     forces.run("run 20")
-    atoms.calc = AtomeqCalculator(small_potential())
     with VelocityVerlet(atoms, 1.0 * units.fs) as dynamics:
         dynamics.run(20)
     assert forces.energy == pytest.approx(atoms.get_potential_energy(), abs=1e-6)
     assert np.allclose(forces.forces, atoms.get_forces(), atol=1e-5)
+
+
+def test_energy_drifts_as_in_ase():
+    """Slopes of the energy over 0.4 ps; it swings by more than ten times what they may differ."""
+    atoms, forces = in_motion(4.0)
+    totals = []
+    with VelocityVerlet(atoms, 4.0 * units.fs) as dynamics:
+        for _ in range(20):
+            forces.run("run 5")
+            dynamics.run(5)
+            pair = forces.energy + forces.lmp.get_thermo("ke"), atoms.get_total_energy()
+            totals.append(1e3 * np.array(pair) / len(atoms))  # meV
+    slopes = np.polyfit(0.02 * np.arange(20), totals, 1)[0]
+    assert np.ptp(totals, axis=0).min() > 0.01
+    assert abs(slopes[0] - slopes[1]) < 1e-3  # meV/atom/ps
 
 
 def test_barostat_moves_the_box_by_the_potentials_pressure():
