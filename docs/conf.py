@@ -26,7 +26,8 @@ extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ex
 exclude_patterns = ["_build", "README.md"]  # index.md includes that one
 html_theme = "furo"
 html_title = f"atomeq {release}"
-html_theme_options = {"navigation_with_keys": True}
+html_theme_options: dict[str, Any] = {"navigation_with_keys": True}
+html_theme_options["light_css_variables"] = {"code-font-size": "0.75rem"}  # 98 letters a line
 html_copy_source = False
 
 myst_enable_extensions = ["dollarmath", "colon_fence"]
@@ -61,7 +62,8 @@ def led_into_the_site(text: str, folder: Path, page: Path) -> str:
     """Return the text of a page with links that hold in the site as in the repository.
 
     Links out of docs/ lead to the page that includes the file, other files are offered for
-    download, and a folder, which the site cannot show, keeps its name alone.
+    download, and a folder, which the site cannot show, keeps its name alone. A page that is called
+    by its file's name is called by its title here.
     """
 
     def there(match: re.Match[str]) -> str:
@@ -74,6 +76,8 @@ def led_into_the_site(text: str, folder: Path, page: Path) -> str:
             return words
         if name in PAGES:
             path, anchor = DOCS / PAGES[name], ""
+        if words == target:
+            words = ""  # the title of the page, by MyST
         return f"[{words}]({os.path.relpath(path, page.parent)}{anchor})"
 
     return _LINK.sub(there, text)

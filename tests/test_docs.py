@@ -5,7 +5,9 @@ What the API pages list has whole docstrings. The tutorials are executed as the 
 
 import ast
 import inspect
+import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -200,6 +202,14 @@ def test_a_docstring_that_lacks_something_is_seen() -> None:
         "what it returns",
         "that it raises ValueError",
     ]
+
+
+def test_links_of_the_index_have_titles_on_the_site(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "environ", dict(os.environ))  # which the configuration adds to
+    led = runpy.run_path(str(DOCS / "conf.py"))["led_into_the_site"]
+    text = "[gpu.md](gpu.md), [a GPU](gpu.md#precision), [README](../README.md#models), [x](x.md)"
+    expected = "[](gpu.md), [a GPU](gpu.md#precision), [README](index.md), [x](x.md)"
+    assert led(text, DOCS, DOCS / "index.md") == expected
 
 
 @pytest.mark.slow
