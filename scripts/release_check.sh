@@ -61,14 +61,15 @@ unset PYTHONPATH
 echo "release_check: atomeq single-point, away from $source_folder"
 empty/bin/python -c 'from ase.build import bulk; bulk("Cu", cubic=True).write("cu.cif")'
 empty/bin/atomeq single-point cu.cif --potential cu-pbe --out cu.extxyz --overwrite
-empty/bin/python - "$source_folder" <<'PY'
+empty/bin/python - <<'PY'
 import sys
+from pathlib import Path
 
 import ase.io
 
 import atomeq
 
-assert not atomeq.__file__.startswith(sys.argv[1]), atomeq.__file__
+assert Path(atomeq.__file__).is_relative_to(sys.prefix), f"{atomeq.__file__} is not the wheel's"
 energy = ase.io.read("cu.extxyz").get_potential_energy() / 4
 assert -4.5 < energy < -3.0, f"{energy} eV per atom is not the cohesive energy of copper"
 print(f"release_check: {atomeq.__version__} from {atomeq.__file__}: {energy:.4f} eV per atom")
