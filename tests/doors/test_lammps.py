@@ -16,6 +16,7 @@ from small_potential import small_potential
 from atomeq.calculators.ase import AtomeqCalculator
 from atomeq.calculators.lammps import LammpsForces, lammps
 from atomeq.potential.committee import NotFiniteError
+from benchmarks.lammps import bars, side_by_side
 
 try:
     lammps("-screen", "none", "-log", "none").close()
@@ -117,6 +118,15 @@ def test_energy_drifts_as_in_ase():
     slopes = np.polyfit(0.02 * np.arange(20), totals, 1)[0]
     assert np.ptp(totals, axis=0).min() > 0.01
     assert abs(slopes[0] - slopes[1]) < 1e-3  # meV/atom/ps
+
+
+def test_the_benchmark_finds_the_same_drift():
+    row = side_by_side(2, "float64", 2, 1)
+    drifts, apart, *others = bars([row])
+    assert drifts.what == "32 atoms, float64: drift in 0.004 ps, LAMMPS and ASE"
+    assert apart.met
+    assert 0 < row["ms_callback"] < row["ms_lammps"]
+    assert [line.asked for line in others] == ["", "", "<= 2 %"]
 
 
 def test_barostat_moves_the_box_by_the_potentials_pressure():
@@ -228,6 +238,7 @@ def of_two(tmp_path_factory) -> list[dict[str, np.ndarray]]:
     folder = tmp_path_factory.mktemp("two")
     code = f"""
 import sys
+sys.path = {sys.path!r}  # of this process, where pytest has put what tests share
 from importlib.util import module_from_spec, spec_from_file_location
 import numpy as np
 spec = spec_from_file_location("test_lammps", {__file__!r})
