@@ -7,8 +7,6 @@ import pytest
 import torch
 from ase import Atoms
 from ase.build import bulk, molecule
-from rdkit import Chem
-from rdkit.Chem import AllChem
 
 from atomeq.graph.atom_graph import AtomGraph
 from atomeq.graph.builders import HyperGraph
@@ -25,8 +23,11 @@ from atomeq.graph.hyperedges import (
 )
 from atomeq.graph.perception import molecule_from_coordinates
 
+Chem = pytest.importorskip("rdkit.Chem", reason="RDKit is of the extra chemistry")
+AllChem = pytest.importorskip("rdkit.Chem.AllChem", reason="RDKit is of the extra chemistry")
 
-def embedded(smiles: str) -> tuple[Chem.Mol, Atoms]:
+
+def embedded(smiles: str) -> "tuple[Chem.Mol, Atoms]":
     """A molecule with explicit hydrogen, and its atoms in space."""
     with_hydrogen = Chem.AddHs(Chem.MolFromSmiles(smiles))
     AllChem.EmbedMolecule(with_hydrogen, randomSeed=1)

@@ -17,6 +17,8 @@ from atomeq.potential.potential import Potential
 from atomeq.potential.repulsion import ZBL
 from atomeq.potential.terms import EnergyTerm
 
+pytest.importorskip("torch_dftd", reason="D3 dispersion is of the extra dispersion")
+
 FORCES = 1e-7  # eV/Å, central differences over 1e-4 Å
 STRESS = 1e-8  # eV/Å³
 EXACT = 1e-12
