@@ -13,6 +13,8 @@ from edge_layers import EdgeLayer, relative
 
 from atomeq.ops.coupling.operations import cg_conv, tensor_product
 from atomeq.ops.dispatch import use_backend
+from atomeq.ops.edge.along import Ends, Found, Moved
+from atomeq.ops.edge.rotation import turning
 from atomeq.ops.edge.so2_map import SO2Shape
 from atomeq.ops.edge.wigner import edge_wigner
 from atomeq.ops.paths import Path, tensor_product_paths
@@ -205,30 +207,45 @@ def test_radial_factors_meet_the_rows_of_both_signs() -> None:
         assert relative(products, truth.row_products(rows, other, shape)) <= SINGLE
 
 
-@pytest.mark.parametrize(
-    ("moved_scale", "moved_grad"), [(True, True), (True, False), (False, False)]
-)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
-def test_radial_factors_and_their_derivatives_are_those_of_c(
-    dtype: torch.dtype, moved_scale: bool, moved_grad: bool
-) -> None:
-    shape = SO2Shape(3, 2, 16, 16, 0)
-    rows, moved, grad, turned = torch.randn(4, 9, shape.n_rows * 16, dtype=dtype)
-    scale, other = torch.randn(2, 9, shape.n_scales, dtype=dtype)
-    bar = SINGLE if dtype == torch.float32 else DOUBLE
+@pytest.mark.parametrize("still", ["", "x scale", "turn", "rows factor"])
+@pytest.mark.parametrize("lmax", [1, 3])
+def test_derivatives_along_a_direction_are_those_of_single_steps(lmax: int, still: str) -> None:
+    n_edges, channels, mmax = 7, 16, min(lmax, 2)
+    shape = SO2Shape(lmax, mmax, 2 * channels, channels, 0)
 
-    def results(name: str, device: str) -> list[torch.Tensor]:
-        r, m, g, n, s, o = (
-            tensor.to(device, copy=True) for tensor in (rows, moved, grad, turned, scale, other)
-        )
-        by, along = kernels_of("edge", name), o if moved_scale else None
-        second = by.scaled_second(r, m, g, n if moved_grad else None, s, along, shape)
-        assert (second[1] is None) == (not moved_scale)
-        found = [by.moved_scaled(r, m, s, along, shape), *second]
-        return [tensor.cpu() for tensor in found if tensor is not None]
+    def random(*size: int) -> torch.Tensor:
+        return torch.randn(*size, dtype=torch.float64)
 
-    for one, truth in zip(results("triton", DEVICE), results("cpu", "cpu"), strict=True):
-        assert relative(one, truth) <= bar
+    wigner = edge_wigner(random(n_edges, 3), lmax, mmax)
+    turned = torch.bmm(wigner, turning(turn := random(n_edges, 3), (lmax + 1) ** 2))
+    source, target = torch.tensor([[0, 2, 0, 2, 2, 0, 2], [2, 2, 0, 0, 2, 2, 0]])
+    x, moved_x = random(2, 3, (lmax + 1) ** 2, channels)
+    total = random(3, (lmax + 1) ** 2, channels)
+    rows, moved_rows = random(2, n_edges, shape.width_in)
+    scale, moved_scale = random(2, n_edges, shape.n_scales)
+    factor, moved_factor = random(2, n_edges)
+    given = x, moved_x, wigner, turned, turn, scale, moved_scale, factor, moved_factor
+    given = *given, rows, moved_rows, total
+
+    def results(name: str, dtype: torch.dtype, device: str) -> list[torch.Tensor]:
+        by = kernels_of("edge", name)
+        x, dx, w, dw, t, s, ds, f, df, y, dy, total = (g.to(device, dtype).clone() for g in given)
+        segments = [*sorted_edges(source, 3), *sorted_edges(target, 3)]
+        indices = [index.to(device) for index in (source, target)]
+        ends = Ends(by, w, indices, [part.to(device) for part in segments])
+        moved = Moved(dx, dw, t, ds, df, dy)
+        frame = ("wigner",) if "turn" in still else ()
+        moved = moved._replace(**dict.fromkeys((*still.split(), *frame)))
+        into = Found(s.new_empty(s.shape), s.new_empty(s.shape), y.new_empty(y.shape))
+        into = into._replace(factor=f.new_empty(f.shape), turn=t.new_ones(t.shape))
+        by.gradient_along(x, ends, y, s, f, moved, shape, into)
+        by.scatter_along(ends, y, s, f, moved, shape, total)
+        return [*into, total, by.rotate_along(x, ends, s, moved, shape)]
+
+    truth = results("cpu", torch.float64, "cpu")
+    for dtype, bar in ((torch.float32, SINGLE), (torch.float64, DOUBLE)):
+        for one, expected in zip(results("triton", dtype, DEVICE), truth, strict=True):
+            assert relative(one.cpu().double(), expected) <= bar
 
 
 @pytest.fixture

@@ -7,15 +7,19 @@ Kernels that have the layer whole call this where that does not serve. Equations
 
 import math
 from collections.abc import Iterator
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from atomeq.ops.edge.along import Ends, Found, Moved
 from atomeq.ops.edge.escn_conv import INWARD, RADIAL, EdgeLayer, Named, flat, grouped
 from atomeq.ops.edge.frame import segments_of
 from atomeq.ops.edge.rotation import turning
+
+_OF_EDGES = {"vectors", "radial", "envelope", "y", "u"}
+_ONES = 8  # columns
 
 
 class WayIn(NamedTuple):
@@ -105,64 +109,6 @@ def blocks(layer: EdgeLayer) -> Iterator["EdgeBlock"]:
         yield EdgeBlock(layer, maps, slice(start, min(start + step, layer.n_edges)))
 
 
-class Ends(NamedTuple):
-    """The rotation of some atoms of edges into their frames, and back; rows are flat."""
-
-    by: ModuleType
-    wigner: Tensor
-    indices: list[Tensor]
-    segments: list[Tensor]
-
-    def into(
-        self,
-        x: Tensor,
-        wigner: Tensor | None = None,
-        *,
-        scale: Tensor | None = None,
-        operand: bool = False,
-    ) -> Tensor:
-        """Return scale * W G x, (n, n_rows * S * C); an operand is read by a map alone."""
-        wigner = self.wigner if wigner is None else wigner
-        rows = self.by.gather_rotate(x, wigner, self.indices, scale=scale, operand=operand)
-        return rows.flatten(1)
-
-    def back(
-        self,
-        rows: Tensor,
-        total: Tensor,
-        wigner: Tensor | None = None,
-        *,
-        factor: Tensor | None = None,
-    ) -> None:
-        """Add G^T W^T (factor * rows) to the features of the atoms."""
-        wigner = self.wigner if wigner is None else wigner
-        given = (rows.unflatten(1, (wigner.shape[1], -1)), wigner, self.indices, self.segments)
-        self.by.rotate_scatter(*given, len(total), factor=factor, total=total)
-
-    def torque(self, x: Tensor, rows: Tensor, wigner: Tensor | None = None) -> Tensor:
-        """Return <W^T rows, X_k G x>, (n, 3)."""
-        wigner = self.wigner if wigner is None else wigner
-        rows = rows.unflatten(1, (wigner.shape[1], -1))
-        return self.by.torque(x, rows, wigner, self.indices)
-
-    def leave(
-        self,
-        x: Tensor,
-        rows: Tensor | None,
-        factor: Tensor | None,
-        to_factor: Tensor | None,
-        turn: Tensor | None,
-    ) -> Tensor:
-        """Return f W G x; of <f W G x, rows> write the gradients, see ``leave_gradient``."""
-        given = None if rows is None else rows.unflatten(1, (self.wigner.shape[1], -1))
-        found = self.by.leave_gradient(x, self.wigner, self.indices, given, factor, to_factor, turn)
-        return found.flatten(1)
-
-    def turned_torque(self, x: Tensor, rows: Tensor, turned: Tensor, turn: Tensor) -> Tensor:
-        """Return <W^T rows, X_k T G x>, by X_k T = T X_k + (t x X)_k."""
-        return self.torque(x, rows, turned) + torch.linalg.cross(turn, self.torque(x, rows))
-
-
 class EdgeBlock:
     """Some edges of a layer and the steps of the computation on them."""
 
@@ -193,7 +139,7 @@ class EdgeBlock:
         self.layer.by.add_weight_gradients(rows, grad, found[name], self.maps[name].shape)
 
     def add_radial_gradients(
-        self, through: Tensor, moved: tuple[Tensor, Named] | None, found: Named
+        self, through: Tensor, moved: tuple[Tensor | None, Named] | None, found: Named
     ) -> None:
         """Add the gradients of s = h A^T + b, from that of s and, along a direction, that of s'."""
         part, weight = self.part, self.layer.tensors.get("radial_weight")
@@ -206,12 +152,15 @@ class EdgeBlock:
             torch.mm(through, weight, out=found["radial"][part])
             if grad is not None and "radial_weight" in along:
                 found["radial"][part] += grad @ along["radial_weight"]
-        if "radial_weight" in found and own is not None:
-            found["radial_weight"].addmm_(through.T, own)
-            if grad is not None and "radial" in along:
-                found["radial_weight"].addmm_(grad.T, along["radial"][part])
-        if "radial_bias" in found:
-            found["radial_bias"] += through.sum(0)
+        if own is not None and found.keys() & {"radial_weight", "radial_bias"}:
+            # ones beside them: the bias comes of the same product, in whole lines of memory
+            product = through.T @ torch.nn.functional.pad(own, (0, _ONES), value=1.0)
+            if "radial_weight" in found:
+                found["radial_weight"] += product[:, :-_ONES]
+            if "radial_bias" in found:
+                found["radial_bias"] += product[:, -1]
+        if "radial_weight" in found and grad is not None and "radial" in along:
+            found["radial_weight"].addmm_(grad.T, along["radial"][part])
 
 
 def _block_gradient(block: EdgeBlock, grad: Tensor, inside: Named, found: Named) -> None:
@@ -224,17 +173,13 @@ def _block_gradient(block: EdgeBlock, grad: Tensor, inside: Named, found: Named)
     a = gate.value() if "second" in found or (left and u is None) else None
     if a is not None and u is None and left:
         u = block.second.forward(a, None, block.biases[1])
-    p = block.target.leave(grad, u, block.envelope, *leaving)
-    if "also_u" in inside:
-        p += inside["also_u"]
+    p = block.target.leave(grad, u, block.envelope, *leaving, inside.get("also_u"))
     _add_bias_gradient(p, found, "second_bias")
     if a is not None and "second" in found:
         block.add_weight_gradients(a, p, found, "second")
     if not INWARD & found.keys():
         return
-    gy = gate.gradient(block.second.transposed(p, inside.get("ga")))
-    if "also_y" in inside:
-        gy += inside["also_y"]
+    gy = gate.gradient(block.second.transposed(p, inside.get("ga")), inside.get("also_y"))
     _add_bias_gradient(gy, found, "first_bias")
     if "first" in found:
         rows = block.both.into(block.x, scale=block.scale)
@@ -266,7 +211,7 @@ class _Second:
 
     That is (x', t, s', f', ...), one for each input e: a step forward along the direction. A prime
     is a derivative along it, which a name has as ``moved``. t turns the edge: W' = -W T(t), see
-    :mod:`atomeq.ops.edge.rotation`.
+    :mod:`atomeq.ops.edge.along`.
     """
 
     def __init__(
@@ -279,55 +224,39 @@ class _Second:
         found: Named,
     ) -> None:
         self.block, self.grad, self.along, self.found = block, grad, along, found
-        self.layer, self.part, self.others = block.layer, block.part, others
-        self.x, self.scale, self.envelope = block.x, block.scale, block.envelope
-        self.y, self.u = inside["y"][self.part], inside["u"][self.part]
-        self.ga, self.gz = (
-            inside[name][self.part] if name in inside else None for name in ("ga", "gz")
-        )
-        self.turn = along["vectors"][self.part] if "vectors" in along else None
-        self.turned = None
-        if self.turn is not None:
-            self.turned = torch.bmm(block.both.wigner, turning(self.turn, self.x.shape[1]))
+        self.layer, self.others = block.layer, others
+        own = {name: rows[block.part] for name, rows in inside.items() if len(rows)}
+        self.y, self.u, self.ga, self.gz = (own.get(name) for name in ("y", "u", "ga", "gz"))
+        self.part = {name: found[name][block.part] for name in _OF_EDGES & found.keys()}
+        moved = {name: along[name][block.part] for name in _OF_EDGES & along.keys()}
+        turn, wigner = moved.get("vectors"), None
+        if turn is not None:
+            wigner = torch.bmm(block.both.wigner, turning(-turn, block.x.shape[1]))
+        self.moved_in = Moved(along.get("x"), wigner, turn, self._moved_scale(moved.get("radial")))
+        self.moved_out = Moved(None, wigner, turn, None, moved.get("envelope"))
 
     def run(self) -> None:
         """Go forward along the direction."""
         block, by, shape = self.block, self.layer.by, self.block.first.shape
-        r, moved_r = self._rows()
-        moved_scale = self._moved_scale()
-        moved_z = moved_r
-        if self.scale is not None:
-            moved_z = by.moved_scaled(r, moved_r, self.scale, moved_scale, shape)
+        moved_z = by.rotate_along(block.x, block.both, block.scale, self.moved_in, shape)
         moved_y = block.first.forward(moved_z)
         if "first" in self.others:
-            z = r if self.scale is None else by.scaled_rows(r, self.scale, shape)
+            z = block.both.into(block.x, scale=block.scale)
             moved_y += self.others["first"].forward(z)
         if "first_bias" in self.along:
             moved_y[:, : len(self.along["first_bias"])] += self.along["first_bias"]
         gate = by.Gate(self.y, shape)
-        p, to_u = self._targets()
+        p = block.target.leave(self.grad, None, block.envelope)
         ga = block.second.transposed(p) if self.ga is None else self.ga
-        moved_a, to_y = gate.second(moved_y, ga)
+        moved_a, to_y, gy = gate.second(moved_y, ga, self.part.get("y"))
         self._outputs(gate, moved_a, p)
         if "second" in self.others:
             to_y += gate.gradient(self.others["second"].transposed(p))
         if {"first", "x", "vectors", *RADIAL} & self.found.keys():
-            self._inputs(gate.gradient(ga), r, moved_r, moved_z, moved_scale)
-        if "y" in self.found:
-            self.found["y"][self.part] = to_y
-            self.found["u"][self.part] = 0 if to_u is None else to_u
+            self._inputs(gy, moved_z)
 
-    def _rows(self) -> tuple[Tensor, Tensor]:
-        both = self.block.both
-        r = both.into(self.x)
-        moved = both.into(self.along["x"]) if "x" in self.along else torch.zeros_like(r)
-        if self.turned is not None:
-            moved -= both.into(self.x, self.turned)
-        return r, moved
-
-    def _moved_scale(self) -> Tensor | None:
+    def _moved_scale(self, radial: Tensor | None) -> Tensor | None:
         """Return the derivative of s = h A^T + b, or of s itself, along the direction."""
-        radial = self.along["radial"][self.part] if "radial" in self.along else None
         weight = self.layer.tensors.get("radial_weight")
         if weight is None:
             return radial
@@ -341,95 +270,45 @@ class _Second:
             moved = bias if moved is None else moved + bias
         return moved
 
-    def _targets(self) -> tuple[Tensor, Tensor | None]:
-        """Return p = f q and, if there is one, its derivative, q = W G grad."""
-        self.q = self.block.target.into(self.grad)
-        self.moved_q = None
-        p, moved = self.q, None
-        if self.turned is not None:
-            self.moved_q = moved = self.block.target.into(self.grad, self.turned).neg_()
-        if self.envelope is not None:
-            p = p * self.envelope[:, None]
-            moved = None if moved is None else moved * self.envelope[:, None]
-        if "envelope" in self.along:
-            through = self.q * self.along["envelope"][self.part, None]
-            moved = through if moved is None else moved.add_(through)
-        return p, moved
-
     def _outputs(self, gate: Any, moved_a: Tensor, p: Tensor) -> None:
         """Add the gradients that stem from the second map and the way back."""
-        block, found, part = self.block, self.found, self.part
+        block, by, found, part = self.block, self.layer.by, self.found, self.part
         if "second" in found:
             block.add_weight_gradients(moved_a, p, found, "second")
-        if not found.keys() & {"grad", "envelope", "vectors"}:
-            return
-        u = self.u.clone()  # _leave changes it
-        moved_u = block.second.forward(moved_a)
-        if "second" in self.others:
-            moved_u += self.others["second"].forward(gate.value())
-        if "second_bias" in self.along:
-            moved_u[:, : len(self.along["second_bias"])] += self.along["second_bias"]
-        if "envelope" in found:
-            found["envelope"][part] += torch.linalg.vecdot(self.q, moved_u)
-            if self.moved_q is not None:
-                found["envelope"][part] += torch.linalg.vecdot(self.moved_q, u)
-        self._leave(u, moved_u)
-
-    def _leave(self, u: Tensor, moved_u: Tensor) -> None:
-        """Add the gradients of the rotation back, <f u, ...> and its derivative; both change."""
-        target, found, part = self.block.target, self.found, self.part
-        if self.envelope is not None:
-            moved_u *= self.envelope[:, None]
-        if "envelope" in self.along:
-            moved_u += u * self.along["envelope"][part, None]
-        if self.envelope is not None:
-            u *= self.envelope[:, None]
+        moved = self.moved_out
+        if {"grad", "envelope", "vectors"} & found.keys():
+            moved_u = block.second.forward(moved_a)
+            if "second" in self.others:
+                moved_u += self.others["second"].forward(gate.value())
+            if "second_bias" in self.along:
+                moved_u[:, : len(self.along["second_bias"])] += self.along["second_bias"]
+            moved = moved._replace(rows=moved_u)
+        leaving = self.u, None, block.envelope, moved, block.second.shape
+        into = Found(None, None, part.get("u"), part.get("envelope"), part.get("vectors"))
+        by.gradient_along(self.grad, block.target, *leaving, into)
         if "grad" in found:
-            target.back(moved_u, found["grad"])
-            if self.turned is not None:
-                target.back(u.neg(), found["grad"], self.turned)
-        if "vectors" in found:
-            turn = target.torque(self.grad, moved_u)
-            if self.turn is not None and self.turned is not None:
-                turn -= target.turned_torque(self.grad, u, self.turned, self.turn)
-            found["vectors"][part] -= turn
+            by.scatter_along(block.target, *leaving, found["grad"])
 
-    def _inputs(
-        self,
-        gy: Tensor,
-        r: Tensor,
-        moved_r: Tensor,
-        moved_z: Tensor,
-        moved_scale: Tensor | None,
-    ) -> None:
+    def _inputs(self, gy: Tensor, moved_z: Tensor) -> None:
         """Add the gradients that stem from the way in, of <dE/dz, s' r + s r'> that is."""
-        block, found, both = self.block, self.found, self.block.both
+        block, by, found = self.block, self.layer.by, self.found
         if "first" in found:
             block.add_weight_gradients(moved_z, gy, found, "first")
         if not found.keys() & {"x", "vectors", *RADIAL}:
             return
         gz = block.first.transposed(gy) if self.gz is None else self.gz
-        moved_gz = self.others["first"].transposed(gy) if "first" in self.others else None
-        gr, moved_gr = gz, moved_gz
-        if self.scale is not None:
-            factors = (self.scale, moved_scale, block.first.shape)
-            given = (r, moved_r, gz, moved_gz)
-            gr, moved_gr, through, moved = self.layer.by.scaled_second(*given, *factors)
-            if found.keys() & RADIAL:
-                block.add_radial_gradients(moved, (through, self.along), found)
+        moved = self.moved_in
+        if "first" in self.others:
+            moved = moved._replace(rows=self.others["first"].transposed(gy))
+        entering = gz, block.scale, None, moved, block.first.shape
+        through, moved_through, mapped = None, None, "radial_weight" in self.layer.tensors
+        if block.scale is not None and found.keys() & RADIAL:
+            moved_through = by.empty(block.scale.shape, gz) if mapped else self.part["radial"]
+            if mapped and self.along.keys() & {"radial", "radial_weight"}:
+                through = by.empty(block.scale.shape, gz)
+        into = Found(through, moved_through, None, None, self.part.get("vectors"))
+        by.gradient_along(block.x, block.both, *entering, into)
         if "x" in found:
-            if moved_gr is not None:
-                both.back(moved_gr, found["x"])
-            if self.turned is not None:
-                both.back(gr.neg(), found["x"], self.turned)
-        if "vectors" in found:
-            self._turn_inputs(gr, moved_gr)
-
-    def _turn_inputs(self, gr: Tensor, moved_gr: Tensor | None) -> None:
-        both, to_turn = self.block.both, self.found["vectors"][self.part]
-        if moved_gr is not None:
-            to_turn -= both.torque(self.x, moved_gr)
-        if "x" in self.along:
-            to_turn -= both.torque(self.along["x"], gr)
-        if self.turn is not None and self.turned is not None:
-            to_turn += both.turned_torque(self.x, gr, self.turned, self.turn)
+            by.scatter_along(block.both, *entering, found["x"])
+        if moved_through is not None and mapped:
+            block.add_radial_gradients(moved_through, (through, self.along), found)

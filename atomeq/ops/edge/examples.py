@@ -39,11 +39,13 @@ def so2_map(size: Size) -> Example:
     weights = _weights(size, size.channels, size.channels, 0)
     n_rows = sum((size.lmax - m + 1) * (2 if m else 1) for m in range(size.mmax + 1))
     x = random(size, _EDGES, n_rows, size.channels)
+    scale = random(size, _EDGES, (n_rows + size.lmax + 1) // 2 * size.channels)
 
-    def compute(operation, x: Tensor, *weights: Tensor) -> Tensor:
-        return operation(x, weights, lmax=size.lmax, mmax=size.mmax, n_scalars=0)[0]
+    def compute(operation, x: Tensor, scale: Tensor, *weights: Tensor) -> Tensor:
+        given = {"lmax": size.lmax, "mmax": size.mmax, "scale": scale, "n_scalars": 0}
+        return operation(x, weights, **given)[0]
 
-    return [x, *weights], compute
+    return [x, scale, *weights], compute
 
 
 def layer(size: Size) -> Example:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from atomeq.ops.c_compiler import c_library, checked_index, refusal, threads_for
 from atomeq.ops.edge import blockwise
+from atomeq.ops.edge.along import gradient_along, rotate_along, scatter_along
 from atomeq.ops.edge.blockwise import WayIn
 from atomeq.ops.edge.escn_conv import EdgeLayer, Named, flat, grouped
 from atomeq.ops.edge.so2_map import SO2Shape
@@ -24,7 +25,7 @@ from atomeq.ops.edge.wigner import generators, tilt_tables
 from atomeq.ops.orders import orders_of, row_degrees
 from atomeq.ops.tables import constant_table
 
-__all__ = ["refusal"]
+__all__ = ["gradient_along", "refusal", "rotate_along", "scatter_along"]
 
 _LAYER_BLOCK = 2**18  # numbers of the widest rows of an edge layer
 _LEAST_EDGES, _MOST_EDGES = 400, 1024  # of a block; matrix products want some rows
@@ -215,8 +216,9 @@ def leave_gradient(
     factor: Tensor | None,
     to_factor: Tensor | None,
     turn: Tensor | None,
+    also: Tensor | None,
 ) -> Tensor:
-    """Return f W G x, (n_edges, n_rows, channels), where <f W G x, rows> is differentiated.
+    """Return f W G x + also, (n_edges, n_rows, channels); <f W G x, rows> is differentiated.
 
     The gradient of f is written, and a turn of each edge is lessened by the torque; None is not
     wanted, and of neither are there rows.
@@ -227,7 +229,8 @@ def leave_gradient(
     if rows is not None and turn is not None:
         own = torque(x, rows, wigner, indices)
         turn -= own if factor is None else own * factor[:, None]
-    return found if factor is None else found.mul_(factor[:, None, None])
+    found = found if factor is None else found.mul_(factor[:, None, None])
+    return found if also is None else found.add_(also)
 
 
 def gather_gradient(
@@ -346,17 +349,20 @@ class Gate:
         self._call("gate", value)
         return value
 
-    def gradient(self, grad: Tensor) -> Tensor:
-        """Return J^T grad, like y."""
+    def gradient(self, grad: Tensor, also: Tensor | None = None) -> Tensor:
+        """Return J^T grad + also, like y."""
         result = empty(self.y.shape, self.y)
         self._call("gate_gradient", grad, result)
-        return result
+        return result if also is None else result.add_(also)
 
-    def second(self, moved: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-        """Return J moved, like a, and the gradient of <moved, J^T grad> in y, like y."""
-        value, curved = empty(grad.shape, grad), empty(self.y.shape, self.y)
+    def second(
+        self, moved: Tensor, grad: Tensor, out: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return J moved, the gradient of <moved, J^T grad> in y, to ``out`` too, and J^T grad."""
+        value = empty(grad.shape, grad)
+        curved = empty(self.y.shape, self.y) if out is None else out
         self._call("gate_second", moved, grad, value, curved)
-        return value, curved
+        return value, curved, self.gradient(grad)
 
     def _call(self, name: str, *tensors: Tensor) -> None:
         function = getattr(_functions(self.y.dtype, *self.shape[:2]), name)

@@ -38,20 +38,24 @@ class Gate:
         self._launch(_gate, value)
         return value
 
-    def gradient(self, grad: Tensor) -> Tensor:
-        """Return J^T grad, like y."""
+    def gradient(self, grad: Tensor, also: Tensor | None = None) -> Tensor:
+        """Return J^T grad + also, like y."""
         result = torch.empty_like(self.y)
-        self._launch(_gate_gradient, contiguous(grad), result)
+        also = None if also is None else contiguous(also)
+        self._launch(_gate_gradient, contiguous(grad), also, result)
         return result
 
-    def second(self, moved: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-        """Return J moved, like a, and the gradient of <moved, J^T grad> in y, like y."""
+    def second(
+        self, moved: Tensor, grad: Tensor, out: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return J moved, the gradient of <moved, J^T grad> in y, to ``out`` too, and J^T grad."""
         grad = contiguous(grad)
-        value, curved = torch.empty_like(grad), torch.empty_like(self.y)
-        self._launch(_gate_second, contiguous(moved), grad, value, curved)
-        return value, curved
+        value, gradient = torch.empty_like(grad), torch.empty_like(self.y)
+        curved = torch.empty_like(self.y) if out is None else out
+        self._launch(_gate_second, contiguous(moved), grad, value, curved, gradient)
+        return value, curved, gradient
 
-    def _launch(self, kernel: object, *tensors: Tensor) -> None:
+    def _launch(self, kernel: object, *tensors: Tensor | None) -> None:
         shape, n_edges = self.shape, len(self.y)
         block_c = channel_tile(shape.c_out)
         block_e = max(1, 1024 // block_c)
@@ -101,7 +105,7 @@ def _gate(y, value, n_edges, CHANNELS: tl.constexpr, LMAX: tl.constexpr, MMAX: t
 
 
 @triton.jit
-def _gate_gradient(y, grad, result, n_edges, CHANNELS: tl.constexpr, LMAX: tl.constexpr,
+def _gate_gradient(y, grad, also, result, n_edges, CHANNELS: tl.constexpr, LMAX: tl.constexpr,
                    MMAX: tl.constexpr, N_ROWS: tl.constexpr, SUM: tl.constexpr,
                    BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
     ROWS: tl.constexpr = N_ROWS * CHANNELS
@@ -121,12 +125,18 @@ def _gate_gradient(y, grad, result, n_edges, CHANNELS: tl.constexpr, LMAX: tl.co
                 if l == 0:
                     through += pull * gate
                 else:
-                    tl.store(result + given + LMAX * CHANNELS + row, pull * gate, mask=inside)
+                    at = given + LMAX * CHANNELS + row
+                    pull *= gate
+                    if also is not None:
+                        pull += tl.load(also + at, mask=inside, other=0.0).to(SUM)
+                    tl.store(result + at, pull, mask=inside)
+        if also is not None:
+            through += tl.load(also + given + place, mask=inside, other=0.0).to(SUM)
         tl.store(result + given + place, through, mask=inside)
 
 
 @triton.jit
-def _gate_second(y, moved, grad, value, curved, n_edges, CHANNELS: tl.constexpr,
+def _gate_second(y, moved, grad, value, curved, result, n_edges, CHANNELS: tl.constexpr,
                  LMAX: tl.constexpr, MMAX: tl.constexpr, N_ROWS: tl.constexpr, SUM: tl.constexpr,
                  BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
     ROWS: tl.constexpr = N_ROWS * CHANNELS
@@ -139,6 +149,7 @@ def _gate_second(y, moved, grad, value, curved, n_edges, CHANNELS: tl.constexpr,
         slope = gate * (1.0 - gate)
         bend = slope * (1.0 - 2.0 * gate)
         through = tl.zeros((BLOCK_E, BLOCK_C), dtype=SUM)
+        first = tl.zeros((BLOCK_E, BLOCK_C), dtype=SUM)
         for slot in tl.static_range(2 * l + 2):
             if slot != 1 and slot // 2 <= MMAX:
                 row = _row(l, slot // 2, slot % 2, LMAX) * CHANNELS
@@ -148,8 +159,12 @@ def _gate_second(y, moved, grad, value, curved, n_edges, CHANNELS: tl.constexpr,
                 pull = tl.load(grad + made + row, mask=inside, other=0.0).to(SUM)
                 tl.store(value + made + row, step * gate + number * slope * turn, mask=inside)
                 through += pull * (step * slope + number * bend * turn)
+                first += pull * number * slope
                 if l == 0:
                     through += pull * slope * turn
+                    first += pull * gate
                 else:
                     tl.store(curved + at, pull * slope * turn, mask=inside)
+                    tl.store(result + at, pull * gate, mask=inside)
         tl.store(curved + given + place, through, mask=inside)
+        tl.store(result + given + place, first, mask=inside)

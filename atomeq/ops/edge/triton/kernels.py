@@ -11,16 +11,14 @@ from atomeq.ops.edge.triton.gate import Gate
 from atomeq.ops.edge.triton.rotation import (
     gather_gradient,
     gather_rotate,
+    gradient_along,
     leave_gradient,
+    rotate_along,
     rotate_scatter,
+    scatter_along,
     torque,
 )
-from atomeq.ops.edge.triton.row_scale import (
-    moved_scaled,
-    row_products,
-    scaled_rows,
-    scaled_second,
-)
+from atomeq.ops.edge.triton.row_scale import row_products, scaled_rows
 from atomeq.ops.edge.triton.so2 import SO2Map, add_weight_gradients
 from atomeq.ops.edge.triton.wigner import vector_gradient, wigner_rows
 from atomeq.ops.specification import OpSpec
@@ -35,12 +33,13 @@ __all__ = [
     "escn_conv_second_gradient",
     "gather_gradient",
     "gather_rotate",
+    "gradient_along",
     "leave_gradient",
-    "moved_scaled",
+    "rotate_along",
     "rotate_scatter",
     "row_products",
     "scaled_rows",
-    "scaled_second",
+    "scatter_along",
     "torque",
     "vector_gradient",
     "wigner_rows",

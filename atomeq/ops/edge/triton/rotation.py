@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from atomeq.ops.edge.along import Ends, Found, Moved
 from atomeq.ops.edge.blockwise import WayIn
 from atomeq.ops.edge.so2_map import SO2Shape
 from atomeq.ops.edge.wigner import generators
@@ -55,25 +56,49 @@ def gather_rotate(
         scale: Factors shared by +m and -m, (n_edges, sum over m of (lmax - m + 1) * S * channels).
         operand: Whether the result is read by a map alone, and may have the precision of those.
     """
-    x, wigner = contiguous(x), contiguous(wigner)
+    dtype = operand_dtype(x) if operand else x.dtype
+    return _rotate(x, None, wigner, None, indices, scale, None, dtype)
+
+
+def rotate_along(
+    x: Tensor, ends: Ends, scale: Tensor | None, moved: Moved, shape: SO2Shape
+) -> Tensor:
+    """Return s (W G x' + W' G x) + s' W G x, (n_edges, n_rows * S * channels)."""
+    matrices = ends.wigner, moved.wigner
+    factors = ends.indices, scale, moved.scale
+    return _rotate(moved.x, x, *matrices, *factors, x.dtype).flatten(1)
+
+
+def _rotate(
+    x: Tensor | None,
+    other: Tensor | None,
+    wigner: Tensor,
+    other_wigner: Tensor | None,
+    indices: Sequence[Tensor],
+    scale: Tensor | None,
+    other_scale: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Return s (W G x + W' G o) + s' W G o; what is None is 0, but for the scale, which is 1."""
+    like = x if x is not None else other
+    assert like is not None
     n_edges, n_rows, n_sph = wigner.shape
     lmax, mmax = orders_of(n_rows, n_sph)
-    channels = x.shape[2]
+    channels = like.shape[2]
     width = max(1, len(indices)) * channels
-    dtype = operand_dtype(x) if operand else x.dtype
-    result = x.new_empty(n_edges, n_rows, width, dtype=dtype)
+    result = like.new_empty(n_edges, n_rows, width, dtype=dtype)
     sizes = slots(lmax, mmax)
     block_c = channel_tile(channels)
-    block_e = edge_tile(max(sizes), block_c)
+    block_e = edge_tile(max(sizes), block_c, share=1 if other_scale is None else 2)
+    others = (other if other_wigner is not None or other_scale is not None else None), other_wigner
     launch(
         _gather_rotate,
         (ceil_div(n_edges, block_e), ceil_div(channels, block_c), max(1, len(indices))),
-        x,
-        wigner,
+        *_plain(x, others[0], wigner, others[1]),
         *_two(indices),
-        None if scale is None else contiguous(scale),
+        *_plain(scale, other_scale),
         result,
-        like=x,
+        like=like,
         n_edges=n_edges,
         WIDTH=width,
         CHANNELS=channels,
@@ -81,11 +106,15 @@ def gather_rotate(
         MMAX=mmax,
         N_ROWS=n_rows,
         SLOTS=sizes,
-        SUM=accumulator(x.dtype),
+        SUM=accumulator(like.dtype),
         BLOCK_E=block_e,
         BLOCK_C=block_c,
     )
     return result
+
+
+def _plain(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if tensor is None else contiguous(tensor) for tensor in tensors]
 
 
 def _two(tensors: Sequence[Tensor]) -> list[Tensor | None]:
@@ -100,10 +129,11 @@ def rotate_scatter(
     segments: Sequence[Tensor],
     n_atoms: int,
     *,
+    scale: Tensor | None = None,
     factor: Tensor | None = None,
     total: Tensor | None = None,
 ) -> Tensor:
-    """Return G^T W^T (factor * rows).
+    """Return G^T W^T (factor * scale * rows).
 
     One program owns one degree of one atom and adds its edges in their order: no atomics, and the
     same bits every time.
@@ -115,44 +145,81 @@ def rotate_scatter(
         segments: For each index where the edges of every atom begin, (n_atoms + 1,), in the list
             of edges sorted by that atom, (n_edges,), which follows.
         n_atoms: Number of atoms.
+        scale: As in :func:`gather_rotate`, where there are indices.
         factor: (n_edges,).
         total: The result is added to it, in place.
 
     Returns:
         (n_atoms, n_sph, channels), or (n_edges, n_sph, channels).
     """
-    rows, wigner = contiguous(rows), contiguous(wigner)
-    factor = None if factor is None else contiguous(factor)
+    wigner = contiguous(wigner)
     if not indices:
-        return _rotate_back_into(rows, wigner, factor, total)
-    lmax, mmax = orders_of(wigner.shape[1], wigner.shape[2])
-    channels = rows.shape[2] // len(indices)
+        return _rotate_back_into(contiguous(rows), wigner, *_plain(factor), total)
+    lmax = orders_of(wigner.shape[1], wigner.shape[2])[0]
     adding = total is not None
-    result = rows.new_empty(n_atoms, (lmax + 1) ** 2, channels) if total is None else total
-    block_c = channel_tile(channels)
+    size = n_atoms, (lmax + 1) ** 2, rows.shape[2] // len(indices)
+    result = rows.new_empty(size) if total is None else total
+    matrices, factors = (wigner, None), (scale, None, factor, None)
+    _scatter(rows, None, *matrices, indices, segments, *factors, result, adding=adding)
+    return result
+
+
+def scatter_along(
+    ends: Ends,
+    rows: Tensor,
+    scale: Tensor | None,
+    factor: Tensor | None,
+    moved: Moved,
+    shape: SO2Shape,
+    total: Tensor,
+) -> None:
+    """Add G^T (W^T (f s y' + (f s)' y) + W'^T f s y) to the features of the atoms."""
+    matrices, factors = (ends.wigner, moved.wigner), (scale, moved.scale, factor, moved.factor)
+    given = moved.rows, rows, *matrices, ends.indices, ends.segments, *factors
+    _scatter(*given, total, adding=True)
+
+
+def _scatter(
+    rows: Tensor | None,
+    others: Tensor | None,
+    wigner: Tensor,
+    other_wigner: Tensor | None,
+    indices: Sequence[Tensor],
+    segments: Sequence[Tensor],
+    scale: Tensor | None,
+    other_scale: Tensor | None,
+    factor: Tensor | None,
+    other_factor: Tensor | None,
+    result: Tensor,
+    *,
+    adding: bool,
+) -> None:
+    """Write or add G^T (W^T f s y + W'^T f s o + W^T (f s' + f' s) o); what is None is 0 or 1."""
+    if other_wigner is None and other_scale is None and other_factor is None:
+        others = None
+    lmax, mmax = orders_of(wigner.shape[1], wigner.shape[2])
+    block_c = channel_tile(result.shape[2])
     launch(
         _rotate_scatter,
-        (n_atoms, lmax + 1, ceil_div(channels, block_c)),
-        rows,
-        wigner,
+        (len(result), lmax + 1, ceil_div(result.shape[2], block_c)),
+        *_plain(rows, others, wigner, other_wigner),
         *_two(segments[::2]),
         *_two(segments[1::2]),
-        factor,
+        *_plain(scale, other_scale, factor, other_factor),
         result,
-        like=rows,
+        like=result,
         SIDES=len(indices),
-        CHANNELS=channels,
+        CHANNELS=result.shape[2],
         LMAX=lmax,
         MMAX=mmax,
         N_ROWS=wigner.shape[1],
         DEGREES=degrees(lmax),
         ADDING=adding,
-        SUM=accumulator(rows.dtype),
+        SUM=accumulator(result.dtype),
         BLOCK_E=2,  # two edges on two warps: 128 registers at lmax = 2, none spilled at 6
         BLOCK_C=block_c,
-        num_warps=2,
+        num_warps=2 if others is None else 4,
     )
-    return result
 
 
 def _rotate_back_into(
@@ -206,14 +273,16 @@ def leave_gradient(
     factor: Tensor | None,
     to_factor: Tensor | None,
     turn: Tensor | None,
+    also: Tensor | None,
 ) -> Tensor:
-    """Return f W G x, (n_edges, n_rows, channels), where <f W G x, rows> is differentiated.
+    """Return f W G x + also, (n_edges, n_rows, channels); <f W G x, rows> is differentiated.
 
     The gradient of f is written, and a turn of each edge is lessened by the torque; None is not
     wanted, and of neither are there rows.
     """
     result = x.new_empty(*wigner.shape[:2], x.shape[2])
-    given = {"factor": factor, "rotated": result, "to_factor": to_factor, "turn": turn}
+    given = {"factor": factor, "also": also}
+    given |= {"rotated": result, "to_factor": to_factor, "turn": turn}
     _launch_gradient(x, wigner, indices, rows, **given, SIGN=-1)
     return result
 
@@ -230,13 +299,54 @@ def gather_gradient(
 ) -> None:
     """Give the gradients of <grad, s W G x>, for grad (n_edges, n_rows * c_in)."""
     rows = grad.unflatten(1, (shape.n_rows, -1))
-    scaled = None if scale is None or into.x is None else torch.empty_like(rows)
-    if scale is not None or into.turn is not None:
-        given = {"scale": scale, "scaled": scaled, "through": into.scale, "turn": into.turn}
+    if into.scale is not None or into.turn is not None:
+        given = {"scale": scale, "through": into.scale, "turn": into.turn}
         _launch_gradient(x, wigner, indices, rows, **given, SIGN=-1)
     if into.x is not None:
-        own = rows if scaled is None else scaled
-        rotate_scatter(own, wigner, indices, segments, len(x), total=into.x)
+        given = rows, wigner, indices, segments, len(x)
+        rotate_scatter(*given, scale=scale, total=into.x)
+
+
+def gradient_along(
+    x: Tensor,
+    ends: Ends,
+    rows: Tensor,
+    scale: Tensor | None,
+    factor: Tensor | None,
+    moved: Moved,
+    shape: SO2Shape,
+    into: Found,
+) -> None:
+    """Differentiate the gradients of <y, f s W G x> along a direction, see ops/edge/along.py."""
+    if all([part is None for part in into]):
+        return
+    (n_edges, n_rows, n_sph), channels = ends.wigner.shape, x.shape[2]
+    lmax, mmax = orders_of(n_rows, n_sph)
+    block_c, sizes = channel_tile(channels), slots(lmax, mmax)
+    block_e = edge_tile(max(*sizes, *degrees(lmax)), block_c, share=8)
+    launch(
+        _gradient_along,
+        (ceil_div(n_edges, block_e),),
+        *_plain(x, moved.x, ends.wigner, moved.wigner),
+        *_two(ends.indices),
+        *_plain(rows, moved.rows, scale, moved.scale, factor, moved.factor, moved.turn),
+        table_like(_neighbours, lmax, like=ends.wigner),
+        table_like(_coefficients, lmax, like=ends.wigner),
+        *into,
+        like=x,
+        n_edges=n_edges,
+        SIDES=max(1, len(ends.indices)),
+        CHANNELS=channels,
+        LMAX=lmax,
+        MMAX=mmax,
+        N_ROWS=n_rows,
+        SLOTS=sizes,
+        DEGREES=degrees(lmax),
+        TERMS=TERMS,
+        SUM=accumulator(x.dtype),
+        BLOCK_E=block_e,
+        BLOCK_C=block_c,
+    )
 
 
 def _launch_gradient(
@@ -248,7 +358,7 @@ def _launch_gradient(
     SIGN: int,
     scale: Tensor | None = None,
     factor: Tensor | None = None,
-    scaled: Tensor | None = None,
+    also: Tensor | None = None,
     through: Tensor | None = None,
     rotated: Tensor | None = None,
     to_factor: Tensor | None = None,
@@ -267,10 +377,10 @@ def _launch_gradient(
         x,
         wigner,
         *_two(indices),
-        *(None if each is None else contiguous(each) for each in (rows, scale, factor)),
+        *_plain(rows, scale, factor, also),
         table_like(_neighbours, lmax, like=wigner),
         table_like(_coefficients, lmax, like=wigner),
-        *(scaled, through, rotated, to_factor, turn),
+        *(through, rotated, to_factor, turn),
         like=x,
         n_edges=n_edges,
         SIDES=max(1, len(indices)),
@@ -357,11 +467,13 @@ def _rotated(total, features, matrix, row, present, inside, l: tl.constexpr, LMA
 
 
 @triton.jit
-def _gather_rotate(x, wigner, source, target, scale, result, n_edges,
+def _gather_rotate(x, other, wigner, other_wigner, source, target, scale, other_scale,
+                   result, n_edges,
                    WIDTH: tl.constexpr, CHANNELS: tl.constexpr,
                    LMAX: tl.constexpr, MMAX: tl.constexpr, N_ROWS: tl.constexpr,
                    SLOTS: tl.constexpr, SUM: tl.constexpr,
                    BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
+    """Write s (W G x + W' G o) + s' W G o, of what there is."""
     N_SPH: tl.constexpr = (LMAX + 1) * (LMAX + 1)
     N_SCALES: tl.constexpr = (N_ROWS + LMAX + 1) // 2
     edge = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
@@ -373,54 +485,84 @@ def _gather_rotate(x, wigner, source, target, scale, result, n_edges,
     if source is not None:
         atom = tl.load(source + edge, mask=there, other=0).to(tl.int64)
     if target is not None:
-        other = tl.load(target + edge, mask=there, other=0).to(tl.int64)
-        atom = tl.where(side == 0, atom, other)
+        end = tl.load(target + edge, mask=there, other=0).to(tl.int64)
+        atom = tl.where(side == 0, atom, end)
     inside = there[:, None] & (channel < CHANNELS)[None, :]
-    features = x + (atom * (N_SPH * CHANNELS))[:, None] + channel[None, :]
-    matrix = (wigner + edge * (N_ROWS * N_SPH))[:, None]
+    at_atom = (atom * (N_SPH * CHANNELS))[:, None] + channel[None, :]
+    at_matrix = (edge * (N_ROWS * N_SPH))[:, None]
     own = (side * CHANNELS + channel)[None, None, :]
     for l in tl.static_range(LMAX + 1):
         m, row, real = _slots(l, LMAX, MMAX, SLOTS[l])
         total = tl.zeros((BLOCK_E, tl.constexpr(SLOTS[l]), BLOCK_C), dtype=SUM)
-        total = _rotated(total, features, matrix, row, there[:, None], inside, l, LMAX, CHANNELS,
-                         SUM)  # fmt: skip
+        if x is not None:
+            total = _rotated(total, x + at_atom, wigner + at_matrix, row, there[:, None], inside,
+                             l, LMAX, CHANNELS, SUM)  # fmt: skip
+        if other_wigner is not None:
+            total = _rotated(total, other + at_atom, other_wigner + at_matrix, row,
+                             there[:, None], inside, l, LMAX, CHANNELS, SUM)  # fmt: skip
         kept = inside[:, None, :] & real[None, :, None]
+        factor = (edge * (N_SCALES * WIDTH))[:, None, None] + own
+        factor += (_number(l, m, LMAX) * WIDTH)[None, :, None]
         if scale is not None:
-            factor = (scale + edge * (N_SCALES * WIDTH))[:, None, None] + own
-            factor += (_number(l, m, LMAX) * WIDTH)[None, :, None]
-            total *= tl.load(factor, mask=kept, other=0.0).to(SUM)
+            total *= tl.load(scale + factor, mask=kept, other=0.0).to(SUM)
+        if other_scale is not None:
+            rows = tl.zeros((BLOCK_E, tl.constexpr(SLOTS[l]), BLOCK_C), dtype=SUM)
+            rows = _rotated(rows, other + at_atom, wigner + at_matrix, row, there[:, None], inside,
+                            l, LMAX, CHANNELS, SUM)  # fmt: skip
+            total += rows * tl.load(other_scale + factor, mask=kept, other=0.0).to(SUM)
         out = (result + edge * (N_ROWS * WIDTH))[:, None, None] + own
         tl.store(out + (row * WIDTH)[None, :, None], total, mask=kept)
 
 
 @triton.jit
-def _add_lab_rows(total, y, matrix, scale, present, inside, l: tl.constexpr, LMAX: tl.constexpr,
-                  MMAX: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr,
-                  SUM: tl.constexpr):  # fmt: skip
+def _add_lab_rows(total, y, at, wigner, at_matrix, scale, at_scale, present, inside,
+                  l: tl.constexpr, LMAX: tl.constexpr, MMAX: tl.constexpr, WIDTH: tl.constexpr,
+                  SIZE: tl.constexpr, SUM: tl.constexpr):  # fmt: skip
     """Add the coefficients of degree l of W^T s y, (edges, 2 l + 1 and padding, channels)."""
     N_SPH: tl.constexpr = (LMAX + 1) * (LMAX + 1)
     place = tl.arange(0, SIZE)
     # The padding of the last degree would read beyond the matrix; what it makes is not used.
-    column = tl.where(place < 2 * l + 1, l * l + place, 0)[None, :]
+    column = at_matrix + tl.where(place < 2 * l + 1, l * l + place, 0)[None, :]
     for slot in tl.static_range(2 * l + 2):
         if slot != 1 and slot // 2 <= MMAX:  # there is no -0
             row = _row(l, slot // 2, slot % 2, LMAX)
-            element = tl.load(matrix + row * N_SPH + column, mask=present, other=0.0).to(SUM)
-            feature = tl.load(y + row * WIDTH, mask=inside, other=0.0).to(SUM)
+            element = tl.load(wigner + row * N_SPH + column, mask=present, other=0.0).to(SUM)
+            feature = tl.load(y + row * WIDTH + at, mask=inside, other=0.0).to(SUM)
             if scale is not None:
-                factor = scale + _number(l, slot // 2, LMAX) * WIDTH
+                factor = scale + _number(l, slot // 2, LMAX) * WIDTH + at_scale
                 feature *= tl.load(factor, mask=inside, other=0.0).to(SUM)
             total += element[:, :, None] * feature[:, None, :]
     return total
 
 
 @triton.jit
-def _rotate_scatter(y, wigner, pointer, other_pointer, order, other_order, envelope, result,
+def _add_moved_rows(total, y, other, at, wigner, other_wigner, at_matrix, scale, other_scale,
+                    at_scale, present, inside, l: tl.constexpr, LMAX: tl.constexpr,
+                    MMAX: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr,
+                    SUM: tl.constexpr):  # fmt: skip
+    """Add those of W^T s y + W'^T s o + W^T s' o, of what there is."""
+    if y is not None:
+        total = _add_lab_rows(total, y, at, wigner, at_matrix, scale, at_scale, present, inside, l,
+                              LMAX, MMAX, WIDTH, SIZE, SUM)  # fmt: skip
+    if other_wigner is not None:
+        total = _add_lab_rows(total, other, at, other_wigner, at_matrix, scale, at_scale, present,
+                              inside, l, LMAX, MMAX, WIDTH, SIZE, SUM)  # fmt: skip
+    if other_scale is not None:
+        total = _add_lab_rows(total, other, at, wigner, at_matrix, other_scale, at_scale, present,
+                              inside, l, LMAX, MMAX, WIDTH, SIZE, SUM)  # fmt: skip
+    return total
+
+
+@triton.jit
+def _rotate_scatter(y, other, wigner, other_wigner, pointer, other_pointer, order, other_order,
+                    scale, other_scale, envelope, other_envelope, result,
                     SIDES: tl.constexpr, CHANNELS: tl.constexpr,
                     LMAX: tl.constexpr, MMAX: tl.constexpr, N_ROWS: tl.constexpr,
                     DEGREES: tl.constexpr, ADDING: tl.constexpr,
                     SUM: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
+    """Sum W^T f s y + W'^T f s o + W^T (f s' + f' s) o on the atoms, of what there is."""
     N_SPH: tl.constexpr = (LMAX + 1) * (LMAX + 1)
+    N_SCALES: tl.constexpr = (N_ROWS + LMAX + 1) // 2
     WIDTH: tl.constexpr = SIDES * CHANNELS
     atom = tl.program_id(0).to(tl.int64)
     channel = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -435,19 +577,29 @@ def _rotate_scatter(y, wigner, pointer, other_pointer, order, other_order, envel
                     edge = begin + tl.arange(0, BLOCK_E)
                     there = edge < last
                     edge = tl.load(edges + edge, mask=there, other=0).to(tl.int64)
-                    inside = there[:, None] & (channel < CHANNELS)[None, :]
-                    rows = (y + edge * (N_ROWS * WIDTH))[:, None]
-                    rows += (side * CHANNELS + channel)[None, :]
-                    matrix = (wigner + edge * (N_ROWS * N_SPH))[:, None]
+                    present, inside = there[:, None], there[:, None] & (channel < CHANNELS)[None, :]
+                    at = (edge * (N_ROWS * WIDTH))[:, None] + (side * CHANNELS + channel)[None, :]
+                    at_scale = (edge * (N_SCALES * WIDTH))[:, None]
+                    at_scale += (side * CHANNELS + channel)[None, :]
+                    at_matrix = (edge * (N_ROWS * N_SPH))[:, None]
                     part = tl.zeros((BLOCK_E, tl.constexpr(DEGREES[l]), BLOCK_C), dtype=SUM)
                     if envelope is None:
                         part = total
-                    part = _add_lab_rows(part, rows, matrix, None, there[:, None], inside, l, LMAX,
-                                         MMAX, WIDTH, DEGREES[l], SUM)  # fmt: skip
+                    part = _add_moved_rows(
+                        part, y, other, at, wigner, other_wigner, at_matrix, scale, other_scale,
+                        at_scale, present, inside, l, LMAX, MMAX, WIDTH, DEGREES[l],
+                        SUM)  # fmt: skip
                     if envelope is None:
                         total = part
                     else:
                         factor = tl.load(envelope + edge, mask=there, other=0.0).to(SUM)
+                        total += factor[:, None, None] * part
+                    if other_envelope is not None:
+                        part = tl.zeros((BLOCK_E, tl.constexpr(DEGREES[l]), BLOCK_C), dtype=SUM)
+                        part = _add_lab_rows(part, other, at, wigner, at_matrix, scale, at_scale,
+                                             present, inside, l, LMAX, MMAX, WIDTH, DEGREES[l],
+                                             SUM)  # fmt: skip
+                        factor = tl.load(other_envelope + edge, mask=there, other=0.0).to(SUM)
                         total += factor[:, None, None] * part
                     begin += BLOCK_E
             place = tl.arange(0, DEGREES[l])
@@ -474,13 +626,13 @@ def _rotate_back(y, wigner, envelope, result, n_edges,
     there = edge < n_edges
     edge = edge.to(tl.int64)
     inside = there[:, None] & (channel < CHANNELS)[None, :]
-    rows = y + (edge * (N_ROWS * CHANNELS))[:, None] + channel[None, :]
-    matrix = (wigner + edge * (N_ROWS * N_SPH))[:, None]
+    at = (edge * (N_ROWS * CHANNELS))[:, None] + channel[None, :]
+    at_matrix = (edge * (N_ROWS * N_SPH))[:, None]
     out = (result + edge * (N_SPH * CHANNELS))[:, None, None] + channel[None, None, :]
     for l in tl.static_range(LMAX + 1):
         lab = tl.zeros((BLOCK_E, tl.constexpr(DEGREES[l]), BLOCK_C), dtype=SUM)
-        lab = _add_lab_rows(lab, rows, matrix, None, there[:, None], inside, l, LMAX, MMAX,
-                            CHANNELS, DEGREES[l], SUM)  # fmt: skip
+        lab = _add_lab_rows(lab, y, at, wigner, at_matrix, None, at, there[:, None], inside, l,
+                            LMAX, MMAX, CHANNELS, DEGREES[l], SUM)  # fmt: skip
         if envelope is not None:
             lab *= tl.load(envelope + edge, mask=there, other=0.0).to(SUM)[:, None, None]
         place = tl.arange(0, DEGREES[l])
@@ -516,16 +668,6 @@ def _add_torque(about_x, about_y, about_z, features, lab, neighbours, coefficien
 
 
 @triton.jit
-def _write_scaled(scaled, y, scale, place, at_scale, kept, m, l: tl.constexpr, LMAX: tl.constexpr,
-                  WIDTH: tl.constexpr, SUM: tl.constexpr):  # fmt: skip
-    """Write the rows of degree l of s y."""
-    number = at_scale[:, None, :] + (_number(l, m, LMAX) * WIDTH)[None, :, None]
-    value = tl.load(y + place, mask=kept, other=0.0).to(SUM)
-    value *= tl.load(scale + number, mask=kept, other=0.0).to(SUM)
-    tl.store(scaled + place, value, mask=kept)
-
-
-@triton.jit
 def _write_pairs(through, products, at_scale, inside, l: tl.constexpr, LMAX: tl.constexpr,
                  MMAX: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr,
                  BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
@@ -539,17 +681,16 @@ def _write_pairs(through, products, at_scale, inside, l: tl.constexpr, LMAX: tl.
 
 
 @triton.jit
-def _gradient(x, wigner, source, target, y, scale, envelope, neighbours,  # noqa: C901
-              coefficients,
-              scaled, through, rotated, to_envelope, turn, n_edges,
+def _gradient(x, wigner, source, target, y, scale, envelope, also, neighbours,  # noqa: C901
+              coefficients, through, rotated, to_envelope, turn, n_edges,
               SIDES: tl.constexpr, CHANNELS: tl.constexpr, LMAX: tl.constexpr,
               MMAX: tl.constexpr, N_ROWS: tl.constexpr, SLOTS: tl.constexpr,
               DEGREES: tl.constexpr, TERMS: tl.constexpr, SIGN: tl.constexpr, SUM: tl.constexpr,
               BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
     """Differentiate <y, f s W G x>: all that edges get of it, each only if it is not None.
 
-    These are s y, the products of y and W G x summed over +m and -m, f W G x, <y, W G x>, and the
-    torque, which is added with a sign.
+    These are the products of y and W G x summed over +m and -m, f W G x and what is ``also`` there,
+    <y, W G x>, and the torque, which is added with a sign.
     """
     N_SPH: tl.constexpr = (LMAX + 1) * (LMAX + 1)
     N_SCALES: tl.constexpr = (N_ROWS + LMAX + 1) // 2
@@ -557,7 +698,7 @@ def _gradient(x, wigner, source, target, y, scale, envelope, neighbours,  # noqa
     edge = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
     there = edge < n_edges
     edge = edge.to(tl.int64)
-    matrix = (wigner + edge * (N_ROWS * N_SPH))[:, None]
+    at_matrix = (edge * (N_ROWS * N_SPH))[:, None]
     about_x = tl.zeros((BLOCK_E,), dtype=SUM)
     about_y = tl.zeros((BLOCK_E,), dtype=SUM)
     about_z = tl.zeros((BLOCK_E,), dtype=SUM)
@@ -577,18 +718,18 @@ def _gradient(x, wigner, source, target, y, scale, envelope, neighbours,  # noqa
             at = (edge * (N_ROWS * WIDTH))[:, None] + (side * CHANNELS + channel)[None, :]
             at_scale = (edge * (N_SCALES * WIDTH))[:, None] + (side * CHANNELS + channel)[None, :]
             for l in tl.static_range(LMAX + 1):
-                m, row, real = _slots(l, LMAX, MMAX, SLOTS[l])
+                _, row, real = _slots(l, LMAX, MMAX, SLOTS[l])
                 kept = inside[:, None, :] & real[None, :, None]
                 place = at[:, None, :] + (row * WIDTH)[None, :, None]
-                if scaled is not None:
-                    _write_scaled(scaled, y, scale, place, at_scale, kept, m, l, LMAX, WIDTH,
-                                  SUM)  # fmt: skip
                 if through is not None or rotated is not None:
                     total = tl.zeros((BLOCK_E, tl.constexpr(SLOTS[l]), BLOCK_C), dtype=SUM)
-                    total = _rotated(total, features, matrix, row, there[:, None], inside, l, LMAX,
-                                     CHANNELS, SUM)  # fmt: skip
+                    total = _rotated(total, features, wigner + at_matrix, row, there[:, None],
+                                     inside, l, LMAX, CHANNELS, SUM)  # fmt: skip
                     if rotated is not None:
-                        tl.store(rotated + place, total * factor[:, None, None], mask=kept)
+                        value = total * factor[:, None, None]
+                        if also is not None:
+                            value += tl.load(also + place, mask=kept, other=0.0).to(SUM)
+                        tl.store(rotated + place, value, mask=kept)
                     if y is not None:
                         total *= tl.load(y + place, mask=kept, other=0.0).to(SUM)
                         overlap += tl.sum(tl.sum(total, axis=1), axis=1)
@@ -597,11 +738,9 @@ def _gradient(x, wigner, source, target, y, scale, envelope, neighbours,  # noqa
                                      SLOTS[l], BLOCK_E, BLOCK_C)  # fmt: skip
                 if turn is not None and l > 0:
                     lab = tl.zeros((BLOCK_E, tl.constexpr(DEGREES[l]), BLOCK_C), dtype=SUM)
-                    own = None
-                    if scale is not None:
-                        own = scale + at_scale
-                    lab = _add_lab_rows(lab, y + at, matrix, own, there[:, None], inside, l, LMAX,
-                                        MMAX, WIDTH, DEGREES[l], SUM)  # fmt: skip
+                    lab = _add_lab_rows(lab, y, at, wigner, at_matrix, scale, at_scale,
+                                        there[:, None], inside, l, LMAX, MMAX, WIDTH, DEGREES[l],
+                                        SUM)  # fmt: skip
                     about_x, about_y, about_z = _add_torque(
                         about_x, about_y, about_z, features, lab, neighbours, coefficients, inside,
                         l, CHANNELS, TERMS, DEGREES[l], SUM)  # fmt: skip
@@ -616,3 +755,115 @@ def _gradient(x, wigner, source, target, y, scale, envelope, neighbours,  # noqa
         tl.store(out, about_x, mask=there)
         tl.store(out + 1, about_y, mask=there)
         tl.store(out + 2, about_z, mask=there)
+
+
+@triton.jit
+def _gradient_along(x, moved_x, wigner, moved_wigner, source, target, y, moved_y,  # noqa: C901
+                    scale, moved_scale, envelope, moved_envelope, angle, neighbours, coefficients,
+                    through, moved_through, rotated, overlap, turn, n_edges,
+                    SIDES: tl.constexpr, CHANNELS: tl.constexpr, LMAX: tl.constexpr,
+                    MMAX: tl.constexpr, N_ROWS: tl.constexpr, SLOTS: tl.constexpr,
+                    DEGREES: tl.constexpr, TERMS: tl.constexpr, SUM: tl.constexpr,
+                    BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
+    """Differentiate what ``_gradient`` writes along a direction, each only if it is not None."""
+    N_SPH: tl.constexpr = (LMAX + 1) * (LMAX + 1)
+    N_SCALES: tl.constexpr = (N_ROWS + LMAX + 1) // 2
+    WIDTH: tl.constexpr = SIDES * CHANNELS
+    edge = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
+    there = edge < n_edges
+    present = there[:, None]
+    edge = edge.to(tl.int64)
+    at_matrix = (edge * (N_ROWS * N_SPH))[:, None]
+    about_x = tl.zeros((BLOCK_E,), dtype=SUM)
+    about_y, about_z = about_x, about_x  # T' - t x T, of the torque T
+    plain_x, plain_y, plain_z = about_x, about_x, about_x  # T
+    overlaps = about_x
+    factor = tl.full((BLOCK_E,), 1.0, dtype=SUM)
+    if envelope is not None:
+        factor *= tl.load(envelope + edge, mask=there, other=0.0).to(SUM)
+    moved_factor = tl.zeros((BLOCK_E,), dtype=SUM)
+    if moved_envelope is not None:
+        moved_factor += tl.load(moved_envelope + edge, mask=there, other=0.0).to(SUM)
+    for side in tl.static_range(SIDES):
+        atom = edge
+        if source is not None:
+            index = source if side == 0 else target
+            atom = tl.load(index + edge, mask=there, other=0).to(tl.int64)
+        for start in tl.static_range(0, CHANNELS, BLOCK_C):
+            channel = start + tl.arange(0, BLOCK_C)
+            inside = present & (channel < CHANNELS)[None, :]
+            at_atom = (atom * (N_SPH * CHANNELS))[:, None] + channel[None, :]
+            at = (edge * (N_ROWS * WIDTH))[:, None] + (side * CHANNELS + channel)[None, :]
+            at_scale = (edge * (N_SCALES * WIDTH))[:, None] + (side * CHANNELS + channel)[None, :]
+            for l in tl.static_range(LMAX + 1):
+                _, row, real = _slots(l, LMAX, MMAX, SLOTS[l])
+                kept = inside[:, None, :] & real[None, :, None]
+                place = at[:, None, :] + (row * WIDTH)[None, :, None]
+                if (through is not None or moved_through is not None or rotated is not None
+                        or overlap is not None):  # fmt: skip
+                    none = tl.zeros((BLOCK_E, tl.constexpr(SLOTS[l]), BLOCK_C), dtype=SUM)
+                    r = _rotated(none, x + at_atom, wigner + at_matrix, row, present, inside, l,
+                                 LMAX, CHANNELS, SUM)  # fmt: skip
+                    moved_r = none
+                    if moved_x is not None:
+                        moved_r = _rotated(moved_r, moved_x + at_atom, wigner + at_matrix, row,
+                                           present, inside, l, LMAX, CHANNELS, SUM)  # fmt: skip
+                    if moved_wigner is not None:
+                        moved_r = _rotated(moved_r, x + at_atom, moved_wigner + at_matrix, row,
+                                           present, inside, l, LMAX, CHANNELS, SUM)  # fmt: skip
+                    if rotated is not None:
+                        value = factor[:, None, None] * moved_r
+                        if moved_envelope is not None:
+                            value += moved_factor[:, None, None] * r
+                        tl.store(rotated + place, value, mask=kept)
+                    if through is not None or moved_through is not None or overlap is not None:
+                        own = tl.load(y + place, mask=kept, other=0.0).to(SUM)
+                        moved_r *= own
+                        if moved_y is not None:
+                            moved_r += tl.load(moved_y + place, mask=kept, other=0.0).to(SUM) * r
+                        if overlap is not None:
+                            overlaps += tl.sum(tl.sum(moved_r, axis=1), axis=1)
+                        if moved_through is not None:
+                            _write_pairs(moved_through, moved_r, at_scale, inside, l, LMAX, MMAX,
+                                         WIDTH, SLOTS[l], BLOCK_E, BLOCK_C)  # fmt: skip
+                        if through is not None:
+                            _write_pairs(through, own * r, at_scale, inside, l, LMAX, MMAX, WIDTH,
+                                         SLOTS[l], BLOCK_E, BLOCK_C)  # fmt: skip
+                if turn is not None and l > 0:
+                    none = tl.zeros((BLOCK_E, tl.constexpr(DEGREES[l]), BLOCK_C), dtype=SUM)
+                    lab = _add_lab_rows(none, y, at, wigner, at_matrix, scale, at_scale, present,
+                                        inside, l, LMAX, MMAX, WIDTH, DEGREES[l],
+                                        SUM)  # fmt: skip
+                    moved_lab = _add_moved_rows(
+                        none, moved_y, y, at, wigner, moved_wigner, at_matrix, scale, moved_scale,
+                        at_scale, present, inside, l, LMAX, MMAX, WIDTH, DEGREES[l],
+                        SUM)  # fmt: skip
+                    moved_lab *= factor[:, None, None]
+                    if moved_envelope is not None:
+                        moved_lab += moved_factor[:, None, None] * lab
+                    lab *= factor[:, None, None]
+                    about_x, about_y, about_z = _add_torque(
+                        about_x, about_y, about_z, x + at_atom, moved_lab, neighbours,
+                        coefficients, inside, l, CHANNELS, TERMS, DEGREES[l], SUM)  # fmt: skip
+                    if moved_x is not None:
+                        about_x, about_y, about_z = _add_torque(
+                            about_x, about_y, about_z, moved_x + at_atom, lab, neighbours,
+                            coefficients, inside, l, CHANNELS, TERMS, DEGREES[l], SUM)  # fmt: skip
+                    if angle is not None:
+                        plain_x, plain_y, plain_z = _add_torque(
+                            plain_x, plain_y, plain_z, x + at_atom, lab, neighbours,
+                            coefficients, inside, l, CHANNELS, TERMS, DEGREES[l], SUM)  # fmt: skip
+    if overlap is not None:
+        tl.store(overlap + edge, overlaps, mask=there)
+    if turn is not None:
+        if angle is not None:
+            t_x = tl.load(angle + edge * 3, mask=there, other=0.0).to(SUM)
+            t_y = tl.load(angle + edge * 3 + 1, mask=there, other=0.0).to(SUM)
+            t_z = tl.load(angle + edge * 3 + 2, mask=there, other=0.0).to(SUM)
+            about_x -= t_y * plain_z - t_z * plain_y
+            about_y -= t_z * plain_x - t_x * plain_z
+            about_z -= t_x * plain_y - t_y * plain_x
+        out = turn + edge * 3
+        tl.store(out, tl.load(out, mask=there, other=0.0).to(SUM) - about_x, mask=there)
+        tl.store(out + 1, tl.load(out + 1, mask=there, other=0.0).to(SUM) - about_y, mask=there)
+        tl.store(out + 2, tl.load(out + 2, mask=there, other=0.0).to(SUM) - about_z, mask=there)
