@@ -73,7 +73,28 @@ class Traffic(TorchDispatchMode):
         self, kernel: Any, grid: object, *tensors: Tensor | None, like: Tensor, **constants: Any
     ) -> None:
         """Count, and start nothing: what the kernels are given in the place of ``launch``."""
+        if "GROUPS" in constants:
+            tensors = _columns(constants, *tensors)
         self.count(kernel.__name__, [tensor for tensor in tensors if tensor is not None])
+
+
+def _columns(
+    constants: dict[str, Any],
+    rows: Tensor,
+    weights: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    gated: Tensor | None,
+) -> list[Tensor | None]:
+    """Return of rows the columns that a launch of grouped products reads and writes."""
+    read = made = 0
+    for kind, _, _, inner, _, _, outer, *_ in constants["GROUPS"]:
+        signs = 2 if kind == so2._COMPLEX else 1
+        read, made = read + signs * inner, made + signs * outer
+    if gated is None:
+        return [rows[:, :read], weights, bias, out[:, :made]]
+    beside = made * constants["KEEP"] + constants["GATES"]  # which one launch makes for the other
+    return [rows[:, :read], weights, out[:, :beside], gated[:, :made]]
 
 
 def _tensors(value: Any) -> list[Tensor]:
