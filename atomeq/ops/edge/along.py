@@ -15,6 +15,8 @@ from torch import Tensor
 
 from atomeq.ops.edge.so2_map import SO2Shape
 
+Radial = tuple[Tensor, Tensor, Tensor | None]  # h, A and b of factors h A^T + b
+
 
 class Ends(NamedTuple):
     """Atoms of some edges, and the rotation into the edges' frames and back; rows are flat.
@@ -37,12 +39,15 @@ class Ends(NamedTuple):
         wigner: Tensor | None = None,
         *,
         scale: Tensor | None = None,
-        operand: bool = False,
     ) -> Tensor:
-        """Return scale * W G x, (n, n_rows * S * C); an operand is read by a map alone."""
+        """Return scale * W G x, (n, n_rows * S * C)."""
         wigner = self.wigner if wigner is None else wigner
-        rows = self.by.gather_rotate(x, wigner, self.indices, scale=scale, operand=operand)
-        return rows.flatten(1)
+        return self.by.gather_rotate(x, wigner, self.indices, scale=scale).flatten(1)
+
+    def operand(self, x: Tensor, scale: Tensor | None, radial: Radial | None) -> Tensor:
+        """Return scale * W G x, (n, n_rows * S * C), that a map alone reads; see gather_rotate."""
+        factors = {"scale": scale, "radial": radial}
+        return self.by.gather_rotate(x, *self[1:3], **factors, operand=True).flatten(1)
 
     def back(
         self,

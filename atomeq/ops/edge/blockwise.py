@@ -7,13 +7,14 @@ Kernels that have the layer whole call this where that does not serve. Equations
 
 import math
 from collections.abc import Iterator
+from functools import cached_property
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from atomeq.ops.edge.along import Ends, Found, Moved
+from atomeq.ops.edge.along import Ends, Found, Moved, Radial
 from atomeq.ops.edge.escn_conv import INWARD, RADIAL, EdgeLayer, Named, flat, grouped
 from atomeq.ops.edge.frame import segments_of
 from atomeq.ops.edge.rotation import turning
@@ -43,7 +44,7 @@ def value(call: SimpleNamespace) -> tuple[Tensor, Tensor, Tensor]:
     total = x.new_zeros(x.shape[0], x.shape[1], second.c_out)
     y, u = layer.kept(call.keep, first.width, second.width)
     for block in blocks(layer):
-        rows = block.both.into(x, scale=block.scale, operand=True)
+        rows = block.both.operand(x, *block.factors)
         own_y, own_u = (
             kept[block.part] if call.keep else by.empty((block.n, kept.shape[1]), x)
             for kept in (y, u)
@@ -124,10 +125,17 @@ class EdgeBlock:
         self.both = Ends(by, layer.tensors["wigner"][part], indices, segments)
         self.target = self.both._replace(indices=indices[1:], segments=segments[2:])
         self.envelope = self.edges("envelope")
-        self.scale = self.edges("radial")  # s, (n, n_scales)
-        if self.scale is not None and "radial_weight" in layer.tensors:
+        # s (n, n_scales), or what gives it
+        self.factors: tuple[Tensor | None, Radial | None] = self.edges("radial"), None
+        if self.factors[0] is not None and "radial_weight" in layer.tensors:
             weight, bias = layer.tensors["radial_weight"], layer.tensors.get("radial_bias")
-            self.scale = torch.nn.functional.linear(self.scale, weight, bias)
+            self.factors = None, (self.factors[0], weight, bias)
+
+    @cached_property
+    def scale(self) -> Tensor | None:
+        """Factors s of the rows, (n, n_scales)."""
+        scale, radial = self.factors
+        return scale if radial is None else torch.nn.functional.linear(*radial)
 
     def edges(self, name: str) -> Tensor | None:
         """Return the block's part of an input of the edges."""
@@ -166,7 +174,8 @@ class EdgeBlock:
 def _block_gradient(block: EdgeBlock, grad: Tensor, inside: Named, found: Named) -> None:
     y, u, part = inside.get("y"), inside.get("u"), block.part
     if y is None:
-        y = block.first.forward(block.both.into(block.x, scale=block.scale), None, block.biases[0])
+        rows = block.both.operand(block.x, *block.factors)
+        y = block.first.forward(rows, None, block.biases[0])
     gate = block.layer.by.Gate(y, block.first.shape)
     leaving = [found[name][part] if name in found else None for name in ("envelope", "vectors")]
     left = any([part is not None for part in leaving])

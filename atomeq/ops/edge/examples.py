@@ -49,21 +49,21 @@ def so2_map(size: Size) -> Example:
 
 
 def layer(size: Size) -> Example:
-    """Return all of an edge layer with as many hidden channels as others, factors and envelopes."""
+    """Return all of an edge layer, with as many hidden channels as others."""
     edges, channels = indices(size, _ATOMS, 2, _EDGES), size.channels
     first = _weights(size, 2 * channels, channels, size.lmax * channels)
     second = _weights(size, channels, channels, 0)
     x = random(size, _ATOMS, (size.lmax + 1) ** 2, channels)
     n_scales = 2 * sum(size.lmax + 1 - m for m in range(size.mmax + 1)) * channels
-    radial, envelope = random(size, _EDGES, n_scales), random(size, _EDGES)
+    mapped = [random(size, *shape) for shape in ((_EDGES, 64), (n_scales, 64), (n_scales,))]
+    mapped[1] /= 8.0
 
-    def compute(
-        operation, x: Tensor, vectors: Tensor, radial: Tensor, envelope: Tensor, *maps: Tensor
-    ) -> Tensor:
+    def compute(operation, x: Tensor, vectors: Tensor, *others: Tensor) -> Tensor:
+        radial, weight, bias, envelope, *maps = others
         given = x, _frame(size, vectors, edges), maps[: len(first)], maps[len(first) :]
-        return operation(*given, radial=radial, envelope=envelope)
+        return operation(*given, radial=radial, radial_map=(weight, bias), envelope=envelope)
 
-    return [x, random(size, _EDGES, 3), radial, envelope, *first, *second], compute
+    return [x, random(size, _EDGES, 3), *mapped, random(size, _EDGES), *first, *second], compute
 
 
 def _frame(size: Size, vectors: Tensor, edges: Tensor) -> EdgeFrame:

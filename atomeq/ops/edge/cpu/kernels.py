@@ -17,7 +17,7 @@ from torch import Tensor
 
 from atomeq.ops.c_compiler import c_library, checked_index, refusal, threads_for
 from atomeq.ops.edge import blockwise
-from atomeq.ops.edge.along import gradient_along, rotate_along, scatter_along
+from atomeq.ops.edge.along import Radial, gradient_along, rotate_along, scatter_along
 from atomeq.ops.edge.blockwise import WayIn
 from atomeq.ops.edge.escn_conv import EdgeLayer, Named, flat, grouped
 from atomeq.ops.edge.so2_map import SO2Shape
@@ -150,6 +150,7 @@ def gather_rotate(
     indices: Sequence[Tensor],
     *,
     scale: Tensor | None = None,
+    radial: Radial | None = None,
     operand: bool = False,
 ) -> Tensor:
     """Return scale * W G x, (n_edges, n_rows, S * channels); an operand is like any other here.
@@ -160,8 +161,10 @@ def gather_rotate(
             with an infinitesimal rotation from the right is still that.
         indices: Atoms of the edges, (n_edges,), joined along the channels.
         scale: (n_edges, sum over m of (lmax - m + 1) * S * channels); +m and -m share theirs.
+        radial: In the place of the scale: values, weight and bias that give it.
         operand: Whether the result is read by a map alone, and may have the precision of those.
     """
+    scale = scale if radial is None else torch.nn.functional.linear(*radial)
     x, wigner, scale = x.contiguous(), wigner.contiguous(), _plain(scale)
     ends = [_atoms(index, x) for index in indices]
     rows = empty((*wigner.shape[:2], max(1, len(ends)) * x.shape[2]), x)

@@ -16,13 +16,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from atomeq.ops.edge.along import Ends, Found, Moved
+from atomeq.ops.edge.along import Ends, Found, Moved, Radial
 from atomeq.ops.edge.blockwise import WayIn
 from atomeq.ops.edge.so2_map import SO2Shape
 from atomeq.ops.edge.wigner import generators
 from atomeq.ops.orders import orders_of
 from atomeq.ops.tables import constant_table, table_like
 from atomeq.ops.triton_launch import (
+    INTERPRETING,
     accumulator,
     ceil_div,
     channel_tile,
@@ -31,11 +32,14 @@ from atomeq.ops.triton_launch import (
     edge_tile,
     launch,
     operand_dtype,
+    power_of_2,
+    product_precision,
     slots,
 )
 
 # X_x, X_y and X_z have at most 2, 1 and 2 nonzeros in a row: the axes of these five terms.
 TERMS = (1, 0, 0, 2, 2)
+_WIDEST_RADIAL = 128  # values of an edge that factors are made of on the way
 _COEFFICIENT = 1e-9  # below this an element of a generator is rounding
 
 
@@ -45,6 +49,7 @@ def gather_rotate(
     indices: Sequence[Tensor],
     *,
     scale: Tensor | None = None,
+    radial: Radial | None = None,
     operand: bool = False,
 ) -> Tensor:
     """Return scale * W G x, (n_edges, n_rows, S * channels).
@@ -54,10 +59,14 @@ def gather_rotate(
         wigner: (n_edges, n_rows, n_sph), in m-primary order and block diagonal in l.
         indices: Atoms of the edges, (n_edges,) each; joined along the channels.
         scale: Factors shared by +m and -m, (n_edges, sum over m of (lmax - m + 1) * S * channels).
+        radial: In the place of the scale: values h (n_edges, k), a weight (n_scales, k) and a bias
+            that give it, h A^T + b. It is not written.
         operand: Whether the result is read by a map alone, and may have the precision of those.
     """
     dtype = operand_dtype(x) if operand else x.dtype
-    return _rotate(x, None, wigner, None, indices, scale, None, dtype)
+    if radial is not None and (radial[0].shape[1] > _WIDEST_RADIAL or x.dtype == torch.float64):
+        scale, radial = torch.nn.functional.linear(*radial), None
+    return _rotate(x, None, wigner, None, indices, scale, None, dtype, radial)
 
 
 def rotate_along(
@@ -78,6 +87,7 @@ def _rotate(
     scale: Tensor | None,
     other_scale: Tensor | None,
     dtype: torch.dtype,
+    radial: Radial | None = None,
 ) -> Tensor:
     """Return s (W G x + W' G o) + s' W G o; what is None is 0, but for the scale, which is 1."""
     like = x if x is not None else other
@@ -90,16 +100,24 @@ def _rotate(
     sizes = slots(lmax, mmax)
     block_c = channel_tile(channels)
     block_e = edge_tile(max(sizes), block_c, share=1 if other_scale is None else 2)
+    if radial is not None:  # 64 edges of lmax = 2 read its weight once; three products need room
+        threefold = product_precision(like.dtype) == "tf32x3"
+        block_c = min(block_c, 16 if threefold else 32)
+        block_e = max(16, (8192 if threefold else 16384) // (max(sizes) * block_c))
     others = (other if other_wigner is not None or other_scale is not None else None), other_wigner
     launch(
         _gather_rotate,
         (ceil_div(n_edges, block_e), ceil_div(channels, block_c), max(1, len(indices))),
         *_plain(x, others[0], wigner, others[1]),
         *_two(indices),
-        *_plain(scale, other_scale),
+        *_plain(scale, other_scale, *(radial or (None, None, None))),
         result,
         like=like,
         n_edges=n_edges,
+        RADIAL=0 if radial is None else radial[0].shape[1],
+        RADIAL_TILE=0 if radial is None else max(16, power_of_2(radial[0].shape[1])),
+        PRECISION=product_precision(like.dtype),
+        UPCAST=INTERPRETING and like.dtype == torch.bfloat16,
         WIDTH=width,
         CHANNELS=channels,
         LMAX=lmax,
@@ -109,6 +127,7 @@ def _rotate(
         SUM=accumulator(like.dtype),
         BLOCK_E=block_e,
         BLOCK_C=block_c,
+        num_warps=4 if radial is None else 8,
     )
     return result
 
@@ -467,8 +486,27 @@ def _rotated(total, features, matrix, row, present, inside, l: tl.constexpr, LMA
 
 
 @triton.jit
+def _mapped(radial, weight, bias, edge, there, number, present, RADIAL: tl.constexpr,
+            TILE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+            SUM: tl.constexpr):  # fmt: skip
+    """Return some factors of some edges, h A^T + b."""
+    inner = tl.arange(0, TILE)
+    values = tl.load(radial + (edge * RADIAL)[:, None] + inner[None, :],
+                     mask=there[:, None] & (inner < RADIAL)[None, :], other=0.0)  # fmt: skip
+    matrix = tl.load(weight + (number * RADIAL)[None, :] + inner[:, None],
+                     mask=(inner < RADIAL)[:, None] & present[None, :], other=0.0)  # fmt: skip
+    if UPCAST:  # bf16 products fail in the interpreter
+        values, matrix = values.to(tl.float32), matrix.to(tl.float32)
+    found = tl.dot(values, matrix, input_precision=PRECISION).to(SUM)
+    if bias is not None:
+        found += tl.load(bias + number, mask=present, other=0.0).to(SUM)[None, :]
+    return found
+
+
+@triton.jit
 def _gather_rotate(x, other, wigner, other_wigner, source, target, scale, other_scale,
-                   result, n_edges,
+                   radial, radial_weight, radial_bias, result, n_edges, RADIAL: tl.constexpr,
+                   RADIAL_TILE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
                    WIDTH: tl.constexpr, CHANNELS: tl.constexpr,
                    LMAX: tl.constexpr, MMAX: tl.constexpr, N_ROWS: tl.constexpr,
                    SLOTS: tl.constexpr, SUM: tl.constexpr,
@@ -505,6 +543,15 @@ def _gather_rotate(x, other, wigner, other_wigner, source, target, scale, other_
         factor += (_number(l, m, LMAX) * WIDTH)[None, :, None]
         if scale is not None:
             total *= tl.load(scale + factor, mask=kept, other=0.0).to(SUM)
+        if radial is not None:
+            factors = tl.zeros((BLOCK_E, tl.constexpr(SLOTS[l]), BLOCK_C), dtype=SUM)
+            for order in tl.static_range(min(l, MMAX) + 1):
+                number = _number(l, order, LMAX) * WIDTH + side * CHANNELS + channel
+                own_factors = _mapped(radial, radial_weight, radial_bias, edge, there, number,
+                                      channel < CHANNELS, RADIAL, RADIAL_TILE, PRECISION, UPCAST,
+                                      SUM)  # fmt: skip
+                factors = tl.where((m == order)[None, :, None], own_factors[:, None, :], factors)
+            total *= factors
         if other_scale is not None:
             rows = tl.zeros((BLOCK_E, tl.constexpr(SLOTS[l]), BLOCK_C), dtype=SUM)
             rows = _rotated(rows, other + at_atom, wigner + at_matrix, row, there[:, None], inside,
