@@ -207,6 +207,34 @@ def test_radial_factors_meet_the_rows_of_both_signs() -> None:
         assert relative(products, truth.row_products(rows, other, shape)) <= SINGLE
 
 
+@pytest.mark.parametrize(
+    ("dtype", "bar", "n_radial", "biased"),
+    [
+        (torch.float32, SINGLE, 5, True),
+        (torch.float32, SINGLE, 140, True),  # too many to be multiplied on the way
+        (torch.bfloat16, 2 * HALF, 20, False),
+        (torch.float64, DOUBLE, 5, True),
+    ],
+)
+def test_factors_made_on_the_way_are_those_of_a_linear_layer(
+    dtype: torch.dtype, bar: float, n_radial: int, biased: bool
+) -> None:
+    n_edges, lmax, channels = 19, 2, 48
+    n_scales = SO2Shape(lmax, 1, 2 * channels, channels, 0).n_scales
+    sizes = (4, 9, channels), (n_edges, 3), (n_edges, n_radial), (n_scales, n_radial), (n_scales,)
+    x, vectors, values, weight, bias = (torch.randn(*size, dtype=torch.float64) for size in sizes)
+    wigner, weight = edge_wigner(vectors, lmax, 1), weight / n_radial**0.5
+    ends = torch.randint(0, 4, (2, n_edges))
+
+    def rows(name: str, dtype: torch.dtype, device: str) -> torch.Tensor:
+        a, w, h, m, b = (t.to(device, dtype) for t in (x, wigner, values, weight, bias))
+        radial = (h, m, b if biased else None)
+        return kernels_of("edge", name).gather_rotate(a, w, list(ends.to(device)), radial=radial)
+
+    truth = rows("cpu", torch.float64, "cpu")
+    assert relative(rows("triton", dtype, DEVICE).cpu().double(), truth) <= bar
+
+
 @pytest.mark.parametrize("still", ["", "x scale", "turn", "rows factor"])
 @pytest.mark.parametrize("lmax", [1, 3])
 def test_derivatives_along_a_direction_are_those_of_single_steps(lmax: int, still: str) -> None:
