@@ -5,7 +5,9 @@ r"""Elastic constants of a cubic crystal from labelled stresses, for a potential
 
 Second Piola-Kirchhoff stresses of strained crystals are fitted by least squares in Lagrangian
 strain, with constants of second and third order (Brugger, Phys. Rev. 133, A1611 (1964)) and a
-pressure on the diagonal, the Pulay stress of plane waves, which is no derivative of the energies.
+pressure on the diagonal. What the energies say of that pressure, by the same constants, is another
+number where the stress has a Pulay part, no derivative of the energies: the difference is the
+``stress_offset`` of a training.
 """
 
 import argparse
@@ -54,7 +56,7 @@ def strain_and_stress(atoms: Atoms, a: float) -> tuple[np.ndarray, np.ndarray]:
 
 def fit(structures: list[Atoms], a: float, most: float) -> tuple[dict[str, float], float, int]:
     """Return the constants, GPa, the rms of what they leave and the number of structures."""
-    rows, values, n_used = [], [], 0
+    rows, values, used, strains = [], [], [], []
     for atoms in structures:
         strain, stress = strain_and_stress(atoms, a)
         if np.abs(strain).max() > most:
@@ -63,11 +65,34 @@ def fit(structures: list[Atoms], a: float, most: float) -> tuple[dict[str, float
         pressure = np.array([1.0, 1, 1, 0, 0, 0])
         rows.append(np.column_stack([basis.T, pressure]))
         values.append(stress)
-        n_used += 1
+        used.append(atoms)
+        strains.append(strain)
     design, target = np.concatenate(rows), np.concatenate(values)
     found, *_ = np.linalg.lstsq(design, target, rcond=None)
     rms = float(np.sqrt(((design @ found - target) ** 2).mean()))
-    return dict(zip((*_NAMES, "pressure"), map(float, found), strict=True)), rms, n_used
+    constants = dict(zip((*_NAMES, "pressure"), map(float, found), strict=True))
+    constants["offset"] = constants["pressure"] - pressure_of(
+        used, np.array(strains), a, found[:-1]
+    )
+    return constants, rms, len(used)
+
+
+def pressure_of(
+    structures: list[Atoms], strains: np.ndarray, a: float, constants: np.ndarray
+) -> float:
+    """Return the pressure, GPa, in the energies of the cells of the commonest size.
+
+    Others have other meshes of k-points, whose energies are not to be compared.
+    """
+    sizes = np.array([len(atoms) for atoms in structures])
+    common = sizes == np.bincount(sizes).argmax()
+    density = np.array([atoms.get_potential_energy() for atoms in structures])[common]
+    cells = np.array([np.round(atoms.cell.lengths() / a).prod() for atoms in structures])[common]
+    elastic = energies(torch.tensor(strains[common]).T).T.numpy() @ constants
+    trace = strains[common, :3].sum(axis=1)
+    design = np.column_stack([np.ones_like(trace), trace])
+    found, *_ = np.linalg.lstsq(design, density / (cells * a**3) / units.GPa - elastic)
+    return float(found[1])
 
 
 def main() -> None:

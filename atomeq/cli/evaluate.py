@@ -19,7 +19,6 @@ from atomeq.cli.verbs import load, stages
 from atomeq.data.ase_files import read_structures
 from atomeq.files import write_atomically
 from atomeq.graph.to_structures import to_ase
-from atomeq.potential.checkpoint import metadata_of
 from atomeq.potential.untrusted import read_yaml
 from atomeq.properties.evaluation import Evaluation, scan
 from atomeq.properties.reference_values import CrystalProperties, crystals_of
@@ -107,8 +106,6 @@ def _tests_of(path: Path, options: Namespace) -> list[Atoms]:
     sets = data.structures()
     named = {name: list(some) for name, some in sets.items() if name.startswith("test/")}
     offset = (read_yaml(path).get("model") or {}).get("stress_offset", 0.0)
-    if offset == "fitted":
-        offset = metadata_of(options.potential).get("stress_offset", 0.0)
     found: list[Atoms] = []
     for name, some in named.items():
         for given in some:

@@ -297,8 +297,6 @@ class SavePotential(SaveBest):
     def save(self, pl_module: LightningModule, folder: Path, metadata: dict[str, Any]) -> None:
         """Save the potential, an ordinary one: low-rank updates are merged into its weights."""
         potential = merged(_predictor(pl_module))
-        offset = float(getattr(pl_module, "stress_offset").value)  # noqa: B009 - of AtomisticTask
-        metadata = {**metadata, **({"stress_offset": offset} if offset else {})}
         if isinstance(potential, Potential):
             potential = copy.deepcopy(potential).eval().requires_grad_(False)
             potential.uncertainty = None  # that of what the fit started from is of other weights

@@ -311,7 +311,7 @@ def _settings(
         "epochs, steps": f"{saved['epochs']}, {saved['steps']} of {trainer.current_epoch}, "
         f"{trainer.global_step}",
         "loss": f"`{task.loss_text()}`",
-        "offset of stress labels": f"{float(task.stress_offset.value):.5g} eV/Å³",
+        "offset of stress labels": f"{task.stress_offset:.5g} eV/Å³",
         "optimizer": f"{type(optimizer).__name__} {json.dumps(rates)}",
         "schedule": "none" if task.scheduler is None else _schedule(trainer),
         "batch": f"at most {limits}, on each of {trainer.world_size} devices",

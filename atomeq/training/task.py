@@ -18,7 +18,7 @@ from atomeq.graph.atom_graph import AtomGraph
 from atomeq.graph.convert import Structures
 from atomeq.models.base import AtomisticModel
 from atomeq.ops.precision import checked_precision
-from atomeq.potential.checkpoint import load_predictor, metadata_of
+from atomeq.potential.checkpoint import load_predictor
 from atomeq.potential.scalar import ScalarPredictor
 from atomeq.potential.terms import EnergyTerm
 from atomeq.training.callbacks import forget_scores
@@ -36,7 +36,7 @@ from atomeq.training.random_state import get_rng_states, set_own_rng_state
 from atomeq.training.recomputed import predicted, refuse_to_recompute
 from atomeq.training.schedules import RunSchedule, total_steps
 from atomeq.training.stages import Stage, forget_best, forget_moments, stage_of
-from atomeq.training.stress_offset import StressOffset
+from atomeq.training.stress_offset import without_offset
 from atomeq.typing import Precision, PropertyKey
 
 logger = logging.getLogger(__name__)
@@ -62,8 +62,7 @@ class AtomisticTask(LightningModule):
         stages: Losses from later epochs or steps on. A stage begins anew to look for the best
             weights, for its ``val/loss`` is another one.
         stress_offset: Pressure in the stress labels that is no derivative of the energies, eV/Å³:
-            it is taken from their diagonal. ``fitted`` is its running mean over the training, of
-            what the potential misses.
+            it is taken from their diagonal.
         scalar_loss: Kind of the loss of a target.
         target: A scalar to learn in place of a potential, by name (``gap``, ``alpha``, ...) or
             spelled out with its unit and readout.
@@ -116,7 +115,7 @@ class AtomisticTask(LightningModule):
         target: str | ScalarTarget | None = None,
         loss: PotentialLoss | None = None,
         stages: list[Stage] | None = None,
-        stress_offset: float | Literal["fitted"] = 0.0,
+        stress_offset: float = 0.0,
         scalar_loss: ScalarLoss | None = None,
         references: Shift | None = None,
         scale: float | Literal["forces", "energy"] | None = None,
@@ -157,7 +156,7 @@ class AtomisticTask(LightningModule):
         self.loss = loss_of(self.target, loss, scalar_loss, staged=bool(stages))
         self.stages = stages or []
         self.losses: list[Loss] = [self.loss, *(stage.loss for stage in self.stages)]
-        self.stress_offset = StressOffset(stress_offset)
+        self.stress_offset = stress_offset
         self.reference_source = references
         self.scale_source: float | Literal["forces", "energy"] | None = scale
         self.offset = offset
@@ -195,8 +194,6 @@ class AtomisticTask(LightningModule):
             trained = self.target.name if self.target else "energies"
             raise ValueError(f"{name} does not predict what this experiment trains, {trained}")
         self.potential, self._loaded = predictor, True
-        if self.stress_offset.fitted:
-            self.stress_offset.value.fill_(metadata_of(name).get("stress_offset", 0.0))
 
     def build_graph(self, structures: Structures) -> AtomGraph:
         """Return graphs for this potential, on the CPU; its elements are not known yet."""
@@ -218,8 +215,7 @@ class AtomisticTask(LightningModule):
         """Return the loss of a batch."""
         self._enter_stage()
         prediction = predicted(self.potential, batch, self.loss.properties, self.recompute)
-        self.stress_offset.fit(prediction.get("stress"), batch)
-        batch = self.stress_offset.without(batch)
+        batch = without_offset(batch, self.stress_offset)
         with joint_counts():
             terms = self.loss(prediction, batch)
             n_structures = joint_structures(batch)
@@ -274,7 +270,7 @@ class AtomisticTask(LightningModule):
     def validation_step(self, batch: AtomGraph, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Add a batch to the validation errors, those of new or of old data."""
         name = list(self.trainer.datamodule.val_sets)[dataloader_idx]  # pyright: ignore
-        batch = self.stress_offset.without(batch)
+        batch = without_offset(batch, self.stress_offset)
         prediction = self._evaluate(batch, name)
         labelled = set(self.loss.labels) <= set(prediction) and not is_empty_share(batch)
         if name == "val" and labelled:
@@ -309,7 +305,7 @@ class AtomisticTask(LightningModule):
 
     def test_step(self, batch: AtomGraph, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Add a batch to the errors of its test set."""
-        batch = self.stress_offset.without(batch)
+        batch = without_offset(batch, self.stress_offset)
         self._evaluate(batch, self._test_set_name(dataloader_idx))
 
     def on_test_epoch_end(self) -> None:
@@ -407,6 +403,8 @@ class AtomisticTask(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take what is restored when there are optimizers and training starts."""
         self._loaded = True
+        for name in ("value", "n_steps"):  # buffers that a fitted offset once had
+            checkpoint["state_dict"].pop(f"stress_offset.{name}", None)
         if (count := checkpoint.get("avg_num_neighbors")) is not None:
             self.set_neighbor_count(count)
         # Checkpoints of before this was written down say nothing, and are taken as they are.

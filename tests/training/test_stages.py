@@ -16,7 +16,6 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from atomeq.cli.training import main
 from atomeq.data.ase_files import DataError, LabelKeys, read_structures
 from atomeq.data.batching import GraphDataset
-from atomeq.graph.atom_graph import AtomGraph
 from atomeq.models.egnn import EGNN
 from atomeq.models.mace import MACE
 from atomeq.models.nequip import NequIP
@@ -27,7 +26,6 @@ from atomeq.training.callbacks import ExponentialMovingAverage
 from atomeq.training.losses import PotentialLoss
 from atomeq.training.preparation import with_neighbor_count, without_terms
 from atomeq.training.stages import Stage, forget_best, forget_moments, stage_of
-from atomeq.training.stress_offset import StressOffset
 
 
 def checkpoint(run: Path, name: str) -> dict:
@@ -155,28 +153,6 @@ def test_a_pressure_that_is_given_is_taken_from_the_labels(tmp_path, experiment,
         errors.append([checkpoint(tmp_path / "run", "best")["validation"], tested["held_out"]])
     for with_it, without in zip(*errors, strict=True):
         assert with_it == pytest.approx(without, rel=1e-3)
-
-
-def test_a_pressure_is_found_as_the_mean_of_what_is_missed():
-    true = 0.1 * torch.randn(200, 3, 3, generator=torch.Generator().manual_seed(0))
-    offset = StressOffset("fitted")
-    batches = [
-        AtomGraph(
-            torch.zeros(4, 3), torch.tensor([29] * 4), natoms=torch.ones(4, dtype=torch.int64),
-            stress=stress + PULAY * torch.eye(3), energy=torch.zeros(4),
-        )
-        for stress in true.split(4)
-    ]  # fmt: skip
-    for stress, batch in zip(true.split(4), batches, strict=True):
-        noise = 0.01 * torch.randn(4, 1, 1, generator=torch.Generator().manual_seed(1))
-        offset.fit(stress + (noise - noise.mean()) * torch.eye(3), batch)
-    assert float(offset.value) == pytest.approx(PULAY, rel=1e-3)
-    torch.testing.assert_close(offset.without(batches[0]).stress, true[:4])
-    given = StressOffset(PULAY)
-    given.fit(true[:4], batches[1])
-    assert float(given.value) == PULAY
-    given.load_state_dict({})  # a checkpoint of before it was there
-    assert float(given.value) == 0.0
 
 
 def test_labels_have_weights_of_their_own(tmp_path: Path):
