@@ -53,7 +53,11 @@ PAGES = {
     "README.md": "index.md",
     "CHANGELOG.md": "changelog.md",
     "configs/README.md": "configurations.md",
-    **{f"potentials/{name}/README.md": f"{name}.md" for name in ("acac-pbe", "cu-pbe", "li-pbe")},
+    **{
+        f"potentials/{path.name}/README.md": f"{path.name}.md"
+        for path in (ROOT / "potentials").iterdir()
+        if path.is_dir()
+    },
 }
 _LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(([^)#\s]+)(#[^)\s]*)?\)")
 
