@@ -13,6 +13,7 @@ something has one in ``ROWS``.
 
 import argparse
 import os
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -21,8 +22,11 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from ase import Atoms
 from rich.console import Console
 
+from atomeq.models.ponita_published import PublishedPONITA
+from atomeq.potential.potential import Potential
 from benchmarks import (
     dynamics,
     large,
@@ -35,7 +39,7 @@ from benchmarks import (
 from benchmarks.judged import Judged, summary, table_of
 from benchmarks.operation_cases import cases
 from benchmarks.record import RESULTS, code_digest, machine, read, write
-from benchmarks.rounds import measure
+from benchmarks.rounds import cpu_seconds, measure
 
 Row = Callable[[bool], Iterable[Judged]]
 FILE = RESULTS / "bars_cpu.json"
@@ -121,7 +125,19 @@ def of_published(name: str, limit: float, quick: bool) -> Iterable[Judged]:
     return [Judged.at_least(what, row["ratio"], limit, "x"), apart]
 
 
-OPERATIONS = ("spherical_harmonics", "edge_wigner", "cg_conv", "escn_layer")
+def of_ponita(quick: bool) -> Iterable[Judged]:
+    """Time the published PONITA, as large as for rMD17, where all atoms are joined."""
+    torch.manual_seed(0)
+    potential = Potential(PublishedPONITA().float())
+    carbons = Atoms("C21", positions=2.5 * torch.randn(21, 3).numpy())
+    graph = potential.build_graph(carbons)
+    seconds = [cpu_seconds(lambda: potential(graph, ("energy", "forces"))) for _ in range(7)]
+    yield Judged.at_most(PONITA, statistics.median(seconds[1:]), 0.27 / 2, "CPU s")
+
+
+OPERATIONS = ("spherical_harmonics", "edge_wigner", "cg_conv", "escn_layer", "geometric_product")
+#: The reference takes 0.27 CPU s and 0.5 GB.
+PONITA = "published PONITA, energy and forces of 21 atoms, all pairs"
 #: What is asked, in the order it is measured.
 ROWS: dict[str, Row] = {
     **{f"operation {op}": partial(operations, op) for op in OPERATIONS},
@@ -129,6 +145,7 @@ ROWS: dict[str, Row] = {
     **{f"large {part}": partial(of_large, part) for part in large.MEASUREMENTS},
     "published equiformer_v2": partial(of_published, "equiformer_v2", 2.5),
     "published escn": partial(of_published, "escn", 2.2),
+    "published ponita": of_ponita,
     **{f"screening {part}": partial(of_screening, part) for part in screening.MEASUREMENTS},
     "training": training_bars.bars,
     "small systems": small_systems.bars,

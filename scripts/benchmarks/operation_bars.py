@@ -75,6 +75,8 @@ def bars(device: str) -> list[Bar]:
         for phase in PHASES
     ]
     found += [Bar("edge_wigner", lmax, 1, "forward", 20.0, "e3nn") for lmax in (3, 4)]
+    for phase in PHASES[:2]:  # degree 3 stands for three dimensions
+        found.append(Bar("geometric_product", 3, 28, phase, 5.0, "dense table"))
     for lmax in (2, 4):
         found.append(Bar("spherical_harmonics", lmax, 1, "forward", 1.0, "sphericart"))
         found.append(Bar("spherical_harmonics", lmax, 1, "double_backward", 2.0, "sphericart"))

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from atomeq.ops.clifford.algebra import algebra_of, terms
+from atomeq.ops.clifford.operations import geometric_product
 from atomeq.ops.coupling.clebsch_gordan import clebsch_gordan
 from atomeq.ops.coupling.irreps import from_mul_ir, product_problem, to_mul_ir
 from atomeq.ops.coupling.operations import cg_conv, tensor_product
@@ -369,6 +371,34 @@ def gaunt_case(lmax: int, channels: int, n_edges: int, dtype: torch.dtype, devic
     return Case("gaunt_product", lmax, channels, n_edges, dtype, [x, y], implementations, compute)
 
 
+def clifford_case(n_rows: int, channels: int, dtype: torch.dtype, device: str) -> Case:
+    """Products in Cl(3, 0), beside the table of 8 x 8 x 8 entries, made anew as CGENN's is."""
+    algebra, options = algebra_of((3, 0)), {"dtype": dtype, "device": device}
+    x, y = (torch.randn(n_rows, 8, channels, **options) for _ in range(2))
+    weights = torch.randn(algebra.n_paths, channels, **options)
+    signs, paths = torch.zeros(8, 8, 8, **options), torch.zeros(8, 8, 8, dtype=torch.long)
+    for term in terms(algebra):
+        entry = (term.left, term.output, term.right)
+        signs[entry], paths[entry] = term.sign, term.path
+
+    def by_table(x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
+        table = signs.to(x) * weights.T[:, paths]
+        return torch.einsum("nci,cijk,nck->ncj", x, table, y)
+
+    implementations = [
+        own(geometric_product, device),
+        ours("reference", geometric_product, "reference"),
+        Implementation(
+            "dense table",
+            by_table,
+            lambda x, y, weights: [x.mT.contiguous(), y.mT.contiguous(), weights],
+            lambda out: out.mT,
+        ),
+    ]
+    inputs, truth = [x, y, weights], geometric_product
+    return Case("geometric_product", 3, channels, n_rows, dtype, inputs, implementations, truth)
+
+
 def gaunt_weights(paths: Sequence[CouplingPath]) -> Tensor:
     """Return the path weights that make a Clebsch-Gordan product the Gaunt product."""
     weights = []
@@ -426,8 +456,9 @@ def cases(device: str, quick: bool, shrink: int) -> Iterator[tuple[str, Callable
 def cases_of_light_models(
     dtype: torch.dtype, device: str
 ) -> Iterator[tuple[str, Callable[[], Case]]]:
-    """Yield the sums of FAENet and EGNN, of a molecule and of a slab or a box of water."""
+    """Yield sums of FAENet and EGNN, molecules to boxes of water, and products of CGENN."""
     for width, n in ((128, 400), (480, 5000)):
         yield "faenet_filter", lambda c=width, n=n: filter_case(c, n, dtype, device)
+    yield "geometric_product", lambda: clifford_case(2000, 28, dtype, device)
     for n in (400, 20_000):
         yield "egnn_pull", lambda n=n: pull_case(n, dtype, device)

@@ -35,11 +35,20 @@ def machine() -> dict[str, str]:
     }
 
 
-def commit() -> str:
-    """Return the commit of the source tree, marked where files differ from it."""
-    words = ["git", "describe", "--always", "--dirty"]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
+def commit(*folders: str) -> str:
+    """Return the commit of the source tree and, after a ``+``, the files that differ from it.
+
+    Args:
+        *folders: Files of these are named; by default all but results, which benchmarks write.
+    """
+    looked_at = folders or (".", f":!{RESULTS.relative_to(ROOT)}")
+    changed = [line[3:] for line in _git("status", "--porcelain", "--", *looked_at)]
+    return " + ".join([*_git("describe", "--always"), *changed]) or "unknown"
+
+
+def _git(*words: str) -> list[str]:
+    done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False)
+    return done.stdout.splitlines()
 
 
 def code_digest() -> str:
@@ -103,8 +112,9 @@ def children_cpu_seconds() -> float:
 def fit(run: Path, words: list[str]) -> None:
     """Train until the end in a folder, going on where an earlier call was stopped.
 
-    ``commit`` is written when it has ended; the CPU seconds of each call go to
-    ``cpu_seconds.json``, for a fit that was stopped has cost its time too.
+    ``commit`` is written when it has ended, and has the code of each call as it began, for files
+    may change under a long one; the CPU seconds of each go to ``cpu_seconds.json``, for a fit that
+    was stopped has cost its time too.
 
     Args:
         run: Folder of the run; made.
@@ -118,12 +128,18 @@ def fit(run: Path, words: list[str]) -> None:
     resumed = "--ckpt_path=last" if last.exists() else "--overwrite"
     spent = run / "cpu_seconds.json"
     earlier = json.loads(spent.read_text()) if spent.exists() else []
+    begun = run / "commits"
+    codes = [
+        *(begun.read_text().splitlines() if begun.exists() else []),
+        commit("atomeq", "configs"),
+    ]
+    begun.write_text("\n".join(codes))
     before = children_cpu_seconds()
     try:
         atomeq("fit", *words, f"--trainer.default_root_dir={run}", resumed)
     finally:
         write(spent, [*earlier, round(children_cpu_seconds() - before, 1)])
-    done.write_text(commit())
+    done.write_text(", then ".join(dict.fromkeys(codes)))
 
 
 def cpu_seconds_so_far() -> float:

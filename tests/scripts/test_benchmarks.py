@@ -1,8 +1,10 @@
 """The benchmarks run, add up and write what they print; the example data train an experiment."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import benchmark
 import pytest
@@ -14,7 +16,8 @@ from atomeq.cli import main as command
 from atomeq.data.oc20 import open_frames
 from atomeq.potential.potential import Potential
 from atomeq.potential.references import AtomicReferences
-from benchmarks import bars, large, potentials, record, rollout, training
+from atomeq.units import DEBYE
+from benchmarks import bars, dipole, large, potentials, record, rollout, training
 from benchmarks.judged import Judged, summary
 from benchmarks.models import slab
 from benchmarks.operation_bars import bars as operation_bars
@@ -174,6 +177,53 @@ def test_an_interrupted_fit_goes_on_and_a_finished_one_is_left(tmp_path, monkeyp
     on = ("fit", *words, folder, "--ckpt_path=last")
     assert asked == [("fit", *words, folder, "--overwrite"), on, on]
     assert len(json.loads((run / "cpu_seconds.json").read_text())) == 3
+
+
+def test_a_run_has_the_commit_that_it_began_at_and_what_differed(tmp_path, monkeypatch):
+    def git(*words: str) -> str:
+        known = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        done = subprocess.run(
+            ["git", *known, *words], cwd=tmp_path, capture_output=True, check=True
+        )
+        return done.stdout.decode().strip()
+
+    def committed() -> str:
+        git("add", ".")
+        git("commit", "-qm", "all")
+        return git("rev-parse", "--short", "HEAD")
+
+    config, results = tmp_path / "configs" / "one.yaml", tmp_path / "results"
+    monkeypatch.setattr(record, "ROOT", tmp_path)
+    monkeypatch.setattr(record, "RESULTS", results)
+    for folder in (config.parent, results):
+        folder.mkdir()
+    assert record.commit() == "unknown"
+    git("init", "-q")
+    config.touch()
+    (results / "old.json").touch()
+    first = committed()
+    (results / "old.json").write_text("{}")  # as a benchmark that has written a row
+    assert record.commit() == first
+    config.write_text("a: 1")
+    assert record.commit() == record.commit("configs") == f"{first} + configs/one.yaml"
+    assert record.commit("atomeq") == first
+
+    monkeypatch.setattr(record, "atomeq", lambda *words: committed())  # changes under the fit
+    record.fit(tmp_path.parent / "run", [])
+    found = (tmp_path.parent / "run" / "commit").read_text()
+    assert found == f"{first} + configs/one.yaml"
+
+
+def test_responses_are_judged_by_lengths():
+    """Of two molecules one responds a tenth too much; the other's dipole is a debye too long."""
+    eye = torch.eye(3).expand(2, 3, 3)
+    graph = SimpleNamespace(dipole=torch.eye(3)[:2], polarizability=eye)
+    found = {
+        "dipole": torch.eye(3)[:2] * torch.tensor([[1.0], [1.0 + DEBYE]]),
+        "polarizability": eye * torch.tensor([1.1, 1.0])[:, None, None],
+    }
+    errors = dipole.errors_of(lambda graph, keys: found, [graph])
+    assert errors == pytest.approx((0.05, 0.5), rel=1e-5)
 
 
 def test_the_door_lists_every_benchmark_and_each_can_be_imported(capsys):
