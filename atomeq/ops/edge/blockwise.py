@@ -179,21 +179,22 @@ def _block_gradient(block: EdgeBlock, grad: Tensor, inside: Named, found: Named)
     gate = block.layer.by.Gate(y, block.first.shape)
     leaving = [found[name][part] if name in found else None for name in ("envelope", "vectors")]
     left = any([part is not None for part in leaving])
-    a = gate.value() if "second" in found or (left and u is None) else None
-    if a is not None and u is None and left:
-        u = block.second.forward(a, None, block.biases[1])
+    if left and u is None:
+        u = block.second.forward(gate.value(), None, block.biases[1])
     p = block.target.leave(grad, u, block.envelope, *leaving, inside.get("also_u"))
     _add_bias_gradient(p, found, "second_bias")
-    if a is not None and "second" in found:
-        block.add_weight_gradients(a, p, found, "second")
-    if not INWARD & found.keys():
-        return
-    gy = gate.gradient(block.second.transposed(p, inside.get("ga")), inside.get("also_y"))
-    _add_bias_gradient(gy, found, "first_bias")
-    if "first" in found:
-        rows = block.both.into(block.x, scale=block.scale)
-        block.add_weight_gradients(rows, gy, found, "first")
-    _block_inputs(block, block.first.transposed(gy, inside.get("gz")), found)
+    inward = bool(INWARD & found.keys())
+    value = None  # of the gate, for the gradient of the second map
+    if "second" in found:
+        size = block.n, block.second.shape.width_in
+        value = block.layer.by.empty(size, y) if inward else gate.value()
+    if inward:
+        ga = block.second.transposed(p, inside.get("ga"))
+        gy = gate.gradient(ga, inside.get("also_y"), value)
+        _add_bias_gradient(gy, found, "first_bias")
+        _block_inputs(block, gy, block.first.transposed(gy, inside.get("gz")), found)
+    if value is not None:
+        block.add_weight_gradients(value, p, found, "second")
 
 
 def _add_bias_gradient(grad: Tensor, found: Named, name: str) -> None:
@@ -201,16 +202,19 @@ def _add_bias_gradient(grad: Tensor, found: Named, name: str) -> None:
         found[name] += grad[:, : len(found[name])].sum(0)
 
 
-def _block_inputs(block: EdgeBlock, gz: Tensor, found: Named) -> None:
+def _block_inputs(block: EdgeBlock, gy: Tensor, gz: Tensor, found: Named) -> None:
     """Add the gradients that stem from the way in."""
     layer, part, scale = block.layer, block.part, block.scale
     to_scale, mapped = None, "radial_weight" in layer.tensors
     if scale is not None and RADIAL & found.keys():
         to_scale = layer.by.empty(scale.shape, gz) if mapped else found["radial"][part]
     into = WayIn(to_scale, found.get("x"), found["vectors"][part] if "vectors" in found else None)
-    if any([where is not None for where in into]):
+    z = layer.by.empty(gz.shape, gz) if "first" in found else None
+    if any([where is not None for where in (*into, z)]):
         _, *given = block.both
-        layer.by.gather_gradient(block.x, *given, gz, scale, block.first.shape, into)
+        layer.by.gather_gradient(block.x, *given, gz, scale, block.first.shape, into, z)
+    if z is not None:
+        block.add_weight_gradients(z, gy, found, "first")
     if to_scale is not None and mapped:
         block.add_radial_gradients(to_scale, None, found)
 

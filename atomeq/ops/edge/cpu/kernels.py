@@ -160,9 +160,9 @@ def gather_rotate(
         wigner: (n_edges, n_rows, n_sph), in m-primary order and block diagonal in l; the product
             with an infinitesimal rotation from the right is still that.
         indices: Atoms of the edges, (n_edges,), joined along the channels.
-        scale: (n_edges, sum over m of (lmax - m + 1) * S * channels); +m and -m share theirs.
+        scale: (n_edges, n_scales); +m and -m share theirs.
         radial: In the place of the scale: values, weight and bias that give it.
-        operand: Whether the result is read by a map alone, and may have the precision of those.
+        operand: Whether a map alone reads the result.
     """
     scale = scale if radial is None else torch.nn.functional.linear(*radial)
     x, wigner, scale = x.contiguous(), wigner.contiguous(), _plain(scale)
@@ -245,17 +245,21 @@ def gather_gradient(
     scale: Tensor | None,
     shape: SO2Shape,
     into: WayIn,
+    z: Tensor | None,
 ) -> None:
     """Give the gradients of <grad, s W G x>, for grad (n_edges, n_rows * c_in).
 
-    Without ``scale`` the factors are 1.
+    Without ``scale`` the factors are 1. z is s W G x, where that is wanted.
     """
     x, wigner, scale = x.contiguous(), wigner.contiguous(), _plain(scale)
     ends = [_atoms(index, x) for index in indices]
-    _rotations(wigner).gather_gradient(
-        *(x, wigner, ends, len(ends), grad, scale, *into, *_generators(x.dtype, x.shape[1])),
-        *(len(grad), x.shape[2]),
-    )
+    given, sizes = (x, wigner, ends, len(ends)), (len(grad), x.shape[2])
+    library = _rotations(wigner)
+    if z is not None:
+        library.gather_rotate(*given, scale, z, *sizes)
+    if any([where is not None for where in into]):
+        generator = _generators(x.dtype, x.shape[1])
+        library.gather_gradient(*given, grad, scale, *into, *generator, *sizes)
 
 
 def wigner_rows(call: SimpleNamespace) -> Tensor:
@@ -352,8 +356,12 @@ class Gate:
         self._call("gate", value)
         return value
 
-    def gradient(self, grad: Tensor, also: Tensor | None = None) -> Tensor:
-        """Return J^T grad + also, like y."""
+    def gradient(
+        self, grad: Tensor, also: Tensor | None = None, value: Tensor | None = None
+    ) -> Tensor:
+        """Return J^T grad + also, like y; the value is written where it is wanted."""
+        if value is not None:
+            self._call("gate", value)
         result = empty(self.y.shape, self.y)
         self._call("gate_gradient", grad, result)
         return result if also is None else result.add_(also)
@@ -382,36 +390,9 @@ def moved_scaled(
     return moved_z
 
 
-def scaled_second(
-    rows: Tensor,
-    moved: Tensor,
-    grad: Tensor,
-    moved_grad: Tensor | None,
-    scale: Tensor,
-    moved_scale: Tensor | None,
-    shape: SO2Shape,
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """Return the gradients g' of z = s r along a direction, from dE/dz and its derivative.
-
-    These are dE/dr = s g, its derivative s' g + s g', dE/ds = g r, and its derivative g r' + g' r.
-    No derivative of g means 0, and the second result is None where both of its terms are.
-    """
-    through, moved_through, scaled_grad = (empty(t.shape, t) for t in (scale, scale, grad))
-    moves = moved_grad is not None or moved_scale is not None
-    found = empty(grad.shape, grad) if moves else None
-    given = (rows, moved, grad, moved_grad, scale.contiguous(), _plain(moved_scale))
-    results = (scaled_grad, found, through, moved_through)
-    _functions(rows.dtype, *shape[:2]).scale_second(*given, *results, len(rows), shape.c_in)
-    return results
-
-
 def scaled_rows(rows: Tensor, scale: Tensor, shape: SO2Shape) -> Tensor:
     """Return s rows, (n_edges, n_rows * c_in), for factors s (n_edges, n_scales)."""
-    result = torch.empty_like(rows)
-    for block in shape.blocks:
-        for columns in block.inputs:
-            torch.mul(rows[:, columns], scale[:, block.scales], out=result[:, columns])
-    return result
+    return moved_scaled(rows, rows, scale, None, shape)
 
 
 def row_products(left: Tensor, right: Tensor, shape: SO2Shape) -> Tensor:

@@ -38,11 +38,13 @@ class Gate:
         self._launch(_gate, value)
         return value
 
-    def gradient(self, grad: Tensor, also: Tensor | None = None) -> Tensor:
-        """Return J^T grad + also, like y."""
+    def gradient(
+        self, grad: Tensor, also: Tensor | None = None, value: Tensor | None = None
+    ) -> Tensor:
+        """Return J^T grad + also, like y; the value is written where it is wanted."""
         result = torch.empty_like(self.y)
         also = None if also is None else contiguous(also)
-        self._launch(_gate_gradient, contiguous(grad), also, result)
+        self._launch(_gate_gradient, contiguous(grad), also, value, result)
         return result
 
     def second(
@@ -105,9 +107,9 @@ def _gate(y, value, n_edges, CHANNELS: tl.constexpr, LMAX: tl.constexpr, MMAX: t
 
 
 @triton.jit
-def _gate_gradient(y, grad, also, result, n_edges, CHANNELS: tl.constexpr, LMAX: tl.constexpr,
-                   MMAX: tl.constexpr, N_ROWS: tl.constexpr, SUM: tl.constexpr,
-                   BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
+def _gate_gradient(y, grad, also, value, result, n_edges, CHANNELS: tl.constexpr,
+                   LMAX: tl.constexpr, MMAX: tl.constexpr, N_ROWS: tl.constexpr,
+                   SUM: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
     ROWS: tl.constexpr = N_ROWS * CHANNELS
     given, inside = _places(n_edges, LMAX * CHANNELS + ROWS, CHANNELS, BLOCK_E, BLOCK_C)
     made, inside = _places(n_edges, ROWS, CHANNELS, BLOCK_E, BLOCK_C)
@@ -122,6 +124,8 @@ def _gate_gradient(y, grad, also, result, n_edges, CHANNELS: tl.constexpr, LMAX:
                 number = tl.load(y + given + LMAX * CHANNELS + row, mask=inside, other=0.0).to(SUM)
                 pull = tl.load(grad + made + row, mask=inside, other=0.0).to(SUM)
                 through += pull * number * slope
+                if value is not None:
+                    tl.store(value + made + row, number * gate, mask=inside)
                 if l == 0:
                     through += pull * gate
                 else:

@@ -315,11 +315,15 @@ def gather_gradient(
     scale: Tensor | None,
     shape: SO2Shape,
     into: WayIn,
+    z: Tensor | None,
 ) -> None:
-    """Give the gradients of <grad, s W G x>, for grad (n_edges, n_rows * c_in)."""
+    """Give the gradients of <grad, s W G x>, for grad (n_edges, n_rows * c_in).
+
+    z is s W G x, where that is wanted.
+    """
     rows = grad.unflatten(1, (shape.n_rows, -1))
-    if into.scale is not None or into.turn is not None:
-        given = {"scale": scale, "through": into.scale, "turn": into.turn}
+    if into.scale is not None or into.turn is not None or z is not None:
+        given = {"scale": scale, "through": into.scale, "turn": into.turn, "entered": z}
         _launch_gradient(x, wigner, indices, rows, **given, SIGN=-1)
     if into.x is not None:
         given = rows, wigner, indices, segments, len(x)
@@ -378,6 +382,7 @@ def _launch_gradient(
     scale: Tensor | None = None,
     factor: Tensor | None = None,
     also: Tensor | None = None,
+    entered: Tensor | None = None,
     through: Tensor | None = None,
     rotated: Tensor | None = None,
     to_factor: Tensor | None = None,
@@ -399,7 +404,7 @@ def _launch_gradient(
         *_plain(rows, scale, factor, also),
         table_like(_neighbours, lmax, like=wigner),
         table_like(_coefficients, lmax, like=wigner),
-        *(through, rotated, to_factor, turn),
+        *(entered, through, rotated, to_factor, turn),
         like=x,
         n_edges=n_edges,
         SIDES=max(1, len(indices)),
@@ -729,15 +734,15 @@ def _write_pairs(through, products, at_scale, inside, l: tl.constexpr, LMAX: tl.
 
 @triton.jit
 def _gradient(x, wigner, source, target, y, scale, envelope, also, neighbours,  # noqa: C901
-              coefficients, through, rotated, to_envelope, turn, n_edges,
+              coefficients, entered, through, rotated, to_envelope, turn, n_edges,
               SIDES: tl.constexpr, CHANNELS: tl.constexpr, LMAX: tl.constexpr,
               MMAX: tl.constexpr, N_ROWS: tl.constexpr, SLOTS: tl.constexpr,
               DEGREES: tl.constexpr, TERMS: tl.constexpr, SIGN: tl.constexpr, SUM: tl.constexpr,
               BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
     """Differentiate <y, f s W G x>: all that edges get of it, each only if it is not None.
 
-    These are the products of y and W G x summed over +m and -m, f W G x and what is ``also`` there,
-    <y, W G x>, and the torque, which is added with a sign.
+    These are s W G x, the products of y and W G x summed over +m and -m, f W G x and what is
+    ``also`` there, <y, W G x>, and the torque, which is added with a sign.
     """
     N_SPH: tl.constexpr = (LMAX + 1) * (LMAX + 1)
     N_SCALES: tl.constexpr = (N_ROWS + LMAX + 1) // 2
@@ -765,13 +770,20 @@ def _gradient(x, wigner, source, target, y, scale, envelope, also, neighbours,  
             at = (edge * (N_ROWS * WIDTH))[:, None] + (side * CHANNELS + channel)[None, :]
             at_scale = (edge * (N_SCALES * WIDTH))[:, None] + (side * CHANNELS + channel)[None, :]
             for l in tl.static_range(LMAX + 1):
-                _, row, real = _slots(l, LMAX, MMAX, SLOTS[l])
+                m, row, real = _slots(l, LMAX, MMAX, SLOTS[l])
                 kept = inside[:, None, :] & real[None, :, None]
                 place = at[:, None, :] + (row * WIDTH)[None, :, None]
-                if through is not None or rotated is not None:
+                if entered is not None or through is not None or rotated is not None:
                     total = tl.zeros((BLOCK_E, tl.constexpr(SLOTS[l]), BLOCK_C), dtype=SUM)
                     total = _rotated(total, features, wigner + at_matrix, row, there[:, None],
                                      inside, l, LMAX, CHANNELS, SUM)  # fmt: skip
+                    if entered is not None:
+                        value = total
+                        if scale is not None:
+                            number = (_number(l, m, LMAX) * WIDTH)[None, :, None]
+                            value *= tl.load(scale + at_scale[:, None, :] + number, mask=kept,
+                                             other=0.0).to(SUM)  # fmt: skip
+                        tl.store(entered + place, value, mask=kept)
                     if rotated is not None:
                         value = total * factor[:, None, None]
                         if also is not None:
