@@ -181,7 +181,7 @@ def _block_gradient(block: EdgeBlock, grad: Tensor, inside: Named, found: Named)
     left = any([part is not None for part in leaving])
     if left and u is None:
         u = block.second.forward(gate.value(), None, block.biases[1])
-    p = block.target.leave(grad, u, block.envelope, *leaving, inside.get("also_u"))
+    p = block.target.leave(grad, u, block.envelope, *leaving, also=inside.get("also_u"))
     _add_bias_gradient(p, found, "second_bias")
     inward = bool(INWARD & found.keys())
     value = None  # of the gate, for the gradient of the second map
