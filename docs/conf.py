@@ -29,6 +29,8 @@ html_title = f"atomeq {release}"
 html_theme_options: dict[str, Any] = {"navigation_with_keys": True}
 html_theme_options["light_css_variables"] = {"code-font-size": "0.75rem"}  # 98 letters a line
 html_copy_source = False
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 
 myst_enable_extensions = ["dollarmath", "colon_fence"]
 myst_heading_anchors = 3
