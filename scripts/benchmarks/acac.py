@@ -104,7 +104,8 @@ def write_results(runs: Path, seconds: float) -> None:
         "command": f"python scripts/benchmark.py acac --seconds {seconds:g}",
         "what": "acetylacetone (BOTNet data): 450 frames at 300 K to train on, 50 choose the "
         "epoch, tests of MD at 300 K and 600 K; mean absolute errors",
-        "unit": "energy meV/atom, forces meV/Å, cpu_seconds of the fit without its start",
+        "unit": "energy meV/atom, forces meV/Å, rms their root mean square; cpu_seconds of the fit "
+        "without its start",
         "versions": versions(),
         "models": rows,
     }
