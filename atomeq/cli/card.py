@@ -99,11 +99,24 @@ def _uncertainty(found: Mapping[str, Any]) -> list[str]:
     beyond = found["uncertainty"].get("atoms_beyond_training")
     if beyond is not None:
         told += f"{100 * beyond:.1f} % of the atoms lie beyond what training has shown."
-    return [
-        "## Uncertainty",
-        table(head, rows),
-        told.strip(),
+    return ["## Uncertainty", table(head, rows), told.strip(), _coverage(found)]
+
+
+def _coverage(found: Mapping[str, Any]) -> str:
+    """Return which errors lie within σ and 2 σ by kind, where there is more than one."""
+    by_kind = found.get("uncertainty_by_kind", {})
+    if len(by_kind) < 3:  # "all" and another are one
+        return ""
+    pairs = [(name, share) for name in ("energy", "forces") for share in ("68", "95")]
+    rows = [
+        [
+            kind,
+            *(f"{100 * one[f'{of}_{p}']:.0f} %" if f"{of}_{p}" in one else "" for of, p in pairs),
+        ]
+        for kind, one in by_kind.items()
     ]
+    head = [f"{name} within {z}" for name in ("energies", "forces") for z in ("σ", "2 σ")]
+    return table(["errors of", *head], rows)
 
 
 def _properties(found: Mapping[str, Any]) -> list[str]:

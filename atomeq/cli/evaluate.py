@@ -134,6 +134,9 @@ def _told(evaluation: Evaluation) -> dict[str, Any]:
         "errors": evaluation.errors(),
         "by_element": evaluation.by_element(),
         "uncertainty": evaluation.coverage(),
+        "uncertainty_by_kind": {
+            kind: found for kind in evaluation.n_structures if (found := evaluation.coverage(kind))
+        },
         "calibration": evaluation.calibration(),
     }
 

@@ -35,6 +35,15 @@ UNCERTAINTIES: tuple[PropertyKey, ...] = (
 ONE_SIGMA = math.erf(1 / math.sqrt(2))
 _RIDGES = tuple(10.0**k for k in range(-10, 2))  # ς² in units of the mean variance of a feature
 _FEWEST = 5  # labels of a calibration
+_FORBIDDEN = 1e-3  # eV/Å; forces below it, labelled and predicted, are zero by symmetry
+
+
+def is_free(label: Tensor, predicted: Tensor) -> Tensor:
+    """Return which forces (n, 3), eV/Å, could be wrong: symmetry does not forbid them, (n,).
+
+    Those that it does are right whatever was learned, and would make any σ look too large.
+    """
+    return (label.abs() + predicted.abs()).amax(dim=1) > _FORBIDDEN
 
 
 class LastLayerUncertainty(nn.Module):
@@ -232,6 +241,8 @@ def _held_out(
         rows = {}
         for name, of in (("energy", means), ("forces", features)):
             known = torch.isfinite(errors[name]).all(dim=1)
+            if name == "forces":
+                known &= is_free(predicted["forces"] - errors["forces"], predicted["forces"])
             rows[name] = (of[known], errors[name].detach()[known])
         yield rows
 

@@ -6,16 +6,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from ase import Atoms
 from ase.data import chemical_symbols
 from numpy.typing import NDArray
 
 from atomeq.calculators.ase import AtomeqCalculator
-from atomeq.potential.uncertainty import UNCERTAINTIES
+from atomeq.potential.uncertainty import UNCERTAINTIES, is_free
 from atomeq.units import GPA
 
 _SIGMAS = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0)
-_FORBIDDEN = 1e-3  # eV/Å; forces below it, labelled and predicted, are zero by symmetry
 _CHUNK = 8  # structures between two reports of progress
 _FACTORS = {"energy_meV_per_atom": 1e3, "forces_meV_per_A": 1e3, "stress_GPa": 1 / GPA}
 
@@ -160,17 +160,20 @@ class Evaluation:
             chemical_symbols[z]: _moments([errors[numbers == z]], 1e3) for z in np.unique(numbers)
         }
 
-    def coverage(self) -> dict[str, float]:
+    def coverage(self, kind: str = "all") -> dict[str, float]:
         """Return what a calibrated potential's uncertainties are worth here; else nothing.
 
         The shares of errors within σ and 2 σ (68.3 and 95.4 % are promised), the mean error of the
         tenth with the largest σ over the median error, and the share of atoms beyond training,
         which a committee does not tell.
+
+        Args:
+            kind: Of structures; of one kind nothing is told of atoms beyond training.
         """
         found: dict[str, float] = {}
         for name in ("energy_meV_per_atom", "forces_meV_per_A"):
             short = name.partition("_")[0]
-            sigma, errors = self._doubted(name)
+            sigma, errors = self._doubted(name, kind)
             if not len(sigma):
                 continue
             found[f"{short}_68"] = float((errors <= sigma[:, None]).mean())
@@ -179,25 +182,27 @@ class Evaluation:
             median = float(np.median(errors.mean(axis=1)))
             if median > 0:
                 found[f"{short}_worst_decile_over_median"] = float(errors[worst].mean()) / median
-        if found and self._judges:
+        if found and self._judges and kind == "all":
             n_atoms = sum(map(len, self.compared["forces_meV_per_A"].label)) or 1
             found["atoms_beyond_training"] = self.n_outside / n_atoms
         return found
 
-    def _doubted(self, name: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Return σ (n,) and errors (n, 1 or 3), less those of forces that symmetry forbids.
-
-        Those are right whatever was learned, and would make any σ look too large.
-        """
+    def _doubted(
+        self, name: str, kind: str = "all"
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Return σ (n,) and errors (n, 1 or 3), less those of forces that symmetry forbids."""
         part = self.compared[name]
-        if not part.sigma or not part.label:
+        chosen = [k for k, (own, _) in enumerate(part.owners) if kind in ("all", own)]
+        if not part.sigma or not chosen:
             return np.empty(0), np.empty((0, 1))
-        sigma, label = np.concatenate(part.sigma), np.concatenate(part.label)
-        predicted = np.concatenate(part.predicted)
+        sigma, label, predicted = (
+            np.concatenate([rows[k] for k in chosen])
+            for rows in (part.sigma, part.label, part.predicted)
+        )
         errors = np.abs(predicted - label).reshape(len(sigma), -1)
         if name != "forces_meV_per_A":
             return sigma, errors
-        free = (np.abs(label) + np.abs(predicted)).max(axis=1) > _FORBIDDEN
+        free = is_free(torch.from_numpy(label), torch.from_numpy(predicted)).numpy()
         return sigma[free], errors[free]
 
     def calibration(self) -> dict[str, list[float]]:

@@ -149,6 +149,20 @@ def test_labels_that_are_missing_are_passed_over_and_too_few_refused():
         calibrated(potential, [], training)
 
 
+def test_forces_that_symmetry_forbids_calibrate_nothing():
+    """They are right whatever was learned: perfect crystals held out leave σ as it is."""
+    potential = small_potential()
+    training = [potential.build_graph(TRAINING)]
+    perfect = bulk("Cu", cubic=True).repeat(2)
+    perfect.calc = SinglePointCalculator(perfect, energy=0.0, forces=np.zeros((32, 3)))
+    some = [potential.build_graph(HELD_OUT)]
+    found, _ = calibrated(potential, training, some)
+    more, _ = calibrated(potential, training, [*some, potential.build_graph([perfect])])
+    assert torch.equal(found.forces, more.forces)
+    with pytest.raises(ValueError, match="no forces to calibrate by"):
+        calibrated(potential, training, [potential.build_graph([perfect] * 8)])
+
+
 def test_model_without_features_is_refused():
     class Silent(Linear):
         def forward(self, graph: AtomGraph) -> dict:

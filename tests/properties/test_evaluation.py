@@ -73,6 +73,28 @@ def test_uncertainties_are_judged_by_what_they_hold():
     assert found["atoms_beyond_training"] == 0
 
 
+def test_a_kind_of_structures_has_a_coverage_of_its_own():
+    potential = small_potential()
+    known = [off_by(0.01 * (k % 3), 0.1 * (k % 3), kind="a", seed=k) for k in range(8)]
+    batch = [potential.build_graph(known)]
+    potential.uncertainty, _ = calibrated(potential, batch, batch)
+    worse = [off_by(1.0, 10.0, kind="b", seed=k) for k in range(8)]
+    evaluation = Evaluation(
+        [*known, *worse], AtomeqCalculator(potential), kind=lambda atoms: atoms.info["config_type"]
+    )
+    every, a, b = (evaluation.coverage(kind) for kind in ("all", "a", "b"))
+    assert a == pytest.approx(
+        {
+            k: v
+            for k, v in Evaluation(known, AtomeqCalculator(potential)).coverage().items()
+            if k in a
+        }
+    )
+    assert b["forces_95"] < every["forces_95"] < a["forces_95"]
+    assert b["energy_95"] == 0
+    assert evaluation.coverage("c") == {}
+
+
 def test_forces_that_symmetry_forbids_do_not_count_as_well_doubted():
     potential = small_potential()
     structures = [off_by(0.01 * k, 0.1 * (k % 3), kind="a", seed=k) for k in range(8)]
