@@ -41,6 +41,22 @@ def test_card_is_made_of_what_lies_in_the_folder(name: str):
     assert metrics["potential"]["sha256"] == document["sha256"]
 
 
+@pytest.mark.parametrize("name", shipped_potentials())
+def test_table_of_the_documentation_says_what_the_card_says(name: str):
+    folder = find_potential(name)
+    metrics, speed = (
+        json.loads((folder / f"{of}.json").read_text()) for of in ("metrics", "speed")
+    )
+    largest = max(speed["rows"], key=lambda row: row["atoms"] * row["structures"])
+    errors = [
+        metrics["errors"]["all"][of]["mae"] for of in ("energy_meV_per_atom", "forces_meV_per_A")
+    ]
+    told = [str(metrics["structures"]["all"]), *(f"{mae:.3g}" for mae in errors)]
+    lines = (ROOT / "docs" / "potentials.md").read_text(encoding="utf-8").splitlines()
+    (row,) = (line for line in lines if line.startswith(f"| [{name}](../potentials/{name}/"))
+    assert row.split(" | ")[2:] == [*told, f"{largest['us_per_atom']:.0f} |"]
+
+
 @pytest.mark.parametrize("name", CRYSTALS)
 def test_atoms_that_part_end_as_free_atoms(name: str):
     document = yaml.safe_load((find_potential(name) / "references.yaml").read_text())
