@@ -10,6 +10,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from benchmarks.record import RESULTS, ROOT, atomeq, fit, write
 
 CONFIG = ROOT / "configs" / "experiment" / "dipole_escn.yaml"
 BARS = {"dipole_mae": 0.05, "polarizability_relative": 2.0}  # D, %
+LABELS = ("dipole", "polarizability")
 UNITS = {"dipole_mae": "D", "polarizability_relative": "%"}
 
 
@@ -61,6 +63,7 @@ def row_of(run: Path) -> dict[str, Any]:
     config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
     predictor = load_predictor(run / "potential")
     data = data_module(run / "config.yaml")
+    data.labels = replace(data.labels, **dict(zip(LABELS, LABELS, strict=True)))
     data.use_builder(predictor.build_graph)
     data.setup("test")
     errors = json.loads((run / "test_errors.json").read_text(encoding="utf-8"))["held_out"]
@@ -86,8 +89,8 @@ def errors_of(predictor: Any, batches: Iterable[AtomGraph]) -> tuple[float, floa
     lengths: list[Tensor] = []
     with torch.no_grad():
         for graph in batches:
-            found = predictor(graph, ("dipole", "polarizability"))
-            true = {key: getattr(graph, key).double() for key in found}
+            found = predictor(graph, LABELS)
+            true = {key: getattr(graph, key).double() for key in LABELS}
             error = torch.linalg.matrix_norm(found["polarizability"] - true["polarizability"])
             relative.append(error / torch.linalg.matrix_norm(true["polarizability"]))
             size, expected = (torch.linalg.vector_norm(x["dipole"], dim=1) for x in (found, true))
