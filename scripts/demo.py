@@ -1,9 +1,9 @@
-"""Copper, then five crystals: what two potentials say, beside experiment and PBE, in minutes.
+"""Copper and the other elements that ship, then five crystals, beside experiment and PBE.
 
 Run it as ``bash scripts/demo.sh``. Everything about copper, with the shipped cu-pbe, is plain ASE;
-atomeq enters in one line, ``AtomeqCalculator("cu-pbe")``. The crystals (demo_crystals.py) are of a
-universal potential that is installed by its name where the package index can be reached, or with
-``--wheel FILE``. Tables go to the terminal, figures to demo_out/demo.png and demo_out/crystals.png.
+atomeq enters in one line, ``AtomeqCalculator("cu-pbe")``. The five crystals (demo_crystals.py) are
+of a universal potential that is installed by its name where the package index can be reached, or
+with ``--wheel FILE``. Tables go to the terminal, figures to demo_out/demo.png and crystals.png.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import numpy as np
 from ase import Atoms, units
 from ase.build import bulk
 from ase.calculators.calculator import Calculator
+from ase.collections import dcdft
 from ase.eos import EquationOfState
 from ase.filters import FrechetCellFilter
 from ase.md.verlet import VelocityVerlet
@@ -36,6 +37,10 @@ from matplotlib import pyplot as plt
 # Materials 7, 97 (2021), table 1.
 EXPERIMENT = {"a0": 3.598, "bulk_modulus": 144.0, "vacancy": 1.27}
 PBE = {"a0": 3.629, "bulk_modulus": 141.0, "vacancy": 1.07}
+
+#: The other crystals of one element that ship, by the potential that has them.
+OTHERS = {"Li": "li-pbe", "Si": "si-pbe", "Ge": "ge-pbe", "Mo": "mo-pbe"}
+OTHERS |= dict.fromkeys(("Nb", "Ta", "W"), "nbmotaw-pbe")
 
 TEMPERATURE = 300.0  # K
 TIMESTEP = 5.0  # fs; copper's fastest phonon takes 140 fs
@@ -206,6 +211,35 @@ def dynamics(calculator: Calculator, a0: float) -> Trajectory:
     return Trajectory(times, temperatures, drifts)
 
 
+def others() -> None:
+    """Fit the equation of state of each other element that ships."""
+    rows = []
+    for symbol, name in OTHERS.items():
+        volumes, energies = [], []
+        calculator = AtomeqCalculator(name)
+        published = dcdft.data[symbol]
+        for scale in np.linspace(0.97, 1.03, 9):
+            atoms = bulk(symbol)
+            stretch = scale * (published["wien2k_volume"] * len(atoms) / atoms.get_volume()) ** (
+                1 / 3
+            )
+            atoms.set_cell(stretch * atoms.cell, scale_atoms=True)
+            atoms.calc = calculator
+            volumes.append(atoms.get_volume() / len(atoms))
+            energies.append(atoms.get_potential_energy() / len(atoms))
+        volume, _, modulus = EquationOfState(volumes, energies, eos="birchmurnaghan").fit()
+        numbers = [
+            f"{v:.2f}" for v in (volume, published["wien2k_volume"], published["exp_volume"])
+        ]
+        moduli = (modulus / units.GPa, published["wien2k_B"], published["exp_B"])
+        rows.append((f"{symbol}, {name}", *numbers, *(f"{value:.0f}" for value in moduli)))
+    table(
+        "5  Other elements that ship: Å³ per atom and bulk modulus, GPa",
+        ("", "volume", "PBE", "experiment", "modulus", "PBE", "experiment"),
+        rows,
+    )
+
+
 def plot(eos: EquationOfState, relaxed: Relaxed, trajectory: Trajectory, path: Path) -> None:
     """Draw equation of state, relaxation and dynamics side by side."""
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
@@ -231,7 +265,9 @@ def plot(eos: EquationOfState, relaxed: Relaxed, trajectory: Trajectory, path: P
 
 def main() -> None:
     """Run the parts and write the figures."""
-    parser = argparse.ArgumentParser(description="Copper, then five crystals, in minutes.")
+    parser = argparse.ArgumentParser(
+        description="Copper and others, then five crystals, in minutes."
+    )
     parser.add_argument("--out", type=Path, default=Path("demo_out"), help="folder for the figures")
     parser.add_argument("--wheel", type=Path, help="of sevenn 0.13.0, where there is no index")
     options = parser.parse_args()
@@ -243,6 +279,7 @@ def main() -> None:
     relaxed = relaxation(calculator)
     eos, a0 = equation_of_state(calculator, relaxed.a0)
     trajectory = dynamics(calculator, a0)
+    others()
     plot(eos, relaxed, trajectory, out / "demo.png")
     figures = [out / "demo.png"]
     if demo_crystals.install(demo_crystals.wheel_at_hand(options.wheel)):

@@ -188,7 +188,7 @@ def show_crystals(cells: dict[str, Atoms], moduli: dict[str, float]) -> None:
         row = (ours, known.pbe, known.experiment, f"{moduli[name]:.0f}")
         table.add_row(name, *row, known.pbe_modulus, known.experiment_modulus)
     console.print(
-        "[bold]5  Five crystals: lattice constants in Å, bulk moduli in GPa[/bold]", table
+        "[bold]6  Five crystals: lattice constants in Å, bulk moduli in GPa[/bold]", table
     )
     console.print(
         "PBE and experiment are published numbers, in brackets from memory. B is at the shape of "
@@ -224,7 +224,7 @@ def show_screening(above: dict[str, dict[str, float]]) -> None:
     for formula, kinds in above.items():
         ranked = sorted(kinds.items(), key=lambda item: item[1])
         table.add_row(formula, ", ".join(f"{kind} {energy:.0f}" for kind, energy in ranked))
-    console.print("[bold]6  Screening of twelve structures[/bold]", table, "", sep="\n")
+    console.print("[bold]7  Screening of twelve structures[/bold]", table, "", sep="\n")
 
 
 def dynamics(calculator: AtomeqCalculator, cells: dict[str, Atoms]) -> dict[str, np.ndarray]:
@@ -263,7 +263,7 @@ def dynamics(calculator: AtomeqCalculator, cells: dict[str, Atoms]) -> dict[str,
         late = temperatures[len(temperatures) // 2 :].mean()
         table.add_row(name, str(size), f"{late:.0f}", f"{np.abs(totals - totals[0]).max():.3f}")
     console.print(
-        f"[bold]7  Molecular dynamics: {STEPS * TIMESTEP / 1e3:g} ps of all five in one batch, "
+        f"[bold]8  Molecular dynamics: {STEPS * TIMESTEP / 1e3:g} ps of all five in one batch, "
         f"{seconds:.0f} s[/bold]",
         *(table, ""),
         sep="\n",
