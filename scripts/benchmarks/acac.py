@@ -21,7 +21,7 @@ import yaml
 from atomeq.cli.structures import versions
 from atomeq.potential.checkpoint import load_potential
 from benchmarks.peers import mace_torch
-from benchmarks.record import RESULTS, ROOT, atomeq, children_cpu_seconds, commit, write
+from benchmarks.record import RESULTS, ROOT, atomeq, children_cpu_seconds, commit, read, write
 
 FILE = RESULTS / "acac.json"
 MODELS = ("egnn", "escn", "equiformer_v2", "nequip", "mace")
@@ -96,10 +96,11 @@ def cost_of_fit(config: list[str], run: Path, n_epochs: int) -> float:
 
 
 def write_results(runs: Path, seconds: float) -> None:
-    """Write the table of all runs that have been tested, and show it."""
+    """Write the table of all runs that have been tested, earlier ones included, and show it."""
     rows_of = (*MODELS, mace_torch.NAME)
     tested = [model for model in rows_of if (runs / f"acac_{model}" / "test_errors.json").exists()]
-    rows = {model: row_of(runs / f"acac_{model}") for model in tested}
+    rows = read(FILE).get("models", {})  # of earlier runs, elsewhere perhaps
+    rows |= {model: row_of(runs / f"acac_{model}") for model in tested}
     document = {
         "command": f"python scripts/benchmark.py acac --seconds {seconds:g}",
         "what": "acetylacetone (BOTNet data): 450 frames at 300 K to train on, 50 choose the "
