@@ -4,8 +4,8 @@
 results/bars_cpu.json as it is done. Called again it goes on where it was stopped: rows measured
 with this very code on this machine, as carefully, are not measured again, but with ``--again``, or
 where something was needed that was not there: torch-sim, or a Python with fairchem-core, given as
-``ATOMEQ_PEER_PYTHON`` (``benchmark.py models --help`` says how to make one). The exit code is 1
-where a bar is missed.
+``ATOMEQ_PEER_PYTHON`` (``benchmark.py models --help`` says how to make one); without it the file
+keeps what was measured elsewhere. The exit code is 1 where a bar is missed.
 
 A row is a function of ``quick`` that measures and yields judged figures; a benchmark that asks
 something has one in ``ROWS``.
@@ -87,7 +87,8 @@ def measured(name: str, *, quick: bool, again: bool, file: Path) -> list[Judged]
         "machine": here,
         "lines": [asdict(x) for x in lines],
     }
-    write(file, document | {name: row})
+    if not known or any(x.met is not None for x in lines):  # else it was measured elsewhere
+        write(file, document | {name: row})
     return lines
 
 

@@ -281,6 +281,17 @@ def test_bars_that_lacked_something_are_measured_when_it_is_there(tmp_path, monk
     torch.set_num_threads(n_threads)
 
 
+def test_bars_keep_what_was_measured_where_nothing_was_lacking(tmp_path, monkeypatch):
+    answers = [[Judged("relax", "1.18 x", ">= 1.2 x", False)], [Judged("relax", "-", ">= 1.2 x")]]
+    monkeypatch.setattr(bars, "ROWS", {"large torchsim": lambda quick: answers.pop(0)})
+    monkeypatch.setattr(bars, "code_digest", lambda: "this code")
+    file, n_threads = tmp_path / "bars.json", torch.get_num_threads()
+    for _ in range(2):
+        benchmark.main(["bars", "--quick", "--again", "--out", str(file)])
+    torch.set_num_threads(n_threads)
+    assert json.loads(file.read_text())["large torchsim"]["lines"][0]["measured"] == "1.18 x"
+
+
 def test_large_structures_are_judged_by_the_worst_of_them():
     sizes = {500: 40e6, 4000: 144e6, 20_000: 280e6}
     rows = [{"atoms": n, "bytes": size} for n, size in sizes.items()]
