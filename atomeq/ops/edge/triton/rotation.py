@@ -9,7 +9,8 @@ double), whatever the features are.
 # Only Triton's compiler goes through tl.static_range; to a type checker it raises.
 # pyright: reportGeneralTypeIssues=false
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 import triton
@@ -343,32 +344,15 @@ def gradient_along(
     """Differentiate the gradients of <y, f s W G x> along a direction, see ops/edge/along.py."""
     if all([part is None for part in into]):
         return
-    (n_edges, n_rows, n_sph), channels = ends.wigner.shape, x.shape[2]
-    lmax, mmax = orders_of(n_rows, n_sph)
-    block_c, sizes = channel_tile(channels), slots(lmax, mmax)
-    block_e = edge_tile(max(*sizes, *degrees(lmax)), block_c, share=8)
-    launch(
+    _launch_over_edges(
         _gradient_along,
-        (ceil_div(n_edges, block_e),),
-        *_plain(x, moved.x, ends.wigner, moved.wigner),
-        *_two(ends.indices),
-        *_plain(rows, moved.rows, scale, moved.scale, factor, moved.factor, moved.turn),
-        table_like(_neighbours, lmax, like=ends.wigner),
-        table_like(_coefficients, lmax, like=ends.wigner),
-        *into,
-        like=x,
-        n_edges=n_edges,
-        SIDES=max(1, len(ends.indices)),
-        CHANNELS=channels,
-        LMAX=lmax,
-        MMAX=mmax,
-        N_ROWS=n_rows,
-        SLOTS=sizes,
-        DEGREES=degrees(lmax),
-        TERMS=TERMS,
-        SUM=accumulator(x.dtype),
-        BLOCK_E=block_e,
-        BLOCK_C=block_c,
+        _plain(x, moved.x, ends.wigner, moved.wigner),
+        ends.indices,
+        _plain(rows, moved.rows, scale, moved.scale, factor, moved.factor, moved.turn),
+        into,
+        x,
+        ends.wigner,
+        share=8,
     )
 
 
@@ -389,22 +373,45 @@ def _launch_gradient(
     turn: Tensor | None = None,
 ) -> None:
     """Launch over edges; what is written is contiguous, and None is not wanted."""
-    x, wigner = contiguous(x), contiguous(wigner)
-    (n_edges, n_rows, n_sph), channels = wigner.shape, x.shape[2]
-    lmax, mmax = orders_of(n_rows, n_sph)
-    block_c = channel_tile(channels)
-    sizes = slots(lmax, mmax)
-    block_e = edge_tile(max(*sizes, *degrees(lmax)), block_c, share=4)
-    launch(
+    _launch_over_edges(
         _gradient,
-        (ceil_div(n_edges, block_e),),
+        _plain(x, wigner),
+        indices,
+        _plain(rows, scale, factor, also),
+        (entered, through, rotated, to_factor, turn),
         x,
         wigner,
+        share=4,
+        SIGN=SIGN,
+    )
+
+
+def _launch_over_edges(
+    kernel: Any,
+    rotated: Iterable[Tensor | None],
+    indices: Sequence[Tensor],
+    given: Iterable[Tensor | None],
+    written: Iterable[Tensor | None],
+    x: Tensor,
+    wigner: Tensor,
+    *,
+    share: int,
+    **constants: Any,
+) -> None:
+    """Launch a kernel that differentiates rotations, tiles of edges with all their channels."""
+    (n_edges, n_rows, n_sph), channels = wigner.shape, x.shape[2]
+    lmax, mmax = orders_of(n_rows, n_sph)
+    block_c, sizes = channel_tile(channels), slots(lmax, mmax)
+    block_e = edge_tile(max(*sizes, *degrees(lmax)), block_c, share=share)
+    launch(
+        kernel,
+        (ceil_div(n_edges, block_e),),
+        *rotated,
         *_two(indices),
-        *_plain(rows, scale, factor, also),
+        *given,
         table_like(_neighbours, lmax, like=wigner),
         table_like(_coefficients, lmax, like=wigner),
-        *(entered, through, rotated, to_factor, turn),
+        *written,
         like=x,
         n_edges=n_edges,
         SIDES=max(1, len(indices)),
@@ -415,10 +422,10 @@ def _launch_gradient(
         SLOTS=sizes,
         DEGREES=degrees(lmax),
         TERMS=TERMS,
-        SIGN=SIGN,
         SUM=accumulator(x.dtype),
         BLOCK_E=block_e,
         BLOCK_C=block_c,
+        **constants,
     )
 
 
