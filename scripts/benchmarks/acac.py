@@ -36,8 +36,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--collect", action="store_true", help="train nothing")
     parser.add_argument("--mace-torch", metavar="PYTHON", help="an interpreter that has it")
     options = parser.parse_args(argv)
-    if options.mace_torch and not (options.runs / "acac_mace_torch" / "test_errors.json").exists():
-        train_mace_torch(options.mace_torch, options.runs / "acac_mace_torch", options.seconds)
+    peer = options.runs / f"acac_{mace_torch.NAME}"
+    wanted = options.mace_torch and not options.collect
+    if wanted and not (peer / "test_errors.json").exists():
+        train_mace_torch(options.mace_torch, peer, options.seconds)
     for model in options.models:
         run = options.runs / f"acac_{model}"
         if not options.collect and not (run / "test_errors.json").exists():
@@ -126,7 +128,7 @@ def row_of(run: Path) -> dict[str, Any]:
         row[f"forces {name}"] = round(found["forces_mae"], 2)
         row[f"rms forces {name}"] = round(found["forces_rmse"], 2)
     file = run / "config.yaml"  # those of mace-torch have none
-    seed = yaml.safe_load(file.read_text())["seed_everything"] if file.exists() else 0
+    seed = yaml.safe_load(file.read_text())["seed_everything"] if file.exists() else mace_torch.SEED
     model = load_potential(run / "potential").model
     return {
         **row,

@@ -19,6 +19,7 @@ from benchmarks.record import children_cpu_seconds
 
 FINAL_RATE = 0.02  # of the first
 NAME = "mace_torch"
+SEED = 0
 
 
 def cost_of_fit(python: str, data: dict[str, Any], run: Path, n_epochs: int) -> float:
@@ -35,7 +36,7 @@ def cost_of_fit(python: str, data: dict[str, Any], run: Path, n_epochs: int) -> 
     references = ase.io.read(resolve_data_path("${ATOMEQ_DATA}/acac/isolated_atoms.extxyz"), ":")
     energies = {int(one.numbers[0]): float(one.get_potential_energy()) for one in references}
     words = {
-        "name": NAME, "work_dir": run, "model_dir": run, "seed": 0, "plot": False,
+        "name": NAME, "work_dir": run, "model_dir": run, "seed": SEED, "plot": False,
         "train_file": train, "valid_file": val, "E0s": energies, "model": "MACE",
         "hidden_irreps": "32x0e + 32x1o", "r_max": 5.0, "num_interactions": 2, "correlation": 3,
         "max_ell": 3, "batch_size": data["max_structures"], "valid_batch_size": 10, "lr": 0.01,
