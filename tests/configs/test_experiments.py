@@ -63,6 +63,7 @@ FEW_FRAMES = {
     "md22_mace": ["--data.split={train: 8, val: 2, test: 2}"],
     "rmd17_mace": ["--data.split.val=4"],
     "nbmotaw_pbe": ["--data.split={file: null, val: 2, test: 2}"],
+    "finetune_high_pressure": ["--data.split={val: 4, test: 4}", "--data.replay.val=4"],
 }
 
 
@@ -112,7 +113,8 @@ def generated_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ase.io.write(folder / "mlearn" / f"{name}.extxyz.gz", labelled(bulk(name[:2]), n))
     ase.io.write(folder / "mvl_snap" / "NbMoTaW.extxyz.gz", labelled(bulk("Ta", cubic=True), 12))
     salt = labelled(bulk("NaCl", "rocksalt", a=5.6), 12)
-    ase.io.write(folder / "mattersim_benchmarks" / "mpf-alkali-TP.extxyz.gz", salt)
+    for name in ("mpf-TP", "mpf-alkali-TP", "random-TP"):
+        ase.io.write(folder / "mattersim_benchmarks" / f"{name}.extxyz.gz", salt)
     for atoms in (energies_only := labelled(molecule("CH3COOH"), 30)):
         del atoms.calc.results["forces"]  # QM7 has none
     ase.io.write(folder / "qm7" / "qm7.extxyz.gz", energies_only)
@@ -124,12 +126,13 @@ def generated_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     parts = {"train": np.arange(16), "valid": np.arange(16, 18), "test-dev": np.arange(18, 20)}
     torch.save(parts, folder / "pcqm4mv2" / "split_dict.pt")
     monkeypatch.setenv("ATOMEQ_DATA", str(folder))
-    # As `atomeq potentials install sevennet-0` leaves it, but small.
+    # As `atomeq potentials install` leaves them, but small.
     monkeypatch.setenv("ATOMEQ_POTENTIALS", str(tmp_path / "potentials"))
     irreps = ["8x0e", "8x0e+4x1e", "8x0e"]
-    model = NequIP(4.0, irreps=irreps, parity=False, elements=[8, 29], sevennet={})
-    references = AtomicReferences({8: -1.0, 29: -3.0})
-    save_potential(Potential(model, references), tmp_path / "potentials" / "sevennet-0")
+    model = NequIP(4.0, irreps=irreps, parity=False, elements=[8, 11, 17, 29], sevennet={})
+    references = AtomicReferences({8: -1.0, 11: -1.0, 17: -2.0, 29: -3.0})
+    for name in ("sevennet-0", "sevennet-l3i5"):
+        save_potential(Potential(model, references), tmp_path / "potentials" / name)
     save_first_stages(tmp_path / "potentials")
     return folder
 
