@@ -126,19 +126,18 @@ def generated_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     parts = {"train": np.arange(16), "valid": np.arange(16, 18), "test-dev": np.arange(18, 20)}
     torch.save(parts, folder / "pcqm4mv2" / "split_dict.pt")
     monkeypatch.setenv("ATOMEQ_DATA", str(folder))
-    # As `atomeq potentials install` leaves them, but small.
     monkeypatch.setenv("ATOMEQ_POTENTIALS", str(tmp_path / "potentials"))
-    irreps = ["8x0e", "8x0e+4x1e", "8x0e"]
-    model = NequIP(4.0, irreps=irreps, parity=False, elements=[8, 11, 17, 29], sevennet={})
-    references = AtomicReferences({8: -1.0, 11: -1.0, 17: -2.0, 29: -3.0})
-    for name in ("sevennet-0", "sevennet-l3i5"):
-        save_potential(Potential(model, references), tmp_path / "potentials" / name)
-    save_first_stages(tmp_path / "potentials")
+    save_installed(tmp_path / "potentials")
     return folder
 
 
-def save_first_stages(folder: Path) -> None:
-    """What second stages start from, as the first ones leave it."""
+def save_installed(folder: Path) -> None:
+    """What `atomeq potentials install` leaves, but small, and what first stages do."""
+    irreps = ["8x0e", "8x0e+4x1e", "8x0e"]
+    model = NequIP(4.0, irreps=irreps, parity=False, elements=[8, 11, 17, 29], sevennet={})
+    for name in ("sevennet-0", "sevennet-l3i5"):
+        references = AtomicReferences({8: -1.0, 11: -1.0, 17: -2.0, 29: -3.0})
+        save_potential(Potential(model, references), folder / name)
     for name, elements in (("direct_to_conservative_1", (11, 17)), ("adaptation_1", (1, 6, 8))):
         first = yaml.safe_load((CONFIGS / "experiment" / f"{name}.yaml").read_text())
         references = AtomicReferences(dict.fromkeys(elements, -1.0))
