@@ -90,22 +90,20 @@ def generated_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in (*names, "qm7", "qm9", "pcqm4mv2", "md22", "rmd17/npz_data", "rmd17/splits"):
         (folder / name).mkdir(parents=True)
     acid = labelled(molecule("CH3COOH"), 20)
-    for name in ("train_300K", "test_MD_300K", "test_MD_600K"):
-        ase.io.write(folder / "acac" / f"{name}.extxyz.gz", acid)
+    acac = [f"acac/{name}.extxyz.gz" for name in ("train_300K", "test_MD_300K", "test_MD_600K")]
+    files = ("train.extxyz.gz", "test_MD.extxyz.gz", "test_H_removal.extxyz")
+    modes = (f"test_norm_mode_{mode}.extxyz" for mode in (874, 3005))
+    ethanol = [f"ethanol_rmd17_pbe/{name}" for name in (*files, *modes)]
+    for name in (*acac, *ethanol, "3bpa/train_300K.extxyz.gz", "3bpa/train_mixedT.extxyz.gz"):
+        ase.io.write(folder / name, acid)
     for atoms in (moments := labelled(molecule("CH3COOH"), 20)):
         atoms.info |= {"dipole": atoms.positions[0], "polarizability": np.eye(3)}
     ase.io.write(folder / "gfn2_qm7.extxyz", moments)
-    for name in ("train_300K", "train_mixedT"):
-        ase.io.write(folder / "3bpa" / f"{name}.extxyz.gz", acid)
     write_md_archives(folder, acid)
     isolated = [Atoms(symbol, info={"energy": -1.0}) for symbol in "HCO"]
     ase.io.write(folder / "3bpa" / "iso_atoms.extxyz", isolated)
     for name in ("acac", "ethanol_rmd17_pbe"):
         ase.io.write(folder / name / "isolated_atoms.extxyz", isolated)
-    for name in ("train.extxyz.gz", "test_MD.extxyz.gz", "test_H_removal.extxyz"):
-        ase.io.write(folder / "ethanol_rmd17_pbe" / name, acid)
-    for mode in (874, 3005):
-        ase.io.write(folder / "ethanol_rmd17_pbe" / f"test_norm_mode_{mode}.extxyz", acid)
     # As many as cu_split.json divides.
     ase.io.write(folder / "mvl_snap" / "Cu.extxyz.gz", labelled(bulk("Cu"), 294))
     monkeypatch.setenv("ELEMENT", "Si")
@@ -113,13 +111,13 @@ def generated_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ase.io.write(folder / "mlearn" / f"{name}.extxyz.gz", labelled(bulk(name[:2]), n))
     ase.io.write(folder / "mvl_snap" / "NbMoTaW.extxyz.gz", labelled(bulk("Ta", cubic=True), 12))
     salt = labelled(bulk("NaCl", "rocksalt", a=5.6), 12)
-    for name in ("mpf-TP", "mpf-alkali-TP", "random-TP"):
-        ase.io.write(folder / "mattersim_benchmarks" / f"{name}.extxyz.gz", salt)
     for atoms in (energies_only := labelled(molecule("CH3COOH"), 30)):
         del atoms.calc.results["forces"]  # QM7 has none
     ase.io.write(folder / "qm7" / "qm7.extxyz.gz", energies_only)
-    old = folder / "mattersim_benchmarks" / "mptrj-random-1k.extxyz.gz"
-    ase.io.write(old, labelled(bulk("Cu", cubic=True), 30))
+    old = labelled(bulk("Cu", cubic=True), 30)
+    sets = {"mpf-TP": salt, "mpf-alkali-TP": salt, "random-TP": salt, "mptrj-random-1k": old}
+    for name, frames in sets.items():
+        ase.io.write(folder / "mattersim_benchmarks" / f"{name}.extxyz.gz", frames)
     write_archive(folder / "qm9", repeats=5)
     with gzip.open(folder / "pcqm4mv2" / "data.csv.gz", "wt") as table:
         table.write("idx,smiles,homolumogap\n" + "".join(f"{k},CC=O,{k}\n" for k in range(20)))
