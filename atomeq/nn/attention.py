@@ -54,6 +54,7 @@ class Weighing:
 
 
 _WEIGHING = Weighing()
+_MOST = 69.0  # of a shifted logit: only where u < exp(-69) is there more, and exp would overflow
 
 
 class EquivariantAttention(nn.Module):
@@ -205,11 +206,15 @@ def smooth_softmax(logits: Tensor, envelope: Tensor, index: Tensor, n_segments: 
     Returns:
         (n_edges, num_heads).
     """
-    # The shift cancels in the ratio, so it needs no gradient; it keeps exp from overflowing.
+    # Rounding leaves envelopes just below 0 at the cutoff; nobody sits there.
+    envelope = envelope.clamp(min=0)[:, None]
+    # The shift, the largest a + log u, cancels in the ratio, so it needs no gradient. It keeps exp
+    # from overflowing, and an edge without weight from taking all the others' with it.
     rows = index[:, None].expand_as(logits)
+    counted = logits.detach() + envelope.detach().log()
     peaks = logits.new_zeros(n_segments, logits.shape[1])
-    peaks = peaks.scatter_reduce(0, rows, logits.detach(), reduce="amax")
-    weights = envelope[:, None] * (logits - peaks.index_select(0, index)).exp()
+    peaks = peaks.scatter_reduce(0, rows, counted, reduce="amax")
+    weights = envelope * (logits - peaks.index_select(0, index)).clamp(max=_MOST).exp()
     totals = torch.exp(-peaks) + segment_sum(weights, index, n_segments)
     return weights / totals.index_select(0, index)
 

@@ -66,3 +66,15 @@ def test_smooth_softmax_forgets_an_edge_as_its_envelope_vanishes():
     gone = smooth_softmax(logits[[0, 2]], torch.tensor([1.0, 0.0]), torch.tensor([0, 0]), 1)
     alone = smooth_softmax(logits[[0]], torch.tensor([1.0]), torch.tensor([0]), 1)
     assert float(gone[0, 0]) == float(alone[0, 0])
+
+
+@pytest.mark.parametrize("envelope", [0.0, -2e-6])
+def test_an_edge_at_the_cutoff_takes_no_weight_however_large_its_logit(envelope: float):
+    """Trained logits reach hundreds, and rounding leaves envelopes below 0."""
+    logits = torch.tensor([[200.0], [0.0], [-1.0]], requires_grad=True)
+    index = torch.tensor([0, 0, 0])
+    weights = smooth_softmax(logits, torch.tensor([envelope, 1.0, 1.0]), index, 1)
+    alone = smooth_softmax(logits[1:], torch.ones(2), index[1:], 1)
+    torch.testing.assert_close(weights, torch.cat([torch.zeros(1, 1), alone]))
+    (gradient,) = torch.autograd.grad(weights[1].sum(), logits)
+    assert torch.isfinite(gradient).all()
