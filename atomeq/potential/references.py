@@ -9,6 +9,8 @@ from atomeq.typing import AtomicEnergies, AtomicNumbers, PropertyKey
 
 MAX_ATOMIC_NUMBER = 118
 
+_REWEIGHTINGS, _AGREED = 30, 1e-4  # of robust fits; eV/atom that count as no error
+
 
 class AtomicReferences(nn.Module):
     """E = Σ_i (scale · e_i + shift[Z_i]) + offset, in float64 whatever the network's dtype.
@@ -175,13 +177,16 @@ def _complete(
 
 
 def least_squares_shift(
-    compositions: Sequence[AtomicNumbers], energies: Sequence[float]
+    compositions: Sequence[AtomicNumbers], energies: Sequence[float], *, robust: bool = False
 ) -> dict[int, float]:
     """Fit one energy per element to total energies, by least squares of minimum norm.
 
     Args:
         compositions: Atomic numbers of each structure, each (n_atoms,).
         energies: Total energy of each structure, eV.
+
+        robust: Absolute errors per atom count, not squares of total ones (by reweighting): a few
+            structures far off do not move what all others agree on.
 
     Returns:
         Shift by atomic number, eV. Where compositions leave a direction undetermined (one
@@ -200,6 +205,11 @@ def least_squares_shift(
         [torch.bincount(numbers.cpu(), minlength=MAX_ATOMIC_NUMBER + 1) for numbers in compositions]
     )[:, elements].to(torch.float64)
     targets = torch.tensor([float(e) for e in energies], dtype=torch.float64)
-    # gelsd finds the minimum-norm solution of rank-deficient systems; the default driver does not.
-    solution = torch.linalg.lstsq(counts, targets[:, None], driver="gelsd").solution[:, 0]
+    weights = 1 / counts.sum(dim=1) if robust else torch.ones_like(targets)
+    for _ in range(_REWEIGHTINGS if robust else 1):
+        rows, wanted = weights[:, None] * counts, weights * targets
+        # gelsd finds the minimum-norm solution of rank-deficient systems; the default does not.
+        solution = torch.linalg.lstsq(rows, wanted[:, None], driver="gelsd").solution[:, 0]
+        missed = (counts @ solution - targets).abs() / counts.sum(dim=1)
+        weights = missed.clamp(min=_AGREED).rsqrt() / counts.sum(dim=1)
     return dict(zip(elements, solution.tolist(), strict=True))

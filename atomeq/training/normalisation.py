@@ -45,7 +45,8 @@ else:
 
     register_type(PotentialSource, str, _source_from_yaml)
 
-_ENOUGH = 200  # structures that the shift of energies is fitted to
+#: Structures that the shift of energies is fitted to, at least, and for each element.
+_ENOUGH, _OF_EACH = 200, 5
 
 _PLURAL = {"energy": "energies", "scalar": "labels of the target"}
 
@@ -233,7 +234,7 @@ def fit_shift(potential: Potential, dataset: GraphDataset) -> AtomicReferences:
         for graph in graphs:
             found = potential(graph.to(potential.device), ("energy",))["energy"]
             missed.append(float(graph.energy) - float(found))
-    shift = least_squares_shift([graph.atomic_numbers for graph in graphs], missed)
+    shift = least_squares_shift([graph.atomic_numbers for graph in graphs], missed, robust=True)
     symbols = element_symbols(torch.tensor(list(shift)))
     shown = ", ".join(
         f"{symbol} {e:+.4f}" for symbol, e in zip(symbols, shift.values(), strict=True)
@@ -254,7 +255,9 @@ def fit_shift(potential: Potential, dataset: GraphDataset) -> AtomicReferences:
 def _some(dataset: GraphDataset) -> list[AtomGraph]:
     """Return structures from everywhere in a set, and with each of its elements."""
     graphs = dataset.sample()
-    chosen = dict.fromkeys(range(0, len(graphs), -(-len(graphs) // _ENOUGH)))
+    elements = {z for graph in graphs for z in graph.atomic_numbers.tolist()}
+    enough = max(_ENOUGH, _OF_EACH * len(elements))
+    chosen = dict.fromkeys(range(0, len(graphs), -(-len(graphs) // enough)))
     seen = {z for k in chosen for z in graphs[k].atomic_numbers.tolist()}
     for k, graph in enumerate(graphs):
         if further := set(graph.atomic_numbers.tolist()) - seen:

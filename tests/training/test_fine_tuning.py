@@ -232,8 +232,12 @@ def test_replayed_data_are_forgotten_less_and_it_is_told(start, tmp_path, caplog
 
 def test_old_data_may_be_measured_alone(start, tmp_path, caplog):
     write_old_data(tmp_path / "old.extxyz", AtomeqCalculator("small"))
+    old = ase.io.read(tmp_path / "old.extxyz", index=":")
+    old[0].calc.results["energy"] += 8.0  # one that is far off is no other level of theory
+    ase.io.write(tmp_path / "old.extxyz", old)
     with caplog.at_level("INFO"):
-        measured = replayed(tmp_path, "--trainer.max_epochs=1", weight=0.0, number=7)
+        words = {"labels": "files", "weight": 0.0, "number": 7}
+        measured = replayed(tmp_path, "--trainer.max_epochs=1", **words)
     assert "old data: 0 structures replayed, 7 held out" in caplog.text
     assert measured["old_data"]["forces_mae"] > measured["old_data_before"]["forces_mae"]
 
@@ -241,7 +245,7 @@ def test_old_data_may_be_measured_alone(start, tmp_path, caplog):
 def test_old_data_that_do_not_fit_are_refused(start, tmp_path, capsys):
     calculator = AtomeqCalculator("small")
     for shift, labels, said in (
-        (0.2, "files", "+0.200 eV/atom from those of small"),
+        (0.2, "files", "+0.200 eV/atom (median) from those of small"),
         (None, "potential", "atomic number 29"),
     ):
         write_old_data(tmp_path / "old.extxyz", calculator, shift or 0.0)
