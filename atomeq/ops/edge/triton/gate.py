@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from atomeq.ops.edge.so2_map import SO2Shape
-from atomeq.ops.edge.triton.rotation import _row
+from atomeq.ops.edge.triton.rotation_kernels import row_of
 from atomeq.ops.triton_launch import (
     accumulator,
     ceil_div,
@@ -101,7 +101,7 @@ def _gate(y, value, n_edges, CHANNELS: tl.constexpr, LMAX: tl.constexpr, MMAX: t
         gate = tl.sigmoid(tl.load(y + given + place, mask=inside, other=0.0).to(SUM))
         for slot in tl.static_range(2 * l + 2):
             if slot != 1 and slot // 2 <= MMAX:
-                row = _row(l, slot // 2, slot % 2, LMAX) * CHANNELS
+                row = row_of(l, slot // 2, slot % 2, LMAX) * CHANNELS
                 number = tl.load(y + given + LMAX * CHANNELS + row, mask=inside, other=0.0)
                 tl.store(value + made + row, number.to(SUM) * gate, mask=inside)
 
@@ -120,7 +120,7 @@ def _gate_gradient(y, grad, also, value, result, n_edges, CHANNELS: tl.constexpr
         through = tl.zeros((BLOCK_E, BLOCK_C), dtype=SUM)
         for slot in tl.static_range(2 * l + 2):
             if slot != 1 and slot // 2 <= MMAX:
-                row = _row(l, slot // 2, slot % 2, LMAX) * CHANNELS
+                row = row_of(l, slot // 2, slot % 2, LMAX) * CHANNELS
                 number = tl.load(y + given + LMAX * CHANNELS + row, mask=inside, other=0.0).to(SUM)
                 pull = tl.load(grad + made + row, mask=inside, other=0.0).to(SUM)
                 through += pull * number * slope
@@ -156,7 +156,7 @@ def _gate_second(y, moved, grad, value, curved, result, n_edges, CHANNELS: tl.co
         first = tl.zeros((BLOCK_E, BLOCK_C), dtype=SUM)
         for slot in tl.static_range(2 * l + 2):
             if slot != 1 and slot // 2 <= MMAX:
-                row = _row(l, slot // 2, slot % 2, LMAX) * CHANNELS
+                row = row_of(l, slot // 2, slot % 2, LMAX) * CHANNELS
                 at = given + LMAX * CHANNELS + row
                 number = tl.load(y + at, mask=inside, other=0.0).to(SUM)
                 step = tl.load(moved + at, mask=inside, other=0.0).to(SUM)
