@@ -5,8 +5,8 @@
 prints bytes per edge for a forward pass, for forces (+ backward) and for a step of force training
 (+ the gradient of the gradient), the time at an H200's bandwidth, and the largest parts. No kernel
 runs: a call counts each input once and each output once, so an atom's features that many edges
-gather count once, as if the cache held them, and two kernels that write a half each count two
-wholes; weights, which do not grow with the edges, cancel in the difference of two sizes. The
+gather count once, as if the cache held them; weights, which do not grow with the edges, cancel in
+the difference of two sizes; frames and sorted edges, which all layers share, are there before. The
 figures are there to predict what a change gains, not to replace a measurement.
 """
 
@@ -15,7 +15,6 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "1"  # the kernels are called on CPU tensors, and replaced below
@@ -73,28 +72,7 @@ class Traffic(TorchDispatchMode):
         self, kernel: Any, grid: object, *tensors: Tensor | None, like: Tensor, **constants: Any
     ) -> None:
         """Count, and start nothing: what the kernels are given in the place of ``launch``."""
-        if "GROUPS" in constants:
-            tensors = _columns(constants, *tensors)
         self.count(kernel.__name__, [tensor for tensor in tensors if tensor is not None])
-
-
-def _columns(
-    constants: dict[str, Any],
-    rows: Tensor,
-    weights: Tensor,
-    bias: Tensor | None,
-    out: Tensor,
-    gated: Tensor | None,
-) -> list[Tensor | None]:
-    """Return of rows the columns that a launch of grouped products reads and writes."""
-    read = made = 0
-    for kind, _, _, inner, _, _, outer, *_ in constants["GROUPS"]:
-        signs = 2 if kind == so2._COMPLEX else 1
-        read, made = read + signs * inner, made + signs * outer
-    if gated is None:
-        return [rows[:, :read], weights, bias, out[:, :made]]
-    beside = made * constants["KEEP"] + constants["GATES"]  # which one launch makes for the other
-    return [rows[:, :read], weights, out[:, :beside], gated[:, :made]]
 
 
 def _tensors(value: Any) -> list[Tensor]:
@@ -120,13 +98,14 @@ def layer(lmax: int, channels: int, n_edges: int) -> tuple[Callable[..., Tensor]
     shapes = [(n_atoms, (lmax + 1) ** 2, channels), (n_edges, 3), (n_edges, width)]
     shapes += [(n_scales, width), (n_scales,), (n_edges,), *first, *second]
     inputs = [torch.randn(shape).requires_grad_() for shape in shapes]
-    frame = build_edge_frame(inputs[1].detach(), edges, n_atoms=n_atoms, lmax=lmax, mmax=mmax)
+    frame = build_edge_frame(inputs[1], edges, n_atoms=n_atoms, lmax=lmax, mmax=mmax)
+    frame.segments_for(frame.ends("both"))
 
     def compute(*given: Tensor) -> Tensor:
-        x, vectors, radial, weight, bias, envelope, *maps = given
+        x, _, radial, weight, bias, envelope, *maps = given  # the frame has the vectors
         return escn_conv(
             x,
-            replace(frame, vectors=vectors),
+            frame,
             maps[: mmax + 1],
             maps[mmax + 1 :],
             radial=radial,

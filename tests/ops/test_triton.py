@@ -18,10 +18,15 @@ from atomeq.ops.edge.rotation import turning
 from atomeq.ops.edge.so2_map import SO2Shape
 from atomeq.ops.edge.wigner import edge_wigner
 from atomeq.ops.paths import Path, tensor_product_paths
+from atomeq.ops.precision import Precision, use_precision
 from atomeq.ops.registration import kernels_of
 from atomeq.ops.segment.operations import segment_softmax, segment_sum
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install atomeq[cuda]")
+import triton
+import triton.language as tl
+
+from atomeq.ops.edge.triton.so2_kernels import place_of_program
 from benchmarks import triton_compile
 
 pytestmark = pytest.mark.triton
@@ -156,42 +161,72 @@ def test_so2_products_agree_with_one_dense_matrix(
 
 
 @pytest.mark.parametrize(
-    ("lmax", "mmax", "c_out", "precision", "keep"),
+    ("lmax", "mmax", "hidden", "precision", "keep"),
     [
         (2, 2, 16, "medium", True),
         (2, 2, 16, "highest", False),
-        (1, 0, 48, "medium", False),
+        (1, 0, 80, "medium", False),  # more channels than a tile has
         (0, 0, 16, "highest", True),
     ],
 )
-def test_gates_opened_while_writing_are_those_opened_afterwards(
-    lmax: int, mmax: int, c_out: int, precision: str, keep: bool
+def test_gates_opened_and_passed_by_maps_are_those_of_a_pass_of_their_own(
+    lmax: int, mmax: int, hidden: int, precision: Precision, keep: bool
 ) -> None:
     from atomeq.ops.edge.triton import so2
     from atomeq.ops.edge.triton.gate import Gate
 
-    shape = SO2Shape(lmax, mmax, 16, c_out, lmax * c_out)
-    weights = [
-        torch.randn(*((2,) if block.order == 2 else ()), *sizes(block), device=DEVICE) / 4
-        for block in shape.blocks
-    ]
-    rows = torch.randn(21, shape.n_rows * shape.c_in, device=DEVICE)
-    so2_map = so2.SO2Map(weights, shape)
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
-    try:
-        expected = so2_map.forward(rows, rows.new_empty(21, shape.width))
-        y = torch.zeros_like(expected)
-        found = so2_map.gated(rows, y, None, keep=keep)
-    finally:
-        torch.set_float32_matmul_precision(before)
-    written = slice(None) if keep or lmax == 0 else slice(0, shape.n_scalars)
-    assert relative(y[:, written], expected[:, written]) <= SINGLE
-    assert keep or lmax == 0 or not y[:, shape.n_scalars :].any()
-    value = Gate(expected, shape).value()
-    bar = SINGLE if found.dtype == torch.float32 else HALF
-    assert (found.dtype == torch.bfloat16) == (precision == "medium" and lmax > 0)
-    assert relative(found.float(), value) <= bar
+    first = SO2Shape(lmax, mmax, 16, hidden, lmax * hidden)
+    second = SO2Shape(lmax, mmax, hidden, 16, 0)
+    maps = []
+    for shape in (first, second):
+        pairs = [(2,) if block.order == 2 else () for block in shape.blocks]
+        size = zip(pairs, map(sizes, shape.blocks), strict=True)
+        weights = [torch.randn(*pair, *both, device=DEVICE) / 4 for pair, both in size]
+        maps.append(so2.SO2Map(weights, shape))
+    rows, grad = torch.randn(21, first.width_in), torch.randn(21, second.width)
+    also, bias = torch.randn(21, first.width), torch.randn(first.n_biases)
+    rows, grad, also, bias = (tensor.to(DEVICE) for tensor in (rows, grad, also, bias))
+    with use_precision(precision):
+        y = maps[0].forward(rows, None, bias)
+        gate, pull = Gate(y, first), maps[1].transposed(grad)
+        found_y, found_pull = torch.zeros_like(y), torch.zeros_like(pull)
+        value, found_value = torch.empty_like(pull), torch.empty_like(pull)
+        expected = gate.gradient(pull, also, value)
+        gated = maps[0].gated(rows, bias, found_y if keep else None)
+        wanted = (found_pull, also, found_value) if keep else (None, None, None)
+        found = maps[1].transposed_through(gate, grad, *wanted)
+    assert (gated.dtype == torch.bfloat16) == (precision == "medium")
+    bar = SINGLE if gated.dtype == torch.float32 else HALF
+    assert relative(gated.float(), value) <= bar
+    if not keep:
+        assert relative(found, gate.gradient(pull)) <= SINGLE
+        return
+    pairs = (found_y, y), (found_pull, pull), (found_value, value), (found, expected)
+    assert max(relative(one, other) for one, other in pairs) <= SINGLE
+
+
+def test_programs_at_a_time_read_few_rows_and_few_weights() -> None:
+    from atomeq.ops.edge.triton import so2
+
+    n_edge_tiles, n_tiles = 21, 5
+    places = torch.full((n_edge_tiles * n_tiles, 2), -1, device=DEVICE)
+    _write_place[(len(places),)](places, n_edge_tiles, N_TILES=n_tiles, TOGETHER=so2._TOGETHER)
+    places = places.cpu()
+    assert len(torch.unique(places, dim=0)) == len(places)  # each tile once, and all of them:
+    assert places.amin(0).tolist() == [0, 0]
+    assert places.amax(0).tolist() == [n_edge_tiles - 1, n_tiles - 1]
+    at_a_time = so2._TOGETHER * n_tiles
+    for first in range(0, len(places), at_a_time):
+        assert len(places[first : first + at_a_time, 0].unique()) <= so2._TOGETHER
+    for first in range(0, len(places) - at_a_time, so2._TOGETHER):
+        assert len(places[first : first + so2._TOGETHER, 1].unique()) == 1
+
+
+@triton.jit
+def _write_place(places, n_edge_tiles, N_TILES: tl.constexpr, TOGETHER: tl.constexpr):
+    edge_tile, tile = place_of_program(n_edge_tiles, N_TILES, TOGETHER)
+    tl.store(places + 2 * tl.program_id(0), edge_tile)
+    tl.store(places + 2 * tl.program_id(0) + 1, tile)
 
 
 def test_radial_factors_meet_the_rows_of_both_signs() -> None:

@@ -45,11 +45,9 @@ def value(call: SimpleNamespace) -> tuple[Tensor, Tensor, Tensor]:
     y, u = layer.kept(call.keep, first.width, second.width)
     for block in blocks(layer):
         rows = block.both.operand(x, *block.factors)
-        own_y, own_u = (
-            kept[block.part] if call.keep else by.empty((block.n, kept.shape[1]), x)
-            for kept in (y, u)
-        )
-        gated = block.first.gated(rows, own_y, block.biases[0], keep=call.keep)
+        own_y = y[block.part] if call.keep else None
+        own_u = u[block.part] if call.keep else by.empty((block.n, second.width), x)
+        gated = block.first.gated(rows, block.biases[0], own_y)
         block.second.forward(gated, own_u, block.biases[1])
         block.target.back(own_u, total, factor=block.envelope)
     return total, y, u
@@ -189,8 +187,8 @@ def _block_gradient(block: EdgeBlock, grad: Tensor, inside: Named, found: Named)
         size = block.n, block.second.shape.width_in
         value = block.layer.by.empty(size, y) if inward else gate.value()
     if inward:
-        ga = block.second.transposed(p, inside.get("ga"))
-        gy = gate.gradient(ga, inside.get("also_y"), value)
+        given = p, inside.get("ga"), inside.get("also_y"), value
+        gy = block.second.transposed_through(gate, *given)
         _add_bias_gradient(gy, found, "first_bias")
         _block_inputs(block, gy, block.first.transposed(gy, inside.get("gz")), found)
     if value is not None:

@@ -300,8 +300,8 @@ class SO2Map:
             out[:, : len(bias)] += bias
         return out
 
-    def gated(self, rows: Tensor, out: Tensor, bias: Tensor | None, *, keep: bool) -> Tensor:
-        """Write y = M rows + bias to ``out``; return a(y)."""
+    def gated(self, rows: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
+        """Return a(y) of y = M rows + bias, which is written to ``out`` if it is to be kept."""
         return Gate(self.forward(rows, out, bias), self.shape).value()
 
     def transposed(self, grad: Tensor, out: Tensor | None = None) -> Tensor:
@@ -309,6 +309,17 @@ class SO2Map:
         out = empty((len(grad), self.shape.width_in), grad) if out is None else out
         self._multiply(grad, out, 1)
         return out
+
+    def transposed_through(
+        self,
+        gate: "Gate",
+        grad: Tensor,
+        out: Tensor | None = None,
+        also: Tensor | None = None,
+        value: Tensor | None = None,
+    ) -> Tensor:
+        """Return J^T M^T grad + also, of the gate before the map; M^T grad goes to ``out``."""
+        return gate.gradient(self.transposed(grad, out), also, value)
 
     def _multiply(self, rows: Tensor, out: Tensor, back: int) -> None:
         sizes, is_complex = (back, *self.shape[2:]), _complex(self.weights)
