@@ -26,6 +26,7 @@ pytest.importorskip("triton", reason="Triton is not installed: pip install atome
 import triton
 import triton.language as tl
 
+from atomeq.ops import triton_launch
 from atomeq.ops.edge.triton.so2_kernels import place_of_program
 from benchmarks import triton_compile
 
@@ -435,6 +436,38 @@ def test_segment_kernels_agree_with_the_reference() -> None:
     for segment in range(5):
         weights[index == segment] = x[index == segment].softmax(0)
     assert relative(found[1], weights) <= DOUBLE
+
+
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        [100, 0, 450, 5],  # two pieces inside the third, whose ends lie beside others
+        [128, 256, 128],  # cut where the pieces are
+        [600],
+    ],
+)
+def test_long_segments_are_summed_by_pieces(
+    lengths: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from atomeq.ops.segment.triton import kernels
+
+    started: list[str] = []
+
+    def launch(kernel, *given, **sizes) -> None:
+        started.append(kernel.fn.__name__)
+        triton_launch.launch(kernel, *given, **sizes)
+
+    monkeypatch.setattr(kernels, "launch", launch)
+    index = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    index = index[torch.randperm(len(index))].to(DEVICE)
+    for dtype, bar in ((torch.float64, DOUBLE), (torch.bfloat16, 2 * HALF)):
+        x = torch.randn(len(index), 3, dtype=torch.float64, device=DEVICE).to(dtype)
+        with use_backend("triton"):
+            runs = [segment_sum(x, index, len(lengths)) for _ in range(2)]
+        expected = torch.zeros_like(runs[0], dtype=torch.float64).index_add(0, index, x.double())
+        assert relative(runs[0].double(), expected) <= bar
+        assert torch.equal(*runs)
+    assert started == ["_piece_sum", "_segment_sum"] * 4
 
 
 @pytest.mark.parametrize(

@@ -52,15 +52,16 @@ class Ends(NamedTuple):
     def back(
         self,
         rows: Tensor,
-        total: Tensor,
+        n_atoms: int,
+        total: Tensor | None = None,
         wigner: Tensor | None = None,
         *,
         factor: Tensor | None = None,
-    ) -> None:
-        """Add G^T W^T (factor * rows) to the features of the atoms."""
+    ) -> Tensor:
+        """Return G^T W^T (factor * rows), added to the features of the atoms if there are some."""
         wigner = self.wigner if wigner is None else wigner
         given = (rows.unflatten(1, (wigner.shape[1], -1)), wigner, self.indices, self.segments)
-        self.by.rotate_scatter(*given, len(total), factor=factor, total=total)
+        return self.by.rotate_scatter(*given, n_atoms, factor=factor, total=total)
 
     def torque(self, x: Tensor, rows: Tensor, wigner: Tensor | None = None) -> Tensor:
         """Return <W^T rows, X_k G x>, (n, 3)."""
@@ -146,7 +147,7 @@ def scatter_along(
     own, moved_own = _scaled(ends.by, rows, scale, factor, moved, shape)
     for one, wigner in ((moved_own, ends.wigner), (own, moved.wigner)):
         if one is not None and wigner is not None:
-            ends.back(one, total, wigner)
+            ends.back(one, len(total), total, wigner)
 
 
 def gradient_along(

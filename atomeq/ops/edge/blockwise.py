@@ -41,7 +41,7 @@ def value(call: SimpleNamespace) -> tuple[Tensor, Tensor, Tensor]:
     """Return what :func:`~atomeq.ops.edge.escn_conv.escn_conv` does."""
     layer = EdgeLayer(call)
     x, by, (first, second) = layer.tensors["x"], layer.by, layer.shapes
-    total = x.new_zeros(x.shape[0], x.shape[1], second.c_out)
+    total = None
     y, u = layer.kept(call.keep, first.width, second.width)
     for block in blocks(layer):
         rows = block.both.operand(x, *block.factors)
@@ -49,8 +49,8 @@ def value(call: SimpleNamespace) -> tuple[Tensor, Tensor, Tensor]:
         own_u = u[block.part] if call.keep else by.empty((block.n, second.width), x)
         gated = block.first.gated(rows, block.biases[0], own_y)
         block.second.forward(gated, own_u, block.biases[1])
-        block.target.back(own_u, total, factor=block.envelope)
-    return total, y, u
+        total = block.target.back(own_u, len(x), total, factor=block.envelope)
+    return x.new_zeros(*x.shape[:2], second.c_out) if total is None else total, y, u
 
 
 def gradient(call: SimpleNamespace) -> list[Tensor]:

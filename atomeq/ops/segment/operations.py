@@ -28,9 +28,9 @@ def _verified(x: Tensor, index: Tensor, n_segments: int) -> Size:
 
 
 def _example(size: Size) -> Example:
-    """Return members of segments, one of which is empty."""
-    index = indices(size, 6, 40)
-    return [random(size, 40, size.channels)], lambda operation, x: operation(x, index, 6)
+    """Return members of segments, one of which is empty, and so many that kernels sum by pieces."""
+    index = indices(size, 3, 600)
+    return [random(size, 600, size.channels)], lambda operation, x: operation(x, index, 3)
 
 
 @operation(_verified, by_kernels=lambda **given: segment_total(**given), example=_example)

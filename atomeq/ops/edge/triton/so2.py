@@ -50,7 +50,7 @@ from atomeq.ops.triton_launch import (
 )
 
 _MANY_EDGES = 32768  # not measured yet: to be set where the two ways take equal time on an H200
-_TILE = 64  # edges, outputs and inputs of one step: three accumulators of 32 registers
+_TILE = 64  # edges, outputs and inputs of one step: three accumulators of 16 registers
 # Before Hopper operands pass through registers too, and three products in TF32, or one of four
 # tiles waiting in 160 kB of shared memory, would be more than there is.
 _SMALL_TILE = 32
@@ -193,6 +193,8 @@ class SO2Map:
             UPCAST=INTERPRETING and buffer.dtype == torch.bfloat16,
             SUM=accumulator(dtype),
             TILE=tile,
+            # Three products hold both parts of each operand.
+            STEP=_SMALL_TILE if product_precision(dtype) == "tf32x3" else tile,
             num_warps=8 if tile == _TILE else 4,
             # Blackwell's operands wait in shared memory, one more than it has room for.
             num_stages=2 if architecture(rows) >= 100 else 3,

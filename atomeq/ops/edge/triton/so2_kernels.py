@@ -46,11 +46,11 @@ def load_tile(pointer, mask, ROUND: tl.constexpr, UPCAST: tl.constexpr):
 @triton.jit
 def product(rows, weight, there, wanted, INNER: tl.constexpr, PRECISION: tl.constexpr,
             ROUND: tl.constexpr, UPCAST: tl.constexpr, SUM: tl.constexpr,
-            TILE: tl.constexpr):  # fmt: skip
+            TILE: tl.constexpr, STEP: tl.constexpr):  # fmt: skip
     """Return a tile of rows times one matrix."""
     total = tl.zeros((TILE, TILE), dtype=SUM)
-    for start in range(0, INNER, TILE):
-        inner = start + tl.arange(0, TILE)
+    for start in range(0, INNER, STEP):
+        inner = start + tl.arange(0, STEP)
         real = inner < INNER
         values = load_tile(rows + inner[None, :], there & real[None, :], ROUND, UPCAST)
         matrix = load_tile(weight + inner[:, None], real[:, None] & wanted, False, UPCAST)
@@ -61,12 +61,12 @@ def product(rows, weight, there, wanted, INNER: tl.constexpr, PRECISION: tl.cons
 @triton.jit
 def product_and_gate(rows, weight, there, wanted, BACK, has_gate, INNER: tl.constexpr,
                      PRECISION: tl.constexpr, ROUND: tl.constexpr, UPCAST: tl.constexpr,
-                     SUM: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
+                     SUM: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr):  # fmt: skip
     """Return a tile of rows times one matrix and times that of its gates, ``BACK`` before it."""
     total = tl.zeros((TILE, TILE), dtype=SUM)
     gate = tl.zeros((TILE, TILE), dtype=SUM)
-    for start in range(0, INNER, TILE):
-        inner = start + tl.arange(0, TILE)
+    for start in range(0, INNER, STEP):
+        inner = start + tl.arange(0, STEP)
         real = inner < INNER
         used = real[:, None] & wanted
         values = load_tile(rows + inner[None, :], there & real[None, :], ROUND, UPCAST)
@@ -81,13 +81,13 @@ def product_and_gate(rows, weight, there, wanted, BACK, has_gate, INNER: tl.cons
 def pair_of_products(upper_rows, lower_rows, weight, there, wanted, SIZE: tl.constexpr,
                      KIND: tl.constexpr, INNER: tl.constexpr, PRECISION: tl.constexpr,
                      ROUND: tl.constexpr, UPCAST: tl.constexpr, SUM: tl.constexpr,
-                     TILE: tl.constexpr):  # fmt: skip
+                     TILE: tl.constexpr, STEP: tl.constexpr):  # fmt: skip
     """Return tiles of +m and -m; ``SIZE`` is that of one matrix."""
     plus = tl.zeros((TILE, TILE), dtype=SUM)
     minus = tl.zeros((TILE, TILE), dtype=SUM)
     shared = tl.zeros((TILE, TILE), dtype=SUM)
-    for start in range(0, INNER, TILE):
-        inner = start + tl.arange(0, TILE)
+    for start in range(0, INNER, STEP):
+        inner = start + tl.arange(0, STEP)
         real = inner < INNER
         kept, used = there & real[None, :], real[:, None] & wanted
         upper = load_tile(upper_rows + inner[None, :], kept, ROUND, UPCAST)
@@ -114,7 +114,7 @@ def map_rows(rows, weights, bias, out, n_edges, READ_WIDTH: tl.constexpr,
              WRITE_WIDTH: tl.constexpr, N_ORDERS: tl.constexpr, ORDERS: tl.constexpr,
              N_TILES: tl.constexpr, TOGETHER: tl.constexpr, PRECISION: tl.constexpr,
              ROUND: tl.constexpr, UPCAST: tl.constexpr, SUM: tl.constexpr,
-             TILE: tl.constexpr):  # fmt: skip
+             TILE: tl.constexpr, STEP: tl.constexpr):  # fmt: skip
     """Write M rows + bias. Tiles go through the outputs of m = 0, of m = 1, ..."""
     edge_tile, tile = place_of_program(tl.cdiv(n_edges, TILE), N_TILES, TOGETHER)
     edge = edge_tile * TILE + tl.arange(0, TILE)
@@ -129,7 +129,7 @@ def map_rows(rows, weights, bias, out, n_edges, READ_WIDTH: tl.constexpr,
             weight = weights + ORDERS[m][4] + (output * ORDERS[m][3])[None, :]
             if m == 0:
                 total = product(read + ORDERS[0][1], weight, there, wanted, ORDERS[0][3],
-                                PRECISION, ROUND, UPCAST, SUM, TILE)  # fmt: skip
+                                PRECISION, ROUND, UPCAST, SUM, TILE, STEP)  # fmt: skip
                 if bias is not None:
                     total += tl.load(bias + output[None, :], mask=wanted, other=0.0).to(SUM)
                 tl.store(write + ORDERS[0][6], total, mask=there & wanted)
@@ -137,7 +137,7 @@ def map_rows(rows, weights, bias, out, n_edges, READ_WIDTH: tl.constexpr,
                 plus, minus = pair_of_products(
                     read + ORDERS[m][1], read + ORDERS[m][2], weight, there, wanted,
                     ORDERS[m][3] * ORDERS[m][5], ORDERS[m][0], ORDERS[m][3], PRECISION, ROUND,
-                    UPCAST, SUM, TILE)  # fmt: skip
+                    UPCAST, SUM, TILE, STEP)  # fmt: skip
                 tl.store(write + ORDERS[m][6], plus, mask=there & wanted)
                 tl.store(write + ORDERS[m][7], minus, mask=there & wanted)
 
@@ -156,7 +156,7 @@ def map_and_gate(rows, weights, bias, out, gated, n_edges, READ_WIDTH: tl.conste
                  CHANNELS: tl.constexpr, LMAX: tl.constexpr, MMAX: tl.constexpr,
                  N_ROWS: tl.constexpr, ORDERS: tl.constexpr, TOGETHER: tl.constexpr,
                  PRECISION: tl.constexpr, ROUND: tl.constexpr, UPCAST: tl.constexpr,
-                 SUM: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
+                 SUM: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr):  # fmt: skip
     """Write y = M rows + bias, if it is to be kept, and a(y); a program owns a degree of y.
 
     Its gate is made beside its row of m = 0 and waits in registers for the others.
@@ -178,7 +178,7 @@ def map_and_gate(rows, weights, bias, out, gated, n_edges, READ_WIDTH: tl.conste
     value, gate = product_and_gate(
         read + ORDERS[0][1], weights + ORDERS[0][4] + (output * ORDERS[0][3])[None, :], there,
         wanted, BACK * ORDERS[0][3], degree > 0, ORDERS[0][3], PRECISION, ROUND, UPCAST, SUM,
-        TILE)  # fmt: skip
+        TILE, STEP)  # fmt: skip
     if bias is not None:
         value += tl.load(bias + output[None, :], mask=wanted, other=0.0).to(SUM)
         gate += tl.load(bias + output[None, :] - BACK, mask=wanted & (degree > 0),
@@ -194,7 +194,7 @@ def map_and_gate(rows, weights, bias, out, gated, n_edges, READ_WIDTH: tl.conste
                 read + ORDERS[m][1], read + ORDERS[m][2],
                 weights + ORDERS[m][4] + (output * ORDERS[m][3])[None, :], there, wanted,
                 ORDERS[m][3] * ORDERS[m][5], ORDERS[m][0], ORDERS[m][3], PRECISION, ROUND, UPCAST,
-                SUM, TILE)  # fmt: skip
+                SUM, TILE, STEP)  # fmt: skip
             write_opened(out, gated, at_out, at_gated, row_of(degree, m, 0, LMAX), plus, opening,
                          kept, CHANNELS)  # fmt: skip
             write_opened(out, gated, at_out, at_gated, row_of(degree, m, 1, LMAX), minus, opening,
@@ -225,7 +225,7 @@ def map_back_through_gate(rows, weights, y, also, pulls, value, result, n_edges,
                           MMAX: tl.constexpr, N_ROWS: tl.constexpr, ORDERS: tl.constexpr,
                           TOGETHER: tl.constexpr, PRECISION: tl.constexpr, ROUND: tl.constexpr,
                           UPCAST: tl.constexpr, SUM: tl.constexpr,
-                          TILE: tl.constexpr):  # fmt: skip
+                          TILE: tl.constexpr, STEP: tl.constexpr):  # fmt: skip
     """Write J^T M^T rows + also for the Jacobian J of the gate, and M^T rows and a(y) if wanted.
 
     A program owns a degree: its gate feels all orders, and their sum waits in registers.
@@ -247,7 +247,7 @@ def map_back_through_gate(rows, weights, y, also, pulls, value, result, n_edges,
     output = degree * CHANNELS + channel
     pull = product(read + ORDERS[0][1],
                    weights + ORDERS[0][4] + (output * ORDERS[0][3])[None, :], there, wanted,
-                   ORDERS[0][3], PRECISION, ROUND, UPCAST, SUM, TILE)  # fmt: skip
+                   ORDERS[0][3], PRECISION, ROUND, UPCAST, SUM, TILE, STEP)  # fmt: skip
     gate = tl.sigmoid(tl.load(y + at_gate, mask=kept, other=0.0).to(SUM))
     through = tl.zeros((TILE, TILE), dtype=SUM)
     through = pull_back(y, also, pulls, value, result, at_y, at_rows, degree, pull, gate, through,
@@ -261,7 +261,7 @@ def map_back_through_gate(rows, weights, y, also, pulls, value, result, n_edges,
                 read + ORDERS[m][1], read + ORDERS[m][2],
                 weights + ORDERS[m][4] + (output * ORDERS[m][3])[None, :], there, wanted,
                 ORDERS[m][3] * ORDERS[m][5], ORDERS[m][0], ORDERS[m][3], PRECISION, ROUND, UPCAST,
-                SUM, TILE)  # fmt: skip
+                SUM, TILE, STEP)  # fmt: skip
             own = tl.zeros((TILE, TILE), dtype=SUM)
             own = pull_back(y, also, pulls, value, result, at_y, at_rows,
                             row_of(degree, m, 0, LMAX), plus, gate, own, kept, higher, CHANNELS,
