@@ -50,10 +50,6 @@ from atomeq.ops.triton_launch import (
 )
 
 _MANY_EDGES = 32768  # not measured yet: to be set where the two ways take equal time on an H200
-_TILE = 64  # edges, outputs and inputs of one step: three accumulators of 16 registers
-# Before Hopper operands pass through registers too, and three products in TF32, or one of four
-# tiles waiting in 160 kB of shared memory, would be more than there is.
-_SMALL_TILE = 32
 _TOGETHER = 8  # tiles of edges that share each tile of weights in the cache
 
 
@@ -167,13 +163,12 @@ class SO2Map:
         """Start a kernel; programs own a degree of some channels, or outputs in a row."""
         orders, buffer = _orders(self.weights, self.shape, back=back)
         dtype = self.weights[0].dtype
-        rounding = halved(dtype)
-        tile = _tile_of(rows, dtype, rounding=rounding)
-        numbers, n_tiles = _numbered(orders, tile)
+        tile, outputs, step = _tiles(rows, dtype, gated=owned is not None)
+        numbers, n_tiles = _numbered(orders, outputs)
         if owned is None:
             constants = {"WRITE_WIDTH": size, "N_ORDERS": len(orders), "N_TILES": n_tiles}
         else:
-            n_tiles = owned[0] * ceil_div(owned[1], tile)
+            n_tiles = owned[0] * ceil_div(owned[1], outputs)
             shape = self.shape
             constants = {"CHANNELS": size, "LMAX": shape.lmax, "MMAX": shape.mmax}
             constants["N_ROWS"] = shape.n_rows
@@ -189,13 +184,13 @@ class SO2Map:
             ORDERS=numbers,
             TOGETHER=_TOGETHER,
             PRECISION=product_precision(dtype),
-            ROUND=rounding,
+            ROUND=halved(dtype),
             UPCAST=INTERPRETING and buffer.dtype == torch.bfloat16,
             SUM=accumulator(dtype),
             TILE=tile,
-            # Three products hold both parts of each operand.
-            STEP=_SMALL_TILE if product_precision(dtype) == "tf32x3" else tile,
-            num_warps=8 if tile == _TILE else 4,
+            OUTPUTS=outputs,
+            STEP=step,
+            num_warps=8 if tile == 64 else 4,
             # Blackwell's operands wait in shared memory, one more than it has room for.
             num_stages=2 if architecture(rows) >= 100 else 3,
             **constants,
@@ -249,10 +244,19 @@ def _square(weight: Tensor) -> Tensor:
     return torch.cat((upper, lower), 0)
 
 
-def _tile_of(rows: Tensor, dtype: torch.dtype, *, rounding: bool) -> int:
-    """Return the side of the tiles, by the generation of the device."""
-    single = dtype == torch.float32 and not rounding
-    return _SMALL_TILE if single and architecture(rows) < 90 else _TILE
+def _tiles(rows: Tensor, dtype: torch.dtype, *, gated: bool) -> tuple[int, int, int]:
+    """Return edges and outputs of a program, and the inputs that it multiplies at a time.
+
+    They are what registers and shared memory hold (``benchmark.py triton-compile``). Before Hopper
+    operands pass through registers, gates and what they feel stay there, and three TF32 products
+    hold both parts of each operand.
+    """
+    old, threefold = architecture(rows) < 90, product_precision(dtype) == "tf32x3"
+    if gated:
+        return (64, 16, 16) if old else (64, 32, 32)
+    if old and dtype == torch.float32 and not halved(dtype):
+        return 32, 32, 16 if threefold else 32
+    return 64, 64, 32 if old or threefold else 64
 
 
 def _numbered(orders: list[_Order], tile: int) -> tuple[tuple[tuple[int, ...], ...], int]:

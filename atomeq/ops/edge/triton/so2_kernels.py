@@ -46,9 +46,9 @@ def load_tile(pointer, mask, ROUND: tl.constexpr, UPCAST: tl.constexpr):
 @triton.jit
 def product(rows, weight, there, wanted, INNER: tl.constexpr, PRECISION: tl.constexpr,
             ROUND: tl.constexpr, UPCAST: tl.constexpr, SUM: tl.constexpr,
-            TILE: tl.constexpr, STEP: tl.constexpr):  # fmt: skip
+            TILE: tl.constexpr, OUTPUTS: tl.constexpr, STEP: tl.constexpr):  # fmt: skip
     """Return a tile of rows times one matrix."""
-    total = tl.zeros((TILE, TILE), dtype=SUM)
+    total = tl.zeros((TILE, OUTPUTS), dtype=SUM)
     for start in range(0, INNER, STEP):
         inner = start + tl.arange(0, STEP)
         real = inner < INNER
@@ -61,10 +61,11 @@ def product(rows, weight, there, wanted, INNER: tl.constexpr, PRECISION: tl.cons
 @triton.jit
 def product_and_gate(rows, weight, there, wanted, BACK, has_gate, INNER: tl.constexpr,
                      PRECISION: tl.constexpr, ROUND: tl.constexpr, UPCAST: tl.constexpr,
-                     SUM: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr):  # fmt: skip
+                     SUM: tl.constexpr, TILE: tl.constexpr, OUTPUTS: tl.constexpr,
+                     STEP: tl.constexpr):  # fmt: skip
     """Return a tile of rows times one matrix and times that of its gates, ``BACK`` before it."""
-    total = tl.zeros((TILE, TILE), dtype=SUM)
-    gate = tl.zeros((TILE, TILE), dtype=SUM)
+    total = tl.zeros((TILE, OUTPUTS), dtype=SUM)
+    gate = tl.zeros((TILE, OUTPUTS), dtype=SUM)
     for start in range(0, INNER, STEP):
         inner = start + tl.arange(0, STEP)
         real = inner < INNER
@@ -81,11 +82,11 @@ def product_and_gate(rows, weight, there, wanted, BACK, has_gate, INNER: tl.cons
 def pair_of_products(upper_rows, lower_rows, weight, there, wanted, SIZE: tl.constexpr,
                      KIND: tl.constexpr, INNER: tl.constexpr, PRECISION: tl.constexpr,
                      ROUND: tl.constexpr, UPCAST: tl.constexpr, SUM: tl.constexpr,
-                     TILE: tl.constexpr, STEP: tl.constexpr):  # fmt: skip
+                     TILE: tl.constexpr, OUTPUTS: tl.constexpr, STEP: tl.constexpr):  # fmt: skip
     """Return tiles of +m and -m; ``SIZE`` is that of one matrix."""
-    plus = tl.zeros((TILE, TILE), dtype=SUM)
-    minus = tl.zeros((TILE, TILE), dtype=SUM)
-    shared = tl.zeros((TILE, TILE), dtype=SUM)
+    plus = tl.zeros((TILE, OUTPUTS), dtype=SUM)
+    minus = tl.zeros((TILE, OUTPUTS), dtype=SUM)
+    shared = tl.zeros((TILE, OUTPUTS), dtype=SUM)
     for start in range(0, INNER, STEP):
         inner = start + tl.arange(0, STEP)
         real = inner < INNER
@@ -114,22 +115,21 @@ def map_rows(rows, weights, bias, out, n_edges, READ_WIDTH: tl.constexpr,
              WRITE_WIDTH: tl.constexpr, N_ORDERS: tl.constexpr, ORDERS: tl.constexpr,
              N_TILES: tl.constexpr, TOGETHER: tl.constexpr, PRECISION: tl.constexpr,
              ROUND: tl.constexpr, UPCAST: tl.constexpr, SUM: tl.constexpr,
-             TILE: tl.constexpr, STEP: tl.constexpr):  # fmt: skip
+             TILE: tl.constexpr, OUTPUTS: tl.constexpr, STEP: tl.constexpr):  # fmt: skip
     """Write M rows + bias. Tiles go through the outputs of m = 0, of m = 1, ..."""
     edge_tile, tile = place_of_program(tl.cdiv(n_edges, TILE), N_TILES, TOGETHER)
-    edge = edge_tile * TILE + tl.arange(0, TILE)
-    there = (edge < n_edges)[:, None]
-    edge = edge.to(tl.int64)
-    read = rows + (edge * READ_WIDTH)[:, None]
+    first, edge = (edge_tile * TILE).to(tl.int64), tl.arange(0, TILE)
+    there = (edge < n_edges - first)[:, None]
+    read = rows + first * READ_WIDTH + (edge * READ_WIDTH)[:, None]
     for m in tl.static_range(N_ORDERS):
         if (tile >= ORDERS[m][8]) & (tile < ORDERS[m][9]):
-            output = (tile - ORDERS[m][8]) * TILE + tl.arange(0, TILE)
+            output = (tile - ORDERS[m][8]) * OUTPUTS + tl.arange(0, OUTPUTS)
             wanted = (output < ORDERS[m][5])[None, :]
-            write = out + (edge * WRITE_WIDTH)[:, None] + output[None, :]
+            write = out + first * WRITE_WIDTH + (edge * WRITE_WIDTH)[:, None] + output[None, :]
             weight = weights + ORDERS[m][4] + (output * ORDERS[m][3])[None, :]
             if m == 0:
                 total = product(read + ORDERS[0][1], weight, there, wanted, ORDERS[0][3],
-                                PRECISION, ROUND, UPCAST, SUM, TILE, STEP)  # fmt: skip
+                                PRECISION, ROUND, UPCAST, SUM, TILE, OUTPUTS, STEP)  # fmt: skip
                 if bias is not None:
                     total += tl.load(bias + output[None, :], mask=wanted, other=0.0).to(SUM)
                 tl.store(write + ORDERS[0][6], total, mask=there & wanted)
@@ -137,7 +137,7 @@ def map_rows(rows, weights, bias, out, n_edges, READ_WIDTH: tl.constexpr,
                 plus, minus = pair_of_products(
                     read + ORDERS[m][1], read + ORDERS[m][2], weight, there, wanted,
                     ORDERS[m][3] * ORDERS[m][5], ORDERS[m][0], ORDERS[m][3], PRECISION, ROUND,
-                    UPCAST, SUM, TILE, STEP)  # fmt: skip
+                    UPCAST, SUM, TILE, OUTPUTS, STEP)  # fmt: skip
                 tl.store(write + ORDERS[m][6], plus, mask=there & wanted)
                 tl.store(write + ORDERS[m][7], minus, mask=there & wanted)
 
@@ -156,21 +156,24 @@ def map_and_gate(rows, weights, bias, out, gated, n_edges, READ_WIDTH: tl.conste
                  CHANNELS: tl.constexpr, LMAX: tl.constexpr, MMAX: tl.constexpr,
                  N_ROWS: tl.constexpr, ORDERS: tl.constexpr, TOGETHER: tl.constexpr,
                  PRECISION: tl.constexpr, ROUND: tl.constexpr, UPCAST: tl.constexpr,
-                 SUM: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr):  # fmt: skip
+                 SUM: tl.constexpr, TILE: tl.constexpr, OUTPUTS: tl.constexpr,
+                 STEP: tl.constexpr):  # fmt: skip
     """Write y = M rows + bias, if it is to be kept, and a(y); a program owns a degree of y.
 
     Its gate is made beside its row of m = 0 and waits in registers for the others.
     """
-    BLOCKS: tl.constexpr = (CHANNELS + TILE - 1) // TILE
+    BLOCKS: tl.constexpr = (CHANNELS + OUTPUTS - 1) // OUTPUTS
     edge_tile, tile = place_of_program(tl.cdiv(n_edges, TILE), (LMAX + 1) * BLOCKS, TOGETHER)
-    edge = edge_tile * TILE + tl.arange(0, TILE)
+    first, edge = (edge_tile * TILE).to(tl.int64), tl.arange(0, TILE)
     degree = LMAX - tile // BLOCKS  # the longest first
-    channel = tile % BLOCKS * TILE + tl.arange(0, TILE)
-    there, wanted = (edge < n_edges)[:, None], (channel < CHANNELS)[None, :]
+    channel = tile % BLOCKS * OUTPUTS + tl.arange(0, OUTPUTS)
+    there, wanted = (edge < n_edges - first)[:, None], (channel < CHANNELS)[None, :]
     kept = there & wanted
-    edge = edge.to(tl.int64)
-    read = rows + (edge * READ_WIDTH)[:, None]
-    at_out = (edge * ((LMAX + N_ROWS) * CHANNELS))[:, None] + channel[None, :] + LMAX * CHANNELS
+    read = rows + first * READ_WIDTH + (edge * READ_WIDTH)[:, None]
+    if out is not None:
+        out += first * ((LMAX + N_ROWS) * CHANNELS) + LMAX * CHANNELS
+    gated += first * (N_ROWS * CHANNELS)
+    at_out = (edge * ((LMAX + N_ROWS) * CHANNELS))[:, None] + channel[None, :]
     at_gated = (edge * (N_ROWS * CHANNELS))[:, None] + channel[None, :]
     # Outputs of m = 0: the gates of l = 1 ... LMAX, then rows of l = 0 ... LMAX.
     output = (LMAX + degree) * CHANNELS + channel
@@ -178,7 +181,7 @@ def map_and_gate(rows, weights, bias, out, gated, n_edges, READ_WIDTH: tl.conste
     value, gate = product_and_gate(
         read + ORDERS[0][1], weights + ORDERS[0][4] + (output * ORDERS[0][3])[None, :], there,
         wanted, BACK * ORDERS[0][3], degree > 0, ORDERS[0][3], PRECISION, ROUND, UPCAST, SUM,
-        TILE, STEP)  # fmt: skip
+        TILE, OUTPUTS, STEP)  # fmt: skip
     if bias is not None:
         value += tl.load(bias + output[None, :], mask=wanted, other=0.0).to(SUM)
         gate += tl.load(bias + output[None, :] - BACK, mask=wanted & (degree > 0),
@@ -194,7 +197,7 @@ def map_and_gate(rows, weights, bias, out, gated, n_edges, READ_WIDTH: tl.conste
                 read + ORDERS[m][1], read + ORDERS[m][2],
                 weights + ORDERS[m][4] + (output * ORDERS[m][3])[None, :], there, wanted,
                 ORDERS[m][3] * ORDERS[m][5], ORDERS[m][0], ORDERS[m][3], PRECISION, ROUND, UPCAST,
-                SUM, TILE, STEP)  # fmt: skip
+                SUM, TILE, OUTPUTS, STEP)  # fmt: skip
             write_opened(out, gated, at_out, at_gated, row_of(degree, m, 0, LMAX), plus, opening,
                          kept, CHANNELS)  # fmt: skip
             write_opened(out, gated, at_out, at_gated, row_of(degree, m, 1, LMAX), minus, opening,
@@ -203,9 +206,10 @@ def map_and_gate(rows, weights, bias, out, gated, n_edges, READ_WIDTH: tl.conste
 
 @triton.jit
 def pull_back(y, also, pulls, value, result, at_y, at_rows, row, pull, gate, through, kept,
-              higher, CHANNELS: tl.constexpr, SUM: tl.constexpr):  # fmt: skip
+              higher, CHANNELS: tl.constexpr, LMAX: tl.constexpr,
+              SUM: tl.constexpr):  # fmt: skip
     """Take a row's gradient through its gate; return what the gate feels of the rows so far."""
-    at = at_y + row * CHANNELS
+    at = at_y + (LMAX + row) * CHANNELS
     number = tl.load(y + at, mask=kept, other=0.0).to(SUM)
     if pulls is not None:
         tl.store(pulls + at_rows + row * CHANNELS, pull, mask=kept)
@@ -225,33 +229,40 @@ def map_back_through_gate(rows, weights, y, also, pulls, value, result, n_edges,
                           MMAX: tl.constexpr, N_ROWS: tl.constexpr, ORDERS: tl.constexpr,
                           TOGETHER: tl.constexpr, PRECISION: tl.constexpr, ROUND: tl.constexpr,
                           UPCAST: tl.constexpr, SUM: tl.constexpr,
-                          TILE: tl.constexpr, STEP: tl.constexpr):  # fmt: skip
+                          TILE: tl.constexpr, OUTPUTS: tl.constexpr,
+                          STEP: tl.constexpr):  # fmt: skip
     """Write J^T M^T rows + also for the Jacobian J of the gate, and M^T rows and a(y) if wanted.
 
     A program owns a degree: its gate feels all orders, and their sum waits in registers.
     """
-    BLOCKS: tl.constexpr = (CHANNELS + TILE - 1) // TILE
+    BLOCKS: tl.constexpr = (CHANNELS + OUTPUTS - 1) // OUTPUTS
     edge_tile, tile = place_of_program(tl.cdiv(n_edges, TILE), (LMAX + 1) * BLOCKS, TOGETHER)
-    edge = edge_tile * TILE + tl.arange(0, TILE)
+    first, edge = (edge_tile * TILE).to(tl.int64), tl.arange(0, TILE)
     degree = LMAX - tile // BLOCKS  # the longest first
-    channel = tile % BLOCKS * TILE + tl.arange(0, TILE)
-    there, wanted = (edge < n_edges)[:, None], (channel < CHANNELS)[None, :]
+    channel = tile % BLOCKS * OUTPUTS + tl.arange(0, OUTPUTS)
+    there, wanted = (edge < n_edges - first)[:, None], (channel < CHANNELS)[None, :]
     kept, higher = there & wanted, degree > 0
-    edge = edge.to(tl.int64)
-    read = rows + (edge * READ_WIDTH)[:, None]
-    at_gate = (edge * ((LMAX + N_ROWS) * CHANNELS))[:, None] + channel[None, :]
-    at_y = at_gate + LMAX * CHANNELS
+    read = rows + first * READ_WIDTH + (edge * READ_WIDTH)[:, None]
+    y += first * ((LMAX + N_ROWS) * CHANNELS)
+    result += first * ((LMAX + N_ROWS) * CHANNELS)
+    if also is not None:
+        also += first * ((LMAX + N_ROWS) * CHANNELS)
+    if pulls is not None:
+        pulls += first * (N_ROWS * CHANNELS)
+    if value is not None:
+        value += first * (N_ROWS * CHANNELS)
+    at_y = (edge * ((LMAX + N_ROWS) * CHANNELS))[:, None] + channel[None, :]
     # The gate of l = 0 is the row l = 0 itself, which lies behind those of l > 0.
-    at_gate += tl.where(higher, degree - 1, LMAX) * CHANNELS
+    at_gate = at_y + tl.where(higher, degree - 1, LMAX) * CHANNELS
     at_rows = (edge * (N_ROWS * CHANNELS))[:, None] + channel[None, :]
     output = degree * CHANNELS + channel
     pull = product(read + ORDERS[0][1],
                    weights + ORDERS[0][4] + (output * ORDERS[0][3])[None, :], there, wanted,
-                   ORDERS[0][3], PRECISION, ROUND, UPCAST, SUM, TILE, STEP)  # fmt: skip
+                   ORDERS[0][3], PRECISION, ROUND, UPCAST, SUM, TILE, OUTPUTS, STEP)  # fmt: skip
     gate = tl.sigmoid(tl.load(y + at_gate, mask=kept, other=0.0).to(SUM))
-    through = tl.zeros((TILE, TILE), dtype=SUM)
+    through = tl.zeros((TILE, OUTPUTS), dtype=SUM)
     through = pull_back(y, also, pulls, value, result, at_y, at_rows, degree, pull, gate, through,
-                        kept, higher, CHANNELS, SUM)  # fmt: skip
+                        kept, higher, CHANNELS, LMAX, SUM)  # fmt: skip
     through *= gate * (1.0 - gate)
     through += tl.where(higher, 0.0, pull * gate)
     for m in tl.static_range(1, MMAX + 1):
@@ -261,14 +272,14 @@ def map_back_through_gate(rows, weights, y, also, pulls, value, result, n_edges,
                 read + ORDERS[m][1], read + ORDERS[m][2],
                 weights + ORDERS[m][4] + (output * ORDERS[m][3])[None, :], there, wanted,
                 ORDERS[m][3] * ORDERS[m][5], ORDERS[m][0], ORDERS[m][3], PRECISION, ROUND, UPCAST,
-                SUM, TILE, STEP)  # fmt: skip
-            own = tl.zeros((TILE, TILE), dtype=SUM)
+                SUM, TILE, OUTPUTS, STEP)  # fmt: skip
+            own = tl.zeros((TILE, OUTPUTS), dtype=SUM)
             own = pull_back(y, also, pulls, value, result, at_y, at_rows,
                             row_of(degree, m, 0, LMAX), plus, gate, own, kept, higher, CHANNELS,
-                            SUM)  # fmt: skip
+                            LMAX, SUM)  # fmt: skip
             own = pull_back(y, also, pulls, value, result, at_y, at_rows,
                             row_of(degree, m, 1, LMAX), minus, gate, own, kept, higher, CHANNELS,
-                            SUM)  # fmt: skip
+                            LMAX, SUM)  # fmt: skip
             through += own * gate * (1.0 - gate)
     if also is not None:
         through += tl.load(also + at_gate, mask=kept, other=0.0).to(SUM)
