@@ -23,7 +23,7 @@ from atomeq.potential.checkpoint import load_potential
 from benchmarks.peers import mace_torch
 from benchmarks.record import RESULTS, ROOT, atomeq, children_cpu_seconds, commit, read, write
 
-FILE = RESULTS / "acac.json"
+USUAL = 150.0  # CPU seconds of a fit; results of other costs have files of their own
 MODELS = ("egnn", "escn", "equiformer_v2", "nequip", "mace")
 PILOT = (1, 4)  # epochs of the short runs; the difference leaves out what a start costs
 
@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the runs")
-    parser.add_argument("--seconds", type=float, default=150.0, help="of the CPU, for each fit")
+    parser.add_argument("--seconds", type=float, default=USUAL, help="of the CPU, for each fit")
     parser.add_argument("--collect", action="store_true", help="train nothing")
     parser.add_argument("--mace-torch", metavar="PYTHON", help="an interpreter that has it")
     options = parser.parse_args(argv)
@@ -58,7 +58,7 @@ def train(config: list[str], run: Path, seconds: float, pilot: tuple[int, int] =
         seconds: Of the CPU, of all epochs.
         pilot: Epochs of the two short runs that say what one costs.
     """
-    fit_at_cost(partial(cost_of_fit, config), run, seconds, pilot)
+    fit_at_cost(partial(cost_of_fit, config), run, seconds, pilot, commit=commit())
     where = [f"--trainer.default_root_dir={run}", f"--ckpt_path={run}/checkpoints/best.ckpt"]
     atomeq("test", *config, *where, "--overwrite", "--trainer.accelerator=cpu")
 
@@ -68,7 +68,8 @@ def train_mace_torch(python: str, run: Path, seconds: float) -> None:
     run = run.resolve()
     experiment = ROOT / "configs" / "experiment" / "acac_escn.yaml"
     data = yaml.safe_load(experiment.read_text())["data"]["init_args"]
-    fit_at_cost(partial(mace_torch.cost_of_fit, python, data), run, seconds, PILOT)
+    version = mace_torch.version(python)
+    fit_at_cost(partial(mace_torch.cost_of_fit, python, data), run, seconds, PILOT, version=version)
     potential = run / "potential"
     atomeq("convert", str(run / f"{mace_torch.NAME}.model"), str(potential), "--overwrite")
     where = [f"--potential={potential}", f"--trainer.default_root_dir={run}"]
@@ -76,16 +77,20 @@ def train_mace_torch(python: str, run: Path, seconds: float) -> None:
 
 
 def fit_at_cost(
-    cost_of: Callable[[Path, int], float], run: Path, seconds: float, pilot: tuple[int, int]
+    cost_of: Callable[[Path, int], float],
+    run: Path,
+    seconds: float,
+    pilot: tuple[int, int],
+    **of: str,
 ) -> None:
-    """Fit in a folder for as many epochs as go into the seconds, and write what it cost."""
+    """Fit in a folder for as many epochs as go into the seconds; write what it cost and is of."""
     with tempfile.TemporaryDirectory() as scratch:
         short, long = (cost_of(Path(scratch) / str(n), n) for n in pilot)
     per_epoch = (long - short) / (pilot[1] - pilot[0])
     n_epochs = max(1, round(seconds / per_epoch))
     cost = cost_of(run, n_epochs)
     start = short - per_epoch * pilot[0]
-    spent = {"epochs": n_epochs, "cpu_seconds": round(cost - start, 1), "commit": commit()}
+    spent = {"epochs": n_epochs, "cpu_seconds": round(cost - start, 1), **of}
     (run / "cost.json").write_text(json.dumps(spent))
 
 
@@ -99,9 +104,10 @@ def cost_of_fit(config: list[str], run: Path, n_epochs: int) -> float:
 
 def write_results(runs: Path, seconds: float) -> None:
     """Write the table of all runs that have been tested, earlier ones included, and show it."""
+    file = RESULTS / ("acac.json" if seconds == USUAL else f"acac_{seconds:g}s.json")
     rows_of = (*MODELS, mace_torch.NAME)
     tested = [model for model in rows_of if (runs / f"acac_{model}" / "test_errors.json").exists()]
-    rows = read(FILE).get("models", {})  # of earlier runs, elsewhere perhaps
+    rows = read(file).get("models", {})  # of earlier runs, elsewhere perhaps
     rows |= {model: row_of(runs / f"acac_{model}") for model in tested}
     document = {
         "command": f"python scripts/benchmark.py acac --seconds {seconds:g}",
@@ -112,7 +118,7 @@ def write_results(runs: Path, seconds: float) -> None:
         "versions": versions(),
         "models": rows,
     }
-    write(FILE, document)
+    write(file, document)
     for model, row in rows.items():
         errors = "  ".join(f"{key} {value:.1f}" for key, value in row.items() if key.endswith("K"))
         sys.stdout.write(

@@ -22,6 +22,14 @@ NAME = "mace_torch"
 SEED = 0
 
 
+def version(python: str) -> str:
+    """Return that of an interpreter's mace-torch."""
+    code = "from importlib.metadata import version; print('mace-torch', version('mace-torch'))"
+    return subprocess.run(
+        [python, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.strip()
+
+
 def cost_of_fit(python: str, data: dict[str, Any], run: Path, n_epochs: int) -> float:
     """Train, and return the CPU seconds of it, the start of the process included.
 
