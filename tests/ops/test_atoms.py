@@ -8,7 +8,8 @@ from atomeq.ops.atoms.operations import gated_update, rms_norm
 from atomeq.ops.c_compiler import unavailable
 from atomeq.ops.dispatch import use_backend
 
-DOUBLE = 1e-12  # of the largest number: rounding of sums in another order
+SINGLE = 1e-5  # of the largest number: rounding of sums in another order
+DOUBLE = 1e-12
 
 
 @pytest.mark.skipif(unavailable() is not None, reason=f"no C kernels: {unavailable()}")
@@ -48,6 +49,32 @@ def test_kernels_give_the_numbers_of_plain_torch(n_atoms: int, lmax: int, channe
         for one, other in zip(*found, strict=True):
             scale = float(other.detach().abs().max()) if other.numel() else 1.0
             torch.testing.assert_close(one, other, rtol=0, atol=DOUBLE * scale)
+
+
+@pytest.mark.skipif(unavailable() is not None, reason=f"no C kernels: {unavailable()}")
+def test_update_of_many_atoms_has_the_same_bits_on_any_number_of_threads() -> None:
+    """Several blocks of atoms for each thread, the last one smaller; float32 has wider vectors."""
+    given = torch.randn(1500, 4, 12, generator=torch.Generator().manual_seed(0))
+    maps = [(fixed(2, n, 12, like=given), fixed(n, like=given)) for n in (9, 7, 7)]
+    gates = fixed(9, 12, like=given), fixed(9, like=given)
+    second, out = ((fixed(2, 5, n, like=given), fixed(5, like=given)) for n in (9, 7))
+
+    def derivatives(backend: str, n_threads: int) -> list[torch.Tensor]:
+        torch.set_num_threads(n_threads)
+        x = given.clone().requires_grad_()
+        with use_backend(backend):
+            value = gated_update(x, maps[0], gates, second, products=(maps[1], maps[2], out))
+            return [value.detach(), *torch.autograd.grad(value.square().sum(), x)]
+
+    before = torch.get_num_threads()
+    try:
+        one, three = derivatives("cpu", 1), derivatives("cpu", 3)
+        expected = derivatives("reference", 1)
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(one, three, strict=True))
+    for found, other in zip(one, expected, strict=True):
+        torch.testing.assert_close(found, other, rtol=0, atol=SINGLE * float(other.abs().max()))
 
 
 def test_weights_that_are_trained_get_their_gradients() -> None:

@@ -6,8 +6,7 @@ derivative by the features is plain torch's too.
 """
 
 import math
-from types import ModuleType, SimpleNamespace
-from typing import NamedTuple
+from types import SimpleNamespace
 
 import torch
 from jaxtyping import Float
@@ -15,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import linear, pad, silu
 
 from atomeq.ops.dispatch import operation, size_of
-from atomeq.ops.registration import differentiable_gradient, kernel, kernels_of, registered
+from atomeq.ops.registration import differentiable_gradient, kernel
 from atomeq.ops.self_check import Example, random
 from atomeq.ops.specification import Size
 from atomeq.ops.sphere.gaunt import gaunt_product, grid_values, pointwise_product
@@ -296,7 +295,7 @@ def _maps_of(products: list[Tensor]) -> Products | None:
     return (left, left_bias), (right, right_bias), (out, out_bias)
 
 
-@registered(outputs=_fake_update, gradient=_update_gradient)
+@kernel(outputs=_fake_update, gradient=_update_gradient)
 def atom_update(
     x: Tensor,
     first: Tensor,
@@ -312,12 +311,10 @@ def atom_update(
 
     ``products`` is empty, or has weight and bias of three maps and a table of the sphere's points.
     """
-    by = kernels_of("atoms", kernels)
-    update = _Update(by, (first, first_bias), (gates, gates_bias), products)
-    return update.value(x, (second, second_bias))
+    ...
 
 
-@registered(outputs=_like_x)
+@kernel(outputs=_like_x)
 def atom_update_gradient(
     x: Tensor,
     first: Tensor,
@@ -330,82 +327,4 @@ def atom_update_gradient(
     kernels: str,
 ) -> Tensor:
     """Return the gradient of the update by the features."""
-    by = kernels_of("atoms", kernels)
-    update = _Update(by, (first, first_bias), (gates, gates_bias), products)
-    return update.gradient(x, second, grad)
-
-
-class _Update(NamedTuple):
-    """The gated update in raw functions: products of matrices around a gate that kernels compute.
-
-    Inside, features lie degree by degree, (n_sph, n_atoms, channels): a degree is then one matrix,
-    and its map one product, where (n_atoms, n_sph, channels) would need a small one for each atom.
-
-    Attributes:
-        by: Kernels with ``gate`` and ``gate_gradient``.
-        first: Weight (lmax + 1, hidden, channels) and bias of the map of each degree.
-        gates: Weight (lmax * hidden, channels) and bias of the gates.
-        products: As of :func:`atom_update`.
-    """
-
-    by: ModuleType
-    first: Linear
-    gates: Linear
-    products: list[Tensor]
-
-    def value(self, x: Tensor, second: Linear) -> Tensor:
-        """Return the update of ``x`` (n_atoms, n_sph, channels)."""
-        x = _by_degrees(x)
-        found = _mapped(self.by.gate(*self._before(x)), second[0].mT, second[1])
-        if self.products:
-            *_, out, bias, table = self.products
-            left, right = self._factors(x)
-            found += _mapped(_times(table.mT, left.mul_(right)), out.mT, bias)
-        return _by_atoms(found)
-
-    def gradient(self, x: Tensor, second: Tensor, grad: Tensor) -> Tensor:
-        """Return the gradient by ``x``; what the gate was given is computed again."""
-        x, grad = _by_degrees(x), _by_degrees(grad)
-        to_rows, to_gates = self.by.gate_gradient(*self._before(x), _mapped(grad, second))
-        to_x = _mapped(to_rows, self.first[0])
-        to_x[0].addmm_(to_gates, self.gates[0])
-        if self.products:
-            one, _, other, _, out, _, table = self.products
-            left, right = self._factors(x)
-            through = _times(table, _mapped(grad, out))
-            to_x += _mapped(_times(table.mT, right.mul_(through)), one)
-            to_x += _mapped(_times(table.mT, left.mul_(through)), other)
-        return _by_atoms(to_x)
-
-    def _before(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what the gate is given: rows (n_sph, n_atoms, hidden), and gates."""
-        return _mapped(x, self.first[0].mT, self.first[1]), linear(x[0], *self.gates)
-
-    def _factors(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what is multiplied, at points of the sphere (n_points, n_atoms, hidden)."""
-        left, left_bias, right, right_bias, *_, table = self.products
-        rows = _mapped(x, left.mT, left_bias), _mapped(x, right.mT, right_bias)
-        return _times(table, rows[0]), _times(table, rows[1])
-
-
-def _times(matrix: Tensor, rows: Tensor) -> Tensor:
-    """Return a matrix times rows, over their first axis."""
-    return torch.mm(matrix, rows.flatten(1)).unflatten(1, rows.shape[1:])
-
-
-def _by_degrees(x: Tensor) -> Tensor:
-    return x.transpose(0, 1).contiguous()
-
-
-_by_atoms = _by_degrees  # the way back is the same
-
-
-def _mapped(rows: Tensor, matrices: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return the rows of each degree times its matrix, with a bias on l = 0."""
-    found = rows.new_empty(*rows.shape[:2], matrices.shape[2])
-    for l, matrix in enumerate(matrices.unbind(0)):
-        part = slice(l * l, (l + 1) ** 2)
-        torch.mm(rows[part].flatten(0, 1), matrix, out=found[part].flatten(0, 1))
-    if bias is not None:
-        found[0] += bias
-    return found
+    ...

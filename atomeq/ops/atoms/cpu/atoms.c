@@ -1,13 +1,8 @@
-/* Normalisation and gate of the features of atoms. REAL is float or double.
-
-   Features of the norm are (n_atoms, n_sph, channels), those of the gate (n_sph, n_atoms, channels);
-   an atom is worked on by one thread. */
+/* Normalisation of the features of atoms, (n_atoms, n_sph, channels). REAL is float or double. An
+   atom is worked on by one thread. */
 
 #include <math.h>
 #include <stdint.h>
-
-static REAL exponential(REAL x) { return sizeof(REAL) == 4 ? expf(x) : exp(x); }
-static REAL sigmoid(REAL x) { return 1 / (1 + exponential(-x)); }
 
 static REAL mean(const REAL *x, int64_t n) {
     REAL sum = 0;
@@ -83,47 +78,5 @@ void norm_gradient(const REAL *x, const REAL *weight, const REAL *grad, int cent
             const REAL level = mean(out, n);
             for (int64_t c = 0; c < n; c++) out[c] -= level;
         }
-    }
-}
-
-/* SiLU on l = 0, gates (n_atoms, lmax, channels) on the others, in place. */
-void gate(REAL *x, const REAL *gates, int64_t n_atoms, int64_t lmax, int64_t n, int n_parts) {
-    const int64_t size = n_atoms * n;
-#pragma omp parallel for num_threads(n_parts) if (n_parts > 1)
-    for (int64_t a = 0; a < n_atoms; a++) {
-        REAL *own = x + a * n;
-        for (int64_t c = 0; c < n; c++) own[c] *= sigmoid(own[c]);
-        for (int64_t l = 1; l <= lmax; l++)
-            for (int64_t c = 0; c < n; c++) {
-                const REAL factor = sigmoid(gates[(a * lmax + l - 1) * n + c]);
-                for (int64_t row = l * l; row < (l + 1) * (l + 1); row++)
-                    own[row * size + c] *= factor;
-            }
-    }
-}
-
-/* ``grad`` becomes the gradient by x, ``gates`` that by the gates. */
-void gate_gradient(const REAL *x, REAL *gates, REAL *grad, int64_t n_atoms, int64_t lmax, int64_t n,
-                   int n_parts) {
-    const int64_t size = n_atoms * n;
-#pragma omp parallel for num_threads(n_parts) if (n_parts > 1)
-    for (int64_t a = 0; a < n_atoms; a++) {
-        const REAL *own = x + a * n;
-        REAL *pull = grad + a * n;
-        for (int64_t c = 0; c < n; c++) {
-            const REAL open = sigmoid(own[c]);
-            pull[c] *= open * (1 + own[c] * (1 - open));
-        }
-        for (int64_t l = 1; l <= lmax; l++)
-            for (int64_t c = 0; c < n; c++) {
-                REAL *gate = gates + (a * lmax + l - 1) * n + c;
-                const REAL open = sigmoid(*gate);
-                REAL product = 0;
-                for (int64_t row = l * l; row < (l + 1) * (l + 1); row++) {
-                    product += own[row * size + c] * pull[row * size + c];
-                    pull[row * size + c] *= open;
-                }
-                *gate = product * open * (1 - open);
-            }
     }
 }

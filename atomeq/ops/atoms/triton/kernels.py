@@ -1,4 +1,4 @@
-"""Normalisation and gate of atoms: every number is read once or twice and written once."""
+"""Normalisation and update of atoms: norm and gate read every number once or twice."""
 
 # Only Triton's compiler goes through tl.static_range; to a type checker it raises.
 # pyright: reportGeneralTypeIssues=false
@@ -47,6 +47,47 @@ def _launch_norm(
         SUM=accumulator(x.dtype),
     )
     return result
+
+
+def atom_update(call: SimpleNamespace) -> Tensor:
+    """Return the update, (n_atoms, n_sph, c_out): products of matrices around the gate.
+
+    Inside, features lie degree by degree, (n_sph, n_atoms, channels): a degree is then one matrix,
+    and its map one product, where (n_atoms, n_sph, channels) would need a small one for each atom.
+    """
+    rows = gate(*_before_gate(call, _by_degrees(call.x)))
+    return _by_degrees(_mapped(rows, call.second.mT, call.second_bias))
+
+
+def atom_update_gradient(call: SimpleNamespace) -> Tensor:
+    """Return the gradient of the update by its features; the gate's own are computed again."""
+    before = _before_gate(call, _by_degrees(call.x))
+    to_rows, to_gates = gate_gradient(*before, _mapped(_by_degrees(call.grad), call.second))
+    to_x = _mapped(to_rows, call.first)
+    to_x[0].addmm_(to_gates, call.gates)
+    return _by_degrees(to_x)
+
+
+def _before_gate(call: SimpleNamespace, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what the gate is given: rows (n_sph, n_atoms, hidden), and gates."""
+    gates = torch.nn.functional.linear(x[0], call.gates, call.gates_bias)
+    return _mapped(x, call.first.mT, call.first_bias), gates
+
+
+def _by_degrees(x: Tensor) -> Tensor:
+    """Exchange atoms and coefficients; the way back is the same."""
+    return x.transpose(0, 1).contiguous()
+
+
+def _mapped(rows: Tensor, matrices: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return the rows of each degree times its matrix, with a bias on l = 0."""
+    found = rows.new_empty(*rows.shape[:2], matrices.shape[2])
+    for l, matrix in enumerate(matrices.unbind(0)):
+        part = slice(l * l, (l + 1) ** 2)
+        torch.mm(rows[part].flatten(0, 1), matrix, out=found[part].flatten(0, 1))
+    if bias is not None:
+        found[0] += bias
+    return found
 
 
 def gate(x: Tensor, gates: Tensor) -> Tensor:

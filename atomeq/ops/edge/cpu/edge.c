@@ -5,15 +5,13 @@
    (n_edges, N_ROWS, channels) in m-primary order, wigner (n_edges, N_ROWS, N_SPH) block diagonal in
    l. */
 
-#include <stdint.h>
-#include <string.h>
+#include "../../vectors.c"
 
 #define N_SPH ((LMAX + 1) * (LMAX + 1))
 #define ROW_START(m) ((m) == 0 ? 0 : (LMAX + 1) + ((m) - 1) * (2 * LMAX + 2 - (m)))
 #define N_ROWS (ROW_START(MMAX) + (MMAX == 0 ? LMAX + 1 : 2 * (LMAX + 1 - MMAX)))
 #define N_SCALES ((MMAX + 1) * (LMAX + 1) - (MMAX * (MMAX + 1)) / 2)
 #define SCALE_START(m) ((m) * (LMAX + 1) - ((m) * ((m) - 1)) / 2)
-#define INLINE static inline __attribute__((always_inline))
 
 /* Rows of degree l: m = 0, then +1, -1, +2, -2, ...; 2 * min(l, MMAX) + 1 of them. */
 INLINE int row_of(int l, int k) {
@@ -23,11 +21,7 @@ INLINE int row_of(int l, int k) {
 INLINE int scale_of(int l, int k) { return SCALE_START((k + 1) / 2) + l - (k + 1) / 2; }
 INLINE int n_rows_of(int l) { return 2 * (l < MMAX ? l : MMAX) + 1; }
 
-/* Channels are worked on 32 bytes at a time, those left over one by one: V is a vector or REAL. */
-typedef REAL LANES __attribute__((vector_size(32), aligned(sizeof(REAL)), may_alias));
-#define N_LANES ((int64_t)(32 / sizeof(REAL)))
-#define UNROLL _Pragma("GCC unroll 16")
-
+/* V is a vector or REAL. */
 #define ROTATIONS(V)                                                                              \
   INLINE void rotate_##V(const REAL *x, int64_t x_stride, const REAL *w, REAL *rows,              \
                          int64_t row_stride, const REAL *scale, int64_t scale_stride) {           \
@@ -204,7 +198,6 @@ void gather_gradient(const REAL *x, const REAL *wigner, const int64_t **index, i
 
 /* The radial scale. +m and -m share the factors s, one for each (l, m, channel); rows have `channels`
    numbers each. A d is a derivative along a direction. */
-#define EACH(n) _Pragma("GCC ivdep") for (int64_t c = 0; c < (n); c++)
 #define SIZE(m) ((LMAX + 1 - (m)) * channels) /* numbers of one sign of an order */
 #define EACH_SIGN                                                                                 \
   for (int64_t e = 0; e < n_edges; e++)                                                           \
