@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from atomeq.graph.atom_graph import AtomGraph
 from atomeq.models.base import AtomisticModel
 from atomeq.models.frame_averaged import Canonicalized
+from atomeq.ops.edge.escn_conv import differentiated_once
 from atomeq.ops.precision import use_precision
 from atomeq.ops.segment.operations import segment_sum
 from atomeq.potential.blocks import divisible, energies_in_blocks
@@ -324,7 +325,8 @@ class Potential(Predictor):
         if once and uncertainty is None and divisible(self.model, graph):
             outputs: dict[PropertyKey, Tensor] = {"energies": energies_in_blocks(self.model, graph)}
         else:
-            outputs = self.model(graph)
+            with differentiated_once(once):
+                outputs = self.model(graph)
         if "energies" not in outputs:
             return dict(outputs)
         energies = self.references(outputs["energies"], graph.atomic_numbers)

@@ -4,6 +4,7 @@ from edge_layers import EdgeLayer, kept_bytes_of_an_edge, relative
 
 from atomeq.ops.c_compiler import unavailable
 from atomeq.ops.edge.cpu import kernels
+from atomeq.ops.edge.escn_conv import differentiated_once
 from atomeq.ops.edge.wigner import edge_quaternion, rotation_matrix
 
 pytestmark = pytest.mark.skipif(unavailable() is not None, reason=f"no C kernels: {unavailable()}")
@@ -37,6 +38,17 @@ SINGLE = 2e-6  # float32
 # Bytes of an edge, the outputs of both maps, without the frame that layers share; plain torch keeps
 # four times as much. With recomputation it is nothing but a few numbers.
 KEPT, RECOMPUTED = {2: 11_000, 4: 23_000, 6: 35_000}, 500
+ONCE = 0.6  # of it, where one gradient alone is expected: what the first map gives, with the gates
+
+
+@pytest.mark.parametrize("chiral", [False, True])  # the whole layer in C, and by blocks
+def test_layer_that_keeps_less_has_the_same_derivatives(chiral: bool) -> None:
+    layer = EdgeLayer(2, 2, chiral=chiral, biased=chiral)
+    expected = layer.derivatives("cpu")
+    with differentiated_once():
+        found = layer.derivatives("cpu")
+    errors = {name: relative(found[name], expected[name]) for name in expected}
+    assert max(errors.values()) <= EXACT, errors
 
 
 def test_single_precision_is_as_good_as_its_rounding() -> None:
@@ -53,6 +65,8 @@ def test_layer_keeps_little_of_an_edge_for_the_backward_pass(lmax: int) -> None:
     n_scales = len(layer.leaves["radial_bias"])
     layer.leaves["radial_weight"] = torch.randn(n_scales, 64, requires_grad=True)
     assert kept_bytes_of_an_edge(layer) <= KEPT[lmax]
+    with differentiated_once():
+        assert kept_bytes_of_an_edge(layer) <= ONCE * KEPT[lmax]
     assert kept_bytes_of_an_edge(layer, recompute=True) <= RECOMPUTED
 
 

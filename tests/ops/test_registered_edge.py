@@ -197,16 +197,16 @@ def test_operations_are_registered_as_torch_expects(
     check(so2_transposed, (grad, weights, sizes, "cpu"))
     check(so2_weight_gradient, (rows, grad, [False, True], sizes, "cpu"))
     given = layer_call(EdgeLayer(1, 1))
-    for keep in (True, False):
-        check(escn_conv, (), given | {"keep": keep})
-    out, *kept = escn_conv(**given, keep=True)
+    for n_kept in (2, 1, 0):
+        check(escn_conv, (), given | {"n_kept": n_kept})
+    out, *kept = escn_conv(**given, n_kept=2)
     assert given["names"] == " ".join(INPUTS[:-2])  # no biases
     wanted = {"wanted": "x vectors first second", "kept": kept, "also": []}
     wanted["grad"] = torch.randn_like(out)
-    for keep in (True, False):
+    for n_kept in (2, 0):
         for also in ([], [torch.randn_like(rows) for rows in kept]):
-            check(escn_conv_gradient, (), given | wanted | {"keep": keep, "also": also})
-    *_, ga, gz = escn_conv_gradient(**given, **wanted, keep=True)
+            check(escn_conv_gradient, (), given | wanted | {"n_kept": n_kept, "also": also})
+    *_, ga, gz = escn_conv_gradient(**given, **wanted, n_kept=2)
     directions = [torch.randn_like(tensor) for tensor in given["inputs"][:2]]
     along = {"along": "x vectors", "directions": directions}
     of = {"kept": [*kept, ga, gz], "wanted": "x first grad y u", "grad": torch.randn_like(out)}
@@ -215,19 +215,19 @@ def test_operations_are_registered_as_torch_expects(
 
 def test_layer_feels_no_torque_about_its_edges() -> None:
     given = layer_call(EdgeLayer(3, 2, channels=8, hidden=8, n_edges=20, chiral=True))
-    out, *kept = escn_conv(**given, keep=True)
-    wanted = {"kept": kept, "also": [], "wanted": "vectors", "keep": False}
+    out, *kept = escn_conv(**given, n_kept=2)
+    wanted = {"kept": kept, "also": [], "wanted": "vectors", "n_kept": 0}
     turn, *_ = escn_conv_gradient(torch.randn_like(out), **given, **wanted)
     direction = torch.nn.functional.normalize(given["inputs"][1], dim=1)
     assert turn.norm(dim=1).min() > 0
     assert (turn * direction).sum(1).abs().max() <= EXACT * turn.norm(dim=1).max()
 
 
-@pytest.mark.parametrize("keep", [True, False])
-def test_layer_refuses_a_third_derivative(keep: bool) -> None:
+@pytest.mark.parametrize("n_kept", [2, 1, 0])
+def test_layer_refuses_a_third_derivative(n_kept: int) -> None:
     given = layer_call(EdgeLayer(1, 1))
     x = given["inputs"][0] = given["inputs"][0].requires_grad_()
-    out, *_ = escn_conv(**given, keep=keep)
+    out, *_ = escn_conv(**given, n_kept=n_kept)
     first = torch.autograd.grad(out.square().sum(), x, create_graph=True)[0]
     second = torch.autograd.grad(first.square().sum(), x, create_graph=True)[0]
     with pytest.raises(NotImplementedError, match=r"has no (third )?derivative"):

@@ -42,11 +42,11 @@ def value(call: SimpleNamespace) -> tuple[Tensor, Tensor, Tensor]:
     layer = EdgeLayer(call)
     x, by, (first, second) = layer.tensors["x"], layer.by, layer.shapes
     total = None
-    y, u = layer.kept(call.keep, first.width, second.width)
+    y, u = layer.kept(call.n_kept, first.width, second.width)
     for block in blocks(layer):
         rows = block.both.operand(x, *block.factors)
-        own_y = y[block.part] if call.keep else None
-        own_u = u[block.part] if call.keep else by.empty((block.n, second.width), x)
+        own_y = y[block.part] if call.n_kept else None
+        own_u = u[block.part] if call.n_kept == 2 else by.empty((block.n, second.width), x)
         gated = block.first.gated(rows, block.biases[0], own_y)
         block.second.forward(gated, own_u, block.biases[1])
         total = block.target.back(own_u, len(x), total, factor=block.envelope)
@@ -58,8 +58,8 @@ def gradient(call: SimpleNamespace) -> list[Tensor]:
     layer = EdgeLayer(call)
     first, second = layer.shapes
     found = layer.gradients(call.wanted)
-    ga, gz = layer.kept(call.keep, second.width_in, first.width_in)
-    inside = {"ga": ga, "gz": gz} if call.keep else {}
+    ga, gz = layer.kept(call.n_kept, second.width_in, first.width_in)
+    inside = {"ga": ga, "gz": gz} if call.n_kept else {}
     inside |= zip(("y", "u"), call.kept, strict=False)  # or nothing
     inside |= zip(("also_y", "also_u"), call.also, strict=False)
     for block in blocks(layer):

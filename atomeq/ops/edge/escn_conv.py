@@ -6,8 +6,9 @@ target atoms,
     r = W G x,  z = s r,  y = M_1 z + b_1,  a = gate(y),  u = M_2 a + b_2,  out = S f W^T u.
 
 Between the passes nothing of an edge is kept but y and u, and for a second derivative dE/da and
-dE/dz, or not even these. Forward, gradient and gradient of the gradient are three registered
-operations, which kernels have by the same names. They share their arguments:
+dE/dz, or not even these; within :func:`differentiated_once` y alone, of which u is made again.
+Forward, gradient and gradient of the gradient are three registered operations, which kernels have
+by the same names. They share their arguments:
 
     inputs   those of ``INPUTS`` that are given
     names    of these, in their order
@@ -24,7 +25,9 @@ which comes last, takes the gradient with respect to them along. Each map is mul
 """
 
 import math
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
@@ -46,6 +49,30 @@ RADIAL = {"radial", "radial_weight", "radial_bias"}
 # what a gradient must pass the first map for
 INWARD = {"first", "first_bias", "x", "vectors", *RADIAL}
 Named = dict[str, Any]  # tensors, or the weights of a map, by the names of arguments
+
+
+class _Once(threading.local):
+    on: bool = False
+
+
+_once = _Once()
+
+
+@contextmanager
+def differentiated_once(on: bool = True) -> Iterator[None]:
+    """Keep less for the backward pass inside the ``with`` block, in this thread.
+
+    What is computed there is expected to be differentiated once. It can be twice, for the price of
+    another forward pass.
+
+    Args:
+        on: Whether to.
+    """
+    before, _once.on = _once.on, on
+    try:
+        yield
+    finally:
+        _once.on = before
 
 
 def conv(
@@ -71,10 +98,13 @@ def conv(
     inputs = {name: tensor for name, tensor in named if tensor is not None}
     keep = torch.is_grad_enabled() and not recompute
     keep = keep and any([tensor.requires_grad for tensor in (*inputs.values(), *weights)])
+    n_kept = (1 if _once.on and kernels == "cpu" else 2) if keep else 0
     edges = [frame.wigner, frame.source, frame.target]
     if kernels in WANT_SEGMENTS:
         edges += frame.segments_for(edges[1:])
-    total, _, _ = escn_conv(list(inputs.values()), " ".join(inputs), weights, edges, keep, kernels)
+    total, _, _ = escn_conv(
+        list(inputs.values()), " ".join(inputs), weights, edges, n_kept, kernels
+    )
     return total
 
 
@@ -115,9 +145,9 @@ class EdgeLayer:
         self.shapes = layer_shapes(self.tensors["x"], call.weights)
         self.n_edges = wigner.shape[0]
 
-    def kept(self, keep: bool, *widths: int) -> list[Tensor]:
-        """Return memory for numbers of every edge, or of none unless they are kept."""
-        sizes = [(self.n_edges if keep else 0, width) for width in widths]
+    def kept(self, n_kept: int, *widths: int) -> list[Tensor]:
+        """Return memory for numbers of every edge, of none behind those that are kept."""
+        sizes = [(self.n_edges if k < n_kept else 0, width) for k, width in enumerate(widths)]
         return [self.by.empty(size, self.tensors["x"]) for size in sizes]
 
     def gradients(self, wanted: str) -> Named:
@@ -155,9 +185,9 @@ def _named(call: SimpleNamespace) -> dict[str, Tensor]:
 
 
 def _fake_rows(call: SimpleNamespace, *widths: int) -> list[Tensor]:
-    """Return rows of the edges as a trace sees them, none unless they are kept."""
-    n_kept = call.edges[0].shape[0] if call.keep else 0
-    return [call.inputs[0].new_empty(n_kept, width) for width in widths]
+    """Return rows of the edges as a trace sees them, none behind those that are kept."""
+    n_edges, x = call.edges[0].shape[0], call.inputs[0]
+    return [x.new_empty(n_edges if k < call.n_kept else 0, n) for k, n in enumerate(widths)]
 
 
 def _size_of_total(call: SimpleNamespace) -> tuple[int, int, int]:
@@ -176,13 +206,14 @@ def _value_gradient(
 ) -> Gradients:
     names = _wanted(saved, wanted)
     # a gradient that is made with a graph is there to be differentiated
-    keep = saved.keep and torch.is_grad_enabled() and not INWARD.isdisjoint(names.split())
+    twice = saved.n_kept == 2 and torch.is_grad_enabled()
+    n_kept = 2 if twice and not INWARD.isdisjoint(names.split()) else 0
     if grad is None:
         grad = saved.inputs[0].new_zeros(_size_of_total(saved))
     *found, _, _ = escn_conv_gradient(
         *(grad, saved.inputs, saved.names, saved.weights, saved.edges),
-        *(saved.outputs if saved.keep else [], [part for part in also if part is not None]),
-        *(names, keep, saved.kernels),
+        *(saved.outputs[: saved.n_kept], [part for part in also if part is not None]),
+        *(names, n_kept, saved.kernels),
     )
     return _by_argument(saved, names, found)
 
@@ -193,10 +224,10 @@ def escn_conv(
     names: str,
     weights: list[Tensor],
     edges: list[Tensor],
-    keep: bool,
+    n_kept: int,
     kernels: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the sums on the atoms, and the outputs of both maps if they are to be kept."""
+    """Return the sums on the atoms, and of the outputs of both maps as many as are to be kept."""
     ...
 
 
@@ -222,10 +253,10 @@ def _gradient_gradient(
             "escn_conv has no third derivative; with use_backend('reference') it is plain torch"
         )
     names, call = _wanted(saved, wanted), (saved.inputs, saved.names, saved.weights, saved.edges)
-    kept = saved.kept
-    if not kept:
-        _, *kept = escn_conv(*call, True, saved.kernels)
-    insides = not saved.kept or "kept" in wanted
+    kept, complete = saved.kept, len(saved.kept) == 2
+    if not complete:
+        _, *kept = escn_conv(*call, 2, saved.kernels)
+    insides = not complete or "kept" in wanted
     others = ["grad"] * ("grad" in wanted) + ["y", "u"] * insides
     found = escn_conv_second_gradient(
         *(saved.grad, *call, [*kept, *saved.outputs], list(along.values()), " ".join(along)),
@@ -234,14 +265,14 @@ def _gradient_gradient(
     n_own = len(found) - len(others)
     own, rest = found[:n_own], dict(zip(others, found[n_own:], strict=True))
     also = [rest[name] for name in ("y", "u") if name in rest]
-    if not saved.kept:  # what goes through y and u ends here
+    if not complete:  # what goes through y and u ends here
         zero = torch.zeros_like(saved.grad)
-        more = escn_conv_gradient(zero, *call, kept, also, names, False, saved.kernels)
+        more = escn_conv_gradient(zero, *call, kept, also, names, 0, saved.kernels)
         own = [one + other for one, other in zip(own, more[:n_own], strict=True)]
     results = _by_argument(saved, names, own)
     if "grad" in wanted:
         results["grad"] = rest["grad"]
-    if "kept" in wanted:
+    if complete and "kept" in wanted:
         results["kept"] = also
     return results
 
@@ -256,13 +287,13 @@ def escn_conv_gradient(
     kept: list[Tensor],
     also: list[Tensor],
     wanted: str,
-    keep: bool,
+    n_kept: int,
     kernels: str,
 ) -> list[Tensor]:
     """Return the gradients of what is ``wanted``.
 
     The one of ``vectors`` is that with respect to a turn of each edge, (n_edges, 3). The last two,
-    dE/da and dE/dz, are what the gradient of this wants kept. ``kept`` is empty or has y and u,
+    dE/da and dE/dz, are what the gradient of this wants kept. ``kept`` has y and u, or less,
     ``also`` is empty or has what is felt of them beside ``grad``.
     """
     ...

@@ -37,6 +37,7 @@ _EDGES_AT_ONCE = 64
 _MOST_INPUTS = 768  # of order 0: products of larger matrices outgrow the cache, and so2.c cuts them
 _LEAST = 2**17  # bytes; the C library keeps what is smaller itself
 _MOST = 2**26  # bytes of a thread that may lie idle
+_EXCESS = 4  # times what is wanted may be given
 _PAGE, _LINE = 4096, 64  # bytes
 _DTYPES = {torch.float32: np.float32, torch.float64: np.float64}
 _MOVED = {"x", "vectors", "radial", "envelope"}
@@ -49,8 +50,9 @@ def escn_conv(call: SimpleNamespace) -> tuple[Tensor, Tensor, Tensor]:
         return blockwise.value(call)
     x, (first, second) = layer.tensors["x"], layer.shapes
     total = x.new_zeros(x.shape[0], x.shape[1], second.c_out)
-    y, u = layer.kept(call.keep, first.width, second.width)
-    _call_layer(layer, "layer_value", {"total": total} | ({"y": y, "u": u} if call.keep else {}))
+    y, u = layer.kept(call.n_kept, first.width, second.width)
+    inside = {"total": total} | dict(zip(("y", "u")[: call.n_kept], (y, u), strict=False))
+    _call_layer(layer, "layer_value", inside)
     return total, y, u
 
 
@@ -61,8 +63,8 @@ def escn_conv_gradient(call: SimpleNamespace) -> list[Tensor]:
         return blockwise.gradient(call)
     first, second = layer.shapes
     found = layer.gradients(call.wanted)
-    ga, gz = layer.kept(call.keep, second.width_in, first.width_in)
-    inside = {"grad": call.grad} | ({"ga": ga, "gz": gz} if call.keep else {})
+    ga, gz = layer.kept(call.n_kept, second.width_in, first.width_in)
+    inside = {"grad": call.grad} | ({"ga": ga, "gz": gz} if call.n_kept else {})
     inside |= zip(("y", "u"), call.kept, strict=False)  # or nothing
     inside |= zip(("also_y", "also_u"), call.also, strict=False)
     _call_layer(layer, "layer_gradient", inside, found)
@@ -450,12 +452,15 @@ class _Buffers(threading.local):
         self.every: list[np.ndarray] = []
 
     def take(self, n_bytes: int) -> np.ndarray:
-        """Return an idle buffer that is large enough and not twice too large, else a new one."""
+        """Return the smallest idle buffer that is large enough, not much too large, or a new one.
+
+        What a layer has kept serves the gradients that follow it on the way back.
+        """
         references = _references(self.every)
         idle = [b for b, n in zip(self.every, references, strict=True) if n == _UNUSED]
-        for buffer in idle:
-            if n_bytes <= buffer.nbytes <= 2 * n_bytes:
-                return buffer
+        fitting = [buffer for buffer in idle if n_bytes <= buffer.nbytes <= _EXCESS * n_bytes]
+        if fitting:
+            return min(fitting, key=lambda buffer: buffer.nbytes)
         excess = sum(buffer.nbytes for buffer in idle) + n_bytes - _MOST
         while idle and excess > 0:
             dropped = idle.pop(0)
