@@ -5,7 +5,8 @@ from edge_layers import EdgeLayer, kept_bytes_of_an_edge, relative
 from atomeq.ops.c_compiler import unavailable
 from atomeq.ops.edge.cpu import kernels
 from atomeq.ops.edge.escn_conv import differentiated_once
-from atomeq.ops.edge.wigner import edge_quaternion, rotation_matrix
+from atomeq.ops.edge.operations import rotate_from_edge, rotate_to_edge
+from atomeq.ops.edge.wigner import build_edge_frame, edge_quaternion, rotation_matrix
 
 pytestmark = pytest.mark.skipif(unavailable() is not None, reason=f"no C kernels: {unavailable()}")
 
@@ -226,3 +227,32 @@ def test_sigmoids_of_extreme_gates_are_those_of_torch() -> None:
             layer.leaves["first.0"].mul_(scale)
             out, expected = layer("cpu"), layer("reference")
             torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12, equal_nan=True)
+
+
+@pytest.mark.parametrize("in_order", [True, False])
+def test_rotations_have_the_same_bits_on_any_number_of_threads(in_order: bool) -> None:
+    """Atoms with many edges, so that a part would begin within those of one."""
+    generator = torch.Generator().manual_seed(0)
+    n_edges, n_atoms = 7001, 40
+    vectors, x, rows = (
+        torch.randn(*shape, generator=generator, requires_grad=True)
+        for shape in ((n_edges, 3), (n_atoms, 4, 9), (n_edges, 4, 9))
+    )
+    edges = torch.randint(n_atoms, (2, n_edges), generator=generator)
+    edges[1] = edges[1].sort().values if in_order else edges[1]
+
+    def derivatives(n_threads: int) -> list[torch.Tensor]:
+        torch.set_num_threads(n_threads)
+        frame = build_edge_frame(vectors, edges, n_atoms=n_atoms, lmax=1, mmax=1)
+        into, back = rotate_to_edge(x, frame, side="both"), rotate_from_edge(rows, frame)
+        of_edges = rotate_from_edge(rows, frame, reduce="none")
+        found = [into, back, of_edges]
+        energy = sum(one.sin().sum() for one in found)
+        return [frame.wigner, *found, *torch.autograd.grad(energy, [vectors, x, rows])]
+
+    before = torch.get_num_threads()
+    try:
+        one, three = derivatives(1), derivatives(3)
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(one, three, strict=True))

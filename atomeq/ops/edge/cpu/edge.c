@@ -166,6 +166,69 @@ void torque(const REAL *x, const REAL *rows, const REAL *wigner, const int64_t *
   }
 }
 
+/* The same on threads, each with a part of the edges. Those of one atom that follow each other are in
+   one part: their sum is made in one order, whatever the number of parts. */
+typedef struct {
+  int64_t first, n, row, scale, feature; /* where the part begins in each */
+  const int64_t *index[2];
+  const REAL *wigner;
+} part_t;
+
+static int64_t start_of(int64_t part, int64_t n_parts, const int64_t *atoms, int64_t n_edges) {
+  int64_t e = part * n_edges / n_parts;
+  while (atoms && 0 < e && e < n_edges && atoms[e] == atoms[e - 1]) e++;
+  return e;
+}
+
+static part_t part_of(int64_t part, int64_t n_parts, const REAL *wigner, const int64_t **index,
+                      int64_t n_sides, const int64_t *atoms, int64_t n_edges, int64_t channels) {
+  int64_t e = start_of(part, n_parts, atoms, n_edges), joined = channels * (n_sides ? n_sides : 1);
+  part_t own = {e, start_of(part + 1, n_parts, atoms, n_edges) - e, e * N_ROWS * joined,
+                e * N_SCALES * joined, n_sides ? 0 : e * N_SPH * channels, {0, 0},
+                wigner + e * N_ROWS * N_SPH};
+  for (int64_t s = 0; s < n_sides; s++) own.index[s] = index[s] + e;
+  return own;
+}
+
+#define EACH_PART                                                                                 \
+  _Pragma("omp parallel for num_threads(n_parts) schedule(static, 1) if (n_parts > 1)")           \
+  for (int64_t k = 0; k < n_parts; k++)
+
+void gather_rotate_on(const REAL *x, const REAL *wigner, const int64_t **index, int64_t n_sides,
+                      const REAL *scale, REAL *rows, int64_t n_edges, int64_t channels,
+                      int n_parts) {
+  EACH_PART {
+    part_t own = part_of(k, n_parts, wigner, index, n_sides, 0, n_edges, channels);
+    gather_rotate(x + own.feature, own.wigner, own.index, n_sides, scale ? scale + own.scale : 0,
+                  rows + own.row, own.n, channels);
+  }
+}
+
+/* Edges that are not in the order of their atoms are worked on by one thread. */
+void rotate_scatter_on(const REAL *rows, const REAL *wigner, const int64_t **index,
+                       int64_t n_sides, const REAL *factor, REAL *total, int64_t n_edges,
+                       int64_t channels, int n_parts) {
+  const int64_t *atoms = n_sides ? index[0] : 0;
+  if (n_sides > 1) n_parts = 1;
+  for (int64_t e = 1; atoms && n_parts > 1 && e < n_edges; e++)
+    if (atoms[e] < atoms[e - 1]) n_parts = 1;
+  EACH_PART {
+    part_t own = part_of(k, n_parts, wigner, index, n_sides, atoms, n_edges, channels);
+    rotate_scatter(rows + own.row, own.wigner, own.index, n_sides, factor ? factor + own.first : 0,
+                   total + own.feature, own.n, channels);
+  }
+}
+
+void torque_on(const REAL *x, const REAL *rows, const REAL *wigner, const int64_t **index,
+               int64_t n_sides, const REAL *value, const int64_t *place, const int64_t *count,
+               REAL *result, int64_t n_edges, int64_t channels, int n_parts) {
+  EACH_PART {
+    part_t own = part_of(k, n_parts, wigner, index, n_sides, 0, n_edges, channels);
+    torque(x + own.feature, rows + own.row, own.wigner, own.index, n_sides, value, place, count,
+           result + 3 * own.first, own.n, channels);
+  }
+}
+
 /* Gradients of <g, s W G x>: to_x (added) and to_s as in gather_rotate, turn (n_edges, 3), which is
    lessened by the torque; each null if it is not wanted, s if it is 1. */
 void gather_gradient(const REAL *x, const REAL *wigner, const int64_t **index, int64_t n_sides,

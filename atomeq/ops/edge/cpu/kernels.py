@@ -31,6 +31,7 @@ _LAYER_BLOCK = 2**18  # numbers of the widest rows of an edge layer
 _LEAST_EDGES, _MOST_EDGES = 400, 1024  # of a block; matrix products want some rows
 _MAP_EDGES_PER_THREAD = 48  # fewer do not pay for a thread
 _LAYER_EDGES_PER_THREAD = 500
+_ROTATED_PER_THREAD = 2000
 # Some dozens of edges go through all steps before they leave the cache. 24 are as fast in small
 # layers, and a tenth slower in large ones.
 _EDGES_AT_ONCE = 64
@@ -170,8 +171,9 @@ def gather_rotate(
     x, wigner, scale = x.contiguous(), wigner.contiguous(), _plain(scale)
     ends = [_atoms(index, x) for index in indices]
     rows = empty((*wigner.shape[:2], max(1, len(ends)) * x.shape[2]), x)
-    _rotations(wigner).gather_rotate(
-        *(x, wigner, ends, len(ends), scale, rows, len(rows), x.shape[2])
+    _rotations(wigner).gather_rotate_on(
+        *(x, wigner, ends, len(ends), scale, rows, len(rows), x.shape[2]),
+        threads_for(len(rows), _ROTATED_PER_THREAD),
     )
     return rows
 
@@ -195,8 +197,9 @@ def rotate_scatter(
         size = (n_atoms if indices else len(rows), wigner.shape[2])
         total = rows.new_zeros(*size, rows.shape[2] // max(1, len(indices)))
     ends = [_atoms(index, total) for index in indices]
-    _rotations(wigner).rotate_scatter(
-        *(rows, wigner, ends, len(ends), factor, total, len(rows), total.shape[2])
+    _rotations(wigner).rotate_scatter_on(
+        *(rows, wigner, ends, len(ends), factor, total, len(rows), total.shape[2]),
+        threads_for(len(rows), _ROTATED_PER_THREAD),
     )
     return total
 
@@ -206,9 +209,9 @@ def torque(x: Tensor, rows: Tensor, wigner: Tensor, indices: Sequence[Tensor]) -
     x, rows, wigner = x.contiguous(), rows.contiguous(), wigner.contiguous()
     ends = [_atoms(index, x) for index in indices]
     found = rows.new_empty(len(rows), 3)
-    _rotations(wigner).torque(
+    _rotations(wigner).torque_on(
         *(x, rows, wigner, ends, len(ends), *_generators(x.dtype, x.shape[1])),
-        *(found, len(rows), x.shape[2]),
+        *(found, len(rows), x.shape[2], threads_for(len(rows), _ROTATED_PER_THREAD)),
     )
     return found
 
@@ -270,7 +273,10 @@ def wigner_rows(call: SimpleNamespace) -> Tensor:
     degrees, tables = _wigner_tables(vectors.dtype, lmax, call.mmax)
     wigner = vectors.new_empty(len(vectors), len(degrees), (lmax + 1) ** 2)
     library = c_library("edge/cpu/wigner.c", vectors.dtype, LMAX=lmax)
-    library.edge_wigner(vectors, degrees, tables, len(degrees), wigner, len(vectors))
+    library.edge_wigner(
+        *(vectors, degrees, tables, len(degrees), wigner, len(vectors)),
+        threads_for(len(vectors), _ROTATED_PER_THREAD),
+    )
     return wigner
 
 

@@ -52,7 +52,8 @@ static void rows_of(const REAL (*beta_cos)[N], const REAL (*beta_sin)[N],
 
 /* degrees: of each row. tables: one row of the result after the other. */
 void edge_wigner(const REAL *vectors, const int64_t *degrees, const REAL *tables, int64_t n_rows,
-                 REAL *wigner, int64_t n_edges) {
+                 REAL *wigner, int64_t n_edges, int n_parts) {
+#pragma omp parallel for num_threads(n_parts) if (n_parts > 1)
   for (int64_t start = 0; start < n_edges; start += N) {
     int64_t n = n_edges - start < N ? n_edges - start : N;
     REAL beta_cos[LMAX + 1][N], beta_sin[LMAX + 1][N], alpha_cos[LMAX + 1][N],
