@@ -135,6 +135,13 @@ class AtomisticModel(ConfiguredModule):
         """Return the builder of the graphs this model was made for: all pairs within the cutoff."""
         return RadiusGraph(self.cutoff)
 
+    def leaves_torch_little(self, graph: AtomGraph) -> bool:
+        """Return whether kernels that take threads themselves do nearly all work on a graph.
+
+        What is left to torch is then so little that a second thread makes it slower.
+        """
+        return False
+
     def forward(self, graph: AtomGraph) -> dict[PropertyKey, Tensor]:
         """Compute the model's outputs for a batch of structures.
 

@@ -38,7 +38,10 @@ from atomeq.nn.pair_networks import PairNetworks
 from atomeq.nn.radial import BesselBasis, PolynomialEnvelope
 from atomeq.nn.so3 import Gate, SO3Linear
 from atomeq.ops.atoms.operations import Products, gated_update
+from atomeq.ops.dispatch import serving, size_of
 from atomeq.typing import NodeFeatures
+
+_FEW_NUMBERS = 2**18  # features, which one thread adds in the time that another takes to wake up
 
 
 class ESCN(SphericalNetwork):
@@ -110,6 +113,14 @@ class ESCN(SphericalNetwork):
         )
         self.norm = EquivariantRMSNorm(lmax, sphere_channels)
         self.energy = MLP((sphere_channels, hidden_channels, 1), zero_output=True)
+
+    def leaves_torch_little(self, graph: AtomGraph) -> bool:
+        """Return whether kernels of a CPU serve, at fixed weights, and there are not many atoms."""
+        weight, n_sph = self.embedding.weight, (self.lmax + 1) ** 2
+        few = graph.n_atoms * n_sph * self.sphere_channels <= _FEW_NUMBERS
+        fixed = type(graph.pos) is Tensor and not weight.requires_grad
+        size = size_of(weight, 1, lmax=self.lmax, mmax=self.mmax, channels=self.sphere_channels)
+        return few and fixed and serving("escn_conv", size) == "cpu"
 
     def stages(self) -> list[Stage]:
         """Return the density of neighbours, then layer after layer; the last gives energies."""

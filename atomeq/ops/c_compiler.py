@@ -17,7 +17,8 @@ import stat
 import subprocess
 import tempfile
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -123,9 +124,40 @@ def _keep_pages() -> None:
         library.free(library.malloc(ctypes.c_size_t(_LARGEST_MAPPED)))  # never touched: no memory
 
 
+class _Threads(threading.local):
+    """How many threads kernels take where torch's own operations take one; 0: as many as these."""
+
+    n: int = 0
+
+
+_threads = _Threads()
+
+
 def threads_for(n: int, each: int) -> int:
     """Return how many of torch's threads share n things, of which each wants as many."""
-    return max(1, min(torch.get_num_threads(), n // each))
+    return max(1, min(_threads.n or torch.get_num_threads(), n // each))
+
+
+@contextmanager
+def torch_on_one_thread() -> Iterator[None]:
+    """Run torch's operations on one thread inside the ``with`` block, kernels on all as before.
+
+    To wake a thread that sleeps takes 60 µs, longer than torch needs for the features of some
+    hundred atoms. OpenMP is told for the thread of Python alone that runs the block; where that of
+    the kernels is not torch's own, nothing happens to torch.
+    """
+    before = torch.get_num_threads()
+    if before == 1 or _threads.n or torch.compiler.is_compiling():
+        yield
+        return
+    set_threads = load(source_of("probe.c", {"VALUE": 42})).set_threads
+    _threads.n = before
+    set_threads(1)
+    try:
+        yield
+    finally:
+        set_threads(before)
+        _threads.n = 0
 
 
 def checked_index(index: Tensor, n: int, what: str) -> Tensor:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, get_args
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from atomeq.graph.atom_graph import AtomGraph
 from atomeq.models.base import AtomisticModel
 from atomeq.models.frame_averaged import Canonicalized
+from atomeq.ops.c_compiler import torch_on_one_thread
 from atomeq.ops.edge.escn_conv import differentiated_once
 from atomeq.ops.precision import use_precision
 from atomeq.ops.segment.operations import segment_sum
@@ -199,7 +201,9 @@ class Potential(Predictor):
             evaluate = partial(self.evaluate, uncertainty=self.uncertainty)
         if create_graph is None:
             create_graph = self.training and torch.is_grad_enabled()
-        with use_precision(self.precision):
+        little = not (create_graph or torch.compiler.is_compiling())
+        little = little and self.model.leaves_torch_little(graph)
+        with use_precision(self.precision), torch_on_one_thread() if little else nullcontext():
             if "gradient_forces" in properties:
                 computed = self._evaluate_with_gradient(evaluate, graph)
             elif derived:

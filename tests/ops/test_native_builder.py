@@ -5,13 +5,21 @@ import os
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
 from atomeq.ops import c_compiler as builder
-from atomeq.ops.c_compiler import BuildError, load, source_of, unavailable
+from atomeq.ops.c_compiler import (
+    BuildError,
+    load,
+    source_of,
+    threads_for,
+    torch_on_one_thread,
+    unavailable,
+)
 from atomeq.ops.dispatch import refusal
 from atomeq.ops.edge.operations import escn_conv
 from atomeq.ops.edge.wigner import edge_wigner
@@ -128,3 +136,20 @@ def test_macros_come_before_the_source() -> None:
     text = source_of("probe.c", {"VALUE": 3, "REAL": "float"})
     assert text.startswith("#define VALUE 3\n#define REAL float\n")
     assert load(text).value() == 3
+
+
+def test_kernels_keep_the_threads_that_torch_does_without() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with torch_on_one_thread(), torch_on_one_thread():
+            within, of_kernels = torch.get_num_threads(), threads_for(100, 1)
+            with ThreadPoolExecutor(1) as pool:
+                elsewhere = pool.submit(lambda: (torch.get_num_threads(), threads_for(100, 1)))
+        after = torch.get_num_threads(), threads_for(100, 1)
+    finally:
+        torch.set_num_threads(before)
+    assert of_kernels == 3
+    assert within == 1 or not (Path(torch.__file__).parent / "lib/libgomp.so.1").exists()
+    assert elsewhere.result() == (3, 3)
+    assert after == (3, 3)

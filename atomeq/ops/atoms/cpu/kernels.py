@@ -9,7 +9,7 @@ from atomeq.ops.c_compiler import c_library, refusal, threads_for
 
 __all__ = ["atom_norm", "atom_norm_gradient", "atom_update", "atom_update_gradient", "refusal"]
 
-_NUMBERS_PER_THREAD = 2**14  # fewer do not pay for a thread
+_NORMED_PER_THREAD, _UPDATED_PER_THREAD = 2**18, 2**14  # fewer numbers do not pay for a thread
 # Of update_t, the names of atom_update and those of its products.
 _MAPS = ("x", "first", "first_bias", "gates", "gates_bias", "second")
 _PRODUCTS = ("left", "left_bias", "right", "right_bias", "out", "out_bias", "points")
@@ -29,7 +29,7 @@ def _norm(name: str, call: SimpleNamespace, *given: Tensor | bool | None) -> Ten
     x, weight, result = call.x, call.weight, torch.empty_like(call.x)
     getattr(c_library("atoms/cpu/atoms.c", x.dtype), name)(
         *(x, weight, *given, len(x), len(weight) - 1, x.shape[2], call.epsilon, result),
-        threads_for(x.numel(), _NUMBERS_PER_THREAD),
+        threads_for(x.numel(), _NORMED_PER_THREAD),
     )
     return result
 
@@ -56,7 +56,7 @@ def _update(name: str, call: SimpleNamespace, result: Tensor, **given: Tensor | 
         c_out=call.second.shape[1],
         inside=products["left"].shape[1] if products else 0,
         n_points=len(products["points"]) if products else 0,
-        n_parts=threads_for(x.numel(), _NUMBERS_PER_THREAD),
+        n_parts=threads_for(x.numel(), _UPDATED_PER_THREAD),
         **{key: getattr(call, key) for key in _MAPS},
         **products,
         **given,
