@@ -17,9 +17,10 @@
 #  * correctness: the interpreter runs one program after the other, has no shared memory, no limit of
 #    registers, and cuts off where a GPU rounds to bfloat16. The tests marked gpu or triton hold the
 #    bars on the device; `scripts/benchmark.py triton-compile LMAX MMAX` shows spills and shared memory.
-#  * ops/edge/triton/so2.py: _MANY_EDGES, where cuBLAS takes over from the grouped kernel, and
-#    _TILE; at precision "medium" the grouped kernel serves any number of edges. With gates
-#    it has 254 of 255 registers in single precision ("highest"), none spilled; 172 in TF32.
+#  * ops/edge/triton/so2.py: _MANY_EDGES, where cuBLAS takes over from the kernels, _TOGETHER, the
+#    tiles of edges that share a tile of weights in the cache, and _tiles; at precision "medium" the
+#    kernels serve any number of edges. Tiles of 64 edges and 32 outputs keep gates from spilling, and
+#    may be too small for the tensor cores.
 #  * `scripts/benchmark.py count-traffic` says what a layer should read and write: a kernel that takes much
 #    longer than its bytes at 4.3 TB/s is the one to look at.
 #  * ops/triton_launch.py: _REGISTER_TILE (edges of one program); rotation.py and coupling.py:
@@ -28,7 +29,8 @@
 #    rotations 48 at lmax = mmax = 6.
 #  * ops/sphere/triton/kernels.py: _POINTS, _BYTES; one set of coefficients per program may be too
 #    little work at lmax <= 2.
-#  * segment sums sort their index at every call; edge layers and convolutions do so once.
+#  * ops/segment/triton/kernels.py: _PIECE and _LONG, from which on a segment is summed by pieces;
+#    sums sort their index at every call; edge layers and convolutions do so once.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

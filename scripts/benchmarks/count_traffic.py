@@ -1,6 +1,6 @@
 """Count what an edge layer on the Triton kernels reads and writes, on a machine without a GPU.
 
-    python scripts/benchmark.py count-traffic [LMAX ...] [--precision highest|high|medium]
+    python scripts/benchmark.py count-traffic [LMAX ...] [--precision NAME] [--cublas]
 
 prints bytes per edge for a forward pass, for forces (+ backward) and for a step of force training
 (+ the gradient of the gradient), the time at an H200's bandwidth, and the largest parts. No kernel
@@ -141,7 +141,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("lmax", nargs="*", type=int, default=[2, 4])
     parser.add_argument("--channels", type=int, default=128)
     parser.add_argument("--precision", default="high", choices=("highest", "high", "medium"))
+    many = (
+        f"as with more than {so2._MANY_EDGES} edges, where cuBLAS multiplies and gates are a pass"
+    )
+    parser.add_argument("--cublas", action="store_true", help=many)
     arguments = parser.parse_args(argv)
+    if arguments.cublas:
+        so2._MANY_EDGES = 0
     torch.set_float32_matmul_precision(arguments.precision)
     for lmax in arguments.lmax:
         torch.manual_seed(0)

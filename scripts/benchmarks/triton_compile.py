@@ -1,13 +1,15 @@
 """Compile the Triton kernels for GPUs on a machine without one, and see that they fit.
 
-    python scripts/benchmark.py triton-compile [LMAX MMAX] [--arch 80 86 89 90 100] [--json]
+    python scripts/benchmark.py triton-compile [LMAX MMAX] [--arch 80 86 89 90 100] [--json --keep]
 
 goes through value, gradients and second gradients of every operation that Triton serves, at 128
 channels, float32 at each precision and bfloat16, and prints for each kernel and architecture the
 most registers of a thread, kB of shared memory and bytes of spilled registers. ``--json`` prints a
 line for each launch in its place, with the bytes of its stack and the CPU seconds that compiling
-took (next to nothing if Triton's cache has it). The exit code is 1 where a launch spills or wants
-more shared memory than a block may have there, and where no operation leads to a kernel.
+took (next to nothing if Triton's cache has it); ``--keep`` puts the rows of the table into
+results/triton_compile.json, in the place of earlier ones. The exit code is 1 where a launch spills,
+wants more shared memory than a block may have there or was compiled to a trap, and where no
+operation leads to a kernel.
 """
 
 import argparse
@@ -38,6 +40,7 @@ from atomeq.ops.dispatch import OPERATIONS, by_torch, load_backend, use_backend
 from atomeq.ops.precision import PRECISIONS, matmul_precision, use_precision
 from atomeq.ops.self_check import Example
 from atomeq.ops.specification import OpSpec, Size
+from benchmarks import record
 
 #: Bytes of shared memory that a block may have, by architecture: A100, A10 and RTX 30, L4 and RTX
 #: 40, H100 and H200, B200.
@@ -50,6 +53,8 @@ TYPES = {
 }
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 OPTIONS = ("num_warps", "num_stages")
+CHANNELS = 128
+MOST = ("registers", "shared", "stack", "spill_stores", "spill_loads", "traps")
 target = [90]  # the architecture that is compiled for
 lines: list[dict] = []
 known_launches: set[tuple] = set()
@@ -83,6 +88,7 @@ def compile_only(kernel, grid, *tensors, like, **constants) -> None:
         "dtype": str(like.dtype),
         "precision": matmul_precision(),
         **resources(compiled),
+        "traps": "ret;" not in compiled.asm["ptx"],  # a compiler's way out: it never returns
         "shared": compiled.metadata.shared,
         "seconds": round(sum(os.times()[:4]) - before, 1),
     }
@@ -95,7 +101,9 @@ def resources(compiled) -> dict[str, int]:
         file.write(compiled.asm["cubin"])
         file.flush()
         report = tool("cuobjdump", "-res-usage", file.name)
-    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", report).groups())
+    # Blackwell's have small functions of their own beside the kernel.
+    own = [map(int, found) for found in re.findall(r"REG:(\d+) STACK:(\d+)", report)]
+    registers, stack = map(max, zip(*own, strict=True))
     stores = loads = 0
     if stack:  # only a second run of the assembler tells what the stack is for
         with tempfile.NamedTemporaryFile(suffix=".ptx", mode="w") as file:
@@ -184,16 +192,36 @@ def show(columns: list[int]) -> bool:
     for kernel in dict.fromkeys(line["kernel"] for line in lines):
         cells = []
         for arch in columns:
-            own = [line for line in lines if (line["kernel"], line["arch"]) == (kernel, arch)]
-            most = {key: max(line[key] for line in own) for key in ("registers", "shared", "stack")}
-            spilled = max(line["spill_stores"] for line in own)
-            fine = most["shared"] <= SHARED[arch] and not most["stack"]
+            row = most(kernel, arch)
+            fine = fits(row, arch)
             fit = fit and fine
-            cell = f"{most['registers']} {most['shared'] / 1024:.0f} {spilled}"
+            cell = f"{row['registers']} {row['shared'] / 1024:.0f} {row['spill_stores']}"
             cells.append(cell if fine else f"{cell} !")
         table.add_row(kernel, *cells)
     Console(width=None if sys.stdout.isatty() else 110).print(table)
     return fit
+
+
+def fits(row: dict, arch: int) -> bool:
+    """Whether a launch has the memory it wants, without a stack, and comes to an end."""
+    return row["shared"] <= SHARED[arch] and not row["stack"] and not row["traps"]
+
+
+def most(kernel: str, arch: int) -> dict[str, int]:
+    """Return the most that the launches of a kernel want."""
+    own = [line for line in lines if (line["kernel"], line["arch"]) == (kernel, arch)]
+    return {key: max(line[key] for line in own) for key in MOST}
+
+
+def keep(lmax: int, mmax: int) -> None:
+    """Put what was found into the results."""
+    path = record.RESULTS / "triton_compile.json"
+    rows = record.read(path).get("kernels", {})
+    found = {}
+    for kernel, arch in dict.fromkeys((line["kernel"], line["arch"]) for line in lines):
+        found.setdefault(f"L={lmax} M={mmax} sm_{arch}", {})[kernel] = most(kernel, arch)
+    kernels = dict(sorted((rows | found).items()))
+    record.write(path, {"triton": triton.__version__, "channels": CHANNELS, "kernels": kernels})
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -202,21 +230,23 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("degrees", nargs="*", type=int, default=[2, 2], metavar="LMAX MMAX")
     parser.add_argument("--arch", nargs="+", type=int, default=[90], choices=SHARED)
     parser.add_argument("--json", action="store_true", help="a line for each launch")
+    parser.add_argument("--keep", action="store_true", help="put the rows into the results")
     options = parser.parse_args(argv)
     for module in kernel_modules():
         if hasattr(module, "architecture"):
             module.architecture = lambda like: target[0]  # type: ignore[attr-defined]
     for target[0] in options.arch:
         for dtype in (torch.float32, torch.bfloat16):
-            launch_all(compile_only, *options.degrees, 128, dtype)
+            launch_all(compile_only, *options.degrees, CHANNELS, dtype)
+    if options.keep:
+        keep(*options.degrees)
     missed = kernel_names() - {line["kernel"] for line in lines}
     if missed:
         print(f"no operation leads to {', '.join(sorted(missed))}", file=sys.stderr)
     if not options.json:
         return 0 if show(options.arch) and not missed else 1
     print("\n".join(map(json.dumps, lines)))
-    fit = [line["shared"] <= SHARED[line["arch"]] and not line["stack"] for line in lines]
-    return 0 if all(fit) and not missed else 1
+    return 0 if all(fits(line, line["arch"]) for line in lines) and not missed else 1
 
 
 if __name__ == "__main__":

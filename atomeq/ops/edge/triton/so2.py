@@ -190,8 +190,8 @@ class SO2Map:
             TILE=tile,
             OUTPUTS=outputs,
             STEP=step,
-            num_warps=8 if tile == 64 else 4,
-            # Blackwell's operands wait in shared memory, one more than it has room for.
+            # Blackwell's sums are in a memory of their own, which four warps reach.
+            num_warps=8 if tile == 64 and architecture(rows) < 100 else 4,
             num_stages=2 if architecture(rows) >= 100 else 3,
             **constants,
         )
@@ -251,12 +251,16 @@ def _tiles(rows: Tensor, dtype: torch.dtype, *, gated: bool) -> tuple[int, int, 
     operands pass through registers, gates and what they feel stay there, and three TF32 products
     hold both parts of each operand.
     """
-    old, threefold = architecture(rows) < 90, product_precision(dtype) == "tf32x3"
+    device, threefold = architecture(rows), product_precision(dtype) == "tf32x3"
+    if device < 90:
+        if gated or threefold:
+            return 64, 16, 16
+        return (64, 64, 32) if halved(dtype) or dtype != torch.float32 else (32, 32, 32)
     if gated:
-        return (64, 16, 16) if old else (64, 32, 32)
-    if old and dtype == torch.float32 and not halved(dtype):
-        return 32, 32, 16 if threefold else 32
-    return 64, 64, 32 if old or threefold else 64
+        return 64, 32, 32
+    if threefold and device >= 100:  # with 64 outputs Triton 3.6 makes a program that only traps
+        return 64, 32, 16
+    return 64, 64, 32 if threefold or device >= 100 else 64
 
 
 def _numbered(orders: list[_Order], tile: int) -> tuple[tuple[tuple[int, ...], ...], int]:
