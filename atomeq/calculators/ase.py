@@ -93,8 +93,8 @@ class AtomeqCalculator(Calculator):
         precision: How coarse the operands of tensor products may be on a GPU: ``"highest"``,
             ``"high"`` or ``"medium"``, fp32, TF32 or bfloat16; by default what the potential
             recommends. Other calculators of the process keep theirs.
-        capture: On CUDA, replay the launches of a small moving system from a CUDA graph; False,
-            or ``ATOMEQ_CAPTURE=0`` in the environment, launches them one by one.
+        capture: Replay what was sent for a small moving system, on CUDA from a CUDA graph; False,
+            or ``ATOMEQ_CAPTURE=0`` in the environment, evaluates it anew each time.
         terms: Known physics to add to each potential, ``[ZBL(0.65)]`` say, the repulsion of nuclei
             where they are closer than the data of published potentials.
         ignore: ``charge`` and ``spin``: compute structures that carry a total charge or a

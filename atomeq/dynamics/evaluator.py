@@ -65,8 +65,8 @@ class Evaluator:
     Args:
         potential: A potential, or name or folder of one.
         skin: How much further than the cutoff neighbours are remembered, Å.
-        capture: On CUDA, replay the launches of a small system from a CUDA graph, see
-            :mod:`atomeq.potential.captured`.
+        capture: Replay what was sent for a small system, see :mod:`atomeq.potential.captured` for
+            CUDA and :mod:`atomeq.potential.replayed` for a CPU.
         max_uncertainty: Standard deviation of the forces, eV/Å, beyond which a structure fails;
             with infinity it is computed and never fails. By default it is not asked for.
 

@@ -70,6 +70,11 @@ def exact_radial_functions() -> Iterator[None]:
         _choice.exact = before
 
 
+def tables_are_read() -> bool:
+    """Whether tables serve in this thread; within :func:`exact_radial_functions` none do."""
+    return not _choice.exact
+
+
 class _PairTables(NamedTuple):
     """Tables of all pairs of some elements.
 

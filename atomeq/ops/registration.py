@@ -6,6 +6,7 @@ its turn: force training needs the gradient of a gradient, in eager mode as in a
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import cache, wraps
 from importlib import import_module
 from types import ModuleType, SimpleNamespace
@@ -78,6 +79,11 @@ def kernel(
         return registered(outputs=outputs, gradient=gradient, only_for=only_for, keeps=keeps)(run)
 
     return decorate
+
+
+def below_autograd() -> AbstractContextManager[None]:
+    """Return a context in which operations are computed and autograd does not hear of them."""
+    return torch.no_grad() if _BELOW_AUTOGRAD is None else _BELOW_AUTOGRAD()
 
 
 def contiguous(value: Any) -> Any:

@@ -27,6 +27,7 @@ from atomeq.ops.precision import matmul_precision
 from atomeq.potential.compiled import CompiledPotential, graph_fields
 from atomeq.potential.potential import Potential
 from atomeq.potential.predictor import full_precision
+from atomeq.potential.replayed import Replayed
 from atomeq.typing import OF_STRUCTURES, PropertyKey
 
 logger = logging.getLogger(__name__)
@@ -166,7 +167,8 @@ class Captured:
     """A potential whose launches are replayed where that is known to help, else the potential.
 
     Arguments and results are those of the potential. A recording is made of what comes a third time
-    in a row at the same sizes, and dropped where weights have changed. Threads take turns.
+    in a row at the same sizes, and dropped where weights have changed. Threads take turns. On a
+    CPU :class:`~atomeq.potential.replayed.Replayed` serves.
 
     Args:
         potential: In evaluation mode, its parameters frozen.
@@ -190,11 +192,13 @@ class Captured:
         self._held: OrderedDict[tuple[Any, ...], _Held] = OrderedDict()
         self._recent: tuple[tuple[Any, ...], int] = ((), 0)
         self._lock = threading.Lock()
+        switched_off = os.environ.get(ENVIRONMENT_VARIABLE) == "0"
+        self._on_cpu = Replayed(potential, wanted=wanted and not switched_off)
 
     def __call__(self, graph: AtomGraph, properties: Sequence[PropertyKey]) -> Results:
         """Return what :meth:`Potential.forward` returns."""
         if self.refusal is not None or graph.n_edges > _MOST_EDGES:
-            return self.potential(graph, properties)
+            return self._on_cpu(graph, properties)
         self.potential.check_electrons(graph)  # fields that no recording reads
         with self._lock, torch.inference_mode(False):
             found = self._replayed(graph, tuple(properties))

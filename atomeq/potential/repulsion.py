@@ -20,6 +20,7 @@ from atomeq.units import COULOMB_CONSTANT
 
 _SCREENING_LENGTH = 0.46850  # Å, 0.8854 Bohr radii
 _POWER = 0.23
+_FEW = 4096  # edges; so few are not sorted out, for a replay has to know all sizes beforehand
 _EXPONENT = 6
 
 
@@ -61,6 +62,7 @@ class ZBL(EnergyTerm):
         reach = self.radius_scale * self.radii[ends].sum(dim=0)
         if known_to_the_host(target):  # else of all pairs: those that are far give zero
             self._refuse(numbers)
+        if known_to_the_host(target) and graph.n_edges > _FEW:
             near = (reach > lengths).nonzero()[:, 0]
             target, lengths, reach = (one.index_select(0, near) for one in (target, lengths, reach))
             ends = ends.index_select(1, near)
