@@ -34,6 +34,7 @@ _HELD = 8  # recordings
 _MOST_EDGES = 4096  # beyond, what is spared is some percent of the arithmetic
 _MOVING = ("pos", "cell", "edge_index", "cell_offsets")  # what changes from step to step
 _FIXED = ("atomic_numbers", "natoms", "pbc")
+_KNOWN = {"atomeq", "torch"}  # whose modules are replayed
 
 _UNKNOWN = {torch.Tag.nondeterministic_seeded, torch.Tag.dynamic_output_shape}
 
@@ -142,6 +143,9 @@ class Replayed:
         if any(one.requires_grad or one.is_inference() for one in weights):
             return False
         if any(one._forward_hooks or one._forward_pre_hooks for one in potential.modules()):
+            return False
+        # What is read through NumPy leaves no trace; ours read nothing so, others may.
+        if any(type(one).__module__.partition(".")[0] not in _KNOWN for one in potential.modules()):
             return False
         known = all(part.recordable for part in (potential.model, *potential.terms))
         return known and type(potential.model.graph_builder()) is RadiusGraph
