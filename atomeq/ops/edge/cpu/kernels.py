@@ -458,10 +458,7 @@ class _Buffers(threading.local):
         self.every: list[np.ndarray] = []
 
     def take(self, n_bytes: int) -> np.ndarray:
-        """Return the smallest idle buffer that is large enough, not much too large, or a new one.
-
-        What a layer has kept serves the gradients that follow it on the way back.
-        """
+        """Return the smallest idle buffer that is large enough, not much larger, or a new one."""
         references = _references(self.every)
         idle = [b for b, n in zip(self.every, references, strict=True) if n == _UNUSED]
         fitting = [buffer for buffer in idle if n_bytes <= buffer.nbytes <= _EXCESS * n_bytes]
