@@ -206,6 +206,7 @@ def least_squares_shift(
     )[:, elements].to(torch.float64)
     targets = torch.tensor([float(e) for e in energies], dtype=torch.float64)
     weights = 1 / counts.sum(dim=1) if robust else torch.ones_like(targets)
+    solution = torch.zeros(len(elements), dtype=torch.float64)
     for _ in range(_REWEIGHTINGS if robust else 1):
         rows, wanted = weights[:, None] * counts, weights * targets
         # gelsd finds the minimum-norm solution of rank-deficient systems; the default does not.
