@@ -63,7 +63,11 @@ FEW_FRAMES = {
     "md22_mace": ["--data.split={train: 8, val: 2, test: 2}"],
     "rmd17_mace": ["--data.split.val=4"],
     "nbmotaw_pbe": ["--data.split={file: null, val: 2, test: 2}"],
-    "finetune_high_pressure": ["--data.split={val: 4, test: 4}", "--data.replay.val=4"],
+    "finetune_high_pressure": [
+        "--data.split={val: 4, test: 4}",
+        "--data.replay.val=4",
+        "--data.replay.labels=potential",  # labels here are arbitrary, and files' would be refused
+    ],
 }
 
 
