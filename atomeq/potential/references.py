@@ -184,7 +184,6 @@ def least_squares_shift(
     Args:
         compositions: Atomic numbers of each structure, each (n_atoms,).
         energies: Total energy of each structure, eV.
-
         robust: Absolute errors per atom count, not squares of total ones (by reweighting): a few
             structures far off do not move what all others agree on.
 

@@ -4,7 +4,7 @@ import copy
 import logging
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
@@ -229,12 +229,7 @@ def fit_shift(potential: Potential, dataset: GraphDataset) -> AtomicReferences:
             "the shift of energies needs energies, and none of the structures has one; set "
             "references to 'none' to leave it out"
         )
-    missed = []
-    with torch.no_grad():
-        for graph in graphs:
-            found = potential(graph.to(potential.device), ("energy",))["energy"]
-            missed.append(float(graph.energy) - float(found))
-    shift = least_squares_shift([graph.atomic_numbers for graph in graphs], missed, robust=True)
+    shift = shift_of_missed(potential, graphs)
     symbols = element_symbols(torch.tensor(list(shift)))
     shown = ", ".join(
         f"{symbol} {e:+.4f}" for symbol, e in zip(symbols, shift.values(), strict=True)
@@ -252,12 +247,26 @@ def fit_shift(potential: Potential, dataset: GraphDataset) -> AtomicReferences:
     return moved
 
 
+@torch.no_grad()
+def shift_of_missed(potential: Potential, graphs: Sequence[AtomGraph]) -> dict[int, float]:
+    """Return what a potential misses of the energies by element, eV, whatever a few of them say."""
+    missed = [
+        float(graph.energy) - float(potential(graph.to(potential.device), ("energy",))["energy"])
+        for graph in graphs
+    ]
+    return least_squares_shift([graph.atomic_numbers for graph in graphs], missed, robust=True)
+
+
+def stride(graphs: Sequence[AtomGraph], at_least: int) -> int:
+    """Return the step that takes so many of them, and of each element some, where there are."""
+    elements = {z for graph in graphs for z in graph.atomic_numbers.tolist()}
+    return -(-len(graphs) // max(at_least, _OF_EACH * len(elements)))
+
+
 def _some(dataset: GraphDataset) -> list[AtomGraph]:
     """Return structures from everywhere in a set, and with each of its elements."""
     graphs = dataset.sample()
-    elements = {z for graph in graphs for z in graph.atomic_numbers.tolist()}
-    enough = max(_ENOUGH, _OF_EACH * len(elements))
-    chosen = dict.fromkeys(range(0, len(graphs), -(-len(graphs) // enough)))
+    chosen = dict.fromkeys(range(0, len(graphs), stride(graphs, _ENOUGH)))
     seen = {z for k in chosen for z in graphs[k].atomic_numbers.tolist()}
     for k, graph in enumerate(graphs):
         if further := set(graph.atomic_numbers.tolist()) - seen:

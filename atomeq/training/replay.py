@@ -11,7 +11,7 @@ from atomeq.data.batching import GraphDataset
 from atomeq.data.datamodule import AtomisticDataModule
 from atomeq.graph.atom_graph import AtomGraph
 from atomeq.potential.potential import Potential
-from atomeq.potential.references import least_squares_shift
+from atomeq.training.normalisation import shift_of_missed, stride
 from atomeq.typing import PropertyKey
 
 logger = logging.getLogger(__name__)
@@ -70,20 +70,14 @@ def _moved(graph: AtomGraph, moved: Tensor) -> AtomGraph:
     return graph.replace(energy=graph.energy + moved.cpu()[graph.atomic_numbers].sum())
 
 
-@torch.no_grad()
 def _refuse_other_zeros(potential: Potential, old: GraphDataset) -> None:
     graphs = [g for g in old.graphs if g.get("energy") is not None and g.energy.isfinite().all()]
     if not graphs:
         raise DataError(
             "the old data have no energies: set replay.labels to 'potential', which labels them"
         )
-    elements = {z for g in graphs for z in g.atomic_numbers.tolist()}
-    chosen = graphs[:: -(-len(graphs) // max(100, 5 * len(elements)))]
-    missed = [
-        float(g.energy) - float(potential(g.to(potential.device), ("energy",))["energy"])
-        for g in chosen
-    ]
-    shift = least_squares_shift([g.atomic_numbers for g in chosen], missed, robust=True)
+    chosen = graphs[:: stride(graphs, 100)]
+    shift = shift_of_missed(potential, chosen)
     apart = torch.tensor(
         [
             sum(shift[z] for z in numbers) / len(numbers)

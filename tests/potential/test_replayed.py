@@ -49,6 +49,13 @@ def replayed(model) -> Replayed:
     return Replayed(Potential(model).requires_grad_(False).eval())
 
 
+def replays_of(answer: Replayed, graphs: list[AtomGraph]) -> int:
+    for graph in graphs:
+        answer(graph, ALL)
+    assert answer.n_replays
+    return answer.n_replays
+
+
 @pytest.fixture(autouse=True)
 def _models_of_tests_count_as_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
@@ -171,10 +178,7 @@ def test_chance_is_not_replayed() -> None:
 def test_another_way_than_the_recorded_one_is_the_potential_s_own() -> None:
     answer = replayed(Asking())
     graphs = graphs_of(answer.potential, 10)
-    for graph in graphs:
-        answer(graph, ALL)
-    before = answer.n_replays
-    assert before
+    before = replays_of(answer, graphs)
     pos = graphs[-1].pos.clone()
     pos[1] = pos[0] + torch.tensor([0.9, 0.9, 1.0])
     close = answer.potential.build_graph(graphs[-1].replace(pos=pos, edge_index=None))
@@ -185,10 +189,7 @@ def test_another_way_than_the_recorded_one_is_the_potential_s_own() -> None:
 def test_a_short_distance_is_told_of_and_a_flat_cell_refused_by_a_replay(caplog) -> None:
     potential = load_potential("cu-pbe").requires_grad_(False)
     answer, graphs = Replayed(potential), graphs_of(load_potential("cu-pbe"), 9, a=3.6)
-    for graph in graphs:
-        answer(graph, ALL)
-    before = answer.n_replays
-    assert before
+    replays_of(answer, graphs)
     pos = graphs[-1].pos.clone()
     pos[1] = pos[0] + torch.tensor([0.0, 0.0, 0.3])
     close = potential.build_graph(graphs[-1].replace(pos=pos, edge_index=None))
