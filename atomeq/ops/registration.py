@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from atomeq.ops.precision import PRECISIONS, use_precision
 
@@ -84,6 +85,15 @@ def kernel(
 def below_autograd() -> AbstractContextManager[None]:
     """Return a context in which operations are computed and autograd does not hear of them."""
     return torch.no_grad() if _BELOW_AUTOGRAD is None else _BELOW_AUTOGRAD()
+
+
+class DispatchMode(TorchDispatchMode):
+    """Sees what is sent below autograd, without torch's compiler, a second of time to import."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Tell torch that the compiler, which never sees it, need not be told to leave it alone."""
+        return False
 
 
 def contiguous(value: Any) -> Any:

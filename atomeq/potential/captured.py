@@ -163,6 +163,10 @@ class _Held(NamedTuple):
     versions: list[Any]
 
 
+def _switched_off() -> bool:
+    return os.environ.get(ENVIRONMENT_VARIABLE) == "0"
+
+
 class Captured:
     """A potential whose launches are replayed where that is known to help, else the potential.
 
@@ -192,8 +196,7 @@ class Captured:
         self._held: OrderedDict[tuple[Any, ...], _Held] = OrderedDict()
         self._recent: tuple[tuple[Any, ...], int] = ((), 0)
         self._lock = threading.Lock()
-        switched_off = os.environ.get(ENVIRONMENT_VARIABLE) == "0"
-        self._on_cpu = Replayed(potential, wanted=wanted and not switched_off)
+        self._on_cpu = Replayed(potential, wanted=wanted and not _switched_off())
 
     def __call__(self, graph: AtomGraph, properties: Sequence[PropertyKey]) -> Results:
         """Return what :meth:`Potential.forward` returns."""
@@ -210,7 +213,7 @@ class Captured:
     @cached_property
     def refusal(self) -> str | None:
         """Why nothing is recorded, or None; found at the first call: weights may move before."""
-        if not self._wanted or os.environ.get(ENVIRONMENT_VARIABLE) == "0":
+        if not self._wanted or _switched_off():
             return "it is not wanted"
         if self._record is None and self.potential.device.type != "cuda":
             return "it serves on CUDA alone"

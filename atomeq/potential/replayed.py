@@ -17,13 +17,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from atomeq.graph.atom_graph import AtomGraph
 from atomeq.graph.builders import RadiusGraph
 from atomeq.nn.radial_tables import tables_are_read
 from atomeq.ops.dispatch import chosen_backend
-from atomeq.ops.registration import below_autograd, functions
+from atomeq.ops.registration import DispatchMode, below_autograd, functions
 from atomeq.potential.derivatives import refuse_flat_cells
 from atomeq.potential.potential import Potential
 from atomeq.typing import PropertyKey
@@ -189,7 +188,7 @@ class Step(NamedTuple):
     moves: bool = False
 
 
-class Recorder(TorchDispatchMode):
+class Recorder(DispatchMode):
     """Records what is sent below autograd.
 
     Tensors are known by where they lie, not by who they are: autograd hands out others for the
@@ -212,11 +211,6 @@ class Recorder(TorchDispatchMode):
         self._kept = list(inputs)
         for tensor in inputs:
             self.slot_of(tensor, new=True)
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """Keep torch from loading its compiler, a second of time, to shield what it never sees."""
-        return False
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None

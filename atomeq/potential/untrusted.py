@@ -11,8 +11,8 @@ from typing import Any
 import torch
 import yaml
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from atomeq.ops.registration import DispatchMode
 from atomeq.potential.folders import CheckpointError
 
 _MAX_BYTES = 10_000_000
@@ -87,7 +87,7 @@ def _n_values(node: yaml.Node, counted: dict[int, int]) -> int:
     return total
 
 
-class FitsWeights(TorchDispatchMode):
+class FitsWeights(DispatchMode):
     """While it is entered, what a network allocates must be in proportion to its weights.
 
     So a description of a huge network fails at the first tensor that is out of proportion, before
@@ -102,11 +102,6 @@ class FitsWeights(TorchDispatchMode):
         # Generous: initialisations allocate several times, and tables are no weights.
         self.n_tensors = 10_000 + 100 * len(weights)
         self.n_numbers = 20_000_000 + 8 * sum(value.numel() for value in weights.values())
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """Tell torch to leave this to torch.compile, whose import takes longer than torch's own."""
-        return False
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
