@@ -56,6 +56,16 @@ def matmul_precision() -> Precision:
     return _choice.asked or torch_precision()
 
 
+def halved(dtype: torch.dtype) -> bool:
+    """Whether operands in single precision are rounded to bfloat16: ``medium``."""
+    return dtype == torch.float32 and matmul_precision() == "medium"
+
+
+def operand_dtype(like: torch.Tensor) -> torch.dtype:
+    """Return the dtype of what only a product of matrices reads."""
+    return torch.bfloat16 if halved(like.dtype) else like.dtype
+
+
 @constant_in_traces
 def torch_precision() -> Precision:
     """Return ``torch.get_float32_matmul_precision()``, which a trace takes for a constant."""

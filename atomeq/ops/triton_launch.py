@@ -100,16 +100,6 @@ def product_precision(dtype: torch.dtype) -> str:
     return "tf32x3" if matmul_precision() == "highest" else "tf32"
 
 
-def halved(dtype: torch.dtype) -> bool:
-    """Whether operands in single precision are rounded to bfloat16: ``medium``."""
-    return dtype == torch.float32 and matmul_precision() == "medium"
-
-
-def operand_dtype(like: Tensor) -> torch.dtype:
-    """Return the dtype of what only a product of matrices reads."""
-    return torch.bfloat16 if halved(like.dtype) else like.dtype
-
-
 def refusal(spec: OpSpec, *, any_channels: bool = False) -> str | None:
     """Return why these kernels do not serve a call, or None.
 

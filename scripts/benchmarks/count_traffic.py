@@ -2,8 +2,9 @@
 
     python scripts/benchmark.py count-traffic [LMAX ...] [--precision NAME] [--cublas]
 
-prints bytes per edge for a forward pass, for forces (+ backward) and for a step of force training
-(+ the gradient of the gradient), the time at an H200's bandwidth, and the largest parts. No kernel
+prints bytes per edge for a forward pass and for forces (+ backward) with fixed weights, then for a
+step of force training (both, + the gradient of the gradient), which keeps and writes more, the time
+at an H200's bandwidth, and the largest parts. No kernel
 runs: a call counts each input once and each output once, so an atom's features that many edges
 gather count once, as if the cache held them; weights, which do not grow with the edges, cancel in
 the difference of two sizes; frames and sorted edges, which all layers share, are there before. The
@@ -14,7 +15,7 @@ import argparse
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "1"  # the kernels are called on CPU tensors, and replaced below
@@ -35,7 +36,10 @@ from atomeq.ops.sphere.triton import kernels as sphere
 BANDWIDTH = 4.3e12  # bytes/s
 EDGES = 256
 DEGREE = 16  # edges of an atom
-PHASES = ("forward", "+ backward", "+ second gradient")
+PHASES = {
+    "fixed": ("forward", "+ backward"),
+    "trained": ("forward", "+ backward", "+ second gradient"),
+}
 MODULES = (coupling, gate, rotation, row_scale, segment, so2, sphere, wigner)
 
 
@@ -85,7 +89,9 @@ def _tensors(value: Any) -> list[Tensor]:
     )
 
 
-def layer(lmax: int, channels: int, n_edges: int) -> tuple[Callable[..., Tensor], list[Tensor]]:
+def layer(
+    lmax: int, channels: int, n_edges: int, *, trained: bool
+) -> tuple[Callable[..., Tensor], list[Tensor]]:
     """Return an edge layer as models have it, with its last radial layer inside, and its inputs."""
     mmax, n_atoms, width = min(2, lmax), n_edges // DEGREE, 64
     edges = torch.randint(0, n_atoms, (2, n_edges)).sort(dim=1).values
@@ -97,7 +103,9 @@ def layer(lmax: int, channels: int, n_edges: int) -> tuple[Callable[..., Tensor]
     second += [(2, n * channels, n * channels) for n in sizes[1:]]
     shapes = [(n_atoms, (lmax + 1) ** 2, channels), (n_edges, 3), (n_edges, width)]
     shapes += [(n_scales, width), (n_scales,), (n_edges,), *first, *second]
-    inputs = [torch.randn(shape).requires_grad_() for shape in shapes]
+    inputs = [torch.randn(shape) for shape in shapes]
+    for number, tensor in enumerate(inputs):  # features, vectors, radial values and envelopes move
+        tensor.requires_grad_(trained or number in (0, 1, 2, 5))
     frame = build_edge_frame(inputs[1], edges, n_atoms=n_atoms, lmax=lmax, mmax=mmax)
     frame.segments_for(frame.ends("both"))
 
@@ -116,10 +124,10 @@ def layer(lmax: int, channels: int, n_edges: int) -> tuple[Callable[..., Tensor]
     return compute, inputs
 
 
-def traffic(lmax: int, channels: int, n_edges: int) -> list[Traffic]:
+def traffic(lmax: int, channels: int, n_edges: int, weights: str) -> list[Traffic]:
     """Return what each phase adds."""
-    compute, inputs = layer(lmax, channels, n_edges)
-    found = [Traffic() for _ in PHASES]
+    compute, inputs = layer(lmax, channels, n_edges, trained=weights == "trained")
+    found = [Traffic() for _ in PHASES[weights]]
 
     def counted(number: int, call: Callable[[], Any]) -> Any:
         for module in MODULES:
@@ -129,11 +137,31 @@ def traffic(lmax: int, channels: int, n_edges: int) -> list[Traffic]:
 
     out = counted(0, lambda: compute(*inputs))
     moved = [inputs[0], inputs[1]]
+    if weights == "fixed":
+        counted(1, lambda: torch.autograd.grad(out.sum(), moved))
+        return found
     first = counted(1, lambda: torch.autograd.grad(out.sum(), moved, create_graph=True))
     # A loss of energies and forces: the layer's gradient by the energy is merged with the second.
     loss = torch.stack([out.sum(), *(gradient.sum() for gradient in first)]).sum()
     counted(2, lambda: torch.autograd.grad(loss, inputs, allow_unused=True))
     return found
+
+
+def counts(lmax: int, channels: int, weights: str) -> Iterator[str]:
+    """Yield a line for each phase."""
+    torch.manual_seed(0)
+    few, many = (traffic(lmax, channels, n, weights) for n in (EDGES, 2 * EDGES))
+    total = 0.0
+    for phase, one, two in zip(PHASES[weights], few, many, strict=True):
+        parts = {name: (two.bytes[name] - one.bytes[name]) / EDGES for name in two.bytes}
+        total += sum(parts.values())
+        largest = sorted(parts, key=lambda name: -parts[name])[:6]
+        yield (
+            f"{phase:<18} {sum(parts.values()) / 1e3:7.1f} kB, "
+            f"{two.launches:4d} launches; up to here {total / 1e3:7.1f} kB, "
+            f"{total / BANDWIDTH * 1e9:6.2f} ns: "
+            + ", ".join(f"{name} {parts[name] / 1e3:.1f}" for name in largest)
+        )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -150,20 +178,9 @@ def main(argv: list[str] | None = None) -> int:
         so2._MANY_EDGES = 0
     torch.set_float32_matmul_precision(arguments.precision)
     for lmax in arguments.lmax:
-        torch.manual_seed(0)
-        few, many = (traffic(lmax, arguments.channels, n) for n in (EDGES, 2 * EDGES))
-        total = 0.0
-        for phase, one, two in zip(PHASES, few, many, strict=True):
-            parts = {name: (two.bytes[name] - one.bytes[name]) / EDGES for name in two.bytes}
-            total += sum(parts.values())
-            largest = sorted(parts, key=lambda name: -parts[name])[:6]
-            sys.stdout.write(
-                f"L={lmax} C={arguments.channels} {phase:<18} {sum(parts.values()) / 1e3:7.1f} kB, "
-                f"{two.launches:4d} launches; up to here {total / 1e3:7.1f} kB, "
-                f"{total / BANDWIDTH * 1e9:6.1f} ns: "
-                + ", ".join(f"{name} {parts[name] / 1e3:.1f}" for name in largest)
-                + "\n"
-            )
+        for weights in PHASES:
+            for line in counts(lmax, arguments.channels, weights):
+                sys.stdout.write(f"L={lmax} C={arguments.channels} {weights} {line}\n")
     return 0
 
 

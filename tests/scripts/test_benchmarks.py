@@ -248,7 +248,7 @@ def test_traffic_of_a_layer_is_counted():
     """In a process of its own: the kernels are replaced."""
     lines = record.in_own_process("count-traffic", "1", "--channels", "16").splitlines()
     kilobytes = [float(line.partition(" kB")[0].split()[-1]) for line in lines]
-    assert len(kilobytes) == 3  # forward, forces, a step of training on them
+    assert len(kilobytes) == 5  # forward, forces; both and a step of training on them
     assert all(amount > 0.1 for amount in kilobytes)
 
 

@@ -77,12 +77,15 @@ class Ends(NamedTuple):
         to_factor: Tensor | None = None,
         turn: Tensor | None = None,
         also: Tensor | None = None,
+        *,
+        operand: bool = False,
     ) -> Tensor:
         """Return f W G x + also; of <f W G x, rows> write the gradients, see ``leave_gradient``."""
         shape = (self.wigner.shape[1], -1)
         given, also = (t if t is None else t.unflatten(1, shape) for t in (rows, also))
         ends = x, self.wigner, self.indices
-        return self.by.leave_gradient(*ends, given, factor, to_factor, turn, also).flatten(1)
+        written = to_factor, turn, also
+        return self.by.leave_gradient(*ends, given, factor, *written, operand=operand).flatten(1)
 
 
 class Moved(NamedTuple):

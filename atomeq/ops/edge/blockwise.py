@@ -42,11 +42,12 @@ def value(call: SimpleNamespace) -> tuple[Tensor, Tensor, Tensor]:
     layer = EdgeLayer(call)
     x, by, (first, second) = layer.tensors["x"], layer.by, layer.shapes
     total = None
-    y, u = layer.kept(call.n_kept, first.width, second.width)
+    y, u = layer.kept(call.n_kept, first.width, second.width, messages=True)
     for block in blocks(layer):
         rows = block.both.operand(x, *block.factors)
         own_y = y[block.part] if call.n_kept else None
-        own_u = u[block.part] if call.n_kept == 2 else by.empty((block.n, second.width), x)
+        size = block.n, second.width
+        own_u = u[block.part] if call.n_kept == 2 else by.empty(size, x, passing=True)
         gated = block.first.gated(rows, block.biases[0], own_y)
         block.second.forward(gated, own_u, block.biases[1])
         total = block.target.back(own_u, len(x), total, factor=block.envelope)
@@ -179,7 +180,10 @@ def _block_gradient(block: EdgeBlock, grad: Tensor, inside: Named, found: Named)
     left = any([part is not None for part in leaving])
     if left and u is None:
         u = block.second.forward(gate.value(), None, block.biases[1])
-    p = block.target.leave(grad, u, block.envelope, *leaving, also=inside.get("also_u"))
+    passing = not {"second", "second_bias"} & found.keys()  # products alone read it
+    p = block.target.leave(
+        grad, u, block.envelope, *leaving, also=inside.get("also_u"), operand=passing
+    )
     _add_bias_gradient(p, found, "second_bias")
     inward = bool(INWARD & found.keys())
     value = None  # of the gate, for the gradient of the second map
@@ -188,7 +192,8 @@ def _block_gradient(block: EdgeBlock, grad: Tensor, inside: Named, found: Named)
         value = block.layer.by.empty(size, y) if inward else gate.value()
     if inward:
         given = p, inside.get("ga"), inside.get("also_y"), value
-        gy = block.second.transposed_through(gate, *given)
+        passing = not {"first", "first_bias"} & found.keys()
+        gy = block.second.transposed_through(gate, *given, operand=passing)
         _add_bias_gradient(gy, found, "first_bias")
         _block_inputs(block, gy, block.first.transposed(gy, inside.get("gz")), found)
     if value is not None:

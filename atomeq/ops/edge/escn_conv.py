@@ -38,6 +38,7 @@ from torch import Tensor
 from atomeq.ops.edge.frame import EdgeFrame
 from atomeq.ops.edge.rotation import turn_gradient
 from atomeq.ops.edge.so2_map import Gradients, SO2Shape, views
+from atomeq.ops.precision import operand_dtype
 from atomeq.ops.registration import WANT_SEGMENTS, kernel, kernels_of
 
 INPUTS = (
@@ -145,10 +146,17 @@ class EdgeLayer:
         self.shapes = layer_shapes(self.tensors["x"], call.weights)
         self.n_edges = wigner.shape[0]
 
-    def kept(self, n_kept: int, *widths: int) -> list[Tensor]:
-        """Return memory for numbers of every edge, of none behind those that are kept."""
-        sizes = [(self.n_edges if k < n_kept else 0, width) for k, width in enumerate(widths)]
-        return [self.by.empty(size, self.tensors["x"]) for size in sizes]
+    def kept(self, n_kept: int, *widths: int, messages: bool = False) -> list[Tensor]:
+        """Return memory for numbers of every edge, of none behind those that are kept.
+
+        If the last are messages, they may have the precision of operands.
+        """
+        x, found = self.tensors["x"], []
+        for k, width in enumerate(widths):
+            size = self.n_edges if k < n_kept else 0, width
+            passing = messages and k == len(widths) - 1
+            found.append(self.by.empty(size, x, passing=passing))
+        return found
 
     def gradients(self, wanted: str) -> Named:
         """Return zeros like what is wanted.
@@ -198,6 +206,8 @@ def _size_of_total(call: SimpleNamespace) -> tuple[int, int, int]:
 def _fake_value(call: SimpleNamespace) -> tuple[Tensor, Tensor, Tensor]:
     first, second = layer_shapes(call.inputs[0], call.weights)
     y, u = _fake_rows(call, first.width, second.width)
+    if call.kernels == "triton":
+        u = u.to(operand_dtype(call.inputs[0]))
     return call.inputs[0].new_empty(_size_of_total(call)), y, u
 
 

@@ -225,11 +225,12 @@ def leave_gradient(
     to_factor: Tensor | None,
     turn: Tensor | None,
     also: Tensor | None,
+    *,
+    operand: bool = False,  # a CPU's products are not rounded
 ) -> Tensor:
-    """Return f W G x + also, (n_edges, n_rows, channels); <f W G x, rows> is differentiated.
+    """Return f W G x + also, (n_edges, n_rows, channels); of <f W G x, rows> write gradients.
 
-    The gradient of f is written, and a turn of each edge is lessened by the torque; None is not
-    wanted, and of neither are there rows.
+    That of f is written, turns are lessened by the torque; None is unwanted, or there are no rows.
     """
     found = gather_rotate(x, wigner, indices)
     if rows is not None and to_factor is not None:
@@ -325,6 +326,8 @@ class SO2Map:
         out: Tensor | None = None,
         also: Tensor | None = None,
         value: Tensor | None = None,
+        *,
+        operand: bool = False,
     ) -> Tensor:
         """Return J^T M^T grad + also, of the gate before the map; M^T grad goes to ``out``."""
         return gate.gradient(self.transposed(grad, out), also, value)
@@ -481,19 +484,16 @@ _UNUSED = _references([np.empty(0)])[0]  # what the count is of one that only it
 _buffers = _Buffers()
 
 
-def empty(size: tuple[int, ...], like: Tensor) -> Tensor:
-    """Return an uninitialised tensor on the CPU, whose memory is used again when it is freed.
+def empty(size: tuple[int, ...], like: Tensor, *, passing: bool = False) -> Tensor:
+    """Return an uninitialised CPU tensor of a dtype, whose memory is used again when it is freed.
 
-    Args:
-        size: Its shape.
-        like: A tensor of the same dtype.
+    What is only passing, from one kernel to the next, is like any other here.
     """
     n_bytes = math.prod(size) * like.dtype.itemsize
     if n_bytes < _LEAST:
         return like.new_empty(size)
     buffer = _buffers.take(n_bytes + _LINE)
     start = -buffer.ctypes.data % _LINE
-    # The tensor refers to this slice, and so does every view of the tensor: the buffer is idle
-    # when the last of them is gone.
+    # The tensor and its views refer to this slice: without the last the buffer is idle.
     part = buffer[start : start + n_bytes].view(_DTYPES[like.dtype])
     return torch.from_numpy(part.reshape(size))

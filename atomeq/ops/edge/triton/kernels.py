@@ -21,6 +21,7 @@ from atomeq.ops.edge.triton.rotation import (
 from atomeq.ops.edge.triton.row_scale import row_products, scaled_rows
 from atomeq.ops.edge.triton.so2 import SO2Map, add_weight_gradients
 from atomeq.ops.edge.triton.wigner import vector_gradient, wigner_rows
+from atomeq.ops.precision import operand_dtype
 from atomeq.ops.specification import OpSpec
 from atomeq.ops.triton_launch import refusal as launch_refusal
 
@@ -54,9 +55,12 @@ def refusal(spec: OpSpec) -> str | None:
     return launch_refusal(spec, any_channels=spec.op == "edge_wigner")
 
 
-def empty(size: tuple[int, ...], like: Tensor) -> Tensor:
-    """Return memory; torch keeps what is freed on a GPU."""
-    return like.new_empty(size)
+def empty(size: tuple[int, ...], like: Tensor, *, passing: bool = False) -> Tensor:
+    """Return memory; torch keeps what is freed on a GPU.
+
+    What is only passing, from one kernel to the next, may have the precision of operands.
+    """
+    return like.new_empty(size, dtype=operand_dtype(like) if passing else like.dtype)
 
 
 def edges_at_once(first: SO2Shape) -> int:

@@ -24,6 +24,7 @@ from atomeq.ops.edge.triton.rotation_kernels import (
 )
 from atomeq.ops.edge.wigner import generators
 from atomeq.ops.orders import orders_of
+from atomeq.ops.precision import operand_dtype
 from atomeq.ops.tables import constant_table, table_like
 from atomeq.ops.triton_launch import (
     INTERPRETING,
@@ -35,7 +36,6 @@ from atomeq.ops.triton_launch import (
     degrees,
     edge_tile,
     launch,
-    operand_dtype,
     power_of_2,
     product_precision,
     slots,
@@ -181,7 +181,7 @@ def rotate_scatter(
     lmax = orders_of(wigner.shape[1], wigner.shape[2])[0]
     adding = total is not None
     size = n_atoms, (lmax + 1) ** 2, rows.shape[2] // len(indices)
-    result = rows.new_empty(size) if total is None else total
+    result = wigner.new_empty(size) if total is None else total
     matrices, factors = (wigner, None), (scale, None, factor, None)
     _scatter(rows, None, *matrices, indices, segments, *factors, result, adding=adding)
     return result
@@ -297,13 +297,16 @@ def leave_gradient(
     to_factor: Tensor | None,
     turn: Tensor | None,
     also: Tensor | None,
+    *,
+    operand: bool = False,
 ) -> Tensor:
     """Return f W G x + also, (n_edges, n_rows, channels); <f W G x, rows> is differentiated.
 
     The gradient of f is written, and a turn of each edge is lessened by the torque; None is not
-    wanted, and of neither are there rows.
+    wanted, and of neither are there rows. ``operand`` is that of :func:`gather_rotate`.
     """
-    result = x.new_empty(*wigner.shape[:2], x.shape[2])
+    dtype = operand_dtype(x) if operand else x.dtype
+    result = x.new_empty(*wigner.shape[:2], x.shape[2], dtype=dtype)
     given = {"factor": factor, "also": also}
     given |= {"rotated": result, "to_factor": to_factor, "turn": turn}
     _launch_gradient(x, wigner, indices, rows, **given, SIGN=-1)

@@ -17,8 +17,8 @@ that makes a degree of the second map's transpose takes it through the gate.
 
 The precision ``medium`` (ops/precision.py) asks for products of bfloat16: the kernels round
 features and weights as they read them, at any number of edges, and add in single precision. What
-enters and leaves them stays float32, but for gated rows, which only another product reads: they are
-rounded as they are written.
+enters and leaves a layer stays float32. Between its kernels what only products read is rounded as
+it is written, which changes no bit, and so are the messages before they are rotated back.
 """
 
 from typing import Any, NamedTuple
@@ -36,16 +36,14 @@ from atomeq.ops.edge.triton.so2_kernels import (
     map_back_through_gate,
     map_rows,
 )
-from atomeq.ops.precision import matmul_precision, torch_precision
+from atomeq.ops.precision import halved, matmul_precision, operand_dtype, torch_precision
 from atomeq.ops.triton_launch import (
     INTERPRETING,
     accumulator,
     architecture,
     ceil_div,
     contiguous,
-    halved,
     launch,
-    operand_dtype,
     product_precision,
 )
 
@@ -118,14 +116,18 @@ class SO2Map:
         out: Tensor | None = None,
         also: Tensor | None = None,
         value: Tensor | None = None,
+        *,
+        operand: bool = False,
     ) -> Tensor:
         """Return J^T M^T grad + also, like y, for the Jacobian J of the gate before the map.
 
-        M^T grad is written to ``out``, and a(y) to ``value``, if they are wanted.
+        M^T grad is written to ``out``, and a(y) to ``value``, if they are wanted. An ``operand`` is
+        read by a map alone, and may have the precision of those.
         """
         if not self._grouped(grad):
             return gate.gradient(self.transposed(grad, out), also, value)
-        result = torch.empty_like(gate.y)
+        dtype = operand_dtype(gate.y) if operand else gate.y.dtype
+        result = torch.empty_like(gate.y, dtype=dtype)
         n_tiles = (self.shape.lmax + 1, self.shape.c_in)
         tensors = gate.y, (None if also is None else contiguous(also)), out, value, result
         self._launch(map_back_through_gate, grad, tensors, n_tiles, self.shape.c_in, back=True)
