@@ -236,14 +236,14 @@ class PublishedESCNLayer(nn.Module):
         """Return the update of each resolution, (n_atoms, n_sph, channels)."""
         scalars = self.edge_network(numbers, basis, (frames[0].source, frames[0].target))
         source = [rotate_to_edge(p, f, side="source") for p, f in zip(x, frames, strict=True)]
-        source = self.source(source, scalars)
+        hidden = self.source(source, scalars)
+        del source
         target = [rotate_to_edge(p, f, side="target") for p, f in zip(x, frames, strict=True)]
-        target = self.target(target, scalars)  # of each resolution (n_edges, n_rows, channels)
+        messages = self.target.sum_of_maps((hidden, self.target(target, scalars)))
+        del hidden, target
         total = [
-            rotate_from_edge(activation(s + t), frame)
-            for s, t, activation, frame in zip(
-                source, target, self.activations, frames, strict=True
-            )
+            rotate_from_edge(activation(rows), frame)
+            for rows, activation, frame in zip(messages, self.activations, frames, strict=True)
         ]
         return self.update(x, total)
 
@@ -265,11 +265,15 @@ class SumNetwork(ElementPair):
         return nn.functional.silu(self.second(nn.functional.silu(hidden)))
 
 
+#: Of +m and -m, or of m = 0 alone, values and the matrices whose products with them a map sums.
+Terms = list[tuple[list[Tensor], list[Tensor]]]
+
+
 class SO2Block(nn.Module):
     """SO(2) map with a hidden layer for each order m, gated by the edge's invariants.
 
     All resolutions are mixed. Within order m the features are ordered by resolution, degree and
-    channel.
+    channel. The last map is left to :meth:`sum_of_maps`.
     """
 
     def __init__(
@@ -288,34 +292,46 @@ class SO2Block(nn.Module):
             block = ScalarMap if order == 0 else PairMap
             self.orders.append(block(width, hidden_channels, edge_channels))
 
-    def forward(self, x: list[Tensor], scalars: Tensor) -> list[Tensor]:
-        """Map the rows of each resolution, (n_edges, n_rows, channels), m-primary.
+    def forward(self, x: list[Tensor], scalars: Tensor) -> list[Terms]:
+        """Map the rows of each resolution, m-primary, up to the hidden layer of each order.
 
         Args:
-            x: One for each resolution.
+            x: One for each resolution, (n_edges, n_rows, channels).
             scalars: (n_edges, edge_channels).
-
-        Returns:
-            The same shapes.
         """
         degrees = [  # rows of each sign of each order; +m stands before -m
             [l - k + 1 for k in range(m + 1) for _ in range(min(k + 1, 2))]
             for l, m in self.resolutions
         ]
         signs = [rows.split(sizes, dim=1) for rows, sizes in zip(x, degrees, strict=True)]
-        results: list[list[Tensor]] = [[] for _ in x]
+        found = []
         for order, block in enumerate(self.orders):
-            present = [r for r, (_, m) in enumerate(self.resolutions) if m >= order]
-            first = max(2 * order - 1, 0)
             inputs = [
-                [signs[r][k].flatten(1) for r in present] for k in range(first, 2 * order + 1)
+                joined([signs[r][k].flatten(1) for r in self._present(order)])
+                for k in range(max(2 * order - 1, 0), 2 * order + 1)
             ]
-            mixed = block(*(joined(parts) for parts in inputs), scalars)
-            for sign, parts in zip(mixed, inputs, strict=True):
-                widths = [part.shape[1] for part in parts]
-                for r, part in zip(present, sign.split(widths, dim=1), strict=True):
+            found.append(block(*inputs, scalars))
+        return found
+
+    def sum_of_maps(self, found: Sequence[list[Terms]]) -> list[Tensor]:
+        """Return the rows of each resolution, summed over what blocks of this shape have returned.
+
+        Each sign of an order is one product with all of them: no part of the sum is written.
+        """
+        results: list[list[Tensor]] = [[] for _ in self.resolutions]
+        for order in range(len(self.orders)):
+            present = self._present(order)
+            widths = [(self.resolutions[r][0] - order + 1) * self.channels for r in present]
+            for terms in zip(*(own[order] for own in found), strict=True):
+                values = torch.cat([value for own, _ in terms for value in own], dim=1)
+                matrix = torch.cat([matrix for _, own in terms for matrix in own], dim=1)
+                rows = nn.functional.linear(values, matrix)
+                for r, part in zip(present, rows.split(widths, dim=1), strict=True):
                     results[r].append(part.unflatten(1, (-1, self.channels)))
         return [torch.cat(rows, dim=1) for rows in results]
+
+    def _present(self, order: int) -> list[int]:
+        return [r for r, (_, m) in enumerate(self.resolutions) if m >= order]
 
 
 class ScalarMap(nn.Module):
@@ -327,10 +343,10 @@ class ScalarMap(nn.Module):
         self.first = nn.Linear(width, hidden_channels, bias=False)
         self.second = nn.Linear(hidden_channels, width, bias=False)
 
-    def forward(self, x: Tensor, scalars: Tensor) -> tuple[Tensor]:
+    def forward(self, x: Tensor, scalars: Tensor) -> Terms:
         """Map ``x`` (n_edges, width)."""
         gate = nn.functional.silu(self.radial(scalars))
-        return (self.second(self.first(x) * gate),)
+        return [([self.first(x) * gate], [self.second.weight])]
 
 
 class PairMap(nn.Module):
@@ -344,17 +360,14 @@ class PairMap(nn.Module):
         self.imag_first = nn.Linear(width, hidden_channels, bias=False)
         self.imag_second = nn.Linear(hidden_channels, width, bias=False)
 
-    def forward(self, plus: Tensor, minus: Tensor, scalars: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, plus: Tensor, minus: Tensor, scalars: Tensor) -> Terms:
         """Map the features of +m and -m, each (n_edges, width): y = (R + i I) (x+ + i x-)."""
         gate = nn.functional.silu(self.radial(scalars))
         first = torch.cat([self.real_first.weight, self.imag_first.weight])
         real_plus, imag_plus = (nn.functional.linear(plus, first) * gate).chunk(2, dim=1)
         real_minus, imag_minus = (nn.functional.linear(minus, first) * gate).chunk(2, dim=1)
-        imag = self.imag_second.weight.T
-        return (
-            torch.addmm(self.real_second(real_plus), imag_minus, imag, alpha=-1),
-            torch.addmm(self.real_second(real_minus), imag_plus, imag),
-        )
+        real, imag = self.real_second.weight, self.imag_second.weight
+        return [([real_plus, imag_minus], [real, -imag]), ([real_minus, imag_plus], [real, imag])]
 
 
 class GridUpdate(SphereBlock):

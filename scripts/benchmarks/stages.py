@@ -56,6 +56,7 @@ FUNCTIONS = {
         (atomeq.models.escn_published, "rotate_to_edge"),
         (atomeq.models.escn_published, "rotate_from_edge"),
     ],
+    "SO(2) maps": [(SO2Block, "sum_of_maps")],
     "whole edge layer": [(atomeq.nn.edge_convolution, "escn_conv")],
     "attention": [(atomeq.nn.attention, "segment_softmax")],
     "edge frames": [

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from atomeq.graph.atom_graph import AtomGraph
 from atomeq.models.base import AtomisticModel
-from atomeq.models.escn_published import ENERGY_SCALE, PublishedESCN
+from atomeq.models.escn_published import ENERGY_SCALE, PublishedESCN, SO2Block
 from atomeq.ops.edge.wigner import build_edge_frame
 from atomeq.ops.orders import coefficient_index, m_primary_order
 from atomeq.ops.segment.operations import segment_sum
@@ -140,16 +141,16 @@ def watch_escn(model: Any) -> Iterator[Tensors]:
     found: Tensors = {}
     hooks = []
 
-    def messages(results: list[Tensor]) -> Tensor:
-        parts = zip(results, model.lmax, model.mmax, strict=True)
+    def messages(block: SO2Block, given: object, result: list[Any]) -> Tensor:
+        parts = zip(block.sum_of_maps([result]), model.lmax, model.mmax, strict=True)
         return torch.cat([by_degree(rows[:FIRST_EDGES], l, m) for rows, l, m in parts], dim=1)
 
     for k, layer in enumerate(model.layers):
         watched: list[tuple[nn.Module, str, Callable]] = [
             (layer, "block_out", lambda given, result: torch.cat(result, dim=1)),
             (layer.edge_network, "edge_scalars", lambda given, result: result[:FIRST_EDGES]),
-            (layer.source, "so2_source_out", lambda given, result: messages(result)),
-            (layer.target, "so2_target_out", lambda given, result: messages(result)),
+            (layer.source, "so2_source_out", partial(messages, layer.source)),
+            (layer.target, "so2_target_out", partial(messages, layer.target)),
             (layer.update, "message_aggregated", lambda given, result: torch.cat(given[1], dim=1)),
         ]
         for module, name, read in watched:
