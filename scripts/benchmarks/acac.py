@@ -21,7 +21,15 @@ import yaml
 from atomeq.cli.structures import versions
 from atomeq.potential.checkpoint import load_potential
 from benchmarks.peers import mace_torch
-from benchmarks.record import RESULTS, ROOT, atomeq, children_cpu_seconds, commit, read, write
+from benchmarks.record import (
+    RESULTS,
+    ROOT,
+    atomeq,
+    children_cpu_seconds,
+    commit,
+    rows_of_tested,
+    write,
+)
 
 USUAL = 150.0  # CPU seconds of a fit; results of other costs have files of their own
 MODELS = ("egnn", "escn", "equiformer_v2", "nequip", "mace")
@@ -105,10 +113,8 @@ def cost_of_fit(config: list[str], run: Path, n_epochs: int) -> float:
 def write_results(runs: Path, seconds: float) -> None:
     """Write the table of all runs that have been tested, earlier ones included, and show it."""
     file = RESULTS / ("acac.json" if seconds == USUAL else f"acac_{seconds:g}s.json")
-    rows_of = (*MODELS, mace_torch.NAME)
-    tested = [model for model in rows_of if (runs / f"acac_{model}" / "test_errors.json").exists()]
-    rows = read(file).get("models", {})  # of earlier runs, elsewhere perhaps
-    rows |= {model: row_of(runs / f"acac_{model}") for model in tested}
+    names = (*MODELS, mace_torch.NAME)
+    rows = rows_of_tested(file, {name: runs / f"acac_{name}" for name in names}, row_of)
     document = {
         "command": f"python scripts/benchmark.py acac --seconds {seconds:g}",
         "what": "acetylacetone (BOTNet data): 450 frames at 300 K to train on, 50 choose the "

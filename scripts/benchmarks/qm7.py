@@ -17,7 +17,7 @@ import yaml
 from atomeq.cli.structures import versions
 from atomeq.potential.checkpoint import load_predictor
 from atomeq.units import KCAL_PER_MOL
-from benchmarks.record import RESULTS, ROOT, atomeq, fit, read, write
+from benchmarks.record import RESULTS, ROOT, atomeq, fit, rows_of_tested, write
 
 FILE = RESULTS / "qm7.json"
 BAR = 1.5  # kcal/mol, to be reached by one of them
@@ -49,9 +49,7 @@ def train(model: str, run: Path) -> None:
 
 def write_results(runs: Path) -> None:
     """Write the table of all runs that have been tested, earlier ones included, and show it."""
-    tested = [model for model in MODELS if (runs / f"qm7_{model}" / "test_errors.json").exists()]
-    rows = read(FILE).get("models", {})  # of earlier runs, elsewhere perhaps
-    rows |= {model: row_of(runs / f"qm7_{model}") for model in tested}
+    rows = rows_of_tested(FILE, {model: runs / f"qm7_{model}" for model in MODELS}, row_of)
     document = {
         "command": "python scripts/benchmark.py qm7",
         "what": "atomization energies of QM7 (7,101 molecules, PBE0): 5,326 train, 355 choose the "

@@ -8,6 +8,7 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,14 @@ def write(path: Path, document: Any) -> None:
 def read(path: Path) -> dict[str, Any]:
     """Return an earlier result, or nothing."""
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def rows_of_tested(
+    file: Path, runs: dict[str, Path], row_of: Callable[[Path], dict[str, Any]]
+) -> dict[str, Any]:
+    """Return the rows that a file has, of runs elsewhere perhaps, and those of tested runs here."""
+    tested = {name: run for name, run in runs.items() if (run / "test_errors.json").exists()}
+    return read(file).get("models", {}) | {name: row_of(run) for name, run in tested.items()}
 
 
 def in_own_process(name: str, *words: str, **environment: str) -> str:
