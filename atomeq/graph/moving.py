@@ -30,6 +30,9 @@ _MAX_NEIGHBORS = 10_000.0  # per atom, on average; matter has some hundreds with
 _FAR = 1e150  # Å; a reference that no atom is near to, and whose square is still a number
 _ALL_PAIRS = 50  # atoms; molecules up to this size never have to be searched
 _REMEMBERED = 8  # lists kept of structures that left, per structure that is here
+_KEPT = 2**20  # pairs of lists that are kept in any case: structures come one by one before a batch
+_SOON = 4 / 3  # times what it has moved: a structure would ask; atoms of solids do not go on
+_OF_A_LIST = 1000  # pairs that weigh as much as a list that has none
 
 Array = Any  # np.ndarray on a CPU, else torch.Tensor
 
@@ -151,6 +154,7 @@ class MovingNeighbors:
         self.skin = float(skin)
         self.n_searches = 0
         self._known: OrderedDict[int, _Candidates] = OrderedDict()
+        self._weight = 0  # of what is known, in pairs
         self._assembly: _Assembly | None = None
         self._settled: tuple[torch.Tensor | None, ...] = ()
 
@@ -165,15 +169,18 @@ class MovingNeighbors:
         named = getattr(graph, "key", None)
         keys = list(range(len(here.sizes))) if named is None else named.tolist()
         assembly = self._assembly
+        new: set[int] = set()
+        refused: dict[int, str] = {}
         if assembly is None or assembly[:3] != (keys, here.sizes, here.device):
-            assembly = self._remembered(here, keys)
+            new = self._new(here, keys)
+            refused = self._search(here, sorted(new), keys)
+            assembly = self._assemble(keys, here)
         self._settled = ()
         moved, allowed, same = self._moved(assembly, here)  # (n_graphs,)
-        refused: dict[int, str] = {}
         if not bool((moved <= allowed).all()):  # NaN never holds
             # One copy of the lists is made for all, so those that soon would ask are served too.
-            stale = torch.as_tensor(2 * moved <= allowed).logical_not().nonzero().flatten().tolist()
-            refused = self._search(here, stale, keys)
+            asking = torch.as_tensor(_SOON * moved <= allowed).logical_not().nonzero().flatten()
+            refused |= self._search(here, [k for k in asking.tolist() if k not in new], keys)
             assembly = self._assemble(keys, here)
         elif same:
             self._settled = _constants(graph)
@@ -230,17 +237,22 @@ class MovingNeighbors:
             refuse_overlap(_title(graph, k), edges, found.lengths.cpu().numpy(), index=k)
         return graph.replace(edge_index=found.edge_index, cell_offsets=found.cell_offsets)
 
-    def _remembered(self, here: _Geometry, keys: list[int]) -> _Assembly:
+    def _new(self, here: _Geometry, keys: list[int]) -> set[int]:
+        """Return which structures have no list yet, and forget those that left long ago."""
         if self._assembly is not None and self._assembly.device != here.device:
             self._known.clear()
+            self._weight = 0
+        new = set()
         for k, key in enumerate(keys):
             known = self._known.get(key)
             if known is None or len(known.pos) != here.sizes[k]:
-                self._known[key] = _unknown(here, k)
-            self._known.move_to_end(key)
-        while len(self._known) > _REMEMBERED * len(keys) + 1:
-            self._known.popitem(last=False)
-        return self._assemble(keys, here)
+                new.add(k)
+            else:
+                self._known.move_to_end(key)
+        most = (_REMEMBERED + 1) * len(keys)
+        while len(self._known) > most and self._weight > _KEPT:
+            self._weight -= _weight(self._known.popitem(last=False)[1])
+        return new
 
     def _assemble(self, keys: list[int], here: _Geometry) -> _Assembly:
         parts = [self._known[key] for key in keys]
@@ -322,7 +334,7 @@ class MovingNeighbors:
                 else:
                     self._keep(here, k, keys[k], *neighbor_list(pos, cell, pbc, reach))
             except ValueError as error:
-                self._known[keys[k]] = _unknown(here, k)
+                self._remember(keys[k], _unknown(here, k))
                 refused[k] = str(error)
         if waiting:
             found = search_pairs(list(waiting.values()), reach, here.device)
@@ -341,14 +353,20 @@ class MovingNeighbors:
         complete: bool = False,
     ) -> None:
         pos, cell, pbc = here.structure(k)
-        self._known[key] = _Candidates(
+        found = _Candidates(
             here.array(pos.copy()),
-            here.array(complete_cell(cell, pbc)),
+            here.array(cell.copy() if pbc.all() else complete_cell(cell, pbc)),
             here.array(pbc.copy()),
             here.array(edge_index),
             here.array(cell_offsets),
             complete,
         )
+        self._remember(key, found)
+
+    def _remember(self, key: int, found: _Candidates) -> None:
+        before = self._known.pop(key, None)  # so that it stands at the end
+        self._weight += _weight(found) - (0 if before is None else _weight(before))
+        self._known[key] = found
 
     def _measure(
         self, assembly: _Assembly, here: _Geometry, refused: dict[int, str]
@@ -420,6 +438,10 @@ def _unknown(here: _Geometry, k: int) -> _Candidates:
         here.array(np.zeros((2, 0), np.int64)),
         here.array(np.zeros((0, 3), np.int64)),
     )
+
+
+def _weight(candidates: _Candidates) -> int:
+    return candidates.edge_index.shape[1] + _OF_A_LIST
 
 
 def _all_pairs(n_atoms: int) -> tuple[np.ndarray, np.ndarray]:

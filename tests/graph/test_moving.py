@@ -55,6 +55,22 @@ def test_structures_that_leave_and_return_are_recognised():
 
 
 @pytest.mark.usefixtures("kind")
+def test_structures_that_come_one_by_one_are_searched_once(monkeypatch):
+    """Those that enter a batch are counted before; but of all that ever came few are kept."""
+    monkeypatch.setattr(moving, "_KEPT", 30 * moving._OF_A_LIST)
+    graph = prepare([rattled(bulk("Cu", cubic=True), seed=k) for k in range(20)])
+    neighbors = MovingNeighbors(CUTOFF, 0.8)
+    for single in graph.to_list():
+        assert_fresh(neighbors, single)
+    assert_fresh(neighbors, graph)
+    assert neighbors.n_searches == 20
+    for k in range(200):
+        neighbors(graph.graph(0).replace(key=torch.tensor([-k])))
+    assert len(neighbors._known) < 40
+    assert neighbors._weight == sum(map(moving._weight, neighbors._known.values()))
+
+
+@pytest.mark.usefixtures("kind")
 def test_a_small_molecule_is_never_searched():
     graph = prepare([cluster(9, 1), cluster(3, 2)])
     neighbors = MovingNeighbors(CUTOFF, 0.0)
