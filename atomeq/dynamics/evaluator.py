@@ -5,6 +5,7 @@ they would get without it.
 """
 
 import copy
+import math
 from collections.abc import Sequence
 from enum import IntEnum
 from pathlib import Path
@@ -19,6 +20,7 @@ from atomeq.graph.builders import HyperGraph, RadiusGraph
 from atomeq.graph.convert import MIN_DISTANCE, StructureError, Structures
 from atomeq.graph.moving import MovingEdges, MovingNeighbors
 from atomeq.graph.neighbors import SKIN
+from atomeq.nn.irreps import known_to_the_host
 from atomeq.potential.captured import Captured
 from atomeq.potential.checkpoint import load_potential
 from atomeq.potential.committee import NotFiniteError
@@ -150,7 +152,7 @@ class Evaluator:
             self._refuse_no_numbers(connected, results["energy"])
         self.n_edges = _spread(_count_edges(connected), fine, graph.n_graphs)
         found = _with_results(graph, results, fine, failure, properties)
-        if self.max_uncertainty is None:
+        if self.max_uncertainty is None or math.isinf(self.max_uncertainty):
             return found
         uncertain = any_atom(found["forces_uncertainty"] > self.max_uncertainty, found)
         return found.replace(failure=marked(found["failure"], uncertain, Failure.UNCERTAIN))
@@ -209,13 +211,23 @@ def marked(failure: Tensor, systems: Tensor, why: Failure) -> Tensor:
 
 
 def _with_edges(graph: AtomGraph, edges: MovingEdges) -> AtomGraph:
-    return graph.replace(edge_index=edges.edge_index, cell_offsets=edges.cell_offsets)
+    # The lengths spare the potential a look at how near atoms are: they are of these positions.
+    return graph.replace(
+        edge_index=edges.edge_index, cell_offsets=edges.cell_offsets, edge_lengths=edges.lengths
+    )
+
+
+def _seen_to_be_finite(*values: Tensor) -> bool:
+    """Whether the host can see at once, by a sum, that no number is NaN or infinite."""
+    return all(known_to_the_host(one) and math.isfinite(float(one.sum())) for one in values)
 
 
 def _geometry_failures(graph: AtomGraph, *, stress: bool) -> Tensor:
-    broken = any_atom(~torch.isfinite(graph.pos).all(dim=1), graph)
-    broken |= ~torch.isfinite(graph.cell).flatten(1).all(dim=1)
-    failure = marked(graph["failure"], broken, Failure.NOT_FINITE)
+    failure = graph["failure"].clone()  # _connect() writes into it
+    if not _seen_to_be_finite(graph.pos, graph.cell):
+        broken = any_atom(~torch.isfinite(graph.pos).all(dim=1), graph)
+        broken |= ~torch.isfinite(graph.cell).flatten(1).all(dim=1)
+        failure = marked(failure, broken, Failure.NOT_FINITE)
     if stress:
         flat = graph.volume().nan_to_num(0.0) < MIN_VOLUME
         failure = marked(failure, flat, Failure.NO_NEIGHBORS)
@@ -230,8 +242,24 @@ def _with_results(
     properties: Sequence[PropertyKey],
 ) -> AtomGraph:
     """Put results back where they belong, and mark structures whose results are no numbers."""
-    everything = len(fine) == graph.n_graphs
-    atoms = slice(None) if everything else torch.isin(graph.batch, fine)
+    if results and len(fine) == graph.n_graphs:
+        fields = {str(name): results[name].detach().to(graph.pos.dtype) for name in properties}
+    else:
+        fields = _put_back(graph, results, fine, properties)
+    if not _seen_to_be_finite(*fields.values()):
+        fields, failure = _without_the_broken(fields, failure, graph)
+    # As ASE: what holds an atom takes up its force.
+    fields["forces"] = fields["forces"].masked_fill(graph["fixed"][:, None], 0)
+    return graph.replace(failure=failure, **fields)
+
+
+def _put_back(
+    graph: AtomGraph,
+    results: dict[PropertyKey, Tensor],
+    fine: Tensor,
+    properties: Sequence[PropertyKey],
+) -> dict[str, Tensor]:
+    """Return results of all structures, of which those that are not fine have zeros."""
     likes = {
         "energy": graph.cell[:, 0, 0],
         "forces": graph.pos,
@@ -239,21 +267,26 @@ def _with_results(
         "energy_uncertainty": graph.cell[:, 0, 0],
         "forces_uncertainty": graph.pos[:, 0],
     }
-    fields, broken = {}, torch.zeros_like(failure, dtype=torch.bool)
-    for name in properties:
-        values = torch.zeros_like(likes[name])
-        of_atoms = name.startswith("forces")
-        if results:
-            values[atoms if of_atoms else fine] = results[name].to(values.dtype)
+    fields = {str(name): torch.zeros_like(likes[name]) for name in properties}
+    for name, values in results.items():
+        rows = torch.isin(graph.batch, fine) if name.startswith("forces") else fine
+        fields[name][rows] = values.detach().to(graph.pos.dtype)
+    return fields
+
+
+def _without_the_broken(
+    fields: dict[str, Tensor], failure: Tensor, graph: AtomGraph
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Return zeros for the results of structures of which one is no number, and mark them."""
+    broken = torch.zeros_like(failure, dtype=torch.bool)
+    for name, values in fields.items():
         bad = ~torch.isfinite(values.reshape(len(values), -1)).all(dim=1)
-        broken |= any_atom(bad, graph) if of_atoms else bad
-        fields[name] = values
+        broken |= any_atom(bad, graph) if name.startswith("forces") else bad
+    kept = {}
     for name, values in fields.items():
         rows = broken[graph.batch] if name.startswith("forces") else broken
-        values.masked_fill_(rows.view(-1, *[1] * (values.dim() - 1)), 0)
-    # As ASE: what holds an atom takes up its force.
-    fields["forces"].masked_fill_(graph["fixed"][:, None], 0)
-    return graph.replace(failure=marked(failure, broken, Failure.NO_FORCES), **fields)
+        kept[name] = values.masked_fill(rows.view(-1, *[1] * (values.dim() - 1)), 0)
+    return kept, marked(failure, broken, Failure.NO_FORCES)
 
 
 def _count_edges(graph: AtomGraph) -> Tensor:

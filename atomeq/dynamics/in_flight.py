@@ -316,6 +316,7 @@ class Flight(Generic[S]):
         leaving = [k for k in range(len(codes)) if k not in set(staying)]
         steps = state.n_steps.tolist()
         gone = state.take(_index(leaving, state))
+        graphs = gone.graph.to_list()
         outcomes = []
         for place, k in enumerate(leaving):
             status, reason = statuses[k], ""
@@ -324,8 +325,9 @@ class Flight(Generic[S]):
             elif status == "not_converged":
                 reason = f"not converged after {steps[k]} steps"
             assert status is not None
-            own = gone.take(_index([place], gone))
-            outcomes.append(self._end(self._running[k], status, reason, own))
+            own = None if self.recorder is None else gone.take(_index([place], gone))
+            ended = self._end(self._running[k], status, reason, graphs[place], steps[k], own)
+            outcomes.append(ended)
         self._keep(staying)
         return outcomes
 
@@ -336,16 +338,23 @@ class Flight(Generic[S]):
 
     def _oversized(self, passenger: Passenger, limit: str, state: S | None = None) -> Outcome:
         reason = f"{passenger.n_edges} edges of one structure are more than {limit} allows"
-        return self._end(passenger, "too_large", reason, state)
+        if state is None:
+            return self._end(passenger, "too_large", reason)
+        return self._end(passenger, "too_large", reason, state.graph, int(state.n_steps), state)
 
     def _end(
-        self, passenger: Passenger, status: Status, reason: str, state: S | None = None
+        self,
+        passenger: Passenger,
+        status: Status,
+        reason: str,
+        graph: AtomGraph | None = None,
+        n_steps: int = 0,
+        state: S | None = None,
     ) -> Outcome:
-        graph = None if state is None else _bare(state.graph)
-        steps = 0 if state is None else int(state.n_steps)
         if self.recorder is not None:
-            self.recorder.land(passenger, status, reason, steps, state)
-        return Outcome(passenger.index, passenger.id, status, reason, steps, graph)
+            self.recorder.land(passenger, status, reason, n_steps, state)
+        bare = None if graph is None else _bare(graph)
+        return Outcome(passenger.index, passenger.id, status, reason, n_steps, bare)
 
     def _indices(self) -> list[int]:
         return [passenger.index for passenger in self._running]
@@ -356,5 +365,6 @@ def _index(systems: list[int], state: State) -> Tensor:
 
 
 def _bare(graph: AtomGraph) -> AtomGraph:
-    """Return a graph without the fields that only dynamics reads."""
-    return graph.replace(failure=None, key=None, seed=None)
+    """Return a graph in memory of its own, without the fields that only dynamics reads."""
+    fields = graph.replace(failure=None, key=None, seed=None).to_dict()
+    return AtomGraph().replace(**{name: value.clone() for name, value in fields.items()})

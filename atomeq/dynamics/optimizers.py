@@ -107,6 +107,7 @@ class LBFGSState(OptimizerState):
 
 
 S = TypeVar("S", bound=OptimizerState)
+_Pair = tuple[Tensor, Tensor]  # of atoms (n_atoms, 3) and of cells (n_graphs, 3, 3)
 
 
 @dataclass(frozen=True)
@@ -173,6 +174,13 @@ class _Optimizer(Generic[S]):
             forces=graph.forces,
         )
         return after if self.cell is None else self._with_forces(after, self.cell)  # pyright: ignore[reportReturnType]
+
+    def _dot(self, a: _Pair, b: _Pair, graph: AtomGraph) -> Tensor:
+        """Return the product over all coordinates of each structure, (n_graphs,)."""
+        atoms = per_system((a[0] * b[0]).sum(dim=1), graph)
+        if self.cell is None:  # all zeros
+            return atoms
+        return atoms + (a[1] * b[1]).flatten(1).sum(dim=1)
 
 
 @dataclass(frozen=True)
@@ -243,7 +251,8 @@ class FIRE(_Optimizer[FIREState]):
         atoms, batch = turned.graph, turned.graph.batch
         velocities = turned.velocities + turned.dt[batch, None] * turned.forces
         cell_velocities = turned.cell_velocities + turned.dt[:, None, None] * turned.cell_forces
-        norm = turned.dt * _norm(velocities, cell_velocities, atoms)
+        moving = velocities, cell_velocities
+        norm = turned.dt * self._dot(moving, moving, atoms).sqrt()
         scale = turned.dt * torch.where(norm > self.max_step, self.max_step / norm, 1.0)
         turned = dataclasses.replace(turned, velocities=velocities, cell_velocities=cell_velocities)
         step, cell_step = scale[batch, None] * velocities, scale[:, None, None] * cell_velocities
@@ -252,13 +261,13 @@ class FIRE(_Optimizer[FIREState]):
     def _turn(self, state: FIREState) -> FIREState:
         """Turn velocities towards the forces where they go downhill, stop them where not."""
         graph = state.graph
-        power = _dot(
-            (state.forces, state.cell_forces), (state.velocities, state.cell_velocities), graph
-        )
+        forces = state.forces, state.cell_forces
+        velocities = state.velocities, state.cell_velocities
+        power = self._dot(forces, velocities, graph)
         begun = state.n_steps > 0
         downhill, uphill = begun & (power > 0), begun & ~(power > 0)
-        speed = _norm(state.velocities, state.cell_velocities, graph)
-        force = _norm(state.forces, state.cell_forces, graph)
+        speed = self._dot(velocities, velocities, graph).sqrt()
+        force = self._dot(forces, forces, graph).sqrt()
         keep = torch.where(downhill, 1 - state.mixing, (~uphill).to(speed.dtype))
         add = torch.where(downhill, state.mixing * speed / force, 0.0)
         faster = downhill & (state.n_downhill > self.n_min)
@@ -344,7 +353,7 @@ class LBFGS(_Optimizer[LBFGSState]):
         q, cell_q = state.forces, state.cell_forces
         weights: list[Tensor] = []
         for n in reversed(range(state.curvature.shape[1])):
-            along = _dot((state.moves[:, n], state.cell_moves[:, n]), (q, cell_q), graph)
+            along = self._dot((state.moves[:, n], state.cell_moves[:, n]), (q, cell_q), graph)
             weight = state.curvature[:, n] * along
             q = q - weight[batch, None] * state.changes[:, n]
             cell_q = cell_q - weight[:, None, None] * state.cell_changes[:, n]
@@ -352,7 +361,7 @@ class LBFGS(_Optimizer[LBFGSState]):
         stiffness = self._guess(state)
         z, cell_z = q / stiffness[batch, None], cell_q / stiffness[:, None, None]
         for n, weight in enumerate(reversed(weights)):
-            along = _dot((state.changes[:, n], state.cell_changes[:, n]), (z, cell_z), graph)
+            along = self._dot((state.changes[:, n], state.cell_changes[:, n]), (z, cell_z), graph)
             weight = weight - state.curvature[:, n] * along
             z = z + weight[batch, None] * state.moves[:, n]
             cell_z = cell_z + weight[:, None, None] * state.cell_moves[:, n]
@@ -363,7 +372,7 @@ class LBFGS(_Optimizer[LBFGSState]):
         if not (self.rescale and state.curvature.shape[1]):
             return torch.full_like(state.graph.cell[:, 0, 0], self.stiffness)
         change = state.changes[:, -1], state.cell_changes[:, -1]
-        met = _dot(change, change, state.graph) * state.curvature[:, -1]
+        met = self._dot(change, change, state.graph) * state.curvature[:, -1]
         return torch.where(met > 0, met, self.stiffness)
 
     def _remember(self, before: LBFGSState, after: LBFGSState) -> LBFGSState:
@@ -371,7 +380,7 @@ class LBFGS(_Optimizer[LBFGSState]):
         change = before.forces - after.forces
         cell_move = after.cell_coordinates - before.cell_coordinates
         cell_change = before.cell_forces - after.cell_forces
-        product = _dot((move, cell_move), (change, cell_change), after.graph)
+        product = self._dot((move, cell_move), (change, cell_change), after.graph)
         newest = {
             "moves": move,
             "changes": change,
@@ -386,16 +395,3 @@ class LBFGS(_Optimizer[LBFGSState]):
                 for name, value in newest.items()
             },
         )
-
-
-_Pair = tuple[Tensor, Tensor]  # of atoms (n_atoms, 3) and of cells (n_graphs, 3, 3)
-
-
-def _dot(a: _Pair, b: _Pair, graph: AtomGraph) -> Tensor:
-    """Return the product over all coordinates of each structure, (n_graphs,)."""
-    atoms = per_system((a[0] * b[0]).sum(dim=1), graph)
-    return atoms + (a[1] * b[1]).flatten(1).sum(dim=1)
-
-
-def _norm(atoms: Tensor, cell: Tensor, graph: AtomGraph) -> Tensor:
-    return _dot((atoms, cell), (atoms, cell), graph).sqrt()

@@ -22,6 +22,7 @@ from atomeq.graph.convert import (
     structure_list,
     structure_name,
 )
+from atomeq.nn.irreps import known_to_the_host
 
 #: Metadata of a state's fields: whose numbers their rows are.
 PER_ATOM = {"level": "atom"}
@@ -78,7 +79,9 @@ class State:
         """
         failure = torch.where(self.failed, self.graph["failure"], after.graph["failure"])
         graph = after.graph.replace(failure=failure)
-        systems = failure != 0  # whether there are any is not asked: a device would be waited for
+        if known_to_the_host(failure) and not failure.any():  # a device would be waited for
+            return dataclasses.replace(after, graph=graph)
+        systems = failure != 0
         atoms = systems[graph.batch]
         moved = {
             name: _where(atoms, self.graph[name], graph[name])
@@ -137,12 +140,15 @@ def prepare(structures: Structures, *, device: torch.device | str | None = None)
     graph = from_structures(structures, dtype=torch.float64, device=device)
     labels = dict.fromkeys(("energy", "forces", "stress", "weight", "edge_index", "cell_offsets"))
     standard = standard_masses(graph.atomic_numbers)
-    masses = graph.get("masses", standard)
+    masses = standard
+    if "masses" in graph:
+        given = graph["masses"]
+        masses = torch.where(torch.isfinite(given) & (given > 0), given, standard)
     fixed = graph.get("fixed", torch.zeros_like(graph.batch, dtype=torch.bool))
     keys = [next(_keys) for _ in range(graph.n_graphs)]
     return graph.replace(
         **labels,
-        masses=torch.where(torch.isfinite(masses) & (masses > 0), masses, standard),
+        masses=masses,
         fixed=fixed,
         failure=torch.zeros_like(graph.natoms),
         key=torch.tensor(keys, device=graph.pos.device),

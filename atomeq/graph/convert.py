@@ -74,8 +74,9 @@ def structure_list(structures: Structures) -> list[StructureLike]:
     """
     if isinstance(structures, str | os.PathLike):
         return list(read_structures(structures))
-    single = isinstance(structures, Atoms | AtomGraph | PymatgenSites)
-    many = [structures] if single else list(structures)
+    listed = type(structures) is list  # of which it takes long to say that it is not pymatgen's
+    single = not listed and isinstance(structures, Atoms | AtomGraph | PymatgenSites)
+    many = [structures] if single else list(structures)  # pyright: ignore[reportArgumentType]
     if not many:
         raise StructureError("no structures were given: the list is empty")
     return many  # pyright: ignore[reportReturnType]
@@ -315,7 +316,7 @@ def _check_elements(
 ) -> None:
     numbers = arrays.numbers
     bad = (numbers < 1) | (numbers > _LAST_ELEMENT)
-    if known is not None and not bad.any():
+    if known is not None and not bad.any() and not set(numbers.tolist()) <= set(known):
         allowed = np.zeros(_LAST_ELEMENT + 1, dtype=bool)
         allowed[[z for z in known if z <= _LAST_ELEMENT]] = True
         bad = ~allowed[numbers]
@@ -339,18 +340,17 @@ def _check_elements(
 
 
 def _check_overlap(arrays: _Arrays, min_distance: float, name: str | None) -> None:
+    reach = max(min_distance, _OVERLAP_SEARCH)
     for k, (start, stop) in enumerate(itertools.pairwise(arrays.starts)):
-        title = structure_name(k, arrays.numbers[start:stop], name)
+        pos, numbers = arrays.pos[start:stop], arrays.numbers[start:stop]
         try:
-            edges, lengths = neighbor_list_with_lengths(
-                arrays.pos[start:stop],
-                arrays.cell[k],
-                arrays.pbc[k],
-                max(min_distance, _OVERLAP_SEARCH),
-            )
+            edges, lengths = neighbor_list_with_lengths(pos, arrays.cell[k], arrays.pbc[k], reach)
         except ValueError as error:
+            title = structure_name(k, numbers, name)
             raise StructureError(f"{title}: {error}", index=k) from error
-        refuse_overlap(title, edges, lengths, min_distance, index=k)
+        if len(lengths) and lengths.min() < min_distance:
+            title = structure_name(k, numbers, name)
+            refuse_overlap(title, edges, lengths, min_distance, index=k)
 
 
 def refuse_overlap(

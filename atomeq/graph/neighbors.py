@@ -80,12 +80,15 @@ def neighbor_list_with_lengths(
     check_cutoff(cutoff)
     pos = np.ascontiguousarray(pos, dtype=np.float64)
     pbc = np.asarray(pbc, dtype=bool)
+    nothing = Edges(np.zeros((2, 0), np.int64), np.zeros((0, 3), np.int64)), np.zeros(0)
     if len(pos) == 0:
-        return Edges(np.zeros((2, 0), np.int64), np.zeros((0, 3), np.int64)), np.zeros(0)
+        return nothing
     cell = np.asarray(cell, dtype=np.float64)
     boxed, box = enclosed(pos, cell, pbc, cutoff)
     search = _search_tree if _too_thin_for_vesin(box, cutoff) else _search_vesin
     pairs, offsets = search(boxed, box, pbc, cutoff + _BORDER)
+    if pairs.shape[1] == 0:  # so most often where atoms are looked for that overlap
+        return nothing
     lengths = edge_lengths(pos, cell, pairs, offsets)
     inside = lengths < cutoff
     if not inside.all():

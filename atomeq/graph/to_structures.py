@@ -35,7 +35,10 @@ def to_ase(graph: AtomGraph) -> list[Atoms]:
     Returns:
         One Atoms for each structure.
     """
-    return [_atoms_of_graph(single) for single in graph.to("cpu").to_list()]
+    here = graph.to("cpu")
+    return [
+        _atoms_of_graph(single) for single in ([here] if here.n_graphs == 1 else here.to_list())
+    ]
 
 
 def to_pymatgen(structures: Structures) -> "list[Structure | Molecule]":

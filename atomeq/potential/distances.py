@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from atomeq.graph.atom_graph import AtomGraph
 from atomeq.graph.convert import element_symbols
+from atomeq.nn.irreps import known_to_the_host
 
 _RADII = """
     0.31 0.28 1.28 0.96 0.84 0.76 0.71 0.66 0.57 0.58 1.66 1.41 1.21 1.11 1.07 1.05 1.02 1.06 2.03
@@ -82,12 +83,18 @@ class KnownDistances(nn.Module):
         """Describe, the first time, the worst of the distances of a batch that are not known.
 
         Args:
-            graph: With its edges.
+            graph: With its edges, and perhaps with their lengths ``edge_lengths``.
         """
         if self.told or not graph.n_edges:
             return None
-        source, target = graph.edge_index
-        numbers, lengths = graph.atomic_numbers, graph.edge_vectors().norm(dim=1)
+        lengths = graph.get("edge_lengths")
+        if lengths is None:
+            lengths = graph.edge_vectors().norm(dim=1)
+        numbers, (source, target) = graph.atomic_numbers, graph.edge_index
+        if known_to_the_host(numbers):  # most often none is shorter than the longest of them
+            elements = numbers.unique()
+            if not bool((lengths < self.reach[elements][:, elements].max()).any()):
+                return None
         if not bool((lengths < self.reach[numbers[target], numbers[source]]).any()):
             return None
         self.told, limits = True, self.limits[numbers[target], numbers[source]]

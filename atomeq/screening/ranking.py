@@ -14,7 +14,7 @@ from ase import Atoms
 
 from atomeq.files import write_atomically
 from atomeq.screening.compute import OF_A_STRUCTURE
-from atomeq.screening.dedupe import Matcher
+from atomeq.screening.dedupe import Matcher, bucket_of
 from atomeq.screening.ledger import Ledger
 from atomeq.screening.results import read_rows, read_run
 from atomeq.screening.rows import Row, schema_of, structure_of
@@ -38,29 +38,52 @@ def best_rows(folder: Path, steps: Sequence[Step]) -> list[Row]:
         return _first(folder, step, 0, step.top)
     tolerances = next((step for step in steps if isinstance(step, Dedupe)), Dedupe())
     with closing(Ledger(":memory:")) as ledger:
-        matcher = Matcher(tolerances, ledger)
+        distinct_ones = _Distinct(Matcher(tolerances, ledger))
         best: list[Row] = []
-        originals: list[Atoms] = []  # of the best
         begin, end = 0, 2 * step.top
         while rows := _first(folder, step, begin, end):
             for row in rows:
                 atoms = structure_of(row)
                 assert atoms is not None  # a row that is done has a structure
-                if len(best) < step.top and _is_new(row["hash"], atoms, originals, matcher):
+                if len(best) < step.top and distinct_ones.add(row["hash"], atoms):
                     best.append(row)
-                    originals.append(atoms)
             if len(best) == step.top:
                 break
             begin, end = end, 4 * end
     return best
 
 
-def _is_new(identifier: str, atoms: Atoms, originals: Sequence[Atoms], matcher: Matcher) -> bool:
-    with contextlib.suppress(*OF_A_STRUCTURE):  # what cannot be compared is no copy
-        # Relaxed into one minimum from starts alike, most copies are told without their symmetry.
-        close = any(matcher.are_close(atoms, original) for original in originals)
-        return not close and matcher.original_of(identifier, atoms) is None
-    return True
+class _Distinct:
+    """Structures no two of which are the same."""
+
+    def __init__(self, matcher: Matcher) -> None:
+        self._matcher = matcher
+        self._originals: list[Atoms] = []
+        self._alone: dict[str, tuple[str, Atoms] | None] = {}  # by bucket: not looked at so far
+
+    def add(self, identifier: str, atoms: Atoms) -> bool:
+        """Take a structure that is none of those that are here; return whether it was one."""
+        new = True
+        with contextlib.suppress(*OF_A_STRUCTURE):  # what cannot be compared is no copy
+            new = self._is_new(identifier, atoms)
+        if new:
+            self._originals.append(atoms)
+        return new
+
+    def _is_new(self, identifier: str, atoms: Atoms) -> bool:
+        # Relaxed into one minimum from starts alike, most copies are told without their symmetry,
+        # which is not asked either of what nothing else is to be compared with.
+        if any(self._matcher.are_close(atoms, original) for original in self._originals):
+            return False
+        bucket = bucket_of(atoms)
+        if bucket not in self._alone:
+            self._alone[bucket] = identifier, atoms
+            return True
+        earlier, self._alone[bucket] = self._alone[bucket], None
+        if earlier is not None:
+            with contextlib.suppress(*OF_A_STRUCTURE):
+                self._matcher.remember(*earlier)
+        return self._matcher.original_of(identifier, atoms) is None
 
 
 def _first(folder: Path, step: Rank, begin: int, end: int) -> list[Row]:

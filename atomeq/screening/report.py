@@ -16,6 +16,7 @@ import numpy as np
 from ase import Atoms
 from ase.data import chemical_symbols, covalent_radii
 from ase.data.colors import jmol_colors
+from numpy.typing import NDArray
 
 from atomeq.files import write_atomically
 from atomeq.screening.plots import UNITS, plots, words
@@ -164,9 +165,8 @@ def _view(row: Row) -> dict[str, Any]:
     """Return what the viewer draws: atoms in the cell, the colours and radii of elements."""
     atoms = structure_of(row)
     assert atoms is not None  # a row that is done has a structure
-    if atoms.pbc.any():
-        atoms = _closed(atoms)
-    numbers = atoms.numbers[:_LARGEST].tolist()
+    numbers, positions = _closed(atoms) if atoms.pbc.any() else (atoms.numbers, atoms.positions)
+    numbers = numbers[:_LARGEST].tolist()
     elements = {
         chemical_symbols[z]: {
             "color": "#" + "".join(f"{round(255 * part):02x}" for part in jmol_colors[z]),
@@ -175,23 +175,24 @@ def _view(row: Row) -> dict[str, Any]:
         for z in sorted(set(numbers))
     }
     return {
-        "positions": np.round(atoms.positions[:_LARGEST], 3).tolist(),
+        "positions": np.round(positions[:_LARGEST], 3).tolist(),
         "kinds": [chemical_symbols[z] for z in numbers],
         "elements": elements,
         "cell": np.round(atoms.cell.array, 3).tolist() if atoms.cell.rank == 3 else None,
     }
 
 
-def _closed(atoms: Atoms) -> Atoms:
-    """Return the atoms in the cell, those on its faces on the opposite ones too."""
+def _closed(atoms: Atoms) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Return numbers and positions in the cell, of atoms on its faces on the opposite ones too."""
     atoms.wrap(eps=_EDGE)
+    numbers, positions = atoms.numbers, atoms.positions
+    scaled = atoms.get_scaled_positions(wrap=False)
     for axis in np.flatnonzero(atoms.pbc):
-        scaled = atoms.get_scaled_positions(wrap=False)[:, axis]
-        images = atoms[np.flatnonzero(np.abs(scaled) < _EDGE).tolist()]
-        assert isinstance(images, Atoms)  # of a list of indices
-        images.positions += atoms.cell.array[axis]
-        atoms = atoms + images
-    return atoms
+        images = np.flatnonzero(np.abs(scaled[:, axis]) < _EDGE)
+        numbers = np.concatenate((numbers, numbers[images]))
+        positions = np.concatenate((positions, positions[images] + atoms.cell.array[axis]))
+        scaled = np.concatenate((scaled, scaled[images] + np.eye(3)[axis]))
+    return numbers, positions
 
 
 def _finite(value: Any) -> Any:

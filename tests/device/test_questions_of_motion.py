@@ -11,10 +11,12 @@ from small_potential import small_potential
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from atomeq.dynamics import evaluator, state
 from atomeq.dynamics.evaluator import Evaluator
 from atomeq.dynamics.integrators import Bussi, Integrator, Langevin, NoseHoover, VelocityVerlet
 from atomeq.graph import moving
 from atomeq.graph.atom_graph import AtomGraph
+from atomeq.potential import distances
 
 
 class Questions(TorchDispatchMode):
@@ -47,6 +49,8 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Questions:
     monkeypatch.setattr(moving, "uses_numpy", lambda device: False)
     # Of a GPU it is not asked either.
     monkeypatch.setattr(AtomGraph, "_without_images", lambda graph: False)
+    for module in (evaluator, state, distances):
+        monkeypatch.setattr(module, "known_to_the_host", lambda tensor: False)
     questions, tolist = Questions(), Tensor.tolist
 
     def counted(tensor: Tensor) -> Any:  # of a CPU's tensors it is no operation
@@ -68,11 +72,11 @@ def test_a_step_hardly_waits_for_the_device(
     integrator: Integrator, most: int, asked: Questions
 ) -> None:
     evaluate = Evaluator(small_potential())
-    state = integrator.init(evaluate.prepare(structures()), evaluate)
-    state = integrator.step(state, evaluate)  # lists are settled
+    begun = integrator.init(evaluate.prepare(structures()), evaluate)
+    settled = integrator.step(begun, evaluate)  # as lists are
     asked.names.clear()
     with asked:
-        integrator.step(state, evaluate)
+        integrator.step(settled, evaluate)
     assert len(asked.names) <= most, asked.names
 
 
@@ -90,10 +94,10 @@ def test_steps_with_one_question_are_those_of_many(monkeypatch: pytest.MonkeyPat
         monkeypatch.setattr(moving, "uses_numpy", lambda device, numpy=numpy: numpy)
         quick.clear()
         evaluate = Evaluator(small_potential(), skin=0.5)
-        state = integrator.init(evaluate.prepare(structures()), evaluate)
+        moving_on = integrator.init(evaluate.prepare(structures()), evaluate)
         for _ in range(20):
-            state = integrator.step(state, evaluate)
-        found.append(state.graph)
+            moving_on = integrator.step(moving_on, evaluate)
+        found.append(moving_on.graph)
     assert torch.equal(found[0].pos, found[1].pos)
     assert torch.equal(found[0].forces, found[1].forces)
     hits = [edges is not None for edges in quick]

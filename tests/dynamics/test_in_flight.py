@@ -54,6 +54,27 @@ def test_useless_structures_are_refused_with_their_reason(potential):
     assert outcomes[4].energy == pytest.approx(alone.energy, abs=1e-10)
 
 
+def test_outcomes_hold_their_own_numbers_alone(potential):
+    """A view of the batch would keep all that left it together."""
+    for outcome in relax([cluster(4, 1), cluster(4, 2)], potential, max_steps=0):
+        assert outcome.graph is not None
+        for name, value in outcome.graph.to_dict().items():
+            assert value.untyped_storage().nbytes() == value.nbytes, name
+
+
+def test_a_potential_keeps_its_numbers(potential, monkeypatch):
+    """What holds an atom is no affair of the potential, which may give the same tensor again."""
+    evaluate, kept = Evaluator(potential), []
+    answer = evaluate._answer
+    monkeypatch.setattr(evaluate, "_answer", lambda *args: kept.append(answer(*args)) or kept[-1])
+    held = cluster(4, 1)
+    held.set_constraint(FixAtoms([1]))
+    found = evaluate(evaluate.prepare(held))
+    assert not found.forces[1].any()
+    assert kept[0]["forces"][1].any()
+    assert torch.equal(kept[0]["forces"][2], found.forces[2])
+
+
 def test_unknown_elements_are_refused():
     outcomes = by_index(relax([cluster(3), Atoms("He")], small_potential(), max_steps=1))
     assert outcomes[0].status == "not_converged"

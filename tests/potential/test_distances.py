@@ -12,6 +12,8 @@ from small_potential import small_potential
 
 from atomeq.calculators.ase import AtomeqCalculator
 from atomeq.dynamics.run import relax
+from atomeq.graph.atom_graph import AtomGraph
+from atomeq.graph.builders import RadiusGraph
 from atomeq.models.faenet import FAENet
 from atomeq.potential.checkpoint import CheckpointError, load_potential, save_potential
 from atomeq.potential.distances import REACH, SHORTEST, KnownDistances, shortest_distances
@@ -81,6 +83,18 @@ def test_what_data_hold_is_known(tmp_path, caplog):
     assert told(caplog) == []
     calculator.evaluate([bulk("Cu", a=3.3 * (REACH - 0.005))])
     assert len(told(caplog)) == 1
+
+
+@pytest.mark.parametrize(("distance", "said"), [(2.0, True), (2.3, False)])
+def test_lengths_that_are_known_are_not_measured_again(distance, said, monkeypatch):
+    atoms = Atoms("Cu2O", [[0, 0, 0], [distance, 0, 0], [0, 1.8, 0]])
+    graph = RadiusGraph(4.0)(atoms)
+    measured = KnownDistances({"Cu-Cu": 2.2, "Cu-O": 1.0}).first_shorter(graph)
+    assert (measured is not None) == said
+    lengths = graph.edge_vectors().norm(dim=1)
+    monkeypatch.setattr(AtomGraph, "edge_vectors", None)
+    known = KnownDistances({"Cu-Cu": 2.2, "Cu-O": 1.0})
+    assert known.first_shorter(graph.replace(edge_lengths=lengths)) == measured
 
 
 def test_further_data_only_widen_what_is_known():
