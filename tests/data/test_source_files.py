@@ -150,6 +150,7 @@ BY_HAND = {
     "md22": "sgdml.org",
     "mlearn": "github.com",
     "gfn2_qm7": "label_gfn2",
+    "gfn2_acac": "sample_gfn2",
 }
 
 
