@@ -188,6 +188,8 @@ def plot_clouds(out: str | Path, clouds: Sequence[Cloud]) -> Path:
             axes.set(xlabel=cloud.x_label, ylabel=cloud.y_label)
             if cloud.log:
                 axes.set(xscale="log", yscale="log")
+            else:
+                axes.locator_params(axis="x", nbins=4)  # labels of total energies are long
 
         return draw
 
