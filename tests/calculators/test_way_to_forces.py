@@ -21,5 +21,6 @@ def test_the_way_from_an_edge_layer_to_c_is_short() -> None:
 def test_the_way_from_a_structure_to_its_forces_turns_few_pages() -> None:
     # Ten operations in C, each some 11 pages on the way and half as many on the way back: fewer
     # pages for an operation is what would shorten this. ZBL beside the network has another 18, and
-    # three are what replays of small systems and threads are asked on the way.
-    assert 20 < trace(forces(str(SHIPPED))).n_changes <= 278
+    # three are what replays of small systems and threads are asked on the way, one is whether the
+    # host may look at elements before it measures pairs.
+    assert 20 < trace(forces(str(SHIPPED))).n_changes <= 279
