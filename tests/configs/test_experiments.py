@@ -103,7 +103,8 @@ def generated_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for atoms in (moments := labelled(molecule("CH3COOH"), 20)):
         atoms.info |= {"dipole": atoms.positions[0], "polarizability": np.eye(3)}
     ase.io.write(folder / "gfn2_qm7.extxyz", moments)
-    ase.io.write(folder / "gfn2_acac.extxyz", acid)
+    for name in ("acac", "ethanol"):
+        ase.io.write(folder / f"gfn2_{name}.extxyz", acid)
     write_md_archives(folder, acid)
     isolated = [Atoms(symbol, info={"energy": -1.0}) for symbol in "HCO"]
     ase.io.write(folder / "3bpa" / "iso_atoms.extxyz", isolated)
@@ -141,8 +142,8 @@ def save_installed(folder: Path) -> None:
     for name in ("sevennet-0", "sevennet-l3i5"):
         references = AtomicReferences({8: -1.0, 11: -1.0, 17: -2.0, 29: -3.0})
         save_potential(Potential(model, references), folder / name)
-    firsts = {"direct_to_conservative_1": (11, 17), "adaptation_1": (1, 6, 8)}
-    for name, elements in (firsts | {"acac_gfn2_1": (1, 6, 8)}).items():
+    firsts = dict.fromkeys(("adaptation_1", "acac_gfn2_1", "ethanol_gfn2_1"), (1, 6, 8))
+    for name, elements in (firsts | {"direct_to_conservative_1": (11, 17)}).items():
         first = yaml.safe_load((CONFIGS / "experiment" / f"{name}.yaml").read_text())
         references = AtomicReferences(dict.fromkeys(elements, -1.0))
         model = build_model(first["model"]["model"])

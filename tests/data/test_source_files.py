@@ -151,6 +151,7 @@ BY_HAND = {
     "mlearn": "github.com",
     "gfn2_qm7": "label_gfn2",
     "gfn2_acac": "sample_gfn2",
+    "gfn2_ethanol": "sample_gfn2",
 }
 
 
