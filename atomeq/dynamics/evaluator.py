@@ -268,9 +268,11 @@ def _put_back(
         "forces_uncertainty": graph.pos[:, 0],
     }
     fields = {str(name): torch.zeros_like(likes[name]) for name in properties}
-    for name, values in results.items():
-        rows = torch.isin(graph.batch, fine) if name.startswith("forces") else fine
-        fields[name][rows] = values.detach().to(graph.pos.dtype)
+    if results:
+        atoms = torch.isin(graph.batch, fine)
+        for name in properties:
+            rows = atoms if name.startswith("forces") else fine
+            fields[name][rows] = results[name].detach().to(graph.pos.dtype)
     return fields
 
 
