@@ -4,11 +4,11 @@
 
 prints bytes per edge for a forward pass and for forces (+ backward) with fixed weights, then for a
 step of force training (both, + the gradient of the gradient), which keeps and writes more, the time
-at an H200's bandwidth, and the largest parts. No kernel
-runs: a call counts each input once and each output once, so an atom's features that many edges
-gather count once, as if the cache held them; weights, which do not grow with the edges, cancel in
-the difference of two sizes; frames and sorted edges, which all layers share, are there before. The
-figures are there to predict what a change gains, not to replace a measurement.
+at an H200's bandwidth, and the largest parts. No kernel runs: a call counts each input once and
+each output once, so an atom's features that many edges gather count once, as if the cache held
+them; weights, which do not grow with the edges, cancel in the difference of two sizes; frames and
+sorted edges, which all layers share, are there before. The figures are there to predict what a
+change gains, not to replace a measurement.
 """
 
 import argparse

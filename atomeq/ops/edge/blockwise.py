@@ -180,9 +180,9 @@ def _block_gradient(block: EdgeBlock, grad: Tensor, inside: Named, found: Named)
     left = any([part is not None for part in leaving])
     if left and u is None:
         u = block.second.forward(gate.value(), None, block.biases[1])
-    passing = not {"second", "second_bias"} & found.keys()  # products alone read it
+    read = {"second", "second_bias"} & found.keys()  # not by the next product alone
     p = block.target.leave(
-        grad, u, block.envelope, *leaving, also=inside.get("also_u"), operand=passing
+        grad, u, block.envelope, *leaving, also=inside.get("also_u"), operand=not read
     )
     _add_bias_gradient(p, found, "second_bias")
     inward = bool(INWARD & found.keys())
@@ -192,8 +192,8 @@ def _block_gradient(block: EdgeBlock, grad: Tensor, inside: Named, found: Named)
         value = block.layer.by.empty(size, y) if inward else gate.value()
     if inward:
         given = p, inside.get("ga"), inside.get("also_y"), value
-        passing = not {"first", "first_bias"} & found.keys()
-        gy = block.second.transposed_through(gate, *given, operand=passing)
+        read = {"first", "first_bias"} & found.keys()
+        gy = block.second.transposed_through(gate, *given, operand=not read)
         _add_bias_gradient(gy, found, "first_bias")
         _block_inputs(block, gy, block.first.transposed(gy, inside.get("gz")), found)
     if value is not None:
