@@ -20,11 +20,11 @@ from atomeq.graph.builders import HyperGraph, RadiusGraph
 from atomeq.graph.convert import MIN_DISTANCE, StructureError, Structures
 from atomeq.graph.moving import MovingEdges, MovingNeighbors
 from atomeq.graph.neighbors import SKIN
-from atomeq.nn.irreps import known_to_the_host
 from atomeq.potential.captured import Captured
 from atomeq.potential.checkpoint import load_potential
 from atomeq.potential.committee import NotFiniteError
 from atomeq.potential.potential import Potential
+from atomeq.traces import known_to_the_host
 from atomeq.typing import PropertyKey
 
 

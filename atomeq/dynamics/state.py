@@ -22,7 +22,7 @@ from atomeq.graph.convert import (
     structure_list,
     structure_name,
 )
-from atomeq.nn.irreps import known_to_the_host
+from atomeq.traces import known_to_the_host
 
 #: Metadata of a state's fields: whose numbers their rows are.
 PER_ATOM = {"level": "atom"}

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from atomeq.traces import known_to_the_host
 from atomeq.typing import (
     OF_STRUCTURES,
     AtomicNumbers,
@@ -243,9 +244,7 @@ class AtomGraph:
         A GPU would have to be waited for, and a trace, whose tensors are of another class, must
         serve crystals too.
         """
-        offsets = self.cell_offsets
-        known = type(offsets) is Tensor and not torch.compiler.is_compiling()
-        return known and offsets.device.type == "cpu" and not bool(offsets.any())
+        return known_to_the_host(self.cell_offsets) and not bool(self.cell_offsets.any())
 
     def strained(self, strain: Strain) -> "AtomGraph":
         """Return a shallow copy deformed homogeneously by I + (strain + strainᵀ) / 2.

@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from atomeq.traces import known_to_the_host
+
 # Roots of the inverse second moments over a normal variable, as e3nn 0.6 draws them: 10^6 samples
 # of a seeded generator, and not the exact integrals, which differ in the fourth digit.
 SECOND_MOMENTS = {
@@ -176,11 +178,6 @@ class SpeciesLinear(nn.Module):
                 fan = weight.shape[0] * self.n_species
                 result[irrep] = _by_species(y, weight, species) / math.sqrt(fan)
         return result
-
-
-def known_to_the_host(index: Tensor) -> bool:
-    """Whether a step may depend on the numbers of an index: on a CPU, and in no trace."""
-    return index.is_cpu and not torch.compiler.is_compiling() and type(index) is Tensor
 
 
 def _by_species(x: Tensor, weight: Tensor, species: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from atomeq.nn.irreps import SCALAR, Features, Irrep, Irreps, IrrepsLinear, known_to_the_host
+from atomeq.nn.irreps import SCALAR, Features, Irrep, Irreps, IrrepsLinear
 from atomeq.ops.coupling.symmetric_contraction import symmetric_contraction
 from atomeq.ops.coupling.symmetric_contraction_basis import (
     SymmetricForm,
@@ -11,6 +11,7 @@ from atomeq.ops.coupling.symmetric_contraction_basis import (
     reduce_weights,
     symmetric_basis,
 )
+from atomeq.traces import known_to_the_host
 
 
 class SymmetricProduct(nn.Module):

@@ -35,7 +35,7 @@ from torch import Tensor
 from atomeq.ops.precision import matmul_precision, use_precision
 from atomeq.ops.self_check import Example, deviation
 from atomeq.ops.specification import Mode, OpSpec, Size
-from atomeq.ops.tables import constant_in_traces
+from atomeq.traces import constant_in_traces
 from atomeq.typing import Precision
 
 P = ParamSpec("P")

@@ -13,7 +13,7 @@ from typing import get_args
 
 import torch
 
-from atomeq.ops.tables import constant_in_traces
+from atomeq.traces import constant_in_traces
 from atomeq.typing import Precision
 
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)

@@ -6,7 +6,6 @@ made by a function under :func:`constant_table`, and reaches a computation throu
 """
 
 import functools
-import sys
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import ParamSpec, TypeVar
@@ -14,20 +13,10 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from atomeq.traces import constant_in_traces
+
 P = ParamSpec("P")
 T = TypeVar("T")
-
-
-def constant_in_traces(function: Callable[P, T]) -> Callable[P, T]:
-    """Let a trace run a function and take its answer for a constant.
-
-    This is ``torch.compiler.assume_constant_result``, which imports the compiler to set its mark:
-    two seconds that who does not compile should not wait.
-    """
-    if "torch._dynamo" in sys.modules:
-        return torch.compiler.assume_constant_result(function)
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
 
 
 def constant_table(build: Callable[P, Tensor]) -> Callable[P, Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from atomeq.graph.atom_graph import AtomGraph
 from atomeq.graph.convert import element_symbols
-from atomeq.nn.irreps import known_to_the_host
+from atomeq.traces import known_to_the_host
 
 _RADII = """
     0.31 0.28 1.28 0.96 0.84 0.76 0.71 0.66 0.57 0.58 1.66 1.41 1.21 1.11 1.07 1.05 1.02 1.06 2.03

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from atomeq.graph.atom_graph import AtomGraph
-from atomeq.nn.irreps import known_to_the_host
 from atomeq.nn.radial import PolynomialEnvelope
 from atomeq.ops.segment.operations import segment_sum
 from atomeq.ops.tables import constant_table, table_like
 from atomeq.potential.distances import COVALENT_RADII
 from atomeq.potential.references import MAX_ATOMIC_NUMBER
 from atomeq.potential.terms import EnergyTerm
+from atomeq.traces import known_to_the_host
 from atomeq.units import COULOMB_CONSTANT
 
 _SCREENING_LENGTH = 0.46850  # Å, 0.8854 Bohr radii

@@ -17,7 +17,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from atomeq.ops.coupling.clebsch_gordan import clebsch_gordan
-from atomeq.ops.tables import constant_in_traces, constant_table, table_like
+from atomeq.ops.tables import constant_table, table_like
+from atomeq.traces import constant_in_traces
 
 _DEPENDENT = 1e-9  # of columns of norm 1 to 5: rounding where others span one, or where it vanishes
 _ZERO = 1e-12  # of a coefficient, which is a sum of products of 3j symbols or nothing

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from atomeq.ops.orders import check_orders
+from atomeq.traces import has_values
 from atomeq.typing import EdgeIndex, EdgeLengths, EdgeVectors
 
 Side = Literal["source", "target", "both"]
@@ -106,7 +107,7 @@ def checked_edges(edge_index: EdgeIndex, n_sources: int, n_targets: int) -> Edge
     if edge_index.dtype.is_floating_point or edge_index.dtype == torch.bool:
         raise TypeError(f"edge_index is {edge_index.dtype}; the numbers of atoms are int64")
     edge_index = edge_index.long()
-    if torch.compiler.is_compiling() or type(edge_index) is not Tensor or not edge_index.numel():
+    if not has_values(edge_index) or not edge_index.numel():
         return edge_index
     for row, n_atoms in enumerate((n_sources, n_targets)):
         if edge_index.device.type != "cpu":

@@ -35,6 +35,7 @@ from atomeq.ops.registration import kernel
 from atomeq.ops.self_check import Example, random
 from atomeq.ops.specification import Size
 from atomeq.ops.sphere.grid import SphereGrid
+from atomeq.traces import has_values
 
 
 def _verified(x: Tensor, grid: SphereGrid) -> Size:
@@ -108,7 +109,7 @@ def sphere_silu(
     Raises:
         ValueError: If x has not the grid's number of rows.
     """
-    if torch.compiler.is_compiling() or type(x) is not Tensor:
+    if not has_values(x):
         # The compiler differentiates a Function once only, and takes that for a constant of further
         # derivatives; it need not keep what it can make again. A trace has no place for one at all.
         return grid.from_matrix(like=x) @ silu(grid.to_matrix(like=x) @ x)
