@@ -27,6 +27,7 @@ import triton
 import triton.language as tl
 
 from atomeq.ops import triton_launch
+from atomeq.ops.edge.triton import rotation
 from atomeq.ops.edge.triton.so2_kernels import place_of_program
 from benchmarks import triton_compile
 
@@ -281,7 +282,10 @@ def test_factors_made_on_the_way_are_those_of_a_linear_layer(
 
 @pytest.mark.parametrize("still", ["", "x scale", "turn", "rows factor"])
 @pytest.mark.parametrize("lmax", [1, 3])
-def test_derivatives_along_a_direction_are_those_of_single_steps(lmax: int, still: str) -> None:
+def test_derivatives_along_a_direction_are_those_of_single_steps(
+    lmax: int, still: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rotation, "_WIDEST_OF_MANY", 8)  # two tiles at lmax = 3
     n_edges, channels, mmax = 7, 16, min(lmax, 2)
     shape = SO2Shape(lmax, mmax, 2 * channels, channels, 0)
 

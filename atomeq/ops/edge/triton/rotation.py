@@ -44,6 +44,7 @@ from atomeq.ops.triton_launch import (
 # X_x, X_y and X_z have at most 2, 1 and 2 nonzeros in a row: the axes of these five terms.
 TERMS = (1, 0, 0, 2, 2)
 _WIDEST_RADIAL = 128  # values of an edge that factors are made of on the way
+_WIDEST_OF_MANY = 64  # channels of a program that differentiates rotations of lmax > 2
 _COEFFICIENT = 1e-9  # below this an element of a generator is rounding
 
 
@@ -239,7 +240,8 @@ def _scatter(
         DEGREES=degrees(lmax),
         ADDING=adding,
         SUM=accumulator(result.dtype),
-        BLOCK_E=2,  # two edges on two warps: 128 registers at lmax = 2, none spilled at 6
+        # Two edges on two warps: 128 registers at lmax = 2, none spilled at 6.
+        BLOCK_E=2 if others is None or lmax <= 2 else 1,
         BLOCK_C=block_c,
         num_warps=2 if others is None else 4,
     )
@@ -359,7 +361,8 @@ def gradient_along(
         x,
         ends.wigner,
         share=8,
-        num_warps=8 if architecture(x) < 90 else 4,  # with four an A100 spills 8 bytes at lmax = 2
+        # With four an A100 spills 8 bytes at lmax = 2.
+        num_warps=8 if architecture(x) < 90 and ends.wigner.shape[2] <= 9 else 4,
     )
 
 
@@ -409,6 +412,8 @@ def _launch_over_edges(
     (n_edges, n_rows, n_sph), channels = wigner.shape, x.shape[2]
     lmax, mmax = orders_of(n_rows, n_sph)
     block_c, sizes = channel_tile(channels), slots(lmax, mmax)
+    if lmax > 2:  # nine columns of a degree want as many registers again: 440 bytes spilled else
+        block_c, share = min(block_c, _WIDEST_OF_MANY), 2 * share
     block_e = edge_tile(max(*sizes, *degrees(lmax)), block_c, share=share)
     launch(
         kernel,

@@ -319,7 +319,7 @@ def rotation_gradient(x, wigner, source, target, y, scale, envelope, also, neigh
         if source is not None:
             index = source if side == 0 else target
             atom = tl.load(index + edge, mask=there, other=0).to(tl.int64)
-        for start in tl.static_range(0, CHANNELS, BLOCK_C):
+        for start in range(0, CHANNELS, BLOCK_C):
             channel = start + tl.arange(0, BLOCK_C)
             inside = there[:, None] & (channel < CHANNELS)[None, :]
             features = x + (atom * (N_SPH * CHANNELS))[:, None] + channel[None, :]
@@ -405,7 +405,7 @@ def rotation_gradient_along(x, moved_x, wigner, moved_wigner, source, target, y,
         if source is not None:
             index = source if side == 0 else target
             atom = tl.load(index + edge, mask=there, other=0).to(tl.int64)
-        for start in tl.static_range(0, CHANNELS, BLOCK_C):
+        for start in range(0, CHANNELS, BLOCK_C):
             channel = start + tl.arange(0, BLOCK_C)
             inside = present & (channel < CHANNELS)[None, :]
             at_atom = (atom * (N_SPH * CHANNELS))[:, None] + channel[None, :]
