@@ -6,7 +6,7 @@ import threading
 import pytest
 import torch
 
-from atomeq.ops.edge.cpu import kernels as memory
+from atomeq.ops.edge.cpu import memory
 
 ROWS = (300, 1000)  # over a megabyte: below an eighth of one the C library serves
 LIKE = torch.empty(0)
