@@ -63,11 +63,7 @@ FEW_FRAMES = {
     "md22_mace": ["--data.split={train: 8, val: 2, test: 2}"],
     "rmd17_mace": ["--data.split.val=4"],
     "nbmotaw_pbe": ["--data.split={file: null, val: 2, test: 2}"],
-    "finetune_high_pressure": [
-        "--data.split={val: 4, test: 4}",
-        "--data.replay.val=4",
-        "--data.replay.labels=potential",  # labels here are arbitrary, and files' would be refused
-    ],
+    "finetune_high_pressure": ["--data.replay.val=4"],
 }
 
 
@@ -121,9 +117,13 @@ def generated_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         del atoms.calc.results["forces"]  # QM7 has none
     ase.io.write(folder / "qm7" / "qm7.extxyz.gz", energies_only)
     old = labelled(bulk("Cu", cubic=True), 30)
-    sets = {"mpf-TP": salt, "mpf-alkali-TP": salt, "random-TP": salt, "mptrj-random-1k": old}
-    for name, frames in sets.items():
+    for name, frames in {"mpf-alkali-TP": salt, "mptrj-random-1k": old}.items():
         ase.io.write(folder / "mattersim_benchmarks" / f"{name}.extxyz.gz", frames)
+    (folder / "high_pressure").mkdir()  # as scripts/high_pressure_frames.py divides them
+    pressed = {"replay": old} | dict.fromkeys(("test_mptrj", "test_mptrj_large"), old[:2])
+    pressed |= dict.fromkeys(("train", "val", "test", "test_highest_stress"), salt)
+    for name, frames in pressed.items():
+        ase.io.write(folder / "high_pressure" / f"{name}.extxyz", frames)
     write_archive(folder / "qm9", repeats=5)
     with gzip.open(folder / "pcqm4mv2" / "data.csv.gz", "wt") as table:
         table.write("idx,smiles,homolumogap\n" + "".join(f"{k},CC=O,{k}\n" for k in range(20)))
