@@ -152,6 +152,7 @@ BY_HAND = {
     "gfn2_qm7": "label_gfn2",
     "gfn2_acac": "sample_gfn2",
     "gfn2_ethanol": "sample_gfn2",
+    "high_pressure": "high_pressure_frames",
 }
 
 
