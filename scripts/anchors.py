@@ -35,7 +35,7 @@ from ase.build import bulk
 from ase.calculators.singlepoint import SinglePointCalculator
 
 from atomeq.data.ase_files import read_structures
-from atomeq.data.copies import RADIUS, fingerprint, groups_of_copies, kind_of
+from atomeq.data.copies import copies_among
 from atomeq.graph.builders import RadiusGraph
 from atomeq.potential.repulsion import ZBL
 
@@ -148,9 +148,7 @@ def division(
     structures = list(read_structures(f"${{ATOMEQ_DATA}}/{file}"))
     if test_tag is not None:
         test = [k for k, a in enumerate(structures) if a.info["tag"].endswith(test_tag)]
-    graphs = [RadiusGraph(RADIUS)(atoms) for atoms in structures]
-    kinds = [kind_of(graph) for graph in graphs]
-    groups = np.array(groups_of_copies(kinds, [fingerprint(graph) for graph in graphs]))
+    groups = np.array(copies_among(structures))
     tags = np.array([atoms.info["tag"] for atoms in structures])
     random, val = np.random.RandomState(0), []
     for tag in sorted(set(tags), key=lambda tag: -(tags == tag).sum()):

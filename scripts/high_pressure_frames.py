@@ -18,10 +18,9 @@ from ase import Atoms
 from ase.io import write
 
 from atomeq.data.ase_files import read_structures
-from atomeq.data.copies import RADIUS, fingerprint, groups_of_copies, kind_of
+from atomeq.data.copies import copies_among
 from atomeq.data.splits import Split, split_indices
 from atomeq.files import write_atomically
-from atomeq.graph.builders import RadiusGraph
 
 NEW = ("mpf-TP", "mpf-alkali-TP", "random-TP")
 #: Atoms of a frame that trains: large ones cost most and are few.
@@ -31,9 +30,7 @@ HELD_OUT = 10  # one in so many
 
 def divided(frames: Sequence[Atoms], split: Split) -> dict[str, list[Atoms]]:
     """Return the parts of some frames, copies of a structure together."""
-    graphs = [RadiusGraph(RADIUS)(atoms) for atoms in frames]
-    groups = groups_of_copies([kind_of(g) for g in graphs], [fingerprint(g) for g in graphs])
-    parts = split_indices(len(frames), split, groups=groups)
+    parts = split_indices(len(frames), split, groups=copies_among(frames))
     return {part: [frames[k] for k in chosen] for part, chosen in parts.items()}
 
 

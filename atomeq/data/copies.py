@@ -5,7 +5,7 @@ that differ in charge or multiplicity are none.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from scipy.spatial import KDTree
 
 from atomeq.graph.atom_graph import AtomGraph
+from atomeq.graph.builders import RadiusGraph
+from atomeq.graph.convert import StructureLike
 from atomeq.graph.electrons import electrons_text
 
 #: Å, how far fingerprints look.
@@ -36,6 +38,16 @@ def kind_of(graph: AtomGraph) -> Kind:
     divisor = int(np.gcd.reduce(list(counts.values()))) if periodic else 1
     composition = tuple(sorted((z, n // divisor) for z, n in counts.items()))
     return Kind(composition, periodic, electrons_text(graph))
+
+
+def copies_among(structures: Iterable[StructureLike]) -> list[int]:
+    """Return the number of the group of copies that each of some structures is in."""
+    build, kinds, prints = RadiusGraph(RADIUS), [], []
+    for one in structures:
+        graph = build(one)
+        kinds.append(kind_of(graph))
+        prints.append(fingerprint(graph))
+    return groups_of_copies(kinds, prints)
 
 
 def groups_of_copies(

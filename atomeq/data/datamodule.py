@@ -24,13 +24,13 @@ from atomeq.data.ase_files import (
     resolve_data_path,
 )
 from atomeq.data.batching import LABELS, BudgetBatchSampler, GraphDataset, ResumableLoader
-from atomeq.data.copies import RADIUS, fingerprint, groups_of_copies, kind_of
+from atomeq.data.copies import copies_among
 from atomeq.data.molecule_files import STORED_FORMATS, reader_of
 from atomeq.data.splits import DataFiles, Split, split_indices
 from atomeq.data.stored_files import StoredDataset, StoredStructures
 from atomeq.data.supercells import without_repetition
 from atomeq.graph.atom_graph import AtomGraph
-from atomeq.graph.builders import GraphBuilder, RadiusGraph
+from atomeq.graph.builders import GraphBuilder
 
 logger = logging.getLogger(__name__)
 
@@ -290,7 +290,7 @@ class AtomisticDataModule(LightningDataModule):
                     "no training structures: give data.train, a file or a list of files"
                 )
             structures = self._read(self.train_files)
-            groups = _copies(structures) if self.split.copies == "together" else None
+            groups = copies_among(structures) if self.split.copies == "together" else None
             indices = split_indices(len(structures), self.split, groups=groups)
             self._divided = {key: _some(structures, chosen) for key, chosen in indices.items()}
         return self._divided[part]
@@ -395,16 +395,6 @@ class AtomisticDataModule(LightningDataModule):
         # The builder alone, not the task's method: a worker need not be sent the network.
         model = self.trainer.lightning_module.potential.model  # pyright: ignore
         return cast(GraphBuilder, model.graph_builder())  # pyright: ignore
-
-
-def _copies(structures: _Structures) -> list[int]:
-    """Return the group of copies that each structure is in."""
-    build, kinds, prints = RadiusGraph(RADIUS), [], []
-    for one in structures:
-        graph = build(one)
-        kinds.append(kind_of(graph))
-        prints.append(fingerprint(graph))
-    return groups_of_copies(kinds, prints)
 
 
 def _some(structures: _Structures, chosen: list[int]) -> _Structures:
